@@ -1,0 +1,30 @@
+"""kfac_dist: distributed training of neural networks with K-FAC.
+
+The public names are loaded on first use, so that importing a light part, such as the command
+line, does not load torch or Ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kfac_dist.core.optimizer import KFAC, StepResult
+    from workers.api import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "KFAC": "kfac_dist.core.optimizer",
+    "StepResult": "kfac_dist.core.optimizer",
+    "train": "workers.api",
+}
+
+__all__ = ["KFAC", "StepResult", "__version__", "train"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
