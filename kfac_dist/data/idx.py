@@ -1,0 +1,72 @@
+"""The IDX file format of MNIST, plain or gzipped.
+
+Layout: two zero bytes, one byte element type (0x08: unsigned byte), one byte number of
+dimensions, each dimension as a big-endian 32-bit integer, then the elements, last index fastest.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfac_dist.errors import DataError, DataNotFoundError
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_UNSIGNED_BYTE = 0x08
+
+
+def unpack(content: bytes, origin: object) -> bytes:
+    """`content`, decompressed if it is gzip; `origin` names it in errors.
+
+    Raises DataError when the gzip stream is cut off or damaged.
+    """
+    if not content.startswith(_GZIP_MAGIC):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{origin}: not a whole gzip file: {error}") from error
+
+
+def read_unpacked(path: Path) -> bytes:
+    """The decompressed content of `path`; DataNotFoundError when it cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
+    return unpack(content, path)
+
+
+def parse_idx(content: bytes, origin: object, case_shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The array of an IDX file of unsigned bytes, `[N, *case_shape]`, writable.
+
+    Raises DataError when header, shape or length are not exactly what they should be.
+    """
+    num_dims = 1 + len(case_shape)
+    header_bytes = 4 + 4 * num_dims
+    if len(content) < header_bytes:
+        raise DataError(
+            f"{origin}: cut off: {len(content)} bytes, the IDX header alone has {header_bytes}"
+        )
+    magic = bytes((0, 0, _UNSIGNED_BYTE, num_dims))
+    if content[:4] != magic:
+        raise DataError(
+            f"{origin}: not an IDX file of {num_dims}-dimensional bytes: it starts with "
+            f"{content[:4].hex()}, it should start with {magic.hex()}"
+        )
+    shape = struct.unpack(f">{num_dims}I", content[4:header_bytes])
+    if shape[1:] != case_shape:
+        raise DataError(f"{origin}: a case has shape {shape[1:]}, it should be {case_shape}")
+    expected = header_bytes + prod(shape)
+    if len(content) != expected:
+        problem = "cut off" if len(content) < expected else "too long"
+        raise DataError(
+            f"{origin}: {problem}: {len(content)} bytes unpacked, its header says {expected}"
+        )
+    return np.frombuffer(bytearray(content), np.uint8, offset=header_bytes).reshape(shape)

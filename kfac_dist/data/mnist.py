@@ -1,0 +1,118 @@
+"""MNIST from its four canonical IDX files: 60,000 training and 10,000 test digits of 28x28."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfac_dist.data.dataset import Split
+from kfac_dist.data.download import download
+from kfac_dist.data.idx import parse_idx, read_unpacked, unpack
+from kfac_dist.errors import DataError, DataNotFoundError
+
+_SIDE = 28
+_PREFIX: Mapping[Split, str] = {"train": "train", "test": "t10k"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """Where the four files can be downloaded, and the md5 of each one *unpacked*."""
+
+    mirrors: tuple[str, ...]
+    md5: Mapping[str, str]
+
+
+MNIST = Archive(
+    mirrors=(
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        "https://storage.googleapis.com/cvdf-datasets/mnist",
+    ),
+    md5={
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistReader:
+    """Finds the files in `data_dir`, then in `cache_dir`, and else downloads them to the cache.
+
+    Each folder may hold the files itself or in a subfolder `mnist/`, gzipped or plain. Raises
+    DataNotFoundError when a file is nowhere to be had, DataError when it is not MNIST's.
+    """
+
+    data_dir: Path | None
+    cache_dir: Path
+    archive: Archive = MNIST
+
+    def images(self, split: Split) -> NDArray[np.uint8]:
+        """Images `[N, 784]`, uint8, rows of the image one after the other."""
+        return self._read(f"{_PREFIX[split]}-images-idx3-ubyte", (_SIDE, _SIDE))
+
+    def labels(self, split: Split) -> NDArray[np.uint8]:
+        """Digits `[N]`, uint8, 0 to 9."""
+        return self._read(f"{_PREFIX[split]}-labels-idx1-ubyte", ())[:, 0]
+
+    def _read(self, name: str, case_shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        path = self._find(name)
+        content = read_unpacked(path)
+        # Shape and length before the checksum: they say more about what is wrong.
+        array = parse_idx(content, path, case_shape)
+        self._check_md5(name, content, path)
+        return array.reshape(len(array), -1)
+
+    def _find(self, name: str) -> Path:
+        if self.data_dir is not None and not self.data_dir.is_dir():
+            raise DataNotFoundError(
+                f"data folder {self.data_dir} (--data-dir or KFAC_DIST_DATA) is not a folder"
+            )
+        for folder in self._folders():
+            for path in (folder / name, folder / f"{name}.gz"):
+                if path.is_file():
+                    return path
+        return self._download(name)
+
+    def _folders(self) -> list[Path]:
+        roots = [self.cache_dir] if self.data_dir is None else [self.data_dir, self.cache_dir]
+        return [folder for root in roots for folder in (root, root / "mnist")]
+
+    def _download(self, name: str) -> Path:
+        target = self.cache_dir / "mnist" / f"{name}.gz"
+
+        def check(content: bytes, url: str) -> None:
+            self._check_md5(name, unpack(content, url), url)
+
+        try:
+            download([f"{base}/{name}.gz" for base in self.archive.mirrors], target, check)
+        except DataNotFoundError as error:
+            raise DataNotFoundError(self._three_ways(name, error.message)) from error
+        return target
+
+    def _check_md5(self, name: str, content: bytes, origin: object) -> None:
+        # A checksum against damage, not against an attacker: md5 is what MNIST is known by.
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        expected = self.archive.md5[name]
+        if found != expected:
+            raise DataError(
+                f"{origin}: not MNIST's {name}: its md5 unpacked is {found}, "
+                f"it should be {expected}; put the right file there"
+            )
+
+    def _three_ways(self, name: str, problem: str) -> str:
+        given = "not given" if self.data_dir is None else f"{self.data_dir}: not there"
+        return (
+            f"mnist: the file {name} (or {name}.gz) was not found. Three ways to provide it:\n"
+            f"  1. --data-dir DIR with the four IDX files in DIR or DIR/mnist ({given})\n"
+            f"  2. the same folder in KFAC_DIST_DATA, or the files in the cache "
+            f"{self.cache_dir / 'mnist'}\n"
+            f"  3. a download, which failed: {problem}\n"
+            "The data set mnist-5k needs no files."
+        )
