@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kfac_dist.core.optimizer import KFAC, StepResult
+    from kfac_dist.optimizer import KFAC, StepResult
     from workers.api import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "KFAC": "kfac_dist.core.optimizer",
-    "StepResult": "kfac_dist.core.optimizer",
+    "KFAC": "kfac_dist.optimizer",
+    "StepResult": "kfac_dist.optimizer",
     "train": "workers.api",
 }
 

@@ -1,1 +1,7 @@
-"""The mathematics of K-FAC: torch only; no Ray, gRPC, threads, clock or environment."""
+"""The mathematics of K-FAC: torch only; no Ray, gRPC, threads, clock or environment.
+
+Read in this order: `layers` (what has a block), `compute` (sums over cases: loss, gradient,
+statistics, Fisher products), `factors` (running averages), `inverse` (damped inverses),
+`precondition` (directions), `step_rule` and `update` (step, momentum, damping, gamma). The README
+beside this file has the notation.
+"""

@@ -1,0 +1,49 @@
+"""Iterate averaging of the parameters (algorithm.md section 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class ParameterAverage:
+    """Polyak average of the parameter vector from step `start` on.
+
+    `average <- xi_j average + (1 - xi_j) theta`, `xi_j = min(1 - 1/j, decay)`, j counting the
+    averaged iterates from 1.
+    """
+
+    def __init__(self, decay: float, start: int) -> None:
+        self.decay = decay
+        self.start = start
+        self.num_averaged = 0
+        self._average: Tensor | None = None
+
+    def update(self, step: int, parameters: Tensor) -> None:
+        """Take in the parameter vector [P] after `step`; it is not kept."""
+        if step < self.start:
+            return
+        self.num_averaged += 1
+        if self._average is None:
+            self._average = torch.zeros_like(parameters)
+        keep = min(1 - 1 / self.num_averaged, self.decay)
+        self._average.mul_(keep).add_(parameters, alpha=1 - keep)
+
+    @property
+    def value(self) -> Tensor | None:
+        """The averaged vector [P], or None before the first averaged step."""
+        return self._average
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the state, by flat names."""
+        state = {"num_averaged": torch.tensor(self.num_averaged)}
+        if self._average is not None:
+            state["average"] = self._average.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state."""
+        self.num_averaged = int(state["num_averaged"])
+        self._average = state["average"].clone() if "average" in state else None

@@ -1,0 +1,131 @@
+"""Damped inverses of Kronecker factors (algorithm.md sections 4 and 7).
+
+Factored Tikhonov damping replaces `A (x) G + gamma^2 I` by
+`(A + pi gamma I) (x) (G + (gamma / pi) I)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kfac_dist.core.factors import KroneckerPair
+
+PiNorm = Literal["trace", "frobenius"]
+
+# A factor of nothing but zeros says nothing about the split, and a nearly empty one would put all
+# the damping on one side: pi stays within these bounds, far outside of what real layers show.
+_PI_BOUNDS = (1e-6, 1e6)
+_RAISES = 6
+_RAISE_BY = 10.0
+
+
+class InversionFailedError(ArithmeticError):
+    """No rung of the ladder gave a finite inverse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertedPair:
+    """The inverses of one layer's damped factors.
+
+    `inverse.A` is `(A + pi gamma I)^-1` and `inverse.G` is `(G + gamma / pi I)^-1`. `rungs` names
+    the steps of the ladder of numeric trouble that were needed, in order; empty as a rule.
+    """
+
+    inverse: KroneckerPair
+    pi: float
+    gamma: float
+    rungs: tuple[str, ...]
+
+
+def damping_split(pair: KroneckerPair, norm: PiNorm) -> float:
+    """Return pi, which splits the damping between A and G by their mean size.
+
+    `trace`: pi^2 = (tr A / dim_A) / (tr G / dim_G); `frobenius`: the same with
+    `||.||_F / sqrt(dim)`. It is 1 when a factor is zero, and bounded to [1e-6, 1e6].
+    """
+    size_A, size_G = (_mean_size(factor, norm) for factor in (pair.A, pair.G))
+    if not (size_A > 0 and size_G > 0):
+        return 1.0
+    low, high = _PI_BOUNDS
+    return min(max(math.sqrt(size_A / size_G), low), high)
+
+
+def _mean_size(factor: Tensor, norm: PiNorm) -> float:
+    if norm == "trace":
+        return float(factor.diagonal().mean())
+    return float(torch.linalg.matrix_norm(factor)) / math.sqrt(factor.shape[0])
+
+
+def invert_pair(pair: KroneckerPair, gamma: float, pi_norm: PiNorm = "trace") -> InvertedPair:
+    """Invert a layer's factors under the factored damping of strength `gamma`.
+
+    Raises:
+        InversionFailedError: a factor is not finite, or no amount of damping helped.
+    """
+    pi = damping_split(pair, pi_norm)
+    inverse_A, rungs_A = _invert_factor(pair.A, pi * gamma)
+    inverse_G, rungs_G = _invert_factor(pair.G, gamma / pi)
+    return InvertedPair(
+        inverse=KroneckerPair(A=inverse_A, G=inverse_G),
+        pi=pi,
+        gamma=gamma,
+        rungs=rungs_A + rungs_G,
+    )
+
+
+def _invert_factor(factor: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+    """Climb the ladder: as it is, in float64, then with more and more damping."""
+    if not torch.isfinite(factor).all():
+        raise InversionFailedError("the factor has elements that are not finite")
+    inverse = _cholesky_inverse(factor, damping)
+    if inverse is not None:
+        return inverse, ()
+    rungs = ["float64"]
+    wide = factor.double()
+    for _ in range(_RAISES + 1):
+        inverse = _cholesky_inverse(wide, damping)
+        if inverse is not None and torch.isfinite(inverse.to(factor.dtype)).all():
+            return inverse.to(factor.dtype), tuple(rungs)
+        damping = max(damping * _RAISE_BY, torch.finfo(factor.dtype).tiny)
+        rungs.append("raised_damping")
+    raise InversionFailedError(
+        f"a factor of order {factor.shape[0]} has no Cholesky factor up to a damping of {damping:g}"
+    )
+
+
+def _cholesky_inverse(factor: Tensor, damping: float) -> Tensor | None:
+    damped = factor.clone()
+    damped.diagonal().add_(damping)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(root)
+    inverse = (inverse + inverse.T) / 2
+    return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def redamp(inverted: InvertedPair, gamma: float) -> InvertedPair:
+    """Return the inverses at a larger `gamma`, from the inverses alone.
+
+    With P = (M + a I)^-1, `(M + b I)^-1 = (I + (b - a) P)^-1 P`; pi stays.
+    """
+    extra = gamma - inverted.gamma
+    if extra < 0:
+        raise ValueError(f"gamma can only be raised from {inverted.gamma:g}; got {gamma:g}")
+    inverse = KroneckerPair(
+        A=_shift_inverse(inverted.inverse.A, inverted.pi * extra),
+        G=_shift_inverse(inverted.inverse.G, extra / inverted.pi),
+    )
+    return InvertedPair(inverse=inverse, pi=inverted.pi, gamma=gamma, rungs=inverted.rungs)
+
+
+def _shift_inverse(inverse: Tensor, shift: float) -> Tensor:
+    system = shift * inverse
+    system.diagonal().add_(1.0)
+    shifted = torch.linalg.solve(system, inverse)
+    return (shifted + shifted.T) / 2

@@ -1,0 +1,69 @@
+"""Random numbers that depend on what they are for, not on who draws them.
+
+Every draw is keyed by (seed, purpose, step or epoch, row), so any split of a batch over workers
+sees the same shuffled order and the same sampled targets.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Rows of noise are drawn in blocks under one key: a generator a row would cost more than the draw.
+_ROWS_PER_KEY = 64
+_MASK = (1 << 64) - 1
+
+_SHUFFLE = 1
+_NOISE = 2
+
+
+def _mix(*words: int) -> int:
+    """Fold integers into one well-mixed 64-bit key (splitmix64 steps)."""
+    state = 0x9E3779B97F4A7C15
+    for word in words:
+        state = (state + word * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def permutation(seed: int, epoch: int, num_cases: int) -> Tensor:
+    """Return the order [num_cases], int64 on the CPU, in which an epoch visits the cases."""
+    generator = torch.Generator().manual_seed(_mix(seed, _SHUFFLE, epoch))
+    return torch.randperm(num_cases, generator=generator)
+
+
+def keyed_noise(
+    kind: Literal["uniform", "normal"],
+    *,
+    seed: int,
+    step: int,
+    rows: range,
+    shape: tuple[int, ...],
+    like: Tensor,
+) -> Tensor:
+    """Return standard noise [len(rows), *shape] with the dtype and device of `like`.
+
+    The noise of a row depends on (seed, step, row) alone. `rows` are contiguous.
+    """
+    if len(rows) == 0:
+        return like.new_empty((0, *shape))
+    draw = torch.rand if kind == "uniform" else torch.randn
+    first = rows.start // _ROWS_PER_KEY
+    blocks = []
+    for block in range(first, (rows.stop - 1) // _ROWS_PER_KEY + 1):
+        generator = torch.Generator(device=like.device)
+        generator.manual_seed(_mix(seed, _NOISE, step, block))
+        blocks.append(
+            draw(
+                (_ROWS_PER_KEY, *shape),
+                generator=generator,
+                dtype=like.dtype,
+                device=like.device,
+            )
+        )
+    offset = rows.start - first * _ROWS_PER_KEY
+    return torch.cat(blocks)[offset : offset + len(rows)]

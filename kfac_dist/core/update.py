@@ -1,0 +1,246 @@
+"""The parameter server's part of the algorithm: direction, step, damping, gamma.
+
+The serial optimizer and the parameter server both hold one `KFACUpdate`; it owns damping, gamma
+and the previous update, and knows nothing of who computed the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.layers import LayerBlock
+from kfac_dist.core.precondition import direction
+from kfac_dist.core.step_rule import PlaneModel, adaptive_coefficients, constrained_step
+
+_OMEGA = 19 / 20  # the paper's decay a step, of damping (section 6.5) and gamma (section 6.6)
+_RATIO_GOOD, _RATIO_BAD = 3 / 4, 1 / 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a step does: `update = mu previous_update - alpha directions[candidate]`.
+
+    `predicted_change` is M(delta) - M(0) on the batch, None when the Fisher products were not
+    computed; `prediction_for_ratio` is the part of it that the reduction ratio compares with.
+    `applied` is False when a number was not finite: nothing may be applied.
+    """
+
+    candidate: int
+    gamma: float
+    alpha: float
+    mu: float
+    update_norm: float
+    predicted_change: float | None
+    prediction_for_ratio: float | None
+    applied: bool = True
+
+
+def combine(direction: Tensor, previous_update: Tensor, alpha: float, mu: float) -> Tensor:
+    """Return the update [P]; every holder of the parameters does this same arithmetic."""
+    return (previous_update * mu).add_(direction, alpha=-alpha)
+
+
+class KFACUpdate:
+    """Damping, gamma, previous update, and the rules by which they move.
+
+    `gamma` is the strength of the factored damping; it starts at sqrt(damping + l2) unless given,
+    is searched for under the adaptive rule, and follows damping where it is not searched for.
+    """
+
+    def __init__(
+        self, settings: KFACSpec, blocks: Sequence[LayerBlock], previous_update: Tensor
+    ) -> None:
+        self.settings = settings
+        self.damping = settings.damping.initial
+        self.gamma = settings.gamma.initial or self._natural_gamma()
+        self.previous_update = previous_update
+        self._blocks = blocks
+
+    @property
+    def searches_gamma(self) -> bool:
+        """Tell whether gamma is searched for (section 10) or follows the damping."""
+        return (
+            self.settings.step_rule == "adaptive" and self.settings.gamma.adapt_period is not None
+        )
+
+    def _natural_gamma(self) -> float:
+        return self._bounded_gamma(math.sqrt(self.damping + self.settings.l2))
+
+    def _bounded_gamma(self, gamma: float) -> float:
+        return min(max(gamma, self.settings.gamma.min), self.settings.gamma.max)
+
+    def gammas(self, *, search: bool) -> tuple[float, ...]:
+        """Return the gammas to invert with: the current one, then one below and one above it.
+
+        The other two only when `search` is due (every T2 steps, `w2 = (19/20)^(T2/2)`), and only
+        where the bounds leave them different.
+        """
+        period = self.settings.gamma.adapt_period
+        if not (search and self.searches_gamma and period is not None):
+            return (self.gamma,)
+        factor = _OMEGA ** (period / 2)
+        tried = (self.gamma, factor * self.gamma, self.gamma / factor)
+        return tuple(dict.fromkeys(self._bounded_gamma(gamma) for gamma in tried))
+
+    def directions(
+        self,
+        gradient: Tensor,
+        inverses: Sequence[Mapping[str, KroneckerPair]],
+        gammas: Sequence[float],
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Return one direction for each set of inverses, [C, P].
+
+        Also the layers that fell back to the gradient in any of them.
+        """
+        pairs = [
+            direction(gradient, self._blocks, by_layer, gamma)
+            for by_layer, gamma in zip(inverses, gammas, strict=True)
+        ]
+        fallen = dict.fromkeys(name for _, names in pairs for name in names)
+        return torch.stack([vector for vector, _ in pairs]), tuple(fallen)
+
+    def needs_gram(self, *, measure: bool) -> bool:
+        """Tell whether a step needs the exact Fisher products."""
+        return self.settings.step_rule == "adaptive" or measure
+
+    def choose(
+        self,
+        gradient: Tensor,
+        directions: Tensor,
+        gammas: Sequence[float],
+        gram: Tensor | None,
+    ) -> Choice:
+        """Choose the candidate with the lowest model value, its alpha and its mu.
+
+        `gram` [C + 1, C + 1] holds the Fisher products, means over cases, of the directions and,
+        last, the previous update; None where `needs_gram` said so. Moves gamma to the candidate's.
+        """
+        models = self._plane_models(gradient, directions, gram)
+        if not all(model.is_finite() for model in models):
+            self._raise_damping()
+            return Choice(
+                candidate=0,
+                gamma=self.gamma,
+                alpha=0.0,
+                mu=0.0,
+                update_norm=0.0,
+                predicted_change=None,
+                prediction_for_ratio=None,
+                applied=False,
+            )
+        tried = [
+            self._choice(number, gamma, model, gram is not None)
+            for number, (gamma, model) in enumerate(zip(gammas, models, strict=True))
+        ]
+        best = min(tried, key=lambda choice: choice.predicted_change or 0.0)
+        if self.searches_gamma:
+            self.gamma = best.gamma
+        return best
+
+    def _plane_models(
+        self, gradient: Tensor, directions: Tensor, gram: Tensor | None
+    ) -> list[PlaneModel]:
+        previous = self.previous_update
+        slope_previous = torch.dot(gradient, previous)
+        square_previous = torch.dot(previous, previous)
+        rows = [
+            torch.stack(
+                (
+                    -torch.dot(gradient, vector),
+                    slope_previous,
+                    torch.dot(vector, vector),
+                    -torch.dot(vector, previous),
+                    square_previous,
+                )
+            )
+            for vector in directions
+        ]
+        numbers = torch.stack(rows).double().tolist()
+        products = [[0.0] * (len(rows) + 1)] * (len(rows) + 1) if gram is None else gram.tolist()
+        return [
+            PlaneModel(
+                slopes=(row[0], row[1]),
+                squares=(row[2], row[3], row[4]),
+                fisher=(products[c][c], -products[c][-1], products[-1][-1]),
+            )
+            for c, row in enumerate(numbers)
+        ]
+
+    def _choice(self, number: int, gamma: float, model: PlaneModel, has_fisher: bool) -> Choice:
+        settings = self.settings
+        ridge = self.damping + settings.l2
+        if settings.step_rule == "adaptive":
+            alpha, mu = adaptive_coefficients(model, ridge)
+        else:
+            slope = -model.slopes[0]
+            alpha = constrained_step(settings.lr, settings.norm_constraint, slope)
+            mu = settings.momentum
+        included = ridge if settings.damping.rho_includes_damping else settings.l2
+        return Choice(
+            candidate=number,
+            gamma=gamma,
+            alpha=alpha,
+            mu=mu,
+            update_norm=math.sqrt(model.square_norm(alpha, mu)),
+            predicted_change=model.change(alpha, mu, ridge) if has_fisher else None,
+            prediction_for_ratio=model.change(alpha, mu, included) if has_fisher else None,
+        )
+
+    def advance(self, choice: Choice, directions: Tensor) -> Tensor:
+        """Return the update [P] of a choice and remember it as the previous update."""
+        self.previous_update = combine(
+            directions[choice.candidate], self.previous_update, choice.alpha, choice.mu
+        )
+        return self.previous_update
+
+    def adapt_damping(self, choice: Choice, actual_change: float) -> float | None:
+        """Move the damping by the reduction ratio (section 9) and return the ratio.
+
+        `actual_change` is h(theta + delta) - h(theta), l2 term included, on the batch of the step.
+        A change that is not finite, or an objective that rose, counts as a ratio below 1/4; the
+        ratio is None when it cannot be formed.
+        """
+        predicted = choice.prediction_for_ratio
+        ratio: float | None = None
+        if predicted is not None and predicted < 0 and math.isfinite(actual_change):
+            ratio = actual_change / predicted
+        period = self.settings.damping.adapt_period
+        if period is None:
+            return ratio
+        if ratio is None or ratio < _RATIO_BAD:
+            self._raise_damping()
+        elif ratio > _RATIO_GOOD:
+            self._set_damping(self.damping * _OMEGA**period)
+        return ratio
+
+    def _raise_damping(self) -> None:
+        period = self.settings.damping.adapt_period
+        if period is not None:
+            self._set_damping(self.damping / _OMEGA**period)
+
+    def _set_damping(self, damping: float) -> None:
+        bounds = self.settings.damping
+        self.damping = min(max(damping, bounds.min), bounds.max)
+        if not self.searches_gamma:
+            self.gamma = self.settings.gamma.initial or self._natural_gamma()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the state, by flat names."""
+        return {
+            "damping": torch.tensor(self.damping, dtype=torch.float64),
+            "gamma": torch.tensor(self.gamma, dtype=torch.float64),
+            "previous_update": self.previous_update.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state."""
+        self.damping = float(state["damping"])
+        self.gamma = float(state["gamma"])
+        self.previous_update = state["previous_update"].clone()

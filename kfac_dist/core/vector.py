@@ -1,0 +1,43 @@
+"""Parameter-shaped quantities as one flat vector.
+
+A vector of length P runs over the trainable parameters in the order of
+`model.named_parameters()`, each flattened by rows. Gradients, directions and updates have this
+form everywhere: it is what crosses the process group, and dot products over it are single calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name, each once, in the order of the vector."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate `tensors` into a new vector [P]."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of `vector` [P] with the shapes of `like`, in order; no copy is made."""
+    pieces = vector.split([tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+def add_to_parameters(parameters: Sequence[Tensor], update: Tensor) -> None:
+    """Add the vector `update` [P] to the parameters in place."""
+    with torch.no_grad():
+        for parameter, piece in zip(parameters, unflatten(update, parameters), strict=True):
+            parameter.add_(piece)
+
+
+def assign_parameters(parameters: Sequence[Tensor], values: Tensor) -> None:
+    """Overwrite the parameters in place with the vector `values` [P]."""
+    with torch.no_grad():
+        for parameter, piece in zip(parameters, unflatten(values, parameters), strict=True):
+            parameter.copy_(piece)

@@ -1,0 +1,299 @@
+"""The serial K-FAC optimizer: the reader's guide to the algorithm, and its distributed oracle.
+
+`KFAC.step` reads like the paper. The distributed run does the same work with the same functions:
+`BatchComputer` in the gradient workers, `FactorAverages` and `invert_pair` in the inverse workers,
+`KFACUpdate` in the parameter server.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config import KFACSpec, kfac_settings
+from kfac_dist.coordination.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.core.averaging import ParameterAverage
+from kfac_dist.core.compute import BatchComputer
+from kfac_dist.core.distributions import DistributionName, get_distribution
+from kfac_dist.core.factors import FactorAverages, KroneckerPair
+from kfac_dist.core.inverse import InversionFailedError, InvertedPair, invert_pair
+from kfac_dist.core.layers import ReportRow, register
+from kfac_dist.core.precondition import precondition
+from kfac_dist.core.update import Choice, KFACUpdate
+from kfac_dist.core.vector import add_to_parameters, flatten
+from kfac_dist.errors import InvalidSpecError
+
+InvertedLayers = dict[str, InvertedPair]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step did.
+
+    `loss` is the mean of -log r(y|z) over the batch before the update, in nats a case, `objective`
+    adds the l2 term. `predicted_change` is M(delta) - M(0); `reduction_ratio` (rho) is there every
+    `damping.adapt_period` steps. `damping` and `gamma` are the values after the step. `applied` is
+    False when a number was not finite and the parameters were left alone.
+    """
+
+    step: int
+    loss: float
+    objective: float
+    alpha: float
+    mu: float
+    damping: float
+    gamma: float
+    update_norm: float
+    predicted_change: float | None
+    reduction_ratio: float | None
+    applied: bool
+
+
+class KFAC(torch.optim.Optimizer):
+    """K-FAC for models of linear layers, on one process.
+
+    `distribution` is the predictive distribution of the outputs: `"bernoulli"` (logits),
+    `"categorical"` (logits) or `"gaussian"`. The remaining options are the fields of the job
+    specification's `optimizer` section, by the same names and with the same defaults; `damping`
+    and `gamma` may be given as a number, their initial value.
+
+    Raises:
+        InvalidSpecError: an option is unknown or out of range, or a parameter has no block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        distribution: DistributionName,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.settings: KFACSpec = kfac_settings(options)
+        self._registration = register(model)
+        self._computer = BatchComputer(
+            model,
+            distribution=get_distribution(distribution),
+            seed=seed,
+            registration=self._registration,
+            fisher_type=self.settings.fisher_type,
+        )
+        self._parameters = self._computer.parameters
+        super().__init__(self._parameters, {})
+        self._schedule = StepSchedule(
+            factor_update_period=self.settings.factor_update_period,
+            inverse_update_period=self.settings.inverse_update_period,
+            gamma_adapt_period=self.settings.gamma.adapt_period,
+            damping_adapt_period=self.settings.damping.adapt_period,
+        )
+        self._averages = FactorAverages(self._registration.names, self.settings.factor_decay)
+        self._update = KFACUpdate(
+            self.settings, self._registration.blocks, torch.zeros_like(flatten(self._parameters))
+        )
+        averaging = self.settings.averaging
+        self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
+        self._inverses: InvertedLayers = {}
+        self.step_count = 0
+        self.numeric_events: Counter[str] = Counter()
+
+    def step(self, inputs: Tensor, targets: Tensor) -> StepResult:  # type: ignore[override]
+        """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them."""
+        plan = self._schedule.plan(self.step_count + 1)
+        self.step_count = plan.step
+        loss, gradient = self._compute(inputs, targets)
+        objective = loss + self._l2_term()
+        if not self._is_finite(loss, gradient):
+            return self._skipped(loss, objective)
+        self._update_factors(plan, inputs, targets)
+        candidates = self._invert(plan)
+        directions = self._precondition(gradient, candidates)
+        gram = self._fisher_products(plan, inputs, directions)
+        choice = self._update.choose(gradient, directions, list(candidates), gram)
+        if not choice.applied:
+            self.numeric_events["skipped_step"] += 1
+            return self._skipped(loss, objective)
+        self._inverses = list(candidates.values())[choice.candidate]
+        self._apply(plan, choice, directions)
+        ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
+        return StepResult(
+            step=plan.step,
+            loss=loss,
+            objective=objective,
+            alpha=choice.alpha,
+            mu=choice.mu,
+            damping=self._update.damping,
+            gamma=self._update.gamma,
+            update_norm=choice.update_norm,
+            predicted_change=choice.predicted_change,
+            reduction_ratio=ratio,
+            applied=True,
+        )
+
+    def _compute(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+        """Return the mean loss and the gradient [P] of the objective."""
+        sums = self._computer.gradient(inputs, targets)
+        gradient = sums.gradient.div_(len(inputs))
+        gradient.add_(flatten(self._parameters), alpha=self.settings.l2)
+        return float(sums.loss) / len(inputs), gradient
+
+    def _l2_term(self) -> float:
+        theta = flatten(self._parameters)
+        return 0.5 * self.settings.l2 * float(torch.dot(theta, theta))
+
+    @staticmethod
+    def _is_finite(loss: float, gradient: Tensor) -> bool:
+        return math.isfinite(loss) and bool(torch.isfinite(gradient).all())
+
+    def _skipped(self, loss: float, objective: float) -> StepResult:
+        self.numeric_events["bad_step"] += 1
+        return StepResult(
+            step=self.step_count,
+            loss=loss,
+            objective=objective,
+            alpha=0.0,
+            mu=0.0,
+            damping=self._update.damping,
+            gamma=self._update.gamma,
+            update_norm=0.0,
+            predicted_change=None,
+            reduction_ratio=None,
+            applied=False,
+        )
+
+    def _update_factors(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> None:
+        if not plan.update_factors:
+            return
+        rows = subset_positions(len(inputs), self.settings.statistics_fraction)
+        sums = self._computer.statistics(_take(inputs, rows), _take(targets, rows), step=plan.step)
+        if not all(pair.is_finite() for pair in sums.values()):
+            self.numeric_events["refused_statistics"] += 1
+            return
+        self._averages.update(plan.step, sums, len(rows))
+
+    def _invert(self, plan: StepPlan) -> dict[float, InvertedLayers]:
+        """Return the inverses of all layers by gamma: the current ones, or refreshed candidates."""
+        if not plan.refresh_inverses or self._averages.num_updates == 0:
+            return {self._update.gamma: self._inverses}
+        candidates: dict[float, InvertedLayers] = {}
+        for gamma in self._update.gammas(search=plan.search_gamma):
+            candidates[gamma] = dict(self._inverses)
+        for name in self._registration.names:
+            pair = self._averages.pair(name)
+            for gamma, inverted in candidates.items():
+                self._invert_layer(name, pair, gamma, inverted)
+        return candidates
+
+    def _invert_layer(
+        self, name: str, pair: KroneckerPair, gamma: float, inverted: InvertedLayers
+    ) -> None:
+        try:
+            inverted[name] = invert_pair(pair, gamma, self.settings.pi_norm)
+            self.numeric_events.update(inverted[name].rungs)
+        except InversionFailedError:
+            self.numeric_events["kept_inverse" if name in inverted else "no_inverse"] += 1
+
+    def _precondition(self, gradient: Tensor, candidates: dict[float, InvertedLayers]) -> Tensor:
+        inverses = [
+            {name: inverted.inverse for name, inverted in by_layer.items()}
+            for by_layer in candidates.values()
+        ]
+        directions, fallen = self._update.directions(gradient, inverses, list(candidates))
+        self.numeric_events["gradient_fallback"] += len(fallen)
+        return directions
+
+    def _fisher_products(self, plan: StepPlan, inputs: Tensor, directions: Tensor) -> Tensor | None:
+        if not self._update.needs_gram(measure=plan.measure):
+            return None
+        rows = subset_positions(len(inputs), self.settings.fisher_fraction)
+        vectors = torch.cat([directions, self._update.previous_update.unsqueeze(0)])
+        return self._computer.fisher_gram(_take(inputs, rows), vectors) / len(rows)
+
+    def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
+        add_to_parameters(self._parameters, self._update.advance(choice, directions))
+        if self._average is not None:
+            self._average.update(plan.step, flatten(self._parameters))
+
+    def _adapt_damping(
+        self, plan: StepPlan, choice: Choice, before: float, inputs: Tensor, targets: Tensor
+    ) -> float | None:
+        if not plan.measure:
+            return None
+        after = float(self._computer.loss(inputs, targets)) / len(inputs) + self._l2_term()
+        return self._update.adapt_damping(choice, after - before)
+
+    @property
+    def factors(self) -> dict[str, KroneckerPair]:
+        """The averaged factors A and G of each layer, as new tensors."""
+        return {name: self._averages.pair(name) for name in self._averages.names}
+
+    @property
+    def averaged_parameters(self) -> Tensor | None:
+        """The Polyak average of the parameter vector [P]; None before it starts."""
+        return self._average.value if self._average else None
+
+    def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Map each layer's gradient matrix [dim_G, dim_A] (bias last) to its direction."""
+        return {
+            name: precondition(matrix, self._inverses[name].inverse)
+            for name, matrix in gradients.items()
+        }
+
+    def registration_report(self) -> tuple[ReportRow, ...]:
+        """Return one row for each trainable parameter: its block, factor sizes and cost."""
+        return self._registration.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, apart from the parameters themselves."""
+        state = {
+            "step_count": self.step_count,
+            "update": self._update.state_dict(),
+            "factors": self._averages.state_dict(),
+            "inverses": {name: _inverse_state(i) for name, i in self._inverses.items()},
+        }
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of the same model and options.
+
+        Raises:
+            InvalidSpecError: the state is of a model with other layers or another size.
+        """
+        previous = state_dict["update"]["previous_update"]
+        unknown = set(state_dict["inverses"]) - set(self._registration.names)
+        if previous.numel() != self._registration.num_parameters or unknown:
+            raise InvalidSpecError(
+                f"the state is of another model: {previous.numel()} parameters and layers "
+                f"{', '.join(state_dict['inverses'])}; this one has "
+                f"{self._registration.num_parameters} and {', '.join(self._registration.names)}"
+            )
+        self.step_count = state_dict["step_count"]
+        self._update.load_state_dict(state_dict["update"])
+        self._averages.load_state_dict(state_dict["factors"])
+        self._inverses = {
+            name: _inverse_from_state(state) for name, state in state_dict["inverses"].items()
+        }
+        if self._average is not None and "average" in state_dict:
+            self._average.load_state_dict(state_dict["average"])
+
+
+def _take(values: Tensor, rows: list[int]) -> Tensor:
+    return values if len(rows) == len(values) else values[torch.tensor(rows, device=values.device)]
+
+
+def _inverse_state(inverted: InvertedPair) -> dict[str, Any]:
+    pair = inverted.inverse
+    return {"A": pair.A, "G": pair.G, "pi": inverted.pi, "gamma": inverted.gamma}
+
+
+def _inverse_from_state(state: Mapping[str, Any]) -> InvertedPair:
+    inverse = KroneckerPair(A=state["A"].clone(), G=state["G"].clone())
+    return InvertedPair(inverse=inverse, pi=state["pi"], gamma=state["gamma"], rungs=())
