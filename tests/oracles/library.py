@@ -1,0 +1,33 @@
+"""The library's functions in the form that the oracle tests call them."""
+
+from torch import Tensor, nn
+
+from kfac_dist.core.compute import BatchComputer
+from kfac_dist.core.distributions import get_distribution
+from kfac_dist.core.layers import register
+
+
+def computer_for(distribution: str, model: nn.Module, fisher_type: str = "exact", seed: int = 0):
+    return BatchComputer(
+        model,
+        distribution=get_distribution(distribution),
+        seed=seed,
+        registration=register(model),
+        fisher_type=fisher_type,
+    )
+
+
+def mean_factors(
+    distribution: str,
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    fisher_type: str = "exact",
+    *,
+    seed: int = 0,
+    step: int = 1,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (A, G) of every layer, means over the cases."""
+    computer = computer_for(distribution, model, fisher_type, seed)
+    sums = computer.statistics(inputs, targets, step=step)
+    return {name: (p.A / len(inputs), p.G / len(inputs)) for name, p in sums.items()}
