@@ -1,0 +1,17 @@
+"""Tasks: a model, its data and its predictive distribution, built in or written by the user."""
+
+from kfac_dist.tasks.build import build_model, check_model
+from kfac_dist.tasks.load import BUILT_IN, load_task, torch_dtype
+from kfac_dist.tasks.task import Task
+from kfac_dist.tasks.user import UserTask, user_code
+
+__all__ = [
+    "BUILT_IN",
+    "Task",
+    "UserTask",
+    "build_model",
+    "check_model",
+    "load_task",
+    "torch_dtype",
+    "user_code",
+]

@@ -1,0 +1,69 @@
+"""Check `task_args` before they are used: names against a signature, values of built-in tasks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
+
+from kfac_dist.errors import InvalidSpecError
+
+_BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """A sentence that suggests the nearest of `known`, or nothing; starts with a space."""
+    close = get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def check_arguments(
+    function: Callable[..., object],
+    arguments: Mapping[str, object],
+    owner: str,
+    supplied: Collection[str] = (),
+) -> None:
+    """Raise InvalidSpecError unless `function` can be called with `arguments` as keywords.
+
+    `owner` is the task's name in messages, `supplied` the parameters that do not come from
+    `task_args`. A function whose signature cannot be read is not checked.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return
+    accepted = [p for p in parameters if p.kind in _BY_KEYWORD and p.name not in supplied]
+    names = [p.name for p in accepted]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    for name in arguments:
+        if name not in names and not takes_any:
+            accepts = f"accepts {', '.join(names)}" if names else "accepts no arguments"
+            raise InvalidSpecError(
+                f"task_args.{name}: {owner} has no such argument; it {accepts}."
+                f"{did_you_mean(str(name), names)}"
+            )
+    for parameter in accepted:
+        if parameter.default is inspect.Parameter.empty and parameter.name not in arguments:
+            raise InvalidSpecError(f"task_args.{parameter.name}: {owner} cannot do without it")
+
+
+def one_of(key: str, value: object, choices: Collection[str]) -> str:
+    """`value` when it is one of `choices`; InvalidSpecError otherwise."""
+    if isinstance(value, str) and value in choices:
+        return value
+    hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+    raise InvalidSpecError(f"task_args.{key}: {value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def layer_sizes(key: str, value: object) -> tuple[int, ...]:
+    """`value` as the sizes of one or more layers; InvalidSpecError otherwise."""
+    if not isinstance(value, list | tuple) or not value:
+        raise InvalidSpecError(
+            f"task_args.{key}: {value!r} is not a list of layer sizes such as [250, 30]"
+        )
+    for size in value:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InvalidSpecError(
+                f"task_args.{key}: the layer size {size!r} is not a whole number above 0"
+            )
+    return tuple(value)

@@ -1,0 +1,93 @@
+"""Build a task's model from a seed, and check that model, data and distribution fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.data import MapDataset, fetch
+from kfac_dist.errors import UserTaskError
+from kfac_dist.tasks.task import Task
+from kfac_dist.tasks.user import UserTask
+
+_NUM_PROBE_CASES = 2
+
+
+def build_model(task: Task, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The task's model on the CPU, in `dtype`; the same parameters for the same seed.
+
+    torch's global generator is left as it was. Parameters are drawn in float32 whatever `dtype`
+    is, so that runs of both types start from the same point.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return task.model().to(dtype)
+
+
+def check_model(task: Task, model: nn.Module, dataset: MapDataset) -> None:
+    """Run `model` on the first two cases and compare what comes out with the distribution.
+
+    Outputs and targets must have the same shape, or for `categorical` differ by the last
+    dimension, with integer targets below its size. Raises UserTaskError with what does not fit.
+    The model is run in evaluation mode, and left in the mode it was in.
+    """
+    name = task.files.label if isinstance(task, UserTask) else type(task).__name__
+    indices = torch.arange(min(_NUM_PROBE_CASES, len(dataset)))
+    inputs, targets = fetch(dataset, indices)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(inputs)
+    except Exception as error:
+        place = task.files.location(error) if isinstance(task, UserTask) else None
+        raise UserTaskError(
+            f"task {name}: the model raised {type(error).__name__} on inputs of shape "
+            f"{tuple(inputs.shape)}: {error}" + (f" ({place})" if place else "")
+        ) from error
+    finally:
+        model.train(was_training)
+    problem = _misfit(task.distribution, outputs, targets)
+    if problem is None:
+        problem = _bad_metrics(task.metrics(outputs, targets), len(outputs))
+    if problem is not None:
+        raise UserTaskError(f"task {name}: {problem}")
+
+
+def _misfit(distribution: str, outputs: object, targets: Tensor) -> str | None:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        return f"the model returned {_kind(outputs)}, it must return one tensor of floats"
+    shapes = f"outputs have shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
+    if distribution != "categorical":
+        if outputs.shape != targets.shape:
+            return f"{shapes}: for {distribution} they must be the same"
+        if distribution == "bernoulli" and not ((targets >= 0) & (targets <= 1)).all():
+            return "targets of a bernoulli distribution must lie in [0, 1]"
+        return None
+    if outputs.dim() < 2 or outputs.shape[:-1] != targets.shape:
+        return f"{shapes}: for categorical, outputs have one more dimension, the classes"
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        return f"targets of a categorical distribution must be integers, not {targets.dtype}"
+    num_classes = outputs.shape[-1]
+    if targets.min() < 0 or targets.max() >= num_classes:
+        return f"a target lies outside 0..{num_classes - 1}, the classes of the model's outputs"
+    return None
+
+
+def _bad_metrics(metrics: object, num_cases: int) -> str | None:
+    if not isinstance(metrics, Mapping):
+        return f"metrics() returned {_kind(metrics)}, it must return a dict"
+    for name, values in metrics.items():
+        shape = tuple(values.shape) if isinstance(values, Tensor) else _kind(values)
+        if shape != (num_cases,):
+            return (
+                f"metrics() returned {shape} for {name!r}, it must return one number a case, "
+                f"a tensor of shape ({num_cases},)"
+            )
+    return None
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,166 @@
+"""A task written by the user, wrapped so that the rest of the program sees a `Task`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.data import BatchedDataset, MapDataset, Split, fetch, limit_cases
+from kfac_dist.errors import DataError, InvalidSpecError, UserTaskError
+from kfac_dist.tasks.blame import UserFiles, blame_user
+from kfac_dist.tasks.task import DISTRIBUTIONS, DistributionName, Task
+
+# Arguments each method is called with.
+_METHODS = {"model": (), "train_data": ("data_dir",), "test_data": ("data_dir",)}
+_OPTIONAL_METHODS = {"metrics": ("outputs", "targets")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserTask:
+    """The user's `instance`; what it raises becomes UserTaskError.
+
+    Floating-point values of its data are cast to `dtype`, and `limit` keeps the first cases.
+    """
+
+    files: UserFiles
+    instance: Any
+    limit: int | None
+    dtype: torch.dtype
+
+    @property
+    def distribution(self) -> DistributionName:
+        """What `check_user_task` found to be one of the known distributions."""
+        return cast("DistributionName", self.instance.distribution)
+
+    def model(self) -> nn.Module:
+        """A new model of the user's; UserTaskError when it is not a torch module."""
+        with self._blame("model()"):
+            model = self.instance.model()
+        if not isinstance(model, nn.Module):
+            raise UserTaskError(
+                f"task {self.files.label}: model() returned {type(model).__name__}, "
+                "it must return a torch.nn.Module"
+            )
+        return model
+
+    def train_data(self, data_dir: Path | None) -> MapDataset:
+        """The user's training cases."""
+        with self._blame("train_data()"):
+            dataset = self.instance.train_data(data_dir)
+        return self._wrap(dataset, "train")
+
+    def test_data(self, data_dir: Path | None) -> MapDataset:
+        """The user's test cases."""
+        with self._blame("test_data()"):
+            dataset = self.instance.test_data(data_dir)
+        return self._wrap(dataset, "test")
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        """The user's metrics; none when the class has no such method."""
+        if not hasattr(self.instance, "metrics"):
+            return {}
+        with self._blame("metrics()"):
+            values: Mapping[str, Tensor] = self.instance.metrics(outputs, targets)
+        return values
+
+    def _wrap(self, dataset: MapDataset, split: Split) -> UserDataset:
+        name = f"{self.files.label}, {split}_data()"
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise UserTaskError(
+                f"task {name}: returned {type(dataset).__name__}, it must return a map-style "
+                "data set with __len__ and __getitem__"
+            )
+        with self._blame(f"len of {split}_data()"):
+            num_cases = len(dataset)
+        if num_cases == 0:
+            raise DataError(f"task {name}: returned a data set without cases")
+        limited = limit_cases(dataset, split, self.limit, f"task {self.files.label}")
+        return UserDataset(limited, split, self)
+
+    def _blame(self, doing: str) -> AbstractContextManager[None]:
+        return blame_user(self.files, doing, always=True)
+
+
+class UserDataset(BatchedDataset):
+    """The user's data set; what it raises becomes UserTaskError, floats are cast."""
+
+    def __init__(self, dataset: MapDataset, split: Split, task: UserTask) -> None:
+        self._dataset = dataset
+        self._split = split
+        self._task = task
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.take(torch.tensor([index]))
+        return inputs[0], targets[0]
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Stacked cases with floating-point values in the job's dtype."""
+        files = self._task.files
+        doing = f"reading the {self._split} data"
+        try:
+            with blame_user(files, doing, always=True):
+                inputs, targets = fetch(self._dataset, indices)
+        except DataError as error:
+            raise DataError(f"task {files.label}: {doing}: {error.message}") from error
+        return self._cast(inputs), self._cast(targets)
+
+    def _cast(self, values: Tensor) -> Tensor:
+        return values.to(self._task.dtype) if values.is_floating_point() else values
+
+
+@contextmanager
+def user_code(task: Task, doing: str) -> Iterator[None]:
+    """Run the forward or backward pass of `task`'s model, or its metrics, inside.
+
+    Raises UserTaskError for an exception that came through the user's files; everything else
+    passes unchanged, as it does for a built-in task.
+    """
+    if isinstance(task, UserTask):
+        with blame_user(task.files, doing, always=False):
+            yield
+    else:
+        yield
+
+
+def check_user_task(instance: object, files: UserFiles) -> None:
+    """Raise InvalidSpecError unless `instance` has what a task needs."""
+    owner = type(instance).__name__
+    for name, arguments in (_METHODS | _OPTIONAL_METHODS).items():
+        if hasattr(instance, name):
+            _check_method(getattr(instance, name), f"{owner}.{name}", arguments, files)
+        elif name in _METHODS:
+            raise InvalidSpecError(
+                f"task {files.label}: {owner} has no method {name}({', '.join(arguments)})"
+            )
+    with blame_user(files, "distribution", always=True):
+        distribution = getattr(instance, "distribution", None)
+    if distribution not in DISTRIBUTIONS:
+        found = "is missing" if distribution is None else f"is {distribution!r}"
+        raise InvalidSpecError(
+            f"task {files.label}: {owner}.distribution {found}, "
+            f"it must be one of {', '.join(DISTRIBUTIONS)}"
+        )
+
+
+def _check_method(method: Any, shown: str, arguments: tuple[str, ...], files: UserFiles) -> None:
+    if not callable(method):
+        raise InvalidSpecError(f"task {files.label}: {shown} is not a method")
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError as error:
+        raise InvalidSpecError(
+            f"task {files.label}: {shown} must be callable as "
+            f"{shown.rpartition('.')[2]}({', '.join(arguments)}): {error}"
+        ) from error
+    except ValueError:  # a method of a compiled class has no signature to check
+        return
