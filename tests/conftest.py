@@ -1,0 +1,24 @@
+"""Fixtures of all tests: where the real data is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """A folder that holds the real MNIST, as one passes it to --data-dir; skips without one."""
+    given = os.environ.get("KFAC_DIST_DATA")
+    places = [Path(given)] if given else []
+    places.append(ROOT.parent / "shared" / "data")
+    name = "train-images-idx3-ubyte"
+    for place in places:
+        for folder in (place, place / "mnist"):
+            if (folder / name).is_file() or (folder / f"{name}.gz").is_file():
+                return place
+    pytest.skip(f"needs real MNIST in KFAC_DIST_DATA or {places[-1]}")
