@@ -1,0 +1,155 @@
+"""Which inverse worker owns which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from kfac_dist.coordination.checks import check_interval
+from kfac_dist.errors import InvalidSpecError
+
+Assignment = dict[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """A layer and the orders of its two factors."""
+
+    name: str
+    dim_A: int
+    dim_G: int
+
+    def __post_init__(self) -> None:
+        check_interval(f"dim_A of {self.name}", self.dim_A, 1)
+        check_interval(f"dim_G of {self.name}", self.dim_G, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """The time to invert a factor of order d, `cubic d^3 + quadratic d^2`, in seconds."""
+
+    cubic: float
+    quadratic: float
+
+    def __post_init__(self) -> None:
+        check_interval("cubic", self.cubic, 0)
+        check_interval("quadratic", self.quadratic, 0)
+
+    def factor_seconds(self, dim: int) -> float:
+        """The time to invert one factor of order `dim`."""
+        return self.cubic * dim**3 + self.quadratic * dim**2
+
+    def layer_seconds(self, layer: LayerCost) -> float:
+        """The time to invert both factors of a layer."""
+        return self.factor_seconds(layer.dim_A) + self.factor_seconds(layer.dim_G)
+
+
+# Fitted to float32 factors of order 256 to 2048 on one thread; good for a start, since only the
+# ratios of costs matter.
+DEFAULT_COST_MODEL = CostModel(cubic=1.2e-11, quadratic=2.4e-8)
+
+
+def fit_cost_model(samples: Collection[tuple[int, float]]) -> CostModel:
+    """Fit the model to measured `(order, seconds)` by least squares, no coefficient negative.
+
+    Samples of a single order cannot tell the two terms apart: the cubic one takes all.
+
+    Raises:
+        InvalidSpecError: there is no sample, or one is not positive.
+    """
+    if not samples:
+        raise InvalidSpecError("a cost model needs at least 1 measured (order, seconds); got 0")
+    for dim, seconds in samples:
+        check_interval("order", dim, 1)
+        if not seconds > 0:
+            raise InvalidSpecError(f"seconds of order {dim} must be above 0; got {seconds}")
+    # Orders in units of the largest keep the sums of sixth powers near 1.
+    unit = max(dim for dim, _ in samples)
+    scaled = [(dim / unit, seconds) for dim, seconds in samples]
+    s6, s5, s4 = (sum(x**power for x, _ in scaled) for power in (6, 5, 4))
+    t3, t2 = (sum(x**power * seconds for x, seconds in scaled) for power in (3, 2))
+    cubic, quadratic = t3 / s6, 0.0
+    if len({dim for dim, _ in samples}) > 1:
+        determinant = s6 * s4 - s5 * s5
+        cubic = (t3 * s4 - t2 * s5) / determinant
+        quadratic = (t2 * s6 - t3 * s5) / determinant
+    if cubic < 0:
+        cubic, quadratic = 0.0, t2 / s4
+    elif quadratic < 0:
+        cubic, quadratic = t3 / s6, 0.0
+    return CostModel(cubic=cubic / unit**3, quadratic=quadratic / unit**2)
+
+
+def assign(
+    layers: Sequence[LayerCost],
+    workers: int | Sequence[int],
+    model: CostModel = DEFAULT_COST_MODEL,
+) -> Assignment:
+    """Give each layer to one worker, longest first, always to the one with the least so far.
+
+    `workers` is their number (ids from 0) or their ids. The most loaded worker has at most 4/3 of
+    what it would have in the best assignment (Graham's bound). Equals are taken in the given order,
+    so that everybody computes the same. A worker's layers are in the order of `layers`; with more
+    workers than layers some have none.
+
+    Raises:
+        InvalidSpecError: there is no worker, or a name or id comes twice.
+    """
+    ids = range(workers) if isinstance(workers, int) else workers
+    return reassign({}, layers, ids, model)
+
+
+def reassign(
+    assignment: Mapping[int, Sequence[str]],
+    layers: Sequence[LayerCost],
+    workers: Sequence[int],
+    model: CostModel = DEFAULT_COST_MODEL,
+) -> Assignment:
+    """Return the assignment to `workers` that moves as little as it can.
+
+    The layers of a worker that left, and layers that had none, are given out as by `assign`. All
+    others stay, except that a worker that joined takes over from the most loaded: the longest layer
+    that leaves it with less than that one had, as long as there is such a layer.
+
+    Raises:
+        InvalidSpecError: there is no worker, or a name or id comes twice.
+    """
+    check_interval("number of inverse workers", len(workers), 1)
+    _check_unique("inverse worker", workers)
+    _check_unique("layer", [layer.name for layer in layers])
+    seconds = {layer.name: model.layer_seconds(layer) for layer in layers}
+    held = {
+        worker: [name for name in assignment.get(worker, ()) if name in seconds]
+        for worker in workers
+    }
+    placed = {name for names in held.values() for name in names}
+    homeless = [name for name in seconds if name not in placed]
+    for name in sorted(homeless, key=seconds.__getitem__, reverse=True):
+        min(held.values(), key=lambda names: _load(names, seconds)).append(name)
+    stayed = [held[worker] for worker in workers if worker in assignment]
+    for worker in workers:
+        if stayed and worker not in assignment:
+            _take_over(held[worker], stayed, seconds)
+    return {worker: tuple(n for n in seconds if n in held[worker]) for worker in workers}
+
+
+def _take_over(joined: list[str], others: list[list[str]], seconds: Mapping[str, float]) -> None:
+    while True:
+        fullest = max(others, key=lambda names: _load(names, seconds))
+        room = _load(fullest, seconds) - _load(joined, seconds)
+        fitting = [name for name in fullest if seconds[name] < room]
+        if not fitting:
+            return
+        moved = max(fitting, key=seconds.__getitem__)
+        fullest.remove(moved)
+        joined.append(moved)
+
+
+def _load(names: Sequence[str], seconds: Mapping[str, float]) -> float:
+    return sum(seconds[name] for name in names)
+
+
+def _check_unique(what: str, values: Sequence[object]) -> None:
+    twice = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    if twice:
+        raise InvalidSpecError(f"{what} {twice[0]} is given more than once")

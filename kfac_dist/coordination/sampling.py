@@ -1,0 +1,99 @@
+"""Which cases make up a batch, and who computes on which of them.
+
+Nothing here depends on the number of workers except `shard`, and shards are contiguous slices of
+the batch: W workers see the same batch as one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kfac_dist.coordination.checks import check_interval
+from kfac_dist.errors import InvalidSpecError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerCursor:
+    """How far the data have been consumed: `offset` cases of the shuffled order of `epoch`.
+
+    Both count from 0. The only state of the sampler; it goes into the checkpoint.
+    """
+
+    epoch: int
+    offset: int
+
+    def __post_init__(self) -> None:
+        check_interval("epoch", self.epoch, 0)
+        check_interval("offset", self.offset, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchWindow:
+    """Positions `start` to `stop` (exclusive) of the shuffled order of `epoch`: one batch."""
+
+    epoch: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        check_interval("epoch", self.epoch, 0)
+        check_interval("start", self.start, 0)
+        check_interval("stop", self.stop, self.start + 1)
+
+    @property
+    def size(self) -> int:
+        """The number of cases in the batch."""
+        return self.stop - self.start
+
+
+def next_window(
+    cursor: SamplerCursor, batch_size: int, num_cases: int
+) -> tuple[BatchWindow, SamplerCursor]:
+    """Return the next batch of exactly `batch_size` cases and the cursor behind it.
+
+    A batch never crosses an epoch, so no case comes twice in it: when too little of the epoch is
+    left, the rest is skipped and the next epoch begins.
+
+    Raises:
+        InvalidSpecError: `batch_size` is not between 1 and `num_cases`.
+    """
+    if not 1 <= batch_size <= num_cases:
+        raise InvalidSpecError(
+            f"batch_size must be between 1 and the number of training cases, {num_cases}; "
+            f"got {batch_size}"
+        )
+    epoch, start = cursor.epoch, cursor.offset
+    if start + batch_size > num_cases:
+        epoch, start = epoch + 1, 0
+    stop = start + batch_size
+    return BatchWindow(epoch=epoch, start=start, stop=stop), SamplerCursor(epoch=epoch, offset=stop)
+
+
+def shard(size: int, num_shards: int, rank: int) -> range:
+    """Return the positions of a batch of `size` cases that belong to `rank`.
+
+    The shards are contiguous, in rank order and cover the batch; their sizes differ by at most 1,
+    earlier ranks have more. With fewer cases than shards the last ones are empty.
+    """
+    check_interval("size", size, 0)
+    check_interval("num_shards", num_shards, 1)
+    check_interval("rank", rank, 0, num_shards - 1)
+    small, num_larger = divmod(size, num_shards)
+    start = rank * small + min(rank, num_larger)
+    return range(start, start + small + (rank < num_larger))
+
+
+def subset_positions(size: int, fraction: float) -> list[int]:
+    """Return `ceil(fraction * size)` positions of a batch, ascending and evenly strided.
+
+    Position j is `floor(j * size / count)`. Even strides, so that every shard of the batch has its
+    part of the work. `fraction` is in (0, 1] and taken as the decimal number it is written as:
+    0.07 of 100 are 7, although the float is a little more than 0.07.
+    """
+    check_interval("size", size, 0)
+    if not 0 < fraction <= 1:
+        raise InvalidSpecError(f"fraction must be above 0 and at most 1; got {fraction}")
+    exact = Fraction(repr(float(fraction)))
+    count = -(-exact.numerator * size // exact.denominator)
+    return [j * size // count for j in range(count)]

@@ -1,0 +1,102 @@
+"""The staleness bound: which inverses may precondition a step (algorithm.md section 13).
+
+This is the one place of the bound. The version of an inverse is the step of the newest statistics
+in it; its `inverse_staleness_steps` in a step is that step minus the version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kfac_dist.coordination.checks import check_interval
+from kfac_dist.coordination.plan import StepSchedule
+
+AtBound = Literal["wait", "damp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StalenessBound:
+    """How old an inverse may be.
+
+    `max_steps`: the largest admissible staleness; 0 makes the run synchronous, as do the first
+    `warmup_steps` steps. A synchronous step uses what `schedule` last refreshed, in that step
+    itself when a refresh is due.
+    """
+
+    max_steps: int
+    warmup_steps: int
+    schedule: StepSchedule
+
+    def __post_init__(self) -> None:
+        check_interval("staleness.max_steps", self.max_steps, 0)
+        check_interval("staleness.warmup_steps", self.warmup_steps, 0)
+
+    def is_synchronous(self, step: int) -> bool:
+        """Tell whether `step` uses exactly the inverses that the schedule refreshed last."""
+        return self.max_steps == 0 or step <= self.warmup_steps
+
+    def oldest_admissible(self, step: int) -> int:
+        """Return the oldest version that may precondition `step`, both counted from 1."""
+        check_interval("step", step, 1)
+        if self.is_synchronous(step):
+            return self.schedule.last_refresh(step)
+        return max(1, step - self.max_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """What the parameter server does with the layers that are not within the bound.
+
+    `wait_for`: the step may not go on before a newer inverse of these has come; decide again then.
+    `damp`: their stale inverse is used with heavier damping. `degraded`: their stale inverse is
+    used as it is, since nobody can refresh it now. `gradient`: they have no inverse and nobody can
+    make one now; their direction is the gradient. The rest uses what it has. The server counts the
+    last three when the step is applied.
+    """
+
+    wait_for: tuple[str, ...] = ()
+    damp: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()
+    gradient: tuple[str, ...] = ()
+
+    @property
+    def stale(self) -> tuple[str, ...]:
+        """The layers whose inverse is beyond the bound and is applied all the same."""
+        return self.damp + self.degraded
+
+
+def admit(
+    step: int,
+    versions: Mapping[str, int | None],
+    bound: StalenessBound,
+    at_bound: AtBound,
+    orphaned: Collection[str] = (),
+    *,
+    newest_statistics: int | None = None,
+) -> Admission:
+    """Decide whether `step` may be preconditioned, layer by layer.
+
+    `versions` has the newest accepted inverse of each layer, None before the first. `orphaned` are
+    the layers that nobody refreshes now: their inverse worker is being replaced, or their
+    inversion failed and the worker says so. They are never waited for. `newest_statistics` is the
+    newest step whose statistics were accepted (0: none so far), where that is known: no inverse
+    can be newer, so one that is as new is not waited for either.
+
+    With `at_bound` "damp" a layer beyond the bound is damped and not waited for, but not in a
+    synchronous step and not before its first inverse.
+    """
+    oldest = bound.oldest_admissible(step)
+    may_damp = at_bound == "damp" and not bound.is_synchronous(step)
+    decided: dict[str, list[str]] = {"wait_for": [], "damp": [], "degraded": [], "gradient": []}
+    for name, version in versions.items():
+        if version is not None and version >= oldest:
+            continue
+        exhausted = newest_statistics is not None and newest_statistics <= (version or 0)
+        if name in orphaned or exhausted:
+            outcome = "gradient" if version is None else "degraded"
+        else:
+            outcome = "damp" if may_damp and version is not None else "wait_for"
+        decided[outcome].append(name)
+    return Admission(**{outcome: tuple(names) for outcome, names in decided.items()})

@@ -1,0 +1,282 @@
+"""Checkpoints on disk: written whole or not at all, verified before they are read.
+
+    checkpoints/step-00000100/
+        <role>.safetensors      the arrays of one role
+        manifest.json           format, step, sha256 and bytes of each file above, state
+        manifest.sha256         the sha256 of manifest.json, as `sha256sum -c` reads it
+
+No pickle is ever read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from kfac_dist.errors import InvalidSpecError, JobFailedError, NotFoundError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+_SEAL = "manifest.sha256"
+_SUFFIX = ".safetensors"
+_TEMPORARY = ".tmp-"
+# A checkpoint that is being replaced by another of the same step keeps its place under this
+# ending until the new one is there, so that no moment has neither.
+_REPLACED = ".replaced"
+_FOLDER_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
+_ROLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint:
+    """A verified checkpoint.
+
+    `roles` maps a role to its arrays by name; they are writable and the caller's own. `state` is
+    what was given to `write_checkpoint`, as JSON brings it back: tuples are lists, keys strings.
+    `refused` has a message for each newer checkpoint that was not whole.
+    """
+
+    step: int
+    roles: dict[str, dict[str, NDArray[Any]]]
+    state: dict[str, Any]
+    path: Path
+    refused: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """A checkpoint folder, not verified."""
+
+    step: int
+    path: Path
+
+
+class _RefusedError(Exception):
+    """A checkpoint is not what was written; the text says what is wrong with it."""
+
+
+def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
+    """Return the checkpoints in `folder`, newest first; none when there is no such folder."""
+    if not folder.is_dir():
+        return ()
+    matches = [(_FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
+    found.sort(reverse=True)
+    return tuple(CheckpointInfo(step=step, path=path) for step, _, path in found)
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    roles: Mapping[str, Arrays],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint of `step` and return its folder; it is on disk when this returns.
+
+    A checkpoint of the same step is replaced. Afterwards the `keep` newest ones stay; later steps
+    than this one are of an attempt that was given up, and go as well. What an earlier crash left
+    half written is removed.
+
+    Raises:
+        InvalidSpecError: step or keep is out of range, or a role's name is not a file name.
+        TypeError, ValueError: the state cannot be written as JSON; NaN and Inf cannot.
+        JobFailedError: the file system refused, such as a full disk; no checkpoint was lost.
+    """
+    _check_arguments(step, roles, keep)
+    files = {f"{role}{_SUFFIX}": _to_bytes(arrays) for role, arrays in roles.items()}
+    files |= _manifest_files(step, files, state)
+    try:
+        return _write_folder(folder, step, files, keep)
+    except OSError as error:
+        raise JobFailedError(
+            f"the checkpoint of step {step} cannot be written to {folder}: {error}",
+            reason="checkpoint_not_written",
+        ) from error
+
+
+def _check_arguments(step: int, roles: Mapping[str, Arrays], keep: int) -> None:
+    if step < 0:
+        raise InvalidSpecError(f"the step of a checkpoint must be at least 0; got {step}")
+    if keep < 1:
+        raise InvalidSpecError(f"checkpoint.keep must be at least 1; got {keep}")
+    for role in roles:
+        if not _ROLE_NAME.fullmatch(role):
+            raise InvalidSpecError(
+                f"the name of a role may have letters, digits, '-' and '_'; got {role!r}"
+            )
+
+
+def _to_bytes(arrays: Arrays) -> bytes:
+    # order="C" and not ascontiguousarray, which makes a vector of a scalar.
+    return save_arrays({name: np.asarray(array, order="C") for name, array in arrays.items()})
+
+
+def _manifest_files(
+    step: int, files: Mapping[str, bytes], state: Mapping[str, Any]
+) -> dict[str, bytes]:
+    manifest = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "files": {
+            name: {"sha256": _sha256(content), "bytes": len(content)}
+            for name, content in files.items()
+        },
+        "state": state,
+    }
+    text = (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()
+    return {_MANIFEST: text, _SEAL: _seal(text)}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _seal(manifest: bytes) -> bytes:
+    return f"{_sha256(manifest)}  {_MANIFEST}\n".encode()
+
+
+def _write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync(folder.parent)
+    _remove_temporary(folder)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    temporary.mkdir()
+    for name, content in files.items():
+        with (temporary / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync(temporary)
+    if final.exists():
+        aside = folder / f"{final.name}{_REPLACED}"
+        _remove(aside)
+        final.rename(aside)
+    temporary.rename(final)
+    _sync(folder)
+    _prune(folder, final, keep)
+    return final
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable, as fsync does for the bytes of a file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_temporary(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, never leaving half of one under its own name."""
+    if path.exists():
+        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    paths = [info.path for info in list_checkpoints(folder)]
+    position = paths.index(newest)
+    kept = [path for path in paths[position:] if not path.name.endswith(_REPLACED)][:keep]
+    for path in paths:
+        if path not in kept:
+            _remove(path)
+
+
+def load_newest(folder: Path) -> LoadedCheckpoint | None:
+    """Return the newest checkpoint in `folder` that is whole; None when there is none at all.
+
+    Every file is read and compared with its size and hash before anything in it is used.
+
+    Raises:
+        NotFoundError: there are checkpoints, but none is whole; the message says why, for each.
+    """
+    refused: list[str] = []
+    for info in list_checkpoints(folder):
+        try:
+            return _load(info, tuple(refused))
+        except (_RefusedError, OSError) as error:
+            refused.append(f"checkpoint {info.path.name} refused: {error}")
+    if refused:
+        raise NotFoundError(f"no whole checkpoint in {folder}: {'; '.join(refused)}")
+    return None
+
+
+def _load(info: CheckpointInfo, refused: tuple[str, ...]) -> LoadedCheckpoint:
+    manifest = _read_manifest(info)
+    try:
+        roles = {_role(n): _read_arrays(info.path / n, e) for n, e in manifest["files"].items()}
+        state = dict(manifest["state"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _RefusedError(f"{_MANIFEST} is not laid out as format {FORMAT_VERSION}") from error
+    return LoadedCheckpoint(
+        step=info.step, roles=roles, state=state, path=info.path, refused=refused
+    )
+
+
+def _read_manifest(info: CheckpointInfo) -> dict[str, Any]:
+    text = _read(info.path / _MANIFEST)
+    if _read(info.path / _SEAL) != _seal(text):
+        raise _RefusedError(f"{_MANIFEST} has another sha256 than {_SEAL} says")
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise _RefusedError(f"{_MANIFEST} is not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise _RefusedError(f"{_MANIFEST} is not a JSON object")
+    version, step = manifest.get("format"), manifest.get("step")
+    if version != FORMAT_VERSION:
+        raise _RefusedError(f"its format is {version!r}; this version reads {FORMAT_VERSION}")
+    if step != info.step:
+        raise _RefusedError(f"{_MANIFEST} says step {step!r}")
+    return manifest
+
+
+def _role(file_name: str) -> str:
+    role = file_name.removesuffix(_SUFFIX)
+    if role == file_name or not _ROLE_NAME.fullmatch(role):
+        raise _RefusedError(f"{_MANIFEST} lists {file_name!r}, which is not the file of a role")
+    return role
+
+
+def _read_arrays(path: Path, entry: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    content = _read(path)
+    if len(content) != entry["bytes"]:
+        raise _RefusedError(f"{path.name} has {len(content)} bytes, not {entry['bytes']}")
+    if _sha256(content) != entry["sha256"]:
+        raise _RefusedError(f"{path.name} has another sha256 than {_MANIFEST} says")
+    try:
+        arrays: dict[str, NDArray[Any]] = load_arrays(content)
+    except SafetensorError as error:
+        raise _RefusedError(f"{path.name} cannot be read: {error}") from error
+    return {name: np.require(array, requirements="W") for name, array in arrays.items()}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise _RefusedError(f"{path.name} is missing") from error
