@@ -1,0 +1,50 @@
+"""The job specification: its sections, how it is read, and what is said when it is wrong.
+
+`load_spec` is the door: a YAML or TOML file and `--set` overrides in, a frozen `JobSpec` out, or
+an InvalidSpecError that lists every problem at once.
+"""
+
+from kfac_dist.config.job import (
+    BatchSchedule,
+    CheckpointSpec,
+    DataSpec,
+    EvaluationSpec,
+    FaultSpec,
+    JobSpec,
+    StalenessSpec,
+    WorkersSpec,
+)
+from kfac_dist.config.load import dump_spec, kfac_settings, load_spec, parse_spec
+from kfac_dist.config.optimizers import (
+    AdamSpec,
+    AveragingSpec,
+    DampingSpec,
+    GammaSpec,
+    KFACSpec,
+    OptimizerSpec,
+    SGDSpec,
+)
+from kfac_dist.config.schema import job_schema
+
+__all__ = [
+    "AdamSpec",
+    "AveragingSpec",
+    "BatchSchedule",
+    "CheckpointSpec",
+    "DampingSpec",
+    "DataSpec",
+    "EvaluationSpec",
+    "FaultSpec",
+    "GammaSpec",
+    "JobSpec",
+    "KFACSpec",
+    "OptimizerSpec",
+    "SGDSpec",
+    "StalenessSpec",
+    "WorkersSpec",
+    "dump_spec",
+    "job_schema",
+    "kfac_settings",
+    "load_spec",
+    "parse_spec",
+]

@@ -1,0 +1,163 @@
+"""The `optimizer` section: K-FAC, and the first-order baselines that run on the same workers.
+
+Equation and section numbers are those of Martens and Grosse, arXiv:1503.05671.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from kfac_dist.config.section import (
+    Count,
+    CountOrZero,
+    Decay,
+    Fraction,
+    NonNegative,
+    Positive,
+    Section,
+    raise_problems,
+)
+
+
+def _outside(name: str, value: float | None, low: float, high: float) -> list[str]:
+    if value is None or low <= value <= high:
+        return []
+    return [f"{name}: {value:g} is not between min {low:g} and max {high:g}"]
+
+
+class DampingSpec(Section):
+    """Levenberg-Marquardt damping, lambda (section 6.5)."""
+
+    initial: Positive = 150.0
+    """lambda before the first step; the paper's value for its autoencoders."""
+    adapt_period: Count | None = 5
+    """Steps from one measurement of the reduction ratio to the next; null keeps lambda fixed."""
+    min: Positive = 1e-8
+    """lambda is never moved below this."""
+    max: Positive = 1e8
+    """lambda is never moved above this."""
+    rho_includes_damping: bool = False
+    """Whether the change that the reduction ratio compares with includes the lambda term."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_problems(_outside("initial", self.initial, self.min, self.max))
+        return self
+
+
+class GammaSpec(Section):
+    """Strength of the factored Tikhonov damping, gamma (section 6.6)."""
+
+    initial: Positive | None = None
+    """gamma before the first step; null is sqrt(lambda + l2)."""
+    adapt_period: Count | None = 20
+    """Steps from one search for gamma to the next; null derives gamma from lambda instead."""
+    min: Positive = 1e-6
+    """gamma is never moved below this."""
+    max: Positive = 1e6
+    """gamma is never moved above this."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_problems(_outside("initial", self.initial, self.min, self.max))
+        return self
+
+
+class AveragingSpec(Section):
+    """Polyak average of the parameters (section 13)."""
+
+    decay: Decay = 0.99
+    """Weight of the old average, at most."""
+    start: CountOrZero = 200
+    """The step after which the average begins."""
+
+
+class KFACSpec(Section):
+    """K-FAC."""
+
+    name: Literal["kfac"] = "kfac"
+    """The optimizer."""
+    step_rule: Literal["adaptive", "norm_constraint"] = "adaptive"
+    """`adaptive`: step and momentum from the exact Fisher; `norm_constraint`: lr and a bound."""
+    inverse: Literal["block_diagonal"] = "block_diagonal"
+    """Structure of the approximate inverse."""
+    fisher_type: Literal["mc", "exact", "empirical"] = "mc"
+    """Targets for G: sampled from the model, its exact Fisher, or the training labels (biased)."""
+    damping: DampingSpec = DampingSpec()
+    """Levenberg-Marquardt damping, lambda."""
+    gamma: GammaSpec = GammaSpec()
+    """Strength of the factored damping."""
+    l2: NonNegative = 1e-5
+    """eta of the penalty (eta/2) ||theta||^2 in the objective."""
+    factor_decay: Decay = 0.95
+    """Weight of the old factors in their running average, at most."""
+    factor_update_period: Count = 1
+    """Steps from one batch of statistics to the next."""
+    inverse_update_period: Count = 20
+    """Steps from one refresh of the inverses to the next."""
+    statistics_fraction: Fraction = 0.125
+    """Fraction of a batch that the factors are estimated on, tau_1."""
+    fisher_fraction: Fraction = 0.25
+    """Fraction of a batch that exact Fisher products are computed on, tau_2."""
+    pi_norm: Literal["trace", "frobenius"] = "trace"
+    """Norm that splits the damping between A and G."""
+    averaging: AveragingSpec | None = AveragingSpec()
+    """Polyak average of the parameters; null is none."""
+    lr: Positive = 0.1
+    """Largest step of `norm_constraint`."""
+    momentum: Decay = 0.9
+    """Heavy-ball momentum of `norm_constraint`."""
+    norm_constraint: Positive = 1e-3
+    """Bound on direction . gradient * step^2, of `norm_constraint`."""
+
+
+class SGDSpec(Section):
+    """Stochastic gradient descent with momentum, by default Nesterov's."""
+
+    name: Literal["sgd"]
+    """The optimizer."""
+    lr: Positive = 0.01
+    """Learning rate."""
+    momentum: Decay = 0.9
+    """Weight of the last update in the next."""
+    nesterov: bool = True
+    """Nesterov's momentum instead of heavy-ball."""
+    l2: NonNegative = 1e-5
+    """eta of the penalty (eta/2) ||theta||^2 in the objective."""
+    averaging: AveragingSpec | None = AveragingSpec()
+    """Polyak average of the parameters; null is none."""
+
+
+class AdamSpec(Section):
+    """Adam."""
+
+    name: Literal["adam"]
+    """The optimizer."""
+    lr: Positive = 1e-3
+    """Learning rate."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the first and the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    l2: NonNegative = 1e-5
+    """eta of the penalty (eta/2) ||theta||^2 in the objective."""
+    averaging: AveragingSpec | None = AveragingSpec()
+    """Polyak average of the parameters; null is none."""
+
+
+def _optimizer_name(value: Any) -> str:
+    """The tag of the section; K-FAC where no name is given."""
+    if isinstance(value, Mapping):
+        return str(value.get("name", "kfac"))
+    return str(getattr(value, "name", "kfac"))
+
+
+OptimizerSpec = Annotated[
+    Annotated[KFACSpec, Tag("kfac")]
+    | Annotated[SGDSpec, Tag("sgd")]
+    | Annotated[AdamSpec, Tag("adam")],
+    Discriminator(_optimizer_name),
+]
