@@ -143,7 +143,7 @@ def layer_output_jacobian(model: nn.Sequential, layer: str, case: Tensor) -> Ten
             layer_output = module(layer_output)
         return layer_output.flatten()
 
-    jacobian = torch.func.jacrev(outputs_of)(activity.detach())
+    jacobian = torch.func.jacrev(outputs_of)(activity.detach()).detach()
     return jacobian.reshape(len(jacobian), -1, activity.shape[-1])
 
 

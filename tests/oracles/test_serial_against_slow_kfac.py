@@ -22,6 +22,7 @@ VARIANTS = {
     "gamma follows damping": SlowOptions(gamma_period=None, damping_period=1),
     "no adaptation": SlowOptions(gamma_period=None, damping_period=None),
     "norm constraint": SlowOptions(step_rule="norm_constraint"),
+    "norm constraint, no gamma": SlowOptions(step_rule="norm_constraint", gamma_period=None),
     "norm constraint, free": SlowOptions(
         step_rule="norm_constraint", norm_constraint=100.0, lr=0.1, momentum=0.5
     ),
