@@ -75,7 +75,8 @@ def _unknown_key(schema: SchemaMap, place: Place) -> str:
     beside = get_close_matches(key, place.siblings, n=1)
     if beside:
         return f"unknown key. Did you mean {'.'.join([*section, beside[0]])}?"
-    elsewhere = dict.fromkeys(".".join(path) for path in schema.paths() if path[-1] == key)
+    named_so = [path for path in schema.paths() if path[-1] == key and path != place.path]
+    elsewhere = dict.fromkeys(".".join(path) for path in named_so)
     if elsewhere:
         return f"unknown key here. Did you mean {' or '.join(elsewhere)}?"
     return f"unknown key. The keys here are {', '.join(dict.fromkeys(place.siblings))}"

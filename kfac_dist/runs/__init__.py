@@ -1,0 +1,31 @@
+"""The folder of a run: records, journal, report. Written by the driver, read by anyone."""
+
+from kfac_dist.runs.folder import RunFolder
+from kfac_dist.runs.records import (
+    ENDED,
+    Evaluation,
+    Event,
+    FirstFailure,
+    JobRecord,
+    JobState,
+    JobSummary,
+    Metrics,
+    StalenessSummary,
+    StepRecord,
+    WorkerCounts,
+)
+
+__all__ = [
+    "ENDED",
+    "Evaluation",
+    "Event",
+    "FirstFailure",
+    "JobRecord",
+    "JobState",
+    "JobSummary",
+    "Metrics",
+    "RunFolder",
+    "StalenessSummary",
+    "StepRecord",
+    "WorkerCounts",
+]

@@ -1,0 +1,232 @@
+"""The folder of a run: who may write into it, what lies where.
+
+spec.yaml       the resolved specification      job.json      where the job stands
+metrics.jsonl   one StepRecord a line           summary.json  how it ended
+events.jsonl    one Event a line                report.html   curves and staleness, offline
+logs/<role>-<rank>.log, of a later attempt logs/<role>-<rank>.a2.log
+checkpoints/
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from kfac_dist.config import JobSpec, dump_spec, load_spec
+from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError, UsageError
+from kfac_dist.runs.journal import Journal, write_whole
+from kfac_dist.runs.lock import FolderLock
+from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepRecord
+from kfac_dist.runs.resume import check_same_job
+
+_Record = TypeVar("_Record", bound=BaseModel)
+_JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"
+
+
+class RunFolder:
+    """A run's folder.
+
+    `create` and `resume` take its lock and may write; `open` only reads. A folder that holds the
+    lock is a context manager, or wants `close`.
+    """
+
+    def __init__(self, path: Path, lock: FolderLock | None) -> None:
+        """Use `create`, `resume` or `open` instead."""
+        self.path = path
+        self._lock = lock
+        self._metrics = Journal(path / "metrics.jsonl")
+        self._events = Journal(path / "events.jsonl")
+
+    @classmethod
+    def create(cls, path: Path, spec: JobSpec) -> RunFolder:
+        """Begin a new run in `path`, which is made if need be.
+
+        Raises:
+            ConflictError: the folder holds a run already, or another process works in it.
+        """
+        folder = cls(path.absolute(), _lock(path))
+        with _unlock_on_error(folder):
+            if (path / _JOB).exists():
+                raise ConflictError(_occupied(folder))
+            for name in ("logs", "checkpoints"):
+                (path / name).mkdir(exist_ok=True)
+            folder.write_spec(spec)
+            now = time.time()
+            job = f"{spec.name}-{secrets.token_hex(4)}"
+            folder._write_job(JobRecord(job=job, state="STARTING", created_at=now, updated_at=now))
+        return folder
+
+    @classmethod
+    def resume(cls, path: Path, spec: JobSpec) -> RunFolder:
+        """Begin the next attempt of the run in `path`; `spec` may change what keeps the job.
+
+        Raises:
+            NotFoundError: there is no run.
+            ConflictError: another process works in it, or `spec` is of another job.
+        """
+        if not (path / _JOB).exists():
+            raise NotFoundError(f"{path}: no run to resume here; leave out --resume to start one")
+        folder = cls(path.absolute(), _lock(path))
+        with _unlock_on_error(folder):
+            check_same_job(folder.read_spec(), spec, path)
+            folder.write_spec(spec)
+            (path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
+            attempt = folder.read_job().attempt + 1
+            folder.update_job(
+                state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
+            )
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the run in `path` for reading.
+
+        Raises:
+            NotFoundError: there is no run.
+        """
+        if not (path / _JOB).exists():
+            raise NotFoundError(f"{path}: not the folder of a run, it has no {_JOB}")
+        return cls(path.absolute(), None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        self._metrics.close()
+        self._events.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / "checkpoints"
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report is."""
+        return self.path / "report.html"
+
+    def log_path(self, role: str, rank: int, attempt: int = 1) -> Path:
+        """The log of one worker; attempts are kept apart."""
+        suffix = "" if attempt == 1 else f".a{attempt}"
+        return self.path / "logs" / f"{role}-{rank}{suffix}.log"
+
+    def write_spec(self, spec: JobSpec) -> None:
+        """Write the resolved specification."""
+        write_whole(self.path / _SPEC, dump_spec(spec))
+
+    def update_job(self, **changes: Any) -> JobRecord:
+        """Change fields of the job's record; `updated_at` is set to now. Returns the new one."""
+        values = self.read_job().model_dump() | changes | {"updated_at": time.time()}
+        record = JobRecord.model_validate(values)
+        self._write_job(record)
+        return record
+
+    def append_metrics(self, record: StepRecord) -> None:
+        """Append a step."""
+        self._metrics.append(record.model_dump_json())
+
+    def append_event(self, event: Event) -> None:
+        """Append an event."""
+        self._events.append(event.model_dump_json())
+
+    def write_summary(self, summary: JobSummary) -> None:
+        """Write how the job ended."""
+        write_whole(self.path / _SUMMARY, summary.model_dump_json(indent=2) + "\n")
+
+    def truncate_metrics_after(self, step: int) -> None:
+        """Drop the records of later steps, which a resumed attempt is about to do again."""
+        kept = [record for record in self.read_metrics() if record.step <= step]
+        self._metrics.replace(record.model_dump_json() for record in kept)
+
+    def read_spec(self) -> JobSpec:
+        """Read the resolved specification."""
+        return load_spec(self.path / _SPEC)
+
+    def read_job(self) -> JobRecord:
+        """Read where the job stands."""
+        return _read(JobRecord, self.path / _JOB)
+
+    def read_summary(self) -> JobSummary | None:
+        """Read how the job ended, None before that."""
+        path = self.path / _SUMMARY
+        return _read(JobSummary, path) if path.exists() else None
+
+    def read_metrics(self) -> list[StepRecord]:
+        """Read the steps in ascending order.
+
+        A step that was done again after a resume hides the earlier record of it and of all later
+        steps. A last line torn by a kill is passed over.
+        """
+        records: list[StepRecord] = []
+        for values in self._metrics.read():
+            record = _validate(StepRecord, values, self._metrics.path)
+            while records and records[-1].step >= record.step:
+                records.pop()
+            records.append(record)
+        return records
+
+    def read_events(self) -> list[Event]:
+        """Read the events in the order they were written."""
+        path = self._events.path
+        return [_validate(Event, values, path) for values in self._events.read()]
+
+    def _write_job(self, record: JobRecord) -> None:
+        write_whole(self.path / _JOB, record.model_dump_json(indent=2) + "\n")
+
+
+def _lock(path: Path) -> FolderLock:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return FolderLock(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be a run folder: {error.strerror}") from error
+
+
+@contextmanager
+def _unlock_on_error(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _occupied(folder: RunFolder) -> str:
+    job = folder.read_job()
+    # Whoever asks holds the lock, so no process can be at work on it.
+    state = job.state if job.state in ENDED else f"{job.state} when its process ended"
+    return (
+        f"{folder.path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
+        "Go on with it by --resume, or choose another folder with --run-dir"
+    )
+
+
+def _read(model: type[_Record], path: Path) -> _Record:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise KfacDistError(f"{path}: is damaged: {_first(error)}") from error
+
+
+def _validate(model: type[_Record], values: Mapping[str, Any], path: Path) -> _Record:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise KfacDistError(f"{path}: has a record that is damaged: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    details = error.errors()[0]
+    return f"{'.'.join(str(key) for key in details['loc'])}: {details['msg']}"

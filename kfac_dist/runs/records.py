@@ -1,0 +1,181 @@
+"""What a run leaves behind, as data: steps, events, the job, its summary.
+
+These are the lines of `metrics.jsonl` and `events.jsonl`, and the whole of `job.json` and
+`summary.json`. A number that is not finite is null in JSON and NaN in Python.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from kfac_dist import errors
+
+
+def _nan_for_null(value: object) -> object:
+    return math.nan if value is None else value
+
+
+Measured = Annotated[float, BeforeValidator(_nan_for_null)]
+"""A measured number: NaN where it is null in JSON."""
+
+JobState = Literal["STARTING", "RUNNING", "DEGRADED", "SUCCEEDED", "FAILED", "CANCELLED"]
+ENDED: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+Severity = Literal["info", "warning", "error"]
+
+Metrics = dict[str, Measured]
+"""`objective` (nats a case) and the task's own, such as `squared_error` or `accuracy`; means."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class StalenessSummary(_Record):
+    """Current step minus the step of the newest statistics in the inverses used, over layers."""
+
+    mean: float
+    max: float
+
+
+class Evaluation(_Record):
+    """Means over the whole training and test sets.
+
+    The averaged ones are those of the Polyak average; null while it is off or has not begun.
+    """
+
+    train: Metrics
+    test: Metrics
+    train_averaged: Metrics | None = None
+    test_averaged: Metrics | None = None
+
+
+class StepRecord(_Record):
+    """One training step.
+
+    `time` is in Unix seconds, `loss` the batch mean before the update in nats a case, `objective`
+    adds the l2 term. `reduction_ratio` is rho where it was measured. `predicted_change` is
+    M(delta) - M(0). `inverse_version_step` maps a layer to the step of the newest statistics in
+    the inverse that was used for it. `numeric_events` and `stale_applied_total` count from the
+    start of the job; `waited_seconds` is the time spent at the staleness bound in this step.
+    What an optimizer does not have, such as the damping of SGD, is null or empty.
+    """
+
+    step: int
+    time: float
+    loss: Measured
+    objective: Measured
+    num_cases: int
+    update_norm: Measured
+    step_seconds: float
+    phase_seconds: dict[str, float] = Field(default_factory=dict)
+    damping: float | None = None
+    gamma: float | None = None
+    reduction_ratio: float | None = None
+    alpha: float | None = None
+    mu: float | None = None
+    predicted_change: float | None = None
+    inverse_version_step: dict[str, int] = Field(default_factory=dict)
+    inverse_staleness_steps: StalenessSummary | None = None
+    parameter_version: int
+    numeric_events: dict[str, int] = Field(default_factory=dict)
+    stale_applied_total: int = 0
+    waited_seconds: float = 0.0
+    inverse_queue_depth: dict[str, int] = Field(default_factory=dict)
+    evaluation: Evaluation | None = None
+
+
+class Event(_Record):
+    """Something that happened to a job: a worker died, a checkpoint was written.
+
+    `kind` is a machine word such as `worker_restarted`, `message` a whole sentence. `step` is the
+    last step that was begun, `time` in Unix seconds.
+    """
+
+    kind: str
+    message: str
+    step: int
+    time: float = Field(default_factory=time.time)
+    severity: Severity = "info"
+    role: str | None = None
+    rank: int | None = None
+    attempt: int = 1
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class FirstFailure(_Record):
+    """The failure that came first; `time_seconds` is Unix time."""
+
+    role: str
+    rank: int
+    time_seconds: float
+    log_tail: str
+
+    @classmethod
+    def of(cls, error: errors.JobFailedError) -> FirstFailure | None:
+        """Take the failure from an error, None when it names none."""
+        first = error.first_failure
+        if first is None:
+            return None
+        return cls(
+            role=first.role,
+            rank=first.rank,
+            time_seconds=first.time_seconds,
+            log_tail=first.log_tail,
+        )
+
+
+class JobRecord(_Record):
+    """Where a job stands: `job.json`.
+
+    `reason` is a machine word for the state, `message` a sentence; `attempt` counts from 1, times
+    are in Unix seconds.
+    """
+
+    job: str
+    state: JobState
+    reason: str | None = None
+    message: str | None = None
+    attempt: int = 1
+    step: int = 0
+    created_at: float
+    updated_at: float
+    first_failure: FirstFailure | None = None
+
+
+class WorkerCounts(_Record):
+    """Processes of each role."""
+
+    gradient: int
+    inverse: int
+    parameter_server: int
+
+
+class JobSummary(_Record):
+    """How a job ended: `summary.json`, and what `train -o json` prints.
+
+    `train` and `test` are null when the job ended before an evaluation, the averaged ones also
+    while Polyak averaging is off. `initial_objective` is that of the first step's batch,
+    `inverse_staleness_steps` over all steps, `wall_seconds` and `steps_per_second` those of this
+    attempt, evaluation left out of the latter.
+    """
+
+    job: str
+    state: JobState
+    step: int
+    train: Metrics | None = None
+    test: Metrics | None = None
+    train_averaged: Metrics | None = None
+    test_averaged: Metrics | None = None
+    initial_objective: float | None = None
+    wall_seconds: float
+    steps_per_second: float | None = None
+    inverse_staleness_steps: StalenessSummary | None = None
+    workers: WorkerCounts
+    run_dir: str
+    reason: str | None = None
+    message: str | None = None
+    first_failure: FirstFailure | None = None
