@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,16 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from kfac_dist.errors import InvalidSpecError, JobFailedError, NotFoundError
+from workers.checkpoint_folder import CheckpointInfo, list_checkpoints, write_folder
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointInfo",
+    "LoadedCheckpoint",
+    "list_checkpoints",
+    "load_newest",
+    "write_checkpoint",
+]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -34,11 +42,6 @@ FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _SEAL = "manifest.sha256"
 _SUFFIX = ".safetensors"
-_TEMPORARY = ".tmp-"
-# A checkpoint that is being replaced by another of the same step keeps its place under this
-# ending until the new one is there, so that no moment has neither.
-_REPLACED = ".replaced"
-_FOLDER_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 _ROLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -58,26 +61,8 @@ class LoadedCheckpoint:
     refused: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """A checkpoint folder, not verified."""
-
-    step: int
-    path: Path
-
-
 class _RefusedError(Exception):
     """A checkpoint is not what was written; the text says what is wrong with it."""
-
-
-def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
-    """Return the checkpoints in `folder`, newest first; none when there is no such folder."""
-    if not folder.is_dir():
-        return ()
-    matches = [(_FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
-    found.sort(reverse=True)
-    return tuple(CheckpointInfo(step=step, path=path) for step, _, path in found)
 
 
 def write_checkpoint(
@@ -102,7 +87,7 @@ def write_checkpoint(
     files = {f"{role}{_SUFFIX}": _to_bytes(arrays) for role, arrays in roles.items()}
     files |= _manifest_files(step, files, state)
     try:
-        return _write_folder(folder, step, files, keep)
+        return write_folder(folder, step, files, keep)
     except OSError as error:
         raise JobFailedError(
             f"the checkpoint of step {step} cannot be written to {folder}: {error}",
@@ -149,61 +134,6 @@ def _sha256(content: bytes) -> str:
 
 def _seal(manifest: bytes) -> bytes:
     return f"{_sha256(manifest)}  {_MANIFEST}\n".encode()
-
-
-def _write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _sync(folder.parent)
-    _remove_temporary(folder)
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
-    temporary.mkdir()
-    for name, content in files.items():
-        with (temporary / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync(temporary)
-    if final.exists():
-        aside = folder / f"{final.name}{_REPLACED}"
-        _remove(aside)
-        final.rename(aside)
-    temporary.rename(final)
-    _sync(folder)
-    _prune(folder, final, keep)
-    return final
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable, as fsync does for the bytes of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_temporary(folder: Path) -> None:
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint, never leaving half of one under its own name."""
-    if path.exists():
-        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    paths = [info.path for info in list_checkpoints(folder)]
-    position = paths.index(newest)
-    kept = [path for path in paths[position:] if not path.name.endswith(_REPLACED)][:keep]
-    for path in paths:
-        if path not in kept:
-            _remove(path)
 
 
 def load_newest(folder: Path) -> LoadedCheckpoint | None:

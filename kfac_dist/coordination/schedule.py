@@ -26,5 +26,5 @@ def batch_size_at(step: int, batch_size: int | tuple[int, int], num_cases: int) 
     check_interval("batch_size.full_at", full_at, 1)
     if step >= full_at or initial >= num_cases:
         return num_cases
-    growth = (num_cases / initial) ** ((step - 1) / (full_at - 1))
+    growth: float = (num_cases / initial) ** ((step - 1) / (full_at - 1))
     return min(round(initial * growth), num_cases)

@@ -1,0 +1,55 @@
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfac_dist.coordination.placement import check_placement
+from kfac_dist.errors import InvalidSpecError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    gradient: int = 1
+    inverse: int = 1
+    threads: int | None = None
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.none() | st.integers(1, 4), st.integers(1, 12))
+def test_accepted_exactly_when_there_is_room(
+    gradient: int, inverse: int, threads: int | None, num_cpus: int
+) -> None:
+    workers = Workers(gradient=gradient, inverse=inverse, threads=threads)
+    fits = gradient * (threads or 1) <= num_cpus and inverse <= num_cpus
+    try:
+        check_placement(workers, num_cpus, num_cpus)
+    except InvalidSpecError:
+        assert not fits
+    else:
+        assert fits
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (
+            Workers(gradient=64),
+            "workers.gradient: needs 64 CPUs (64 gradient workers x 1 thread), "
+            "this machine has 2; set it to at most 2",
+        ),
+        (
+            Workers(gradient=1, threads=4),
+            "workers.gradient: needs 4 CPUs (1 gradient worker x 4 threads), "
+            "this machine has 2; set workers.threads to at most 2",
+        ),
+        (
+            Workers(inverse=5),
+            "workers.inverse: needs room for 5 inverse workers, "
+            "this machine has room for 2 (1 for each CPU)",
+        ),
+    ],
+)
+def test_the_message_says_what_is_missing(workers: Workers, message: str) -> None:
+    with pytest.raises(InvalidSpecError) as caught:
+        check_placement(workers, 2, 2)
+    assert caught.value.message == message

@@ -1,0 +1,184 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfac_dist.coordination.plan import StepSchedule
+from kfac_dist.coordination.refresh import LayerRefreshState, RefreshPolicy, choose_next
+from kfac_dist.coordination.staleness import Admission, AtBound, StalenessBound, admit
+from kfac_dist.errors import InvalidSpecError
+
+
+def make_bound(
+    max_steps: int, warmup_steps: int = 0, period: int = 20, gamma_period: int | None = None
+) -> StalenessBound:
+    schedule = StepSchedule(
+        factor_update_period=1,
+        inverse_update_period=period,
+        gamma_adapt_period=gamma_period,
+        damping_adapt_period=5,
+    )
+    return StalenessBound(max_steps=max_steps, warmup_steps=warmup_steps, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("step", "oldest"), [(1, 1), (2, 2), (3, 3), (4, 3), (19, 3), (20, 20), (39, 20), (40, 40)]
+)
+def test_a_synchronous_step_uses_the_last_scheduled_refresh(step: int, oldest: int) -> None:
+    assert make_bound(0).oldest_admissible(step) == oldest
+
+
+def test_a_search_for_gamma_is_a_refresh_too() -> None:
+    assert make_bound(0, period=20, gamma_period=15).oldest_admissible(19) == 15
+
+
+@pytest.mark.parametrize(("step", "oldest"), [(1, 1), (40, 1), (41, 1), (42, 2), (100, 60)])
+def test_an_asynchronous_step_takes_inverses_up_to_the_bound(step: int, oldest: int) -> None:
+    assert make_bound(40).oldest_admissible(step) == oldest
+
+
+def test_the_warm_up_is_synchronous() -> None:
+    bound = make_bound(40, warmup_steps=60)
+    assert bound.oldest_admissible(60) == 60
+    assert bound.oldest_admissible(61) == 21
+    assert [bound.is_synchronous(step) for step in (60, 61)] == [True, False]
+
+
+def test_the_bound_is_checked_at_birth() -> None:
+    with pytest.raises(InvalidSpecError, match=r"staleness\.max_steps must be at least 0; got -1"):
+        make_bound(-1)
+    with pytest.raises(
+        InvalidSpecError, match=r"staleness\.warmup_steps must be at least 0; got -2"
+    ):
+        make_bound(0, -2)
+    with pytest.raises(InvalidSpecError, match="step must be at least 1; got 0"):
+        make_bound(40).oldest_admissible(0)
+
+
+VERSIONS = {"fresh": 95, "at_bound": 60, "stale": 59, "new": None}
+
+
+@pytest.mark.parametrize(
+    ("at_bound", "orphaned", "decision"),
+    [
+        ("wait", (), Admission(wait_for=("stale", "new"))),
+        ("damp", (), Admission(damp=("stale",), wait_for=("new",))),
+        ("wait", ("stale", "new", "fresh"), Admission(degraded=("stale",), gradient=("new",))),
+        ("damp", ("stale", "new", "fresh"), Admission(degraded=("stale",), gradient=("new",))),
+    ],
+)
+def test_what_happens_at_the_bound(
+    at_bound: AtBound, orphaned: tuple[str, ...], decision: Admission
+) -> None:
+    assert admit(100, VERSIONS, make_bound(40), at_bound, orphaned) == decision
+
+
+@pytest.mark.parametrize("bound", [make_bound(0), make_bound(40, warmup_steps=100)])
+def test_a_synchronous_step_is_never_damped(bound: StalenessBound) -> None:
+    decision = admit(100, {"layer": 80}, bound, "damp")
+    assert decision == Admission(wait_for=("layer",))
+
+
+def test_nobody_waits_for_statistics_that_were_refused() -> None:
+    bound = make_bound(0)
+    versions = {"as_new_as_can_be": 80, "older": 79, "new": None}
+    decision = admit(100, versions, bound, "wait", newest_statistics=80)
+    assert decision == Admission(wait_for=("older", "new"), degraded=("as_new_as_can_be",))
+    assert admit(1, {"layer": None}, bound, "wait", newest_statistics=0) == Admission(
+        gradient=("layer",)
+    )
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> dict[str, Any]:
+    step = draw(st.integers(1, 120))
+    names = [f"layer{i}" for i in range(draw(st.integers(1, 6)))]
+    newest = draw(st.none() | st.integers(0, step))
+    version = st.none() | st.integers(1, step)
+    versions = {name: draw(version) for name in names}
+    if newest is not None:
+        versions = {
+            n: None if v is None or newest == 0 else min(v, newest) for n, v in versions.items()
+        }
+    return {
+        "step": step,
+        "versions": versions,
+        "bound": make_bound(
+            draw(st.sampled_from([0, 1, 5, 40])),
+            draw(st.integers(0, 60)),
+            draw(st.sampled_from([1, 5, 20])),
+            draw(st.sampled_from([None, 7])),
+        ),
+        "at_bound": draw(st.sampled_from(["wait", "damp"])),
+        "orphaned": draw(st.sets(st.sampled_from(names))),
+        "newest_statistics": newest,
+    }
+
+
+@given(situations())
+def test_nothing_staler_than_the_bound_is_applied_uncounted(situation: dict[str, Any]) -> None:
+    decision = admit(**situation)
+    step, versions, bound = situation["step"], situation["versions"], situation["bound"]
+    groups = [decision.wait_for, decision.damp, decision.degraded, decision.gradient]
+    counted = [name for group in groups for name in group]
+    assert len(counted) == len(set(counted))
+    oldest = bound.oldest_admissible(step)
+    for name, version in versions.items():
+        within = version is not None and version >= oldest
+        assert within == (name not in counted)
+    assert all(versions[name] is not None for name in decision.stale)
+    assert all(versions[name] is None for name in decision.gradient)
+    assert not set(decision.wait_for) & situation["orphaned"]
+    assert not decision.damp or (situation["at_bound"] == "damp" and not bound.is_synchronous(step))
+
+
+@given(situations())
+def test_waiting_ends_when_the_newest_statistics_are_in(situation: dict[str, Any]) -> None:
+    """However it began: with every waited-for layer refreshed, the step goes on."""
+    newest = situation["newest_statistics"]
+    arrived = situation["step"] if newest is None else newest
+    waited = admit(**situation).wait_for
+    versions = situation["versions"] | dict.fromkeys(waited, arrived)
+    assert admit(**(situation | {"versions": versions})).wait_for == ()
+
+
+@given(
+    policy=st.sampled_from(["round_robin", "oldest_first", "largest_drift"]),
+    max_steps=st.integers(0, 12),
+    num_layers=st.integers(1, 5),
+    refreshes=st.lists(st.integers(0, 3), min_size=60, max_size=60),
+    drifts=st.lists(st.floats(0, 10), min_size=5, max_size=5),
+)
+def test_a_slow_inverse_worker_never_breaks_the_bound(
+    policy: RefreshPolicy,
+    max_steps: int,
+    num_layers: int,
+    refreshes: list[int],
+    drifts: list[float],
+) -> None:
+    """The rules together: between steps the worker gets some refreshes done, at the bound all."""
+    bound = make_bound(max_steps, period=4)
+    versions: dict[str, int | None] = {f"layer{i}": None for i in range(num_layers)}
+    last: str | None = None
+
+    def refresh(step: int) -> None:
+        nonlocal last
+        states = [
+            LayerRefreshState(name=n, version=v, statistics_step=step, drift=d, cost=1.0)
+            for (n, v), d in zip(versions.items(), drifts, strict=False)
+        ]
+        last = choose_next(states, policy, step, last)
+        if last is not None:
+            versions[last] = step
+
+    for step, done in enumerate(refreshes, start=1):
+        for _ in range(done):
+            refresh(step)
+        waits = 0
+        while admit(step, versions, bound, "wait").wait_for:
+            refresh(step)
+            waits += 1
+        assert waits <= num_layers
+        allowed = max_steps if max_steps else 3
+        assert all(v is not None and step - v <= allowed for v in versions.values())

@@ -1,0 +1,113 @@
+"""Folders of checkpoints that appear whole or not at all, whenever the process or machine dies.
+
+A checkpoint is written under a temporary name, made durable and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_TEMPORARY = ".tmp-"
+# A checkpoint that is being replaced by another of the same step keeps its place under this
+# ending until the new one is there, so that no moment has neither.
+_REPLACED = ".replaced"
+_FOLDER_NAME = re.compile(r"step-([0-9]{8,})(\.replaced)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """A checkpoint folder, not verified."""
+
+    step: int
+    path: Path
+
+
+def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
+    """Return the checkpoints in `folder`, newest first; none when there is no such folder."""
+    if not folder.is_dir():
+        return ()
+    matches = [(_FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
+    found.sort(reverse=True)
+    return tuple(CheckpointInfo(step=step, path=path) for step, _, path in found)
+
+
+def write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
+    """Write `files` as the checkpoint of `step`, durably, and prune; return its folder.
+
+    A checkpoint of the same step is replaced. The `keep` newest up to this one stay. Later ones
+    are removed: they are of an attempt that was given up.
+
+    Raises:
+        OSError: the file system refused; no checkpoint is lost.
+    """
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync(folder.parent)
+    _remove_temporary(folder)
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    try:
+        _write_files(temporary, files)
+        _put_in_place(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _prune(folder, final, keep)
+    return final
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir()
+    for name, content in files.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    if final.exists():
+        aside = final.with_name(f"{final.name}{_REPLACED}")
+        _remove(aside)
+        final.rename(aside)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable, as fsync does for the bytes of a file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_temporary(folder: Path) -> None:
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, never leaving half of one under its own name."""
+    if path.exists():
+        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    paths = [info.path for info in list_checkpoints(folder)]
+    position = paths.index(newest)
+    kept = [path for path in paths[position:] if not path.name.endswith(_REPLACED)][:keep]
+    for path in paths:
+        if path not in kept:
+            _remove(path)
+    _sync(folder)
