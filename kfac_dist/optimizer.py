@@ -26,7 +26,7 @@ from kfac_dist.core.factors import FactorAverages, KroneckerPair
 from kfac_dist.core.inverse import InversionFailedError, InvertedPair, invert_pair
 from kfac_dist.core.layers import ReportRow, register
 from kfac_dist.core.precondition import precondition
-from kfac_dist.core.update import Choice, KFACUpdate
+from kfac_dist.core.update import Choice, KFACUpdate, searches_gamma
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
 
@@ -54,6 +54,16 @@ class StepResult:
     predicted_change: float | None
     reduction_ratio: float | None
     applied: bool
+
+
+def step_schedule(settings: KFACSpec) -> StepSchedule:
+    """Return the periods of `settings`; gamma has none where it follows the damping."""
+    return StepSchedule(
+        factor_update_period=settings.factor_update_period,
+        inverse_update_period=settings.inverse_update_period,
+        gamma_adapt_period=settings.gamma.adapt_period if searches_gamma(settings) else None,
+        damping_adapt_period=settings.damping.adapt_period,
+    )
 
 
 class KFAC(torch.optim.Optimizer):
@@ -87,12 +97,7 @@ class KFAC(torch.optim.Optimizer):
         )
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
-        self._schedule = StepSchedule(
-            factor_update_period=self.settings.factor_update_period,
-            inverse_update_period=self.settings.inverse_update_period,
-            gamma_adapt_period=self.settings.gamma.adapt_period,
-            damping_adapt_period=self.settings.damping.adapt_period,
-        )
+        self._schedule = step_schedule(self.settings)
         self._averages = FactorAverages(self._registration.names, self.settings.factor_decay)
         self._update = KFACUpdate(
             self.settings, self._registration.blocks, torch.zeros_like(flatten(self._parameters))
@@ -117,7 +122,6 @@ class KFAC(torch.optim.Optimizer):
         gram = self._fisher_products(plan, inputs, directions)
         choice = self._update.choose(gradient, directions, list(candidates), gram)
         if not choice.applied:
-            self.numeric_events["skipped_step"] += 1
             return self._skipped(loss, objective)
         self._inverses = list(candidates.values())[choice.candidate]
         self._apply(plan, choice, directions)
@@ -179,7 +183,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _invert(self, plan: StepPlan) -> dict[float, InvertedLayers]:
         """Return the inverses of all layers by gamma: the current ones, or refreshed candidates."""
-        if not plan.refresh_inverses or self._averages.num_updates == 0:
+        if not plan.refresh_inverses or self._averages.step == 0:
             return {self._update.gamma: self._inverses}
         candidates: dict[float, InvertedLayers] = {}
         for gamma in self._update.gammas(search=plan.search_gamma):

@@ -119,6 +119,7 @@ class BatchComputer:
         A layer that is applied at R positions a case is treated by *expand*: A is the mean and G
         the sum over positions.
         """
+        assert self._blocks, "statistics need the registration of the model"
         if len(inputs) == 0:
             return {block.name: self._zero_pair(block) for block in self._blocks}
         with torch.enable_grad(), _capturing(self._blocks) as captures:
@@ -193,8 +194,8 @@ class BatchComputer:
             tangents = dict(
                 zip(self.parameter_names, unflatten(vector, self.parameters), strict=True)
             )
-            outputs, derivative = torch.func.jvp(forward, (primals,), (tangents,))
-            return outputs, derivative
+            result = torch.func.jvp(forward, (primals,), (tangents,))
+            return result[0], result[1]
 
         with torch.no_grad():
             outputs, derivatives = torch.func.vmap(product)(vectors)

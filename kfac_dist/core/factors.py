@@ -32,8 +32,8 @@ class KroneckerPair:
 class FactorAverages:
     """The running averages of the factors of some layers.
 
-    `S <- eps S + (1 - eps) S_batch`, `eps = min(1 - 1/k, factor_decay)`, k counting updates from
-    1, so that the first update needs no bias correction.
+    `S <- eps S + (1 - eps) S_batch`, `eps = min(1 - 1/k, factor_decay)`, k counting the updates of
+    the layer from 1, so that its first update needs no bias correction.
 
     `step` is the step of the newest statistics in the averages, 0 before the first.
     """
@@ -41,8 +41,8 @@ class FactorAverages:
     def __init__(self, names: Iterable[str], factor_decay: float) -> None:
         self.names = tuple(names)
         self.factor_decay = factor_decay
-        self.num_updates = 0
         self.step = 0
+        self._num_updates = dict.fromkeys(self.names, 0)
         self._averages: dict[str, KroneckerPair] = {}
 
     def update(self, step: int, sums: Mapping[str, KroneckerPair], num_cases: int) -> None:
@@ -50,11 +50,11 @@ class FactorAverages:
 
         The sums are not kept and not changed.
         """
-        self.num_updates += 1
         self.step = step
-        keep = min(1 - 1 / self.num_updates, self.factor_decay)
-        weight = (1 - keep) / num_cases
         for name in self.names:
+            self._num_updates[name] += 1
+            keep = min(1 - 1 / self._num_updates[name], self.factor_decay)
+            weight = (1 - keep) / num_cases
             new = sums[name]
             if name not in self._averages:
                 self._averages[name] = KroneckerPair(
@@ -75,22 +75,21 @@ class FactorAverages:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the averages and counters, by flat names."""
-        state = {
-            "num_updates": torch.tensor(self.num_updates),
-            "step": torch.tensor(self.step),
-        }
+        state = {"step": torch.tensor(self.step)}
         for name in self._averages:
             pair = self.pair(name)
+            state[f"{name}/num_updates"] = torch.tensor(self._num_updates[name])
             state[f"{name}/A"] = pair.A
             state[f"{name}/G"] = pair.G
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state; layers that are not this object's are left out."""
-        self.num_updates = int(state["num_updates"])
+        """Take over a state: of this object's layers those it has; the others start anew."""
         self.step = int(state["step"])
+        known = [name for name in self.names if f"{name}/A" in state]
+        self._num_updates = dict.fromkeys(self.names, 0)
+        self._num_updates |= {name: int(state[f"{name}/num_updates"]) for name in known}
         self._averages = {
             name: KroneckerPair(A=state[f"{name}/A"].clone(), G=state[f"{name}/G"].clone())
-            for name in self.names
-            if f"{name}/A" in state
+            for name in known
         }

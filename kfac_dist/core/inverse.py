@@ -127,5 +127,5 @@ def redamp(inverted: InvertedPair, gamma: float) -> InvertedPair:
 def _shift_inverse(inverse: Tensor, shift: float) -> Tensor:
     system = shift * inverse
     system.diagonal().add_(1.0)
-    shifted = torch.linalg.solve(system, inverse)
+    shifted: Tensor = torch.linalg.solve(system, inverse)
     return (shifted + shifted.T) / 2

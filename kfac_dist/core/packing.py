@@ -17,7 +17,8 @@ def packed_size(order: int) -> int:
 @lru_cache(maxsize=64)
 def _lower_indices(order: int, device: torch.device) -> Tensor:
     rows, columns = torch.tril_indices(order, order, device=device)
-    return rows * order + columns
+    indices: Tensor = rows * order + columns
+    return indices
 
 
 def pack(matrix: Tensor) -> Tensor:

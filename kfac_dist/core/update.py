@@ -47,6 +47,11 @@ def combine(direction: Tensor, previous_update: Tensor, alpha: float, mu: float)
     return (previous_update * mu).add_(direction, alpha=-alpha)
 
 
+def searches_gamma(settings: KFACSpec) -> bool:
+    """Tell whether gamma is searched for (section 10) or follows the damping."""
+    return settings.step_rule == "adaptive" and settings.gamma.adapt_period is not None
+
+
 class KFACUpdate:
     """Damping, gamma, previous update, and the rules by which they move.
 
@@ -63,13 +68,6 @@ class KFACUpdate:
         self.previous_update = previous_update
         self._blocks = blocks
 
-    @property
-    def searches_gamma(self) -> bool:
-        """Tell whether gamma is searched for (section 10) or follows the damping."""
-        return (
-            self.settings.step_rule == "adaptive" and self.settings.gamma.adapt_period is not None
-        )
-
     def _natural_gamma(self) -> float:
         return self._bounded_gamma(math.sqrt(self.damping + self.settings.l2))
 
@@ -83,7 +81,7 @@ class KFACUpdate:
         where the bounds leave them different.
         """
         period = self.settings.gamma.adapt_period
-        if not (search and self.searches_gamma and period is not None):
+        if not (search and searches_gamma(self.settings) and period is not None):
             return (self.gamma,)
         factor = _OMEGA ** (period / 2)
         tried = (self.gamma, factor * self.gamma, self.gamma / factor)
@@ -117,13 +115,18 @@ class KFACUpdate:
         gammas: Sequence[float],
         gram: Tensor | None,
     ) -> Choice:
-        """Choose the candidate with the lowest model value, its alpha and its mu.
+        """Choose the finite candidate with the lowest model value, its alpha and its mu.
 
         `gram` [C + 1, C + 1] holds the Fisher products, means over cases, of the directions and,
         last, the previous update; None where `needs_gram` said so. Moves gamma to the candidate's.
         """
         models = self._plane_models(gradient, directions, gram)
-        if not all(model.is_finite() for model in models):
+        tried = [
+            self._choice(number, gamma, model, gram is not None)
+            for number, (gamma, model) in enumerate(zip(gammas, models, strict=True))
+            if model.is_finite()
+        ]
+        if not tried:
             self._raise_damping()
             return Choice(
                 candidate=0,
@@ -135,12 +138,8 @@ class KFACUpdate:
                 prediction_for_ratio=None,
                 applied=False,
             )
-        tried = [
-            self._choice(number, gamma, model, gram is not None)
-            for number, (gamma, model) in enumerate(zip(gammas, models, strict=True))
-        ]
         best = min(tried, key=lambda choice: choice.predicted_change or 0.0)
-        if self.searches_gamma:
+        if searches_gamma(self.settings):
             self.gamma = best.gamma
         return best
 
@@ -228,7 +227,7 @@ class KFACUpdate:
     def _set_damping(self, damping: float) -> None:
         bounds = self.settings.damping
         self.damping = min(max(damping, bounds.min), bounds.max)
-        if not self.searches_gamma:
+        if not searches_gamma(self.settings):
             self.gamma = self.settings.gamma.initial or self._natural_gamma()
 
     def state_dict(self) -> dict[str, Tensor]:
