@@ -1,0 +1,175 @@
+"""The collective protocol of one step; both sides, message by message.
+
+    gradient workers                              parameter server
+    1  send_gradient      -- reduce [P], [3] -->  receive_gradient
+    2  receive_directions <-- broadcast [2], [C, P] --  send_directions, or skip_step
+    3  send_gram          -- reduce [C+1, C+1] -> receive_gram         (when the rule needs it)
+    4  receive_choice     <-- broadcast [5] --    send_choice
+    5  both apply update = mu previous - alpha directions[candidate]
+    6  send_loss          -- reduce [1] -->       receive_loss         (when a measure is due)
+
+First-order optimizers have 1 and then `receive_parameters` <-- broadcast [2], [P] --
+`send_parameters`. Sums run over the cases of the whole batch. Small numbers travel in float64,
+exactly as the server has them, so that all members do the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.core.compute import GradientSums
+from kfac_dist.core.update import Choice
+from workers.process_group import Group
+
+_SKIP = (0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSums:
+    """Sums over the batch, at the server: `loss` float64, `gradient` [P].
+
+    `statistics_usable` tells whether the statistics of every worker were finite.
+    """
+
+    loss: float
+    num_cases: int
+    gradient: Tensor
+    statistics_usable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """The preconditioned gradients [C, P], and whether the server waits for their products."""
+
+    vectors: Tensor
+    wants_gram: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """What the server chose, as the workers need it."""
+
+    candidate: int
+    alpha: float
+    mu: float
+    measure: bool
+
+
+class WorkerSide:
+    """A gradient worker's side; `like` is any tensor with the dtype and device of the parameters.
+
+    Every method raises PeerLostError when another member is gone.
+    """
+
+    def __init__(self, group: Group, num_parameters: int, like: Tensor) -> None:
+        self._group = group
+        self._num_parameters = num_parameters
+        self._like = like
+
+    def send_gradient(self, sums: GradientSums, num_cases: int, statistics_usable: bool) -> None:
+        """Send the sums of this part of the batch; the gradient's memory is given up."""
+        self._group.reduce(sums.gradient)
+        self._group.reduce(_numbers(float(sums.loss), num_cases, float(statistics_usable)))
+
+    def receive_directions(self) -> Directions | None:
+        """Return the directions; None when the step is skipped."""
+        count, wants_gram = self._receive_header()
+        if count == 0:
+            return None
+        vectors = self._receive(count, self._num_parameters)
+        return Directions(vectors=vectors, wants_gram=wants_gram)
+
+    def send_gram(self, gram: Tensor) -> None:
+        """Send the Fisher products [C + 1, C + 1], float64, summed over this part's cases."""
+        self._group.reduce(gram)
+
+    def receive_choice(self) -> Coefficients | None:
+        """Return what was chosen; None when the step is not applied."""
+        numbers = self._group.broadcast(_numbers(*[0.0] * 5)).tolist()
+        applied, candidate, alpha, mu, measure = numbers
+        if not applied:
+            return None
+        return Coefficients(candidate=int(candidate), alpha=alpha, mu=mu, measure=bool(measure))
+
+    def send_loss(self, loss_sum: Tensor) -> None:
+        """Send the sum of the losses at the new parameters, float64 []."""
+        self._group.reduce(loss_sum.reshape(1))
+
+    def receive_parameters(self) -> Tensor | None:
+        """Return the new parameters [P]; None when the step is skipped."""
+        count, _ = self._receive_header()
+        return None if count == 0 else self._receive(self._num_parameters)
+
+    def receive_state(self) -> tuple[Tensor, Tensor]:
+        """Return parameters and previous update, [P] each: at the start, and after a restore."""
+        parameters, previous = self._receive(2, self._num_parameters)
+        return parameters, previous
+
+    def _receive_header(self) -> tuple[int, bool]:
+        count, flag = self._group.broadcast(_numbers(*_SKIP)).tolist()
+        return int(count), bool(flag)
+
+    def _receive(self, *shape: int) -> Tensor:
+        received = self._group.broadcast(self._like.new_empty(shape))
+        return received.to(self._like.device)
+
+
+class ServerSide:
+    """The parameter server's side; see `WorkerSide`, whose methods these answer."""
+
+    def __init__(self, group: Group, num_parameters: int, like: Tensor) -> None:
+        self._group = group
+        self._num_workers = group.size - 1
+        self._num_parameters = num_parameters
+        self._like = like
+
+    def receive_gradient(self) -> BatchSums:
+        """Return the sums over the batch."""
+        gradient = self._group.reduce(self._like.new_zeros(self._num_parameters))
+        numbers = self._group.reduce(_numbers(0.0, 0.0, 0.0)).tolist()
+        return BatchSums(
+            loss=numbers[0],
+            num_cases=int(numbers[1]),
+            gradient=gradient.to(self._like.device),
+            statistics_usable=numbers[2] == self._num_workers,
+        )
+
+    def skip_step(self) -> None:
+        """Tell the workers that nothing comes of this step."""
+        self._group.broadcast(_numbers(*_SKIP))
+
+    def send_directions(self, directions: Directions) -> None:
+        """Send the directions."""
+        self._group.broadcast(_numbers(len(directions.vectors), directions.wants_gram))
+        self._group.broadcast(directions.vectors)
+
+    def receive_gram(self, order: int) -> Tensor:
+        """Return the Fisher products [order, order], float64, summed over the Fisher cases."""
+        gram = self._like.new_zeros((order, order), dtype=torch.float64)
+        return self._group.reduce(gram).to(self._like.device)
+
+    def send_choice(self, choice: Choice, *, measure: bool) -> None:
+        """Send the coefficients, or that nothing is applied."""
+        self._group.broadcast(
+            _numbers(choice.applied, choice.candidate, choice.alpha, choice.mu, measure)
+        )
+
+    def receive_loss(self) -> float:
+        """Return the sum of the losses at the new parameters."""
+        return float(self._group.reduce(_numbers(0.0)).item())
+
+    def send_parameters(self, parameters: Tensor) -> None:
+        """Send the new parameters [P]."""
+        self._group.broadcast(_numbers(1.0, 0.0))
+        self._group.broadcast(parameters)
+
+    def send_state(self, parameters: Tensor, previous_update: Tensor) -> None:
+        """Send parameters and previous update, [P] each."""
+        self._group.broadcast(torch.stack([parameters, previous_update]))
+
+
+def _numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,0 +1,245 @@
+"""The parameter server's part of K-FAC; read `step` first, beside `kfac_dist.KFAC.step`.
+
+No Ray: the actor in `workers.actors` is a shell around it. It owns parameters, previous update,
+damping and gamma, and the inverses it has accepted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config import JobSpec, KFACSpec
+from kfac_dist.coordination.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.core.layers import LayerBlock
+from kfac_dist.core.update import Choice, KFACUpdate
+from workers.checksum import checksum
+from workers.exchange import Directions, ServerSide
+from workers.inverse_store import Admitted, Candidate, InverseStore
+from workers.messages import ServerReport, StepOrder
+from workers.phases import Phases
+from workers.process_group import Group
+from workers.server_state import MeanGradient, ServerState
+from workers.transport import Array, section, to_arrays, to_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inverses:
+    """What a step preconditions with."""
+
+    admitted: Admitted
+    candidates: Sequence[Candidate]
+
+
+class KFACServer:
+    """Damping, gamma, direction, step size; the parameters and the inverses in use."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        schedule: StepSchedule,
+        blocks: Sequence[LayerBlock],
+        state: ServerState,
+        store: InverseStore,
+    ) -> None:
+        assert isinstance(spec.optimizer, KFACSpec)
+        self.state = state
+        self._settings = spec.optimizer
+        self._schedule = schedule
+        self._store = store
+        self._update = KFACUpdate(spec.optimizer, blocks, torch.zeros_like(state.parameters))
+        self._search: tuple[float, ...] | None = None
+        self._counts: Counter[str] = Counter()
+        self._stale_applied = 0
+        self._side: ServerSide | None = None
+
+    def join(self, group: Group) -> None:
+        """Exchange through `group` from now on, and send it parameters and previous update."""
+        parameters = self.state.parameters
+        self._side = ServerSide(group, parameters.numel(), parameters)
+        self._side.send_state(parameters, self._update.previous_update)
+
+    def step(self, order: StepOrder) -> ServerReport:
+        """Do the server's part of one step.
+
+        Raises:
+            PeerLostError: a gradient worker is gone.
+            TimedOutError: an inverse that must be waited for does not come.
+        """
+        assert self._side is not None, "join a group first"
+        plan, side, phases = order.plan, self._side, Phases()
+        mean = self._receive_gradient(plan, side, phases)
+        if not mean.is_finite():
+            side.skip_step()
+            return self._skipped(order, mean, phases)
+        inverses = self._wait_for_inverses(plan, phases)
+        directions = self._precondition(mean.gradient, inverses, phases)
+        gram = self._receive_fisher_products(order, side, directions, phases)
+        choice = self._choose(mean.gradient, inverses, directions, gram)
+        side.send_choice(choice, measure=plan.measure)
+        if not choice.applied:
+            self._counts["skipped_step"] += 1
+            return self._skipped(order, mean, phases)
+        self._apply(plan, inverses, choice, directions, phases)
+        ratio = self._adapt_damping(order, side, choice, mean, phases)
+        return self._report(order, mean, inverses, choice, ratio, phases)
+
+    def _receive_gradient(self, plan: StepPlan, side: ServerSide, phases: Phases) -> MeanGradient:
+        with phases("reduce"):
+            sums = side.receive_gradient()
+            if plan.update_factors and sums.statistics_usable:
+                self._store.note_statistics(plan.step)
+            return self.state.mean(sums)
+
+    def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> _Inverses:
+        """Choose the inverses: one set, or one for each gamma when a search can be decided.
+
+        A search is decided in the first step in which every layer has all its gammas.
+        """
+        if plan.search_gamma:
+            self._search = self._update.gammas(search=True)
+        with phases("wait_inverse"):
+            admitted = self._store.admit(plan.step)
+        gammas: tuple[float, ...] = (self._update.gamma,)
+        if self._search is not None and _all_carry(admitted, self._search):
+            gammas, self._search = self._search, None
+        candidates = [self._store.candidate(plan.step, admitted, gamma) for gamma in gammas]
+        return _Inverses(admitted=admitted, candidates=candidates)
+
+    def _precondition(self, gradient: Tensor, inverses: _Inverses, phases: Phases) -> Tensor:
+        with phases("precondition"):
+            directions, fallen = self._update.directions(
+                gradient,
+                [
+                    {name: inverted.inverse for name, inverted in candidate.inverses.items()}
+                    for candidate in inverses.candidates
+                ],
+                [candidate.gamma for candidate in inverses.candidates],
+            )
+            self._counts["gradient_fallback"] += len(fallen)
+            return directions
+
+    def _receive_fisher_products(
+        self, order: StepOrder, side: ServerSide, directions: Tensor, phases: Phases
+    ) -> Tensor | None:
+        wanted = self._update.needs_gram(measure=order.plan.measure)
+        with phases("send_directions"):
+            side.send_directions(Directions(vectors=directions, wants_gram=wanted))
+        if not wanted:
+            return None
+        with phases("fisher_products"):
+            num_rows = len(subset_positions(order.window.size, self._settings.fisher_fraction))
+            return side.receive_gram(len(directions) + 1) / num_rows
+
+    def _choose(
+        self, gradient: Tensor, inverses: _Inverses, directions: Tensor, gram: Tensor | None
+    ) -> Choice:
+        gammas = [candidate.gamma for candidate in inverses.candidates]
+        return self._update.choose(gradient, directions, gammas, gram)
+
+    def _apply(
+        self,
+        plan: StepPlan,
+        inverses: _Inverses,
+        choice: Choice,
+        directions: Tensor,
+        phases: Phases,
+    ) -> None:
+        with phases("apply"):
+            self.state.parameters.add_(self._update.advance(choice, directions))
+            self.state.applied(plan.step)
+        self._store.use(inverses.candidates[choice.candidate])
+        self._stale_applied += len(inverses.admitted.admission.stale)
+
+    def _adapt_damping(
+        self,
+        order: StepOrder,
+        side: ServerSide,
+        choice: Choice,
+        mean: MeanGradient,
+        phases: Phases,
+    ) -> float | None:
+        if not order.plan.measure:
+            return None
+        with phases("measure"):
+            after = side.receive_loss() / order.window.size + self.state.l2_term()
+            return self._update.adapt_damping(choice, after - mean.objective)
+
+    def _skipped(self, order: StepOrder, mean: MeanGradient, phases: Phases) -> ServerReport:
+        self._counts["bad_step"] += 1
+        return self._report(order, mean, None, None, None, phases)
+
+    def _report(
+        self,
+        order: StepOrder,
+        mean: MeanGradient,
+        inverses: _Inverses | None,
+        choice: Choice | None,
+        ratio: float | None,
+        phases: Phases,
+    ) -> ServerReport:
+        held = inverses.admitted.held if inverses else {}
+        return ServerReport(
+            step=order.plan.step,
+            applied=choice is not None,
+            loss=mean.loss,
+            objective=mean.objective,
+            num_cases=order.window.size,
+            parameter_version=self.state.version,
+            alpha=choice.alpha if choice else None,
+            mu=choice.mu if choice else None,
+            update_norm=choice.update_norm if choice else 0.0,
+            predicted_change=choice.predicted_change if choice else None,
+            reduction_ratio=ratio,
+            damping=self._update.damping,
+            gamma=self._update.gamma,
+            next_gammas=self.next_gammas(order.plan.step + 1),
+            inverse_version_step={name: one.version_step for name, one in held.items()},
+            stale_layers=inverses.admitted.admission.stale if inverses else (),
+            stale_applied_total=self._stale_applied,
+            numeric_events=dict(self._counts + self._store.counts()),
+            waited_seconds=inverses.admitted.waited_seconds if inverses else 0.0,
+            phase_seconds=phases.seconds,
+        )
+
+    def next_gammas(self, step: int) -> tuple[float, ...]:
+        """Return the gammas to invert with for `step`: those of the search that is open, if any."""
+        search = self._search is not None or self._schedule.plan(step).search_gamma
+        return self._update.gammas(search=search)
+
+    def snapshot(self) -> dict[str, Array]:
+        """Return everything the next step depends on, by flat names."""
+        update = {f"update:{k}": v for k, v in self._update.state_dict().items()}
+        events = self._counts + self._store.counts()
+        counts = {f"count:{k}": torch.tensor(v) for k, v in events.items()}
+        counts["stale_applied"] = torch.tensor(self._stale_applied)
+        inverses = {f"inverse:{k}": v for k, v in self._store.snapshot(self._update.gamma).items()}
+        return self.state.snapshot() | to_arrays(update | counts) | inverses
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Take over a snapshot of the same model."""
+        self.state.restore(snapshot)
+        update = to_tensors(section(snapshot, "update:"), self.state.parameters.device)
+        self._update.load_state_dict(update)
+        self._counts = Counter({k: int(v) for k, v in section(snapshot, "count:").items()})
+        self._stale_applied = int(snapshot["stale_applied"])
+        self._store.restore(section(snapshot, "inverse:"))
+
+    def checksum(self) -> str:
+        """Return the checksum of what the gradient workers mirror."""
+        return checksum(self.state.parameters, self._update.previous_update)
+
+
+def _all_carry(admitted: Admitted, gammas: Sequence[float]) -> bool:
+    excused = {*admitted.admission.stale, *admitted.admission.gradient}
+    return all(
+        gamma in held.by_gamma
+        for name, held in admitted.held.items()
+        for gamma in gammas
+        if name not in excused
+    )
