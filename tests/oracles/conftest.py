@@ -1,11 +1,13 @@
-import warnings
+from collections.abc import Iterator
 
+import pytest
 import torch
-from torch.autograd import forward_ad
 
-# torch's forward mode compiles its decompositions on first use and warns about its own
-# deprecated function; once, here, so that warnings can stay errors in the tests themselves.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    with forward_ad.dual_level():
-        forward_ad.make_dual(torch.zeros(1), torch.ones(1))
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Matrices of order 10 gain nothing from threads and lose much where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

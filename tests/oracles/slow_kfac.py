@@ -86,8 +86,11 @@ class SlowKFAC:
         if o.damping_period and self.k % o.damping_period == 0:
             h_after = dense.objective(self.name, self.model, inputs, targets, o.l2)
             ridge = o.l2 + self.damping if o.rho_includes_damping else o.l2
-            rho = (h_after - h_before) / self.model_change(grad, fisher, delta, ridge)
-            self.adapt_damping(rho)
+            predicted = self.model_change(grad, fisher, delta, ridge)
+            # No ratio where the model itself, led by fixed momentum, foresees a rise.
+            rho = (h_after - h_before) / predicted if predicted < 0 else None
+            rose = not h_after < h_before
+            self.adapt_damping(-1.0 if rho is None or rose else rho)
         self.average(theta + delta)
         return SlowResult(
             loss=loss_before,

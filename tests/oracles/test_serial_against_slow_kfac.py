@@ -87,8 +87,16 @@ def assert_same_step(result, expected, model, optimizer, rule):
         torch.testing.assert_close(averaged, expected.averaged, rtol=RELATIVE, atol=RELATIVE)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+# Each variant with one distribution, the paper's and a free step with all of them.
+RUNS = [
+    (variant, distribution)
+    for number, variant in enumerate(VARIANTS)
+    for place, distribution in enumerate(DISTRIBUTIONS)
+    if variant in ("paper", "norm constraint, free") or place == number % 3
+]
+
+
+@pytest.mark.parametrize(("variant", "distribution"), RUNS)
 def test_every_step_is_the_slow_step(variant, distribution):
     options, case = VARIANTS[variant], case_for(distribution)
     model, (inputs, targets) = case.model(), case.data()
