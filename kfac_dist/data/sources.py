@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfac_dist.config.wording import did_you_mean
 from kfac_dist.data.curves import NUM_CASES, load_curves
 from kfac_dist.data.dataset import ImageDataset, Split, num_limited
 from kfac_dist.data.digits import load_digits
@@ -67,10 +67,8 @@ def image_source(
 ) -> ImageSource:
     """The data set called `name`; InvalidSpecError when there is none of that name."""
     if name not in DATA_NAMES:
-        close = get_close_matches(name or "", DATA_NAMES, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
         raise InvalidSpecError(
             f"data.name: {name or 'null'} is not a data set of built-in tasks "
-            f"({', '.join(DATA_NAMES)}).{hint}"
+            f"({', '.join(DATA_NAMES)}).{did_you_mean(name or '', DATA_NAMES)}"
         )
     return ImageSource(name=name, limit=limit, cache_dir=cache_dir, dtype=dtype)

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from difflib import get_close_matches
 
+from kfac_dist.config.wording import did_you_mean
 from kfac_dist.errors import InvalidSpecError
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """A sentence that suggests the nearest of `known`, or nothing; starts with a space."""
-    close = get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def check_arguments(
@@ -40,7 +34,7 @@ def check_arguments(
             accepts = f"accepts {', '.join(names)}" if names else "accepts no arguments"
             raise InvalidSpecError(
                 f"task_args.{name}: {owner} has no such argument; it {accepts}."
-                f"{did_you_mean(str(name), names)}"
+                f"{did_you_mean(name, names)}"
             )
     for parameter in accepted:
         if parameter.default is inspect.Parameter.empty and parameter.name not in arguments:

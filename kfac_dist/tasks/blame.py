@@ -59,7 +59,11 @@ def blame_user(files: UserFiles, doing: str, *, always: bool) -> Iterator[None]:
         place = files.location(error)
         if place is None and not always:
             raise
-        raise UserTaskError(
-            f"task {files.label}: {doing} raised {type(error).__name__}: {error}"
-            + (f" ({place})" if place else "")
-        ) from error
+        raise UserTaskError(f"task {files.label}: {describe(doing, error, place)}") from error
+
+
+def describe(doing: str, error: BaseException, place: str | None) -> str:
+    """What was being done, the exception's type and text, and the user's `file:line` if known."""
+    # A SyntaxError's own text repeats its place in another form.
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{doing} raised {type(error).__name__}: {text}" + (f" ({place})" if place else "")

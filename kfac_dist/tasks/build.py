@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kfac_dist.data import MapDataset, fetch
 from kfac_dist.errors import UserTaskError
+from kfac_dist.tasks.blame import describe
 from kfac_dist.tasks.task import Task
 from kfac_dist.tasks.user import UserTask
 
@@ -43,10 +44,8 @@ def check_model(task: Task, model: nn.Module, dataset: MapDataset) -> None:
             outputs = model(inputs)
     except Exception as error:
         place = task.files.location(error) if isinstance(task, UserTask) else None
-        raise UserTaskError(
-            f"task {name}: the model raised {type(error).__name__} on inputs of shape "
-            f"{tuple(inputs.shape)}: {error}" + (f" ({place})" if place else "")
-        ) from error
+        doing = f"the model, given inputs of shape {tuple(inputs.shape)},"
+        raise UserTaskError(f"task {name}: {describe(doing, error, place)}") from error
     finally:
         model.train(was_training)
     problem = _misfit(task.distribution, outputs, targets)

@@ -10,8 +10,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+from kfac_dist.config.wording import did_you_mean
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.tasks.arguments import did_you_mean
 from kfac_dist.tasks.blame import UserFiles, blame_user
 
 

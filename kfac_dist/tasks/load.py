@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from kfac_dist.config import JobSpec
+from kfac_dist.config.wording import did_you_mean
 from kfac_dist.data import image_source
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.tasks.arguments import check_arguments, did_you_mean
+from kfac_dist.tasks.arguments import check_arguments
 from kfac_dist.tasks.autoencoder import autoencoder
 from kfac_dist.tasks.blame import blame_user
 from kfac_dist.tasks.classifier import classifier
