@@ -17,6 +17,7 @@ import numpy as np
 from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.assignment import LayerCost
 from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
+from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import InvertedPair, redamp
 from kfac_dist.errors import TimedOutError
 from workers.messages import InverseHeader
@@ -97,8 +98,7 @@ class InverseStore:
         for gamma, pi in zip(header.gammas, header.pis, strict=True):
             by_gamma[gamma] = None
             if pi is not None:
-                pair = unpack_pairs(next(pieces), [layer])[layer.name]
-                by_gamma[gamma] = InvertedPair(inverse=pair, pi=pi, gamma=gamma, rungs=())
+                by_gamma[gamma] = _inverted(next(pieces), layer, pi, gamma)
         return HeldInverses(version_step=header.version_step, by_gamma=by_gamma)
 
     def set_orphaned(self, layers: Collection[str]) -> None:
@@ -195,9 +195,16 @@ class InverseStore:
             if not state:
                 continue
             gamma = float(state["gamma"])
-            pair = unpack_pairs(state["factors"], [layer])[layer.name]
-            inverse = InvertedPair(inverse=pair, pi=float(state["pi"]), gamma=gamma, rungs=())
+            inverse = _inverted(state["factors"], layer, float(state["pi"]), gamma)
             self._held[layer.name] = HeldInverses(
                 version_step=int(state["version_step"]), by_gamma={gamma: inverse}
             )
             self._in_use[layer.name] = inverse
+
+
+def _inverted(array: Array, layer: LayerCost, pi: float, gamma: float) -> InvertedPair:
+    pair = unpack_pairs(array, [layer])[layer.name]
+    # The transpose of a symmetric matrix is the same matrix by columns, as `invert_pair` returns
+    # it. BLAS rounds the two layouts differently, and synchronous runs equal serial ones bitwise.
+    inverse = KroneckerPair(A=pair.A.T, G=pair.G.T)
+    return InvertedPair(inverse=inverse, pi=pi, gamma=gamma, rungs=())

@@ -83,7 +83,6 @@ class KFACServer:
         choice = self._choose(mean.gradient, inverses, directions, gram)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
-            self._counts["skipped_step"] += 1
             return self._skipped(order, mean, phases)
         self._apply(plan, inverses, choice, directions, phases)
         ratio = self._adapt_damping(order, side, choice, mean, phases)

@@ -19,6 +19,7 @@ from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import invert_pair
 from kfac_dist.core.layers import Registration
+from kfac_dist.optimizer import step_schedule as kfac_schedule
 
 _MEASURED_ORDERS = (64, 128, 256)
 _REPEATS = 3
@@ -26,19 +27,13 @@ _REPEATS = 3
 
 def step_schedule(spec: JobSpec) -> StepSchedule:
     """Return the periods of a job; a baseline has none that matters."""
-    optimizer = spec.optimizer
-    if not isinstance(optimizer, KFACSpec):
-        return StepSchedule(
-            factor_update_period=1,
-            inverse_update_period=1,
-            gamma_adapt_period=None,
-            damping_adapt_period=None,
-        )
+    if isinstance(spec.optimizer, KFACSpec):
+        return kfac_schedule(spec.optimizer)
     return StepSchedule(
-        factor_update_period=optimizer.factor_update_period,
-        inverse_update_period=optimizer.inverse_update_period,
-        gamma_adapt_period=optimizer.gamma.adapt_period,
-        damping_adapt_period=optimizer.damping.adapt_period,
+        factor_update_period=1,
+        inverse_update_period=1,
+        gamma_adapt_period=None,
+        damping_adapt_period=None,
     )
 
 

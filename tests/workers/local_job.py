@@ -1,0 +1,197 @@
+"""A whole job in the threads of one process: real gloo, real inverse loops, no Ray.
+
+The roles' work is the same objects that the actors wrap.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kfac_dist.config import JobSpec, parse_spec
+from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, assign
+from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from workers.gradient_work import GradientWork
+from workers.inverse_loop import InverseLoop
+from workers.inverse_work import InverseWork
+from workers.messages import (
+    InverseSetup,
+    JobContext,
+    RefreshRequest,
+    Rendezvous,
+    ServerReport,
+    StepOrder,
+)
+from workers.parameter_server import build_server
+from workers.planning import batch_size, staleness_bound, step_schedule
+from workers.process_group import Group, host_store, join_group, join_store
+
+T = TypeVar("T")
+HOST = "127.0.0.1"
+CPU = torch.device("cpu")
+
+
+def small_spec(**changes: Any) -> JobSpec:
+    """A small autoencoder on 200 digits in float64; `changes` are sections or top-level keys."""
+    values: dict[str, Any] = {
+        "name": "small",
+        "task": "autoencoder",
+        "task_args": {"hidden": [12, 5]},
+        "data": {"name": "mnist-5k", "limit": 200},
+        "steps": 20,
+        "batch_size": 50,
+        "dtype": "float64",
+        "optimizer": {
+            "damping": {"initial": 30.0},
+            "gamma": {"adapt_period": 6},
+            "inverse_update_period": 4,
+            "statistics_fraction": 0.5,
+            "fisher_fraction": 0.5,
+            "averaging": {"decay": 0.9, "start": 5},
+        },
+        "staleness": {"max_steps": 0},
+    }
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+        values[key] = {**values[key], **value} if both else value
+    return parse_spec(values)
+
+
+def in_threads(calls: list[Callable[[], T]]) -> list[T]:
+    """Call all at once, each in a thread of its own, and return their results in order."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def make_group(num_workers: int, epoch: int = 1, timeout_seconds: float = 20.0) -> list[Group]:
+    """All members of a gloo group on the loopback device; the server is the last."""
+    store = host_store(HOST, timeout_seconds)
+    meet = Rendezvous(
+        host=HOST,
+        port=store.port,
+        epoch=epoch,
+        num_gradient_workers=num_workers,
+        timeout_seconds=timeout_seconds,
+    )
+
+    def member(rank: int) -> Group:
+        own = store if rank == num_workers else join_store(meet)
+        return join_group(meet, own, rank=rank, own_host=HOST, backend="gloo", device=CPU)
+
+    return in_threads([lambda rank=rank: member(rank) for rank in range(num_workers + 1)])
+
+
+class LocalJob:
+    """All roles of a job; `steps` trains, `server` and `workers` can be looked into."""
+
+    def __init__(self, spec: JobSpec, tmp_path: Path) -> None:
+        torch.set_num_threads(1)
+        self.spec = spec
+        self.context = JobContext(
+            job="local",
+            attempt=1,
+            spec=spec,
+            base_dir=tmp_path,
+            data_dir=None,
+            cache_dir=tmp_path,
+            run_dir=tmp_path,
+            num_train_cases=0,
+        )
+        self.schedule = step_schedule(spec)
+        self.bound = staleness_bound(spec)
+        built = build_server(self.context, CPU, patience_seconds=20.0)
+        self.server, self.store = built.server, built.store
+        self.loops = self._inverse_loops()
+        self.workers = [
+            GradientWork(self.context, rank, CPU, self._send)
+            for rank in range(spec.workers.gradient)
+        ]
+        for worker in self.workers:
+            _take_turns(worker)
+        groups = make_group(spec.workers.gradient)
+        joins: list[Callable[[], None]] = [
+            lambda w=w, g=g: w.join(g) for w, g in zip(self.workers, groups, strict=False)
+        ]
+        in_threads([*joins, lambda: self.server.join(groups[-1])])
+        for worker in self.workers:
+            if self.loops:
+                worker.connect(self.assignment, dict.fromkeys(self.assignment, 1))
+        self.cursor = SamplerCursor(epoch=0, offset=0)
+        self.num_cases = spec.data.limit or 0
+        self.step_count = 0
+        self.gammas = self.server.next_gammas(1)
+
+    def _inverse_loops(self) -> dict[int, InverseLoop]:
+        self.assignment: dict[int, tuple[str, ...]] = {}
+        if self.store is None:
+            return {}
+        layers = self.store.layers
+        self.assignment = assign(layers, self.spec.workers.inverse)
+        loops = {}
+        for rank, names in self.assignment.items():
+            setup = InverseSetup(
+                rank=rank,
+                layers=tuple(layer for layer in layers if layer.name in names),
+                cost_model=DEFAULT_COST_MODEL,
+                assignment_epoch=1,
+                applied_step=0,
+            )
+            work = InverseWork(self.context, setup)
+            loops[rank] = InverseLoop(work, lambda message: self.store.accept(*message))
+            loops[rank].start()
+        return loops
+
+    def _send(self, worker: int, header: Any, array: Any) -> None:
+        self.loops[worker].put_statistics(header, array)
+
+    def steps(self, count: int) -> list[ServerReport]:
+        """Do `count` steps and return the server's reports."""
+        return [self._step() for _ in range(count)]
+
+    def _step(self) -> ServerReport:
+        self.step_count += 1
+        plan = self.schedule.plan(self.step_count)
+        size = batch_size(self.spec, plan.step, self.num_cases)
+        window, self.cursor = next_window(self.cursor, size, self.num_cases)
+        order = StepOrder(plan=plan, window=window)
+        if plan.refresh_inverses:
+            minimum = plan.step if self.bound.is_synchronous(plan.step) else 1
+            request = RefreshRequest(
+                step=plan.step, gammas=self.gammas, min_statistics_step=minimum
+            )
+            for loop in self.loops.values():
+                loop.put_request(request)
+        calls: list[Callable[[], Any]] = [lambda w=w: w.step(order) for w in self.workers]
+        report: ServerReport = in_threads([*calls, lambda: self.server.step(order)])[-1]
+        self.gammas = report.next_gammas
+        return report
+
+    def close(self) -> None:
+        """Stop the inverse loops."""
+        for loop in self.loops.values():
+            loop.stop()
+
+    @property
+    def parameters(self) -> torch.Tensor:
+        """The server's parameter vector [P]."""
+        return self.server.state.parameters
+
+
+_FORWARD_MODE = threading.Lock()
+
+
+def _take_turns(worker: GradientWork) -> None:
+    """Torch counts the levels of forward mode per process: two threads must not be in it."""
+    computer = worker._computer
+    alone = computer.fisher_gram
+
+    def fisher_gram(inputs: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        with _FORWARD_MODE:
+            return alone(inputs, vectors)
+
+    computer.fisher_gram = fisher_gram  # type: ignore[method-assign]

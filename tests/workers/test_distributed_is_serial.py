@@ -1,0 +1,91 @@
+"""Oracle 12: the distributed run in synchronous mode is the serial optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kfac_dist import KFAC
+from kfac_dist.config import JobSpec
+from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.core.sampling import permutation
+from kfac_dist.core.vector import flatten
+from kfac_dist.data import fetch
+from kfac_dist.tasks import build_model, load_task, torch_dtype
+from tests.workers.local_job import LocalJob, small_spec
+
+
+def serial_run(spec: JobSpec, folder: Path, num_steps: int) -> tuple[KFAC, list[object]]:
+    """Run the serial optimizer on the same batches."""
+    torch.set_num_threads(1)
+    task = load_task(spec, folder, cache_dir=folder)
+    data = task.train_data(None)
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+    options = spec.optimizer.model_dump(exclude={"name"})
+    optimizer = KFAC(model, distribution=task.distribution, seed=spec.seed, **options)
+    cursor, results = SamplerCursor(epoch=0, offset=0), []
+    for _ in range(num_steps):
+        window, cursor = next_window(cursor, spec.batch_size, len(data))
+        order = permutation(spec.seed, window.epoch, len(data))
+        results.append(optimizer.step(*fetch(data, order[window.start : window.stop])))
+    return optimizer, results
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[object]:
+    jobs: list[LocalJob] = []
+
+    def start(spec: JobSpec) -> LocalJob:
+        jobs.append(LocalJob(spec, tmp_path))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.close()
+
+
+RULES = {
+    "adaptive": {"step_rule": "adaptive"},
+    "norm_constraint": {"step_rule": "norm_constraint", "norm_constraint": 0.01},
+    "no_search": {"gamma": {"adapt_period": None}},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
+    base = small_spec().optimizer.model_dump()
+    spec = small_spec(optimizer={**base, **RULES[rule]})
+    job = run(spec)
+    reports = job.steps(20)
+    serial, results = serial_run(spec, tmp_path, 20)
+    for report, result in zip(reports, results, strict=True):
+        for name in ("loss", "objective", "damping", "gamma", "reduction_ratio", "update_norm"):
+            assert getattr(report, name) == getattr(result, name), (report.step, name)
+    theta = flatten(serial._parameters)
+    assert torch.equal(job.parameters, theta)
+    assert torch.equal(flatten(job.workers[0]._parameters), theta)
+    assert torch.equal(job.server.state._average.value, serial.averaged_parameters)
+
+
+@pytest.mark.parametrize(("gradient", "inverse"), [(2, 1), (3, 2)])
+def test_more_workers_are_the_serial_optimizer_to_rounding(gradient, inverse, run, tmp_path):
+    spec = small_spec(workers={"gradient": gradient, "inverse": inverse})
+    job = run(spec)
+    job.steps(20)
+    serial, _ = serial_run(spec, tmp_path, 20)
+    theta = flatten(serial._parameters)
+    assert torch.linalg.vector_norm(job.parameters - theta) <= 1e-9 * torch.linalg.vector_norm(
+        theta
+    )
+    assert len({worker.checksum() for worker in job.workers} | {job.server.checksum()}) == 1
+
+
+def test_the_assignment_of_layers_does_not_matter(run):
+    runs = [run(small_spec(workers={"inverse": count})) for count in (1, 2, 3)]
+    for job in runs:
+        job.steps(8)
+    assert torch.equal(runs[0].parameters, runs[1].parameters)
+    assert torch.equal(runs[0].parameters, runs[2].parameters)
