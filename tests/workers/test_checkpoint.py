@@ -26,7 +26,7 @@ ROLES = {
 }
 STATE = {"cursor": {"epoch": 1, "offset": 250}, "versions": {"fc": 95, "out": None}, "x": 0.1}
 
-on_disk = settings(deadline=None, max_examples=60)
+on_disk = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def save(folder: Path, step: int, keep: int = 3, **state: Any) -> Path:
