@@ -55,7 +55,7 @@ def train(
     folder = absolute(run_dir) if run_dir else home() / "runs" / job.name
     base_dir = absolute(spec).parent
     if dry_run:
-        _check(job, base_dir, folder, resume)
+        _check(job, base_dir, data_dir(data), folder, resume)
         write_result({"run_dir": str(folder), "spec": job.model_dump(mode="json")}, output)
         return
     try:
@@ -66,16 +66,18 @@ def train(
     _write_summary(summary, output)
 
 
-def _check(job: JobSpec, base_dir: Path, folder: Path, resume: bool) -> None:
-    """Raise what would keep the job from starting."""
+def _check(job: JobSpec, base_dir: Path, data: Path | None, folder: Path, resume: bool) -> None:
+    """Raise what would keep the job from starting; data sets are read, too."""
     from kfac_dist.coordination.placement import check_placement
     from kfac_dist.runs import check_folder
-    from kfac_dist.tasks import load_task
 
     check_folder(folder, job, resume=resume)
     num_cpus = len(os.sched_getaffinity(0))
     check_placement(job.workers, num_cpus, num_cpus)
-    load_task(job, base_dir, cache_dir=home() / "data")
+
+    from workers.preparation import prepare  # takes torch along
+
+    prepare(job, base_dir=base_dir, data_dir=data, cache_dir=home() / "data").check_data()
 
 
 def _run(

@@ -31,6 +31,12 @@ from .conftest import KfacDist
         (["validate", "{spec}", "--set", "task=gone.py:Task"], 3, "gone.py"),
         (["train", "{spec}", "--resume", "--dry-run"], 4, "no run to resume here"),
         (["train", "{spec}", "--dry-run", "--set", "workers.gradient=4000"], 3, "4000 CPUs"),
+        (["train", "{spec}", "--dry-run", "--set", "batch_size=9000"], 3, "9000"),
+        (
+            ["train", "{spec}", "--dry-run", "--set", "data.name=mnist", "--data-dir", "/nowhere"],
+            4,
+            "/nowhere",
+        ),
     ],
 )
 def test_message_and_exit_code(

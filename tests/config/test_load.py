@@ -185,8 +185,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(InvalidSpecError, match="byte 6 is not UTF-8"):
         load_spec(tmp_path / "latin.yaml")
-    with pytest.raises(InvalidSpecError, match="line 1"):
-        load_spec(_file(tmp_path, "name = ", "job.toml"))
+    with pytest.raises(InvalidSpecError, match="line 2"):
+        load_spec(_file(tmp_path, "a = 1\nb c\n", "job.toml"))
 
 
 def test_settings_of_the_serial_optimizer_may_be_numbers() -> None:
