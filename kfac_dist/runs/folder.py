@@ -126,7 +126,7 @@ class RunFolder:
     def update_job(self, **changes: Any) -> JobRecord:
         """Change fields of the job's record; `updated_at` is set to now. Returns the new one."""
         values = self.read_job().model_dump() | changes | {"updated_at": time.time()}
-        record = JobRecord.modelparse_record(values)
+        record = JobRecord.model_validate(values)
         self._write_job(record)
         return record
 
