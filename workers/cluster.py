@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from kfac_dist.errors import UnreachableError
+from workers.guard import guarded
 from workers.ray_internals import on_loopback, quiet_stdout
 
 LOOPBACK = "127.0.0.1"
@@ -62,15 +63,13 @@ def ray_cluster(ray_address: str | None) -> Iterator[Cluster]:
 def _started(ray_address: str | None) -> Iterator[Cluster]:
     if ray_address is not None:
         _init(f"no Ray cluster at {ray_address}", address=ray_address, **_QUIET)
-        try:
+        with _shut_down():
             yield _describe(host=None)
-        finally:
-            ray.shutdown()
         return
     local = local_cluster()
     # Unix sockets have short names: the folder must be near the root.
     folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
-    try:
+    with guarded(Path(folder)), _shut_down():
         with on_loopback():
             _init(
                 "Ray could not be started on this machine",
@@ -84,9 +83,14 @@ def _started(ray_address: str | None) -> Iterator[Cluster]:
                 **_QUIET,
             )
         yield _describe(host=LOOPBACK)
+
+
+@contextmanager
+def _shut_down() -> Iterator[None]:
+    try:
+        yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _init(problem: str, **options: object) -> None:

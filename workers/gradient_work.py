@@ -1,7 +1,7 @@
 """A gradient worker's part of the algorithm; read `step` first.
 
-No Ray: the actor in `workers.actors` is a shell around it. It mirrors the parameters and the
-previous update, which the parameter server owns, by doing the same arithmetic.
+No Ray: the actor in `workers.gradient_worker` is a shell around it. It mirrors the parameters and
+the previous update, which the parameter server owns, by doing the same arithmetic.
 """
 
 from __future__ import annotations

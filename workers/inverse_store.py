@@ -67,7 +67,7 @@ class InverseStore:
     _held: dict[str, HeldInverses] = field(default_factory=dict)
     _in_use: dict[str, InvertedPair] = field(default_factory=dict)
     _orphaned: frozenset[str] = frozenset()
-    _failed: set[str] = field(default_factory=set)
+    _failed_step: dict[str, int] = field(default_factory=dict)
     _newest_statistics: int = 0
     _counts: Counter[str] = field(default_factory=Counter)
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -80,11 +80,11 @@ class InverseStore:
         with self._changed:
             self._counts.update(header.rungs)
             if held is None:
-                self._failed.add(header.layer)
+                self._failed_step[header.layer] = header.version_step
                 kept = header.layer in self._held
                 self._counts["kept_inverse" if kept else "no_inverse"] += 1
             else:
-                self._failed.discard(header.layer)
+                self._failed_step.pop(header.layer, None)
                 current = self._held.get(header.layer)
                 if current is None or current.version_step <= held.version_step:
                     self._held[header.layer] = held
@@ -144,9 +144,19 @@ class InverseStore:
             versions,
             self.bound,
             self.staleness.at_bound,
-            self._orphaned | self._failed,
+            self._orphaned | self._failed(step),
             newest_statistics=self._newest_statistics,
         )
+
+    def _failed(self, step: int) -> set[str]:
+        """Return the layers whose last inversion failed and that no refresh is under way for.
+
+        In a synchronous run the next scheduled refresh is waited for like any other.
+        """
+        if not self.bound.is_synchronous(step):
+            return set(self._failed_step)
+        oldest = self.bound.oldest_admissible(step)
+        return {name for name, failed in self._failed_step.items() if failed >= oldest}
 
     def candidate(self, step: int, admitted: Admitted, gamma: float) -> Candidate:
         """Return the admitted inverses that are nearest to `gamma`.

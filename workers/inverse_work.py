@@ -6,6 +6,7 @@ factors and their averages; the inverses belong to the parameter server once pub
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -228,5 +229,7 @@ def _relative_change(old: KroneckerPair, new: KroneckerPair) -> float:
     for before, after in ((old.A, new.A), (old.G, new.G)):
         size = float(torch.linalg.matrix_norm(before))
         change = float(torch.linalg.matrix_norm(after - before))
-        changes.append(change / size if size > 0 else float("inf") if change > 0 else 0.0)
+        relative = change / size if size > 0 else float("inf") if change > 0 else 0.0
+        # Norms that overflow leave inf / inf.
+        changes.append(float("inf") if math.isnan(relative) else relative)
     return max(changes)

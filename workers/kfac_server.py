@@ -1,7 +1,7 @@
 """The parameter server's part of K-FAC; read `step` first, beside `kfac_dist.KFAC.step`.
 
-No Ray: the actor in `workers.actors` is a shell around it. It owns parameters, previous update,
-damping and gamma, and the inverses it has accepted.
+No Ray: the actor in `workers.parameter_server` is a shell around it. It owns parameters, previous
+update, damping and gamma, and the inverses it has accepted.
 """
 
 from __future__ import annotations

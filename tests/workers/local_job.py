@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,10 +87,21 @@ def make_group(num_workers: int, epoch: int = 1, timeout_seconds: float = 20.0) 
     return in_threads([lambda rank=rank: member(rank) for rank in range(num_workers + 1)])
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds."""
+
+    step: int
+    cursor: SamplerCursor
+    server: dict[str, Any]
+    averages: dict[str, Any]
+
+
 class LocalJob:
     """All roles of a job; `steps` trains, `server` and `workers` can be looked into."""
 
-    def __init__(self, spec: JobSpec, tmp_path: Path) -> None:
+    def __init__(self, spec: JobSpec, tmp_path: Path, saved: Saved | None = None) -> None:
+        self.saved = saved
         torch.set_num_threads(1)
         self.spec = spec
         self.context = JobContext(
@@ -105,6 +117,8 @@ class LocalJob:
         self.bound = staleness_bound(spec)
         built = build_server(self.context, CPU, patience_seconds=20.0)
         self.server, self.store = built.server, built.store
+        if saved is not None:
+            self.server.restore(saved.server)
         self.loops = self._inverse_loops()
         self.workers = [
             GradientWork(self.context, rank, CPU, self._send)
@@ -120,10 +134,10 @@ class LocalJob:
         for worker in self.workers:
             if self.loops:
                 worker.connect(self.assignment, dict.fromkeys(self.assignment, 1))
-        self.cursor = SamplerCursor(epoch=0, offset=0)
+        self.cursor = saved.cursor if saved else SamplerCursor(epoch=0, offset=0)
         self.num_cases = spec.data.limit or 0
-        self.step_count = 0
-        self.gammas = self.server.next_gammas(1)
+        self.step_count = saved.step if saved else 0
+        self.gammas = self.server.next_gammas(self.step_count + 1)
 
     def _inverse_loops(self) -> dict[int, InverseLoop]:
         self.assignment: dict[int, tuple[str, ...]] = {}
@@ -138,9 +152,9 @@ class LocalJob:
                 layers=tuple(layer for layer in layers if layer.name in names),
                 cost_model=DEFAULT_COST_MODEL,
                 assignment_epoch=1,
-                applied_step=0,
+                applied_step=self.saved.step if self.saved else 0,
             )
-            work = InverseWork(self.context, setup)
+            work = InverseWork(self.context, setup, self.saved.averages if self.saved else None)
             loops[rank] = InverseLoop(work, lambda message: self.store.accept(*message))
             loops[rank].start()
         return loops
@@ -169,6 +183,13 @@ class LocalJob:
         report: ServerReport = in_threads([*calls, lambda: self.server.step(order)])[-1]
         self.gammas = report.next_gammas
         return report
+
+    def save(self) -> Saved:
+        """What a checkpoint after the last step would hold."""
+        averages: dict[str, Any] = {}
+        for loop in self.loops.values():
+            averages |= loop.snapshot(self.step_count, timeout_seconds=20.0)
+        return Saved(self.step_count, self.cursor, self.server.snapshot(), averages)
 
     def close(self) -> None:
         """Stop the inverse loops."""

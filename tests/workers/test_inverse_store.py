@@ -1,0 +1,136 @@
+"""The server's side of asynchrony: what it accepts, waits for, keeps and damps."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from kfac_dist.config import StalenessSpec
+from kfac_dist.coordination.assignment import LayerCost
+from kfac_dist.coordination.plan import StepSchedule
+from kfac_dist.coordination.staleness import StalenessBound
+from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.inverse import invert_pair
+from kfac_dist.errors import TimedOutError
+from workers.inverse_store import InverseStore
+from workers.messages import InverseHeader
+from workers.transport import pack_pairs
+
+LAYERS = (LayerCost(name="a", dim_A=3, dim_G=2), LayerCost(name="b", dim_A=2, dim_G=2))
+SCHEDULE = StepSchedule(
+    factor_update_period=1,
+    inverse_update_period=4,
+    gamma_adapt_period=None,
+    damping_adapt_period=None,
+)
+
+
+def make_store(max_steps: int, at_bound: str = "wait", patience_seconds: float = 0.1):
+    staleness = StalenessSpec(max_steps=max_steps, at_bound=at_bound)
+    bound = StalenessBound(max_steps=max_steps, warmup_steps=0, schedule=SCHEDULE)
+    store = InverseStore(
+        layers=LAYERS, bound=bound, staleness=staleness, patience_seconds=patience_seconds
+    )
+    store.note_statistics(20)  # newer statistics than in any inverse below
+    return store
+
+
+def factors(layer: LayerCost, version: int) -> KroneckerPair:
+    scale = 1.0 + version
+    return KroneckerPair(
+        A=scale * torch.eye(layer.dim_A, dtype=torch.float64),
+        G=scale * torch.eye(layer.dim_G, dtype=torch.float64),
+    )
+
+
+def publish(store: InverseStore, layer: LayerCost, version: int, *, fails: bool = False) -> None:
+    inverted = invert_pair(factors(layer, version), 1.0)
+    header = InverseHeader(
+        layer=layer.name,
+        version_step=version,
+        gammas=(1.0,),
+        pis=(None if fails else inverted.pi,),
+        rungs=(),
+        inversion_seconds=0.0,
+    )
+    store.accept(header, pack_pairs([] if fails else [inverted.inverse]))
+
+
+def publish_all(store: InverseStore, version: int) -> None:
+    for layer in LAYERS:
+        publish(store, layer, version)
+
+
+def versions(store: InverseStore, step: int) -> dict[str, int]:
+    return {name: held.version_step for name, held in store.admit(step).held.items()}
+
+
+def test_the_newest_version_wins_whatever_the_order_of_arrival():
+    store = make_store(max_steps=10)
+    publish_all(store, 3)
+    publish_all(store, 7)
+    publish(store, LAYERS[0], 5)
+    assert versions(store, 8) == {"a": 7, "b": 7}
+
+
+def test_a_step_at_the_bound_waits_until_the_inverse_arrives():
+    store = make_store(max_steps=4, patience_seconds=20.0)
+    publish_all(store, 1)
+    assert store.admit(5).waited_seconds < 1
+    late = threading.Timer(0.2, publish_all, (store, 4))
+    late.start()
+    admitted = store.admit(6)
+    late.join()
+    assert admitted.waited_seconds >= 0.1
+    assert {held.version_step for held in admitted.held.values()} == {4}
+
+
+def test_patience_ends_with_the_layers_that_are_missing():
+    store = make_store(max_steps=4)
+    publish(store, LAYERS[1], 1)
+    with pytest.raises(TimedOutError, match="inverse of a came"):
+        store.admit(2)
+
+
+def test_orphaned_layers_are_not_waited_for_and_go_on_with_their_last_inverse():
+    store = make_store(max_steps=4)
+    publish_all(store, 1)
+    store.set_orphaned(["a", "b"])
+    admission = store.admit(20).admission
+    assert admission.degraded == ("a", "b")
+    assert admission.stale == ("a", "b")
+
+
+def test_beyond_the_bound_damping_grows_with_the_age():
+    store = make_store(max_steps=4, at_bound="damp")
+    publish_all(store, 1)
+    admitted = store.admit(9)
+    assert admitted.admission.damp == ("a", "b")
+    inverse = store.candidate(9, admitted, 1.0).inverses["a"]
+    expected = invert_pair(factors(LAYERS[0], 1), 2.0)
+    assert inverse.gamma == 2.0
+    torch.testing.assert_close(inverse.inverse.A, expected.inverse.A, rtol=1e-12, atol=0)
+    torch.testing.assert_close(inverse.inverse.G, expected.inverse.G, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("max_steps", [0, 4])
+def test_a_failed_inversion_keeps_the_last_good_inverse_and_is_counted(max_steps):
+    store = make_store(max_steps=max_steps)
+    publish_all(store, 4)
+    publish(store, LAYERS[0], 8, fails=True)
+    publish(store, LAYERS[1], 8)
+    assert versions(store, 9) == {"a": 4, "b": 8}
+    assert store.counts()["kept_inverse"] == 1
+
+
+def test_a_synchronous_step_waits_for_the_refresh_after_a_failed_one():
+    store = make_store(max_steps=0)
+    publish_all(store, 4)
+    publish(store, LAYERS[0], 8, fails=True)
+    publish(store, LAYERS[1], 8)
+    with pytest.raises(TimedOutError, match="a, b"):
+        store.admit(12)
+    publish_all(store, 12)
+    assert versions(store, 12) == {"a": 12, "b": 12}

@@ -1,0 +1,123 @@
+"""An inverse worker applies statistics exactly once, refuses bad ones, inverts what is due."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
+from kfac_dist.core.factors import KroneckerPair
+from tests.workers.local_job import small_spec
+from workers.inverse_work import InverseWork
+from workers.messages import InverseSetup, JobContext, RefreshRequest, StatisticsHeader
+from workers.transport import pack_pairs
+
+LAYERS = (LayerCost(name="a", dim_A=4, dim_G=3), LayerCost(name="b", dim_A=3, dim_G=2))
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(**sections) -> InverseWork:
+        spec = small_spec(workers={"gradient": 2, "inverse": 1}, **sections)
+        job = JobContext(
+            job="job",
+            attempt=1,
+            spec=spec,
+            base_dir=tmp_path,
+            data_dir=None,
+            cache_dir=tmp_path,
+            run_dir=tmp_path,
+        )
+        setup = InverseSetup(
+            rank=0,
+            layers=LAYERS,
+            cost_model=DEFAULT_COST_MODEL,
+            assignment_epoch=1,
+            applied_step=0,
+        )
+        return InverseWork(job, setup)
+
+    return build
+
+
+def message(step: int, rank: int, *, usable: bool = True, job: str = "job", bad: bool = False):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    pairs = []
+    for layer in LAYERS:
+        rows = [
+            torch.randn(6, order, dtype=torch.float64, generator=generator)
+            for order in (layer.dim_A, layer.dim_G)
+        ]
+        if bad:
+            rows[0][0, 0] = float("nan")
+        pairs.append(KroneckerPair(A=rows[0].T @ rows[0], G=rows[1].T @ rows[1]))
+    header = StatisticsHeader(
+        job=job,
+        step=step,
+        rank=rank,
+        num_cases=6,
+        layers=("a", "b"),
+        assignment_epoch=1,
+        usable=usable,
+    )
+    return header, pack_pairs(pairs) if usable else None
+
+
+def deliver(work: InverseWork, *messages) -> dict[str, bytes]:
+    for header, array in messages:
+        work.receive(header, array)
+        work.apply_statistics()
+    return {name: array.tobytes() for name, array in work.snapshot().items()}
+
+
+IN_ORDER = [message(step, rank) for step in (1, 2, 3) for rank in (0, 1)]
+
+
+def test_duplicated_and_late_statistics_change_nothing(make):
+    expected = deliver(make(), *IN_ORDER)
+    work = make()
+    repeated = [IN_ORDER[0], *IN_ORDER[:3], IN_ORDER[2], *IN_ORDER[3:], *IN_ORDER]
+    assert deliver(work, *repeated) == expected
+    status = work.status(queue_depth=0)
+    assert (status.applied_step, status.duplicates + status.late) == (3, 8)
+
+
+def test_ranks_may_arrive_in_any_order(make):
+    swapped = [IN_ORDER[i] for i in (1, 0, 3, 5, 2, 4)]
+    assert deliver(make(), *swapped) == deliver(make(), *IN_ORDER)
+
+
+def test_statistics_of_another_job_are_left(make):
+    work = make()
+    deliver(work, *(message(1, rank, job="other") for rank in (0, 1)))
+    assert work.status(0).foreign == 2
+    assert work.dealt_step == 0
+
+
+@pytest.mark.parametrize("how", [{"usable": False}, {"bad": True}])
+def test_what_is_not_finite_is_refused_and_counted(make, how):
+    work = make()
+    before = deliver(work, *IN_ORDER[:2])
+    assert deliver(work, message(2, 0), message(2, 1, **how)) == before
+    assert work.status(0).refused == 1
+    assert work.dealt_step == 2
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "oldest_first", "largest_drift"])
+def test_each_request_is_served_once_for_every_layer(make, policy):
+    work = make(staleness={"max_steps": 0, "refresh_policy": policy})
+    deliver(work, *IN_ORDER[:2])
+    work.request(RefreshRequest(step=1, gammas=(1.0, 2.0), min_statistics_step=1))
+    served = [work.invert_next() for _ in range(3)]
+    assert {m.header.layer for m in served[:2]} == {"a", "b"}
+    assert served[2] is None
+    assert all(m.header.version_step == 1 and len(m.header.pis) == 2 for m in served[:2])
+
+
+def test_a_synchronous_request_waits_for_its_statistics(make):
+    work = make()
+    work.request(RefreshRequest(step=2, gammas=(1.0,), min_statistics_step=2))
+    deliver(work, *IN_ORDER[:2])
+    assert work.invert_next() is None
+    deliver(work, *IN_ORDER[2:4])
+    assert work.invert_next().header.version_step == 2
