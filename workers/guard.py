@@ -1,0 +1,74 @@
+"""Leaves nothing of an embedded Ray behind, even when the driver is killed with -9.
+
+Ray's agents outlive their raylet when nobody stops them. So a small process of its own waits for
+the driver's end, then ends every process that has a file open in the cluster's private folder,
+and removes the folder. Standard library only: it is started as a script.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+
+
+@contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Clean up `folder` and its processes after the block, or after this process was killed."""
+    guard = subprocess.Popen(
+        [sys.executable, "-I", __file__, str(folder)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
+    )
+    try:
+        yield
+    finally:
+        clean_up(folder)
+        guard.communicate()
+
+
+def clean_up(folder: Path) -> None:
+    """End all processes that have a file open in `folder`, except this one, and remove it."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while (pids := list(_users(folder))) and time.monotonic() < deadline:
+        for pid in pids:
+            _kill(pid)
+        time.sleep(_POLL_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _users(folder: Path) -> Iterator[int]:
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            prefix = f"{folder}/"
+            if any(target.startswith(prefix) for target in _open_files(process)):
+                yield int(process.name)
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    try:
+        for link in (process / "fd").iterdir():
+            yield os.readlink(link)  # noqa: PTH115 - a link to a deleted file is no path
+    except OSError:  # the process, or the file, has gone meanwhile, or is another user's
+        return
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    clean_up(Path(sys.argv[1]))
