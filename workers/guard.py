@@ -25,30 +25,33 @@ _POLL_SECONDS = 0.05
 def guarded(folder: Path) -> Iterator[None]:
     """Clean up `folder` and its processes after the block, or after this process was killed."""
     guard = subprocess.Popen(
-        [sys.executable, "-I", __file__, str(folder)],
+        [sys.executable, "-I", __file__, str(folder), str(os.getpid())],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
     )
     try:
         yield
     finally:
-        clean_up(folder)
+        clean_up(folder, spared=os.getpid())
         guard.communicate()
 
 
-def clean_up(folder: Path) -> None:
-    """End all processes that have a file open in `folder`, except this one, and remove it."""
+def clean_up(folder: Path, *, spared: int) -> None:
+    """End all processes that have a file open in `folder`, except the driver, and remove it.
+
+    The driver, `spared`, has Ray's log files open to its end.
+    """
     deadline = time.monotonic() + _GRACE_SECONDS
-    while (pids := list(_users(folder))) and time.monotonic() < deadline:
+    while (pids := list(_users(folder, spared))) and time.monotonic() < deadline:
         for pid in pids:
             _kill(pid)
         time.sleep(_POLL_SECONDS)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _users(folder: Path) -> Iterator[int]:
+def _users(folder: Path, spared: int) -> Iterator[int]:
     for process in Path("/proc").iterdir():
-        if process.name.isdigit() and int(process.name) != os.getpid():
+        if process.name.isdigit() and int(process.name) not in (os.getpid(), spared):
             prefix = f"{folder}/"
             if any(target.startswith(prefix) for target in _open_files(process)):
                 yield int(process.name)
@@ -71,4 +74,4 @@ def _kill(pid: int) -> None:
 
 if __name__ == "__main__":
     sys.stdin.read()
-    clean_up(Path(sys.argv[1]))
+    clean_up(Path(sys.argv[1]), spared=int(sys.argv[2]))

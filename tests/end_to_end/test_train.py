@@ -11,7 +11,10 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from kfac_dist.config import load_spec
+from kfac_dist.core.vector import flatten
 from tests.end_to_end.command import SPEC, CommandLine, wait_until
+from tests.workers.test_distributed_is_serial import serial_run
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -23,13 +26,6 @@ def all_tensors(run_dir: Path, step: int) -> dict[str, bytes]:
         for path in sorted(folder.glob("*.safetensors"))
         for name, array in load_file(path).items()
     }
-
-
-def end_agents(family: list[psutil.Process]) -> None:
-    """Ray's own agents outlive a raylet whose driver was killed for half a minute."""
-    for process in family:
-        if process.is_running():
-            process.kill()
 
 
 def test_a_job_ends_with_one_json_object_and_a_whole_run_folder(command: CommandLine) -> None:
@@ -52,21 +48,25 @@ def test_a_job_ends_with_one_json_object_and_a_whole_run_folder(command: Command
         assert record["inverse_staleness_steps"]["max"] <= 8
 
 
-def test_killed_in_the_middle_and_resumed_is_the_run_that_was_not(command: CommandLine) -> None:
+def test_a_synchronous_job_is_the_serial_optimizer_and_survives_a_kill(
+    command: CommandLine,
+) -> None:
     text = SPEC.replace("max_steps: 8", "max_steps: 0") + "dtype: float64\n"
     spec = command.spec(text)
     straight = command.train(spec, run_dir="straight")
     assert straight.finish()[0] == 0
+    serial, _ = serial_run(load_spec(spec), command.folder, 12)
+    checkpoint = straight.run_dir / "checkpoints" / "step-00000012"
+    trained = load_file(checkpoint / "parameter_server.safetensors")["parameters"]
+    assert trained.tobytes() == flatten(serial._parameters).numpy().tobytes()
 
     killed = command.train(spec, "--set", "steps=100000", run_dir="killed")
     killed.wait_for_step(6)
     family = killed.family()
-    actors = [process for process in family if "Agent" not in process.name()]
     killed.process.kill()
     killed.process.communicate()
-    _, alive = psutil.wait_procs(actors, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
-    end_agents(family)
     newest = max((killed.run_dir / "checkpoints").glob("step-????????"))
     assert int(newest.name.removeprefix("step-")) >= 4
     for later in (killed.run_dir / "checkpoints").glob("step-*"):
