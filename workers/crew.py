@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle, Ref
 from workers.device import DevicePlan
@@ -24,6 +27,8 @@ Calls = dict[Ref, Member]
 SERVER_ROLE = "parameter_server"
 WORKER_ROLE = "gradient_worker"
 _WAIT_SECONDS = 0.25  # how soon an interrupt is seen
+_ray: Any = ray  # its stubs leave much untyped
+_START_SECONDS = 300.0  # a cluster without room lets an actor wait forever, without an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ class Crew:
         built = self.call_server("build", self._plan.server_snapshot)
         calls = self.call_workers("build")
         started = self.inverse_pool.first_statuses()
-        ready, *rest = self.gather(built | calls | started)
+        ready, *rest = self.gather(built | calls | started, deadline_seconds=_START_SECONDS)
         self._note_pids(ready, rest[: len(calls)])
         self.inverse_pool.take_over(step=0)
         meet = Rendezvous(
@@ -124,16 +129,20 @@ class Crew:
     def _member(self, role: str, rank: int) -> Member:
         return Member(role=role, rank=rank, pid=self._pids.get((role, rank), 0))
 
-    def gather(self, calls: Calls) -> list[Any]:
+    def gather(self, calls: Calls, deadline_seconds: float = math.inf) -> list[Any]:
         """Return the results of `calls` in order, once all are there.
 
         An inverse worker may die meanwhile: that is dealt with and does not end the wait.
 
         Raises:
             KfacDistError: the cause of the first failure among `calls`.
+            TimedOutError: some were not there at the deadline.
         """
         pending = dict(calls)
+        deadline = time.monotonic() + deadline_seconds
         while pending:
+            if time.monotonic() > deadline:
+                raise _not_started(pending, deadline_seconds)
             ready = {ref: pending.pop(ref) for ref in self._wait(pending)}
             failed = {ref: member for ref, member in ready.items() if failure_of(ref)}
             if failed:
@@ -167,3 +176,12 @@ class Crew:
         for actor in (self.server, *self.gradient_workers):
             ray.kill(actor)
         self.inverse_pool.kill()
+
+
+def _not_started(pending: Calls, seconds: float) -> TimedOutError:
+    missing = ", ".join(str(member) for member in pending.values())
+    free: dict[str, float] = _ray.available_resources()
+    room = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU", "inverse"))
+    return TimedOutError(
+        f"{missing} did not start within {seconds:g} s; free in the Ray cluster: {room}"
+    )

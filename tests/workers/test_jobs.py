@@ -1,0 +1,187 @@
+"""Whole jobs on real Ray actors, inside a Ray that this process has initialised."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors.numpy import load_file
+
+from kfac_dist import train
+from kfac_dist.config import parse_spec
+from kfac_dist.core.vector import flatten
+from kfac_dist.errors import InvalidSpecError, NumericError, UserTaskError, WorkerDiedError
+from tests.workers.jobs import Jobs, line_spec
+from tests.workers.test_distributed_is_serial import serial_run
+
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(tmp_path)
+
+
+def parameters(jobs: Jobs, step: int, run_dir: str = "run") -> torch.Tensor:
+    folder = jobs.run_folder(run_dir).checkpoints_dir / f"step-{step:08d}"
+    return torch.from_numpy(load_file(folder / "parameter_server.safetensors")["parameters"])
+
+
+def test_a_synchronous_job_is_bitwise_the_serial_optimizer(jobs: Jobs) -> None:
+    spec = parse_spec(line_spec())
+    summary = jobs.run(spec)
+    serial, results = serial_run(spec, jobs.folder, 12)
+    assert summary.state == "SUCCEEDED"
+    assert [record.objective for record in jobs.records] == [r.objective for r in results]
+    assert torch.equal(parameters(jobs, 12), flatten(serial._parameters))
+    assert ray.is_initialized()
+    assert jobs.kinds() == ["started", "checkpoint", "checkpoint", "checkpoint", "succeeded"]
+
+
+def test_resumed_on_other_numbers_of_workers_it_is_the_same_job(jobs: Jobs) -> None:
+    spec = line_spec()
+    straight = jobs.run(parse_spec(spec), run_dir="straight")
+    jobs.run(parse_spec(spec | {"steps": 6}))
+    more = spec | {"workers": {"gradient": 3, "inverse": 2}}
+    resumed = jobs.run(parse_spec(more), resume=True)
+    assert resumed.step == 12
+    assert resumed.job != straight.job
+    assert jobs.run_folder().read_job().attempt == 2
+    assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 13))
+    expected = parameters(jobs, 12, "straight")
+    torch.testing.assert_close(parameters(jobs, 12), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_job_that_has_ended_is_evaluated_again(jobs: Jobs) -> None:
+    spec = parse_spec(line_spec(steps=4))
+    first = jobs.run(spec)
+    again = jobs.run(spec, resume=True)
+    assert again.state == "SUCCEEDED"
+    assert (again.job, again.step, again.train) == (first.job, 4, first.train)
+    assert again.initial_objective == first.initial_objective
+
+
+def test_without_a_checkpoint_a_job_resumes_from_the_start(jobs: Jobs) -> None:
+    jobs.run(parse_spec(line_spec(steps=2, checkpoint={"every_steps": None})))
+    jobs.events.clear()
+    jobs.run(parse_spec(line_spec()), resume=True)
+    assert "from the start" in jobs.event("resumed").message
+    assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 13))
+
+
+def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Jobs) -> None:
+    spec = line_spec(steps=1000, task_args={"breaks_after": 30}, workers={"gradient": 2})
+    with pytest.raises(UserTaskError, match=r"LookupError: no such column \(line.py:") as caught:
+        jobs.run(parse_spec(spec))
+    assert caught.value.first_failure is not None
+    assert caught.value.first_failure.role == "gradient_worker"
+    job = jobs.run_folder().read_job()
+    assert (job.state, job.reason) == ("FAILED", "user_task")
+    assert job.step == jobs.records[-1].step + 1
+    summary = jobs.run_folder().read_summary()
+    assert summary is not None
+    assert summary.message == caught.value.message
+
+
+def test_too_many_steps_without_a_finite_update_end_the_job(jobs: Jobs) -> None:
+    spec = line_spec(
+        steps=1000,
+        task_args={"breaks_after": 30, "how": "nan"},
+        faults={"max_bad_steps": 2},
+        staleness={"max_steps": 4},
+    )
+    with pytest.raises(NumericError, match="3 steps in a row"):
+        jobs.run(parse_spec(spec))
+    assert jobs.records[-1].numeric_events["bad_step"] == 3
+    assert jobs.records[-1].parameter_version == jobs.records[-1].step - 3
+
+
+def test_a_killed_inverse_worker_is_replaced(jobs: Jobs) -> None:
+    class Recovered(Exception):  # noqa: N818 - ends the endless job of this test
+        pass
+
+    def kill_one(record: object) -> None:
+        if "recovered" in jobs.kinds():
+            raise Recovered
+        if len(jobs.records) == 6:
+            os.kill(jobs.pid("inverse_worker"), signal.SIGKILL)
+
+    jobs.on_step = kill_one
+    spec = line_spec(
+        steps=100_000,
+        staleness={"max_steps": 20},
+        workers={"gradient": 2, "inverse": 2},
+        checkpoint={"every_steps": 4},
+    )
+    with pytest.raises(Recovered):
+        jobs.run(parse_spec(spec))
+    died = jobs.event("inverse_worker_died")
+    assert died.details["pid"] != jobs.event("inverse_worker_replaced").details["pid"]
+    degraded = [record for record in jobs.records if record.stale_applied_total > 0]
+    worst = max(r.inverse_staleness_steps.max for r in jobs.records if r.inverse_staleness_steps)
+    assert bool(degraded) == (worst > 20)
+    assert jobs.run_folder().read_job().state == "FAILED"
+
+
+def test_more_deaths_than_allowed_end_the_job(jobs: Jobs) -> None:
+    def kill_one(record: object) -> None:
+        if len(jobs.records) == 3:
+            os.kill(jobs.pid("inverse_worker"), signal.SIGKILL)
+
+    jobs.on_step = kill_one
+    spec = line_spec(steps=100_000, staleness={"max_steps": 20}, faults={"max_restarts": 0})
+    with pytest.raises(WorkerDiedError, match="max_restarts is 0"):
+        jobs.run(parse_spec(spec))
+
+
+@pytest.mark.parametrize("role", ["gradient_worker", "parameter_server"])
+def test_a_killed_member_of_the_group_ends_the_job_and_is_named(jobs: Jobs, role: str) -> None:
+    def kill_one(record: object) -> None:
+        if len(jobs.records) == 5:
+            os.kill(jobs.pid(role), signal.SIGKILL)
+
+    jobs.on_step = kill_one
+    spec = line_spec(steps=100_000, workers={"gradient": 2})
+    with pytest.raises(WorkerDiedError) as caught:
+        jobs.run(parse_spec(spec))
+    first = caught.value.first_failure
+    assert first is not None
+    assert (first.role, first.rank) == (role, 0)
+    assert '"built"' in first.log_tail
+    jobs.on_step = lambda record: None
+    assert jobs.run(parse_spec(spec | {"steps": 8}), resume=True).state == "SUCCEEDED"
+
+
+def test_an_asynchronous_job_uses_old_inverses_and_learns(jobs: Jobs) -> None:
+    spec = line_spec(
+        steps=40,
+        staleness={"max_steps": 8},
+        workers={"gradient": 2, "inverse": 2},
+        evaluation={"every_steps": 20},
+    )
+    summary = jobs.run(parse_spec(spec))
+    assert summary.inverse_staleness_steps is not None
+    assert summary.inverse_staleness_steps.mean > 0
+    assert summary.inverse_staleness_steps.max <= 8
+    assert summary.train is not None
+    assert summary.initial_objective is not None
+    assert summary.train["objective"] < summary.initial_objective / 2
+    evaluated = [record.step for record in jobs.records if record.evaluation]
+    assert evaluated == [20, 40]
+    assert set(jobs.records[-1].phase_seconds) >= {"compute", "statistics", "reduce", "inversion"}
+
+
+def test_the_python_door(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(jobs.folder)
+    summary = train(line_spec(steps=2), run_dir=jobs.folder / "door")
+    assert summary.state == "SUCCEEDED"
+    assert summary.run_dir == str(jobs.folder / "door")
+
+
+def test_more_workers_than_the_cluster_has_room_for(jobs: Jobs) -> None:
+    with pytest.raises(InvalidSpecError, match="9 CPUs"):
+        jobs.run(parse_spec(line_spec(workers={"gradient": 9})))
