@@ -27,7 +27,6 @@ class JobContext:
     data_dir: Path | None
     cache_dir: Path
     run_dir: Path
-    num_train_cases: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from kfac_dist.config.job import (
     StalenessSpec,
     WorkersSpec,
 )
+from kfac_dist.config.keys import Key, job_keys
 from kfac_dist.config.load import dump_spec, kfac_settings, load_spec, parse_spec
 from kfac_dist.config.optimizers import (
     AdamSpec,
@@ -38,11 +39,13 @@ __all__ = [
     "GammaSpec",
     "JobSpec",
     "KFACSpec",
+    "Key",
     "OptimizerSpec",
     "SGDSpec",
     "StalenessSpec",
     "WorkersSpec",
     "dump_spec",
+    "job_keys",
     "job_schema",
     "kfac_settings",
     "load_spec",

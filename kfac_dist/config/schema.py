@@ -81,6 +81,10 @@ class SchemaMap:
         """The schemas at `place` without references and nested choices."""
         return [deep for option in place.options for deep in self._resolve(option)]
 
+    def tag(self, schema: Schema) -> str:
+        """Name a choice by its constant, such as `kfac`; "" when it has none."""
+        return next((tag for tag in _tags(schema) if "properties" in schema), "")
+
 
 def _properties(schema: Schema) -> dict[str, Schema]:
     properties: dict[str, Schema] = schema.get("properties", {})

@@ -26,6 +26,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the constructor says what is wrong with it
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands here twice", key.start_mark
@@ -118,10 +120,10 @@ def _parse_toml(label: str, text: str) -> dict[str, Any]:
 
 
 def _parse_yaml(label: str, text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    loader = _Loader(text)
+    lines: dict[tuple[str, ...], int] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        lines: dict[tuple[str, ...], int] = {}
         if node is None:
             return None, lines
         _collect_lines(node, (), lines)
@@ -132,8 +134,6 @@ def _parse_yaml(label: str, text: str) -> tuple[Any, dict[tuple[str, ...], int]]
         raise InvalidSpecError(f"{where}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise InvalidSpecError(f"{label}: {_yaml_message(error)}") from error
-    finally:
-        loader.dispose()
 
 
 def _collect_lines(

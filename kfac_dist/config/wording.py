@@ -52,7 +52,7 @@ def _problems(schema: SchemaMap, details: ErrorDetails) -> Iterator[Problem]:
     elif kind == "extra_forbidden":
         yield Problem(place.path, _unknown_key(schema, place))
     elif kind == "missing":
-        yield Problem(place.path, f"is missing; it must be {_expected(schema, place)}")
+        yield Problem(place.path, f"is missing; it must be {expected(schema, place)}")
     elif kind == "union_tag_invalid":
         tag, known = details["ctx"]["tag"], _names(schema, place)
         text = f"{show(tag)} is not {_one_of(known)}.{did_you_mean(tag, known)}"
@@ -72,19 +72,19 @@ def _related(section: tuple[str, ...], text: str) -> Iterator[Problem]:
 
 def _unknown_key(schema: SchemaMap, place: Place) -> str:
     *section, key = place.path
-    beside = get_close_matches(key, place.siblings, n=1)
-    if beside:
-        return f"unknown key. Did you mean {'.'.join([*section, beside[0]])}?"
     named_so = [path for path in schema.paths() if path[-1] == key and path != place.path]
     elsewhere = dict.fromkeys(".".join(path) for path in named_so)
     if elsewhere:
         return f"unknown key here. Did you mean {' or '.join(elsewhere)}?"
+    beside = get_close_matches(key, place.siblings, n=1)
+    if beside:
+        return f"unknown key. Did you mean {'.'.join([*section, beside[0]])}?"
     return f"unknown key. The keys here are {', '.join(dict.fromkeys(place.siblings))}"
 
 
 def _wrong_value(schema: SchemaMap, place: Place, value: object) -> str:
     words = [word for option in schema.options(place) for word in option.get("enum", [])]
-    text = f"{show(value)} is not {_expected(schema, place)}"
+    text = f"{show(value)} is not {expected(schema, place)}"
     if words and isinstance(value, str):
         return f"{text}.{did_you_mean(value, words)}" if did_you_mean(value, words) else text
     types = {option.get("type") for option in schema.options(place)}
@@ -105,7 +105,8 @@ def _names(schema: SchemaMap, place: Place) -> list[str]:
     return [option["properties"]["name"]["const"] for option in schema.options(place)]
 
 
-def _expected(schema: SchemaMap, place: Place) -> str:
+def expected(schema: SchemaMap, place: Place) -> str:
+    """Say what a value at `place` must be, as a noun with its interval or its choices."""
     return " or ".join(dict.fromkeys(_describe(option) for option in schema.options(place)))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from kfac_dist.coordination.checks import check_interval
 from kfac_dist.errors import InvalidSpecError
@@ -55,29 +57,27 @@ def fit_cost_model(samples: Collection[tuple[int, float]]) -> CostModel:
     Samples of a single order cannot tell the two terms apart: the cubic one takes all.
 
     Raises:
-        InvalidSpecError: there is no sample, or one is not positive.
+        InvalidSpecError: there is no sample, or one is out of range.
     """
     if not samples:
         raise InvalidSpecError("a cost model needs at least 1 measured (order, seconds); got 0")
     for dim, seconds in samples:
         check_interval("order", dim, 1)
-        if not seconds > 0:
-            raise InvalidSpecError(f"seconds of order {dim} must be above 0; got {seconds}")
-    # Orders in units of the largest keep the sums of sixth powers near 1.
-    unit = max(dim for dim, _ in samples)
-    scaled = [(dim / unit, seconds) for dim, seconds in samples]
-    s6, s5, s4 = (sum(x**power for x, _ in scaled) for power in (6, 5, 4))
-    t3, t2 = (sum(x**power * seconds for x, seconds in scaled) for power in (3, 2))
-    cubic, quadratic = t3 / s6, 0.0
-    if len({dim for dim, _ in samples}) > 1:
-        determinant = s6 * s4 - s5 * s5
-        cubic = (t3 * s4 - t2 * s5) / determinant
-        quadratic = (t2 * s6 - t3 * s5) / determinant
+        if not 0 < seconds < math.inf:
+            raise InvalidSpecError(
+                f"seconds of order {dim} must be above 0 and finite; got {seconds}"
+            )
+    # Exact numbers, since the powers of orders that are close to each other are nearly collinear.
+    exact = [(dim, Fraction(seconds)) for dim, seconds in samples]
+    s6, s5, s4 = (sum(dim**power for dim, _ in exact) for power in (6, 5, 4))
+    t3, t2 = (sum(dim**power * seconds for dim, seconds in exact) for power in (3, 2))
+    determinant = s6 * s4 - s5 * s5  # 0 when there is a single order
+    cubic, quadratic = t3 * s4 - t2 * s5, t2 * s6 - t3 * s5
+    if determinant == 0 or quadratic < 0:
+        return CostModel(cubic=float(t3 / s6), quadratic=0.0)
     if cubic < 0:
-        cubic, quadratic = 0.0, t2 / s4
-    elif quadratic < 0:
-        cubic, quadratic = t3 / s6, 0.0
-    return CostModel(cubic=cubic / unit**3, quadratic=quadratic / unit**2)
+        return CostModel(cubic=0.0, quadratic=float(t2 / s4))
+    return CostModel(cubic=float(cubic / determinant), quadratic=float(quadratic / determinant))
 
 
 def assign(

@@ -1,6 +1,6 @@
 """The folder of a run: records, journal, report. Written by the driver, read by anyone."""
 
-from kfac_dist.runs.folder import RunFolder
+from kfac_dist.runs.folder import RunFolder, check_folder
 from kfac_dist.runs.records import (
     ENDED,
     Evaluation,
@@ -28,4 +28,5 @@ __all__ = [
     "StalenessSummary",
     "StepRecord",
     "WorkerCounts",
+    "check_folder",
 ]

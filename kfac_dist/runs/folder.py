@@ -52,8 +52,7 @@ class RunFolder:
         """
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
-            if (path / _JOB).exists():
-                raise ConflictError(_occupied(folder))
+            _refuse_occupied(path)
             for name in ("logs", "checkpoints"):
                 (path / name).mkdir(exist_ok=True)
             folder.write_spec(spec)
@@ -71,7 +70,7 @@ class RunFolder:
             ConflictError: another process works in it, or `spec` is of another job.
         """
         if not (path / _JOB).exists():
-            raise NotFoundError(f"{path}: no run to resume here; leave out --resume to start one")
+            raise NotFoundError(_nothing_to_resume(path))
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
             check_same_job(folder.read_spec(), spec, path)
@@ -203,12 +202,35 @@ def _unlock_on_error(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _occupied(folder: RunFolder) -> str:
-    job = folder.read_job()
-    # Whoever asks holds the lock, so no process can be at work on it.
+def check_folder(path: Path, spec: JobSpec, *, resume: bool) -> None:
+    """Raise what `create`, or `resume`, would raise, and leave everything as it is.
+
+    Raises:
+        ConflictError: the folder is occupied, or holds another job than the one to resume.
+        NotFoundError: there is no run to resume.
+    """
+    if (path / _JOB).exists():
+        _lock(path).release()
+        if resume:
+            check_same_job(RunFolder.open(path).read_spec(), spec, path)
+        else:
+            _refuse_occupied(path)
+    elif resume:
+        raise NotFoundError(_nothing_to_resume(path))
+
+
+def _nothing_to_resume(path: Path) -> str:
+    return f"{path}: no run to resume here; leave out --resume to start one"
+
+
+def _refuse_occupied(path: Path) -> None:
+    """Raise ConflictError when there is a run; the lock was free, so no process works on it."""
+    if not (path / _JOB).exists():
+        return
+    job = RunFolder.open(path).read_job()
     state = job.state if job.state in ENDED else f"{job.state} when its process ended"
-    return (
-        f"{folder.path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
+    raise ConflictError(
+        f"{path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
         "Go on with it by --resume, or choose another folder with --run-dir"
     )
 

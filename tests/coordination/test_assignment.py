@@ -1,3 +1,4 @@
+import math
 from itertools import product
 
 import pytest
@@ -16,6 +17,7 @@ from kfac_dist.coordination.assignment import (
 from kfac_dist.errors import InvalidSpecError
 
 MODEL = CostModel(cubic=1e-11, quadratic=1e-8)
+LAYER = LayerCost(name="fc", dim_A=2, dim_G=2)
 
 
 def autoencoder() -> list[LayerCost]:
@@ -110,6 +112,10 @@ def test_when_workers_join_layers_move_to_them_only_and_no_load_grows(
         assert after[num_workers]
 
 
+def test_a_layer_does_not_move_for_nothing() -> None:
+    assert reassign({0: ("fc",)}, [LAYER], [0, 1], MODEL) == {0: ("fc",), 1: ()}
+
+
 @given(layer_lists(12), st.integers(1, 5))
 def test_nothing_moves_when_the_workers_are_the_same(
     layers: list[LayerCost], num_workers: int
@@ -175,9 +181,6 @@ def test_the_default_model_is_the_fit_to_the_measured_times() -> None:
     assert found.quadratic == pytest.approx(DEFAULT_COST_MODEL.quadratic, rel=0.05)
 
 
-LAYER = LayerCost(name="fc", dim_A=2, dim_G=2)
-
-
 def test_wrong_numbers_and_names_are_refused() -> None:
     with pytest.raises(InvalidSpecError, match="dim_A of fc must be at least 1; got 0"):
         LayerCost(name="fc", dim_A=0, dim_G=1)
@@ -191,5 +194,9 @@ def test_wrong_numbers_and_names_are_refused() -> None:
         assign([LAYER], [3, 3])
     with pytest.raises(InvalidSpecError, match="at least 1 measured"):
         fit_cost_model([])
-    with pytest.raises(InvalidSpecError, match="seconds of order 7 must be above 0; got 0"):
+    with pytest.raises(
+        InvalidSpecError, match="seconds of order 7 must be above 0 and finite; got 0"
+    ):
         fit_cost_model([(7, 0)])
+    with pytest.raises(InvalidSpecError, match="finite; got inf"):
+        fit_cost_model([(7, math.inf)])

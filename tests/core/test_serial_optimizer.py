@@ -148,6 +148,24 @@ def test_a_batch_that_is_not_finite_changes_nothing(bad):
     assert optimizer.step(inputs, targets).applied
 
 
+def test_fisher_products_that_are_not_finite_skip_the_step_once(monkeypatch):
+    case = case_for("gaussian")
+    model, (inputs, targets) = case.model(), case.data()
+    optimizer = optimizer_for(model, "gaussian")
+    optimizer.step(inputs, targets)
+    before, damping = dense.parameter_vector(model), optimizer._update.damping
+    monkeypatch.setattr(
+        optimizer._computer,
+        "fisher_gram",
+        lambda _inputs, vectors: torch.full((len(vectors),) * 2, math.nan, dtype=torch.float64),
+    )
+    result = optimizer.step(inputs, targets)
+    assert not result.applied
+    assert result.damping > damping
+    assert torch.equal(dense.parameter_vector(model), before)
+    assert sum(optimizer.numeric_events.values()) == 1
+
+
 def test_statistics_that_are_not_finite_are_refused_at_the_door(monkeypatch):
     case = case_for("gaussian")
     model, (inputs, targets) = case.model(), case.data()

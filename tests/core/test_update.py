@@ -140,6 +140,22 @@ def test_a_number_that_is_not_finite_is_not_applied(where, bad):
     assert update.gamma == before
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("spoiled", [0, 1, 2])
+def test_a_candidate_that_is_not_finite_leaves_the_choice_to_the_others(spoiled, bad):
+    update = update_for(damping={"initial": 8.0, "adapt_period": 5})
+    gammas, winner = update.gammas(search=True), (spoiled + 1) % 3
+    directions = torch.stack([ALONG if c == winner else ASKEW for c in range(3)])
+    directions[spoiled, 0] = bad
+    gram = flat_gram(3)
+    gram[spoiled, :] = gram[:, spoiled] = bad
+    choice = update.choose(GRADIENT, directions, gammas, gram)
+    assert choice.applied
+    assert choice.candidate == winner
+    assert update.gamma == gammas[winner]
+    assert update.damping == 8.0
+
+
 def test_update_is_alpha_and_mu_times_the_two_vectors():
     update = update_for(damping={"initial": 1.0})
     update.previous_update = torch.ones_like(GRADIENT)

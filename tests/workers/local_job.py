@@ -27,7 +27,7 @@ from workers.messages import (
     ServerReport,
     StepOrder,
 )
-from workers.parameter_server import build_server
+from workers.server_builder import build_server
 from workers.planning import batch_size, staleness_bound, step_schedule
 from workers.process_group import Group, host_store, join_group, join_store
 
@@ -100,7 +100,6 @@ class LocalJob:
             data_dir=None,
             cache_dir=tmp_path,
             run_dir=tmp_path,
-            num_train_cases=0,
         )
         self.schedule = step_schedule(spec)
         self.bound = staleness_bound(spec)

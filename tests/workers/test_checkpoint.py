@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ ROLES = {
 }
 STATE = {"cursor": {"epoch": 1, "offset": 250}, "versions": {"fc": 95, "out": None}, "x": 0.1}
 
-on_disk = settings(deadline=None, max_examples=60)
+on_disk = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def save(folder: Path, step: int, keep: int = 3, **state: Any) -> Path:
@@ -424,6 +425,12 @@ class Machine:
 REMOVE_TREE = shutil.rmtree
 
 
+def is_whole(path: Path, scratch: Path) -> bool:
+    with tempfile.TemporaryDirectory(dir=scratch) as alone:
+        shutil.copytree(path, Path(alone) / path.name)
+        return load(Path(alone)).path.name == path.name
+
+
 @pytest.mark.parametrize("step", [200, 300], ids=["replacing", "new"])
 def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
     stop_at, finished = 0, False
@@ -441,6 +448,7 @@ def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, ste
         loaded = load(folder)
         assert loaded.refused == ()
         assert (loaded.step, loaded.state["attempt"]) in {(200, 1), (step, 2)}
+        assert all(is_whole(info.path, tmp_path) for info in list_checkpoints(folder))
         save(folder, step, keep=2, attempt=3)
         assert load(folder).state["attempt"] == 3
         expected = sorted({100, 200, step})[-2:]

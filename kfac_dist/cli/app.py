@@ -1,0 +1,61 @@
+"""The commands, put together, and the one place where an error becomes a message and a code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kfac_dist import __version__
+from kfac_dist.cli.completion import completion
+from kfac_dist.cli.doctor import doctor
+from kfac_dist.cli.failure import INTERRUPTED, as_exit_code
+from kfac_dist.cli.layers import layers
+from kfac_dist.cli.schema import spec_app
+from kfac_dist.cli.train import train
+from kfac_dist.cli.validate import validate
+
+app = typer.Typer(
+    name="kfac-dist",
+    help="Train neural networks with distributed K-FAC.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Exit codes: 0 ok, 1 job failed, 2 usage, 3 invalid specification, 4 not found, "
+        "5 unreachable, 6 not allowed, 7 timed out, 8 cancelled, 9 conflict, 70 internal error, "
+        "130 interrupted."
+    ),
+)
+for command in (train, validate, layers, doctor, completion):
+    app.command()(command)
+app.add_typer(spec_app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kfac-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train neural networks with distributed K-FAC."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, `arguments` without the program's name, and return its exit code."""
+    try:
+        code = app(args=list(arguments) or ["--help"], prog_name="kfac-dist", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort, it reports
+        return as_exit_code(error, arguments)
+    if code == INTERRUPTED:  # typer turns a KeyboardInterrupt into this
+        return as_exit_code(KeyboardInterrupt(), arguments)
+    return int(code or 0)

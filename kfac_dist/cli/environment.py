@@ -1,0 +1,22 @@
+"""What the environment says: where state lives and where data is looked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """`$KFAC_DIST_HOME`, by default `~/.kfac_dist`: run folders and the data cache."""
+    return absolute(Path(os.environ.get("KFAC_DIST_HOME") or "~/.kfac_dist"))
+
+
+def data_dir(option: Path | None) -> Path | None:
+    """`--data-dir`, else `$KFAC_DIST_DATA`, else None."""
+    given = option or os.environ.get("KFAC_DIST_DATA")
+    return absolute(Path(given)) if given else None
+
+
+def absolute(path: Path) -> Path:
+    """Make a path independent of the working folder: workers have another one."""
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are left as they are

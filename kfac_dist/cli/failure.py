@@ -1,0 +1,95 @@
+"""From an exception to a message on stderr and an exit code; stdout stays clean.
+
+A message is `error: text`, a line each, or with `-o json` one object
+`{"error": {"type", "message", "exit_code"}}`. What is not one of the project's own errors is a
+bug: its traceback goes to a file, exit code 70.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import typer
+
+from kfac_dist.cli.environment import home
+from kfac_dist.errors import KfacDistError
+
+INTERRUPTED = 130
+_USAGE, _ABORTED, _INTERNAL = 2, 1, 70
+
+
+class Interrupted(Exception):  # noqa: N818 - no error
+    """An interrupt that knows what the user may want to be told about it.
+
+    No KeyboardInterrupt, of which typer would make a bare exit code.
+    """
+
+    def __init__(self, hint: str) -> None:
+        super().__init__(hint)
+        self.hint = hint
+
+
+def as_exit_code(error: BaseException, arguments: Sequence[str]) -> int:
+    """Tell the user about `error` and return the exit code; `arguments` is the command line."""
+    kind, message, code = _describe(error)
+    if _wants_json(arguments):
+        body = {"type": kind, "message": message, "exit_code": code}
+        _say(json.dumps({"error": body}, ensure_ascii=False))
+    else:
+        for line in message.splitlines():
+            _say(line if code == INTERRUPTED else f"error: {line}")
+    return code
+
+
+def _describe(error: BaseException) -> tuple[str, str, int]:
+    kind = type(error).__name__
+    if isinstance(error, KfacDistError):
+        return kind, error.message, error.exit_code
+    if isinstance(error, Interrupted):
+        return kind, f"interrupted; {error.hint}", INTERRUPTED
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted", "interrupted", INTERRUPTED
+    if isinstance(error, typer.TyperException):
+        return "UsageError", f"{error.format_message()} (see --help)", _USAGE
+    if isinstance(error, typer.Abort):
+        return "Aborted", "aborted", _ABORTED
+    report = _write_traceback(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        return kind, f"{error.strerror}: {error.filename} (details: {report})", _ABORTED
+    text = f"internal error ({kind}: {error}); please report it with {report}"
+    return "InternalError", text, _INTERNAL
+
+
+def _write_traceback(error: BaseException) -> Path:
+    """Write the traceback into the home folder, or where that fails a temporary one."""
+    text = "".join(traceback.format_exception(error))
+    name = time.strftime("crash-%Y%m%d-%H%M%S.log")
+    try:
+        folder = home() / "crashes"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="kfac_dist-"))
+        (folder / name).write_text(text)
+    return folder / name
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether the command line has `-o json`; also where it could not be parsed."""
+    options = {"-ojson", "--output=json"} & set(arguments)
+    return bool(options) or any(
+        option in ("-o", "--output") and value == "json" for option, value in pairwise(arguments)
+    )
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,31 @@
+"""`kfac-dist layers`: which curvature block each parameter has, how large, how costly."""
+
+from __future__ import annotations
+
+from kfac_dist.cli.environment import absolute
+from kfac_dist.cli.options import OutputOption, SetOption, SpecArgument
+from kfac_dist.cli.output import Format, make_table, write_result
+
+_COLUMNS = ("parameter", "module", "kind", "block", "dim_A", "dim_G", "num_parameters", "cost")
+_NUMBERS = ("dim_A", "dim_G", "num_parameters", "cost")
+
+
+def layers(
+    spec: SpecArgument, overrides: SetOption = None, output: OutputOption = Format.table
+) -> None:
+    """List each parameter with its block, its factor sizes and its cost.
+
+    The cost is that of one refresh of the block's inverses, dim_A^3 + dim_G^3.
+    """
+    from kfac_dist.config import load_spec
+
+    job = load_spec(spec, overrides or [])
+
+    from workers.api import layers_report
+
+    rows = layers_report(job, absolute(spec).parent)
+    total = sum(row["num_parameters"] for row in rows)
+    lines = [[row[column] for column in _COLUMNS] for row in rows]
+    lines.append(["total", "", "", "", "", "", total, ""])
+    table = make_table(_COLUMNS, lines, right=_NUMBERS)
+    write_result({"num_parameters": total, "layers": list(rows)}, output, table)

@@ -1,0 +1,139 @@
+"""`kfac-dist train`: a job in the foreground."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.failure import Interrupted
+from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
+from kfac_dist.cli.output import Format, write_result
+from kfac_dist.cli.progress import make_progress
+from kfac_dist.errors import JobFailedError
+
+if TYPE_CHECKING:
+    from kfac_dist.config import JobSpec
+    from kfac_dist.runs import JobSummary
+
+
+def train(
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    data: DataDirOption = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="The run's folder; else runs/NAME in $KFAC_DIST_HOME.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder, at its checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop.")
+    ] = False,
+    output: OutputOption = Format.table,
+) -> None:
+    """Train a job in the foreground, with workers on this machine.
+
+    Progress goes to stderr, the summary to stdout. Ctrl-C ends the job; --resume goes on with it.
+    """
+    from kfac_dist.config import load_spec
+
+    job = load_spec(spec, overrides or [])
+    folder = absolute(run_dir) if run_dir else home() / "runs" / job.name
+    base_dir = absolute(spec).parent
+    if dry_run:
+        _check(job, base_dir, data_dir(data), folder, resume)
+        write_result({"run_dir": str(folder), "spec": job.model_dump(mode="json")}, output)
+        return
+    try:
+        summary = _run(job, base_dir, data_dir(data), folder, resume, output)
+    except JobFailedError as error:
+        _write_failed_summary(folder, error, output)
+        raise
+    _write_summary(summary, output)
+
+
+def _check(job: JobSpec, base_dir: Path, data: Path | None, folder: Path, resume: bool) -> None:
+    """Raise what would keep the job from starting; data sets are read, too."""
+    from kfac_dist.coordination.placement import check_placement
+    from kfac_dist.runs import check_folder
+
+    check_folder(folder, job, resume=resume)
+    num_cpus = len(os.sched_getaffinity(0))
+    check_placement(job.workers, num_cpus, num_cpus)
+
+    from workers.preparation import prepare  # takes torch along
+
+    prepare(job, base_dir=base_dir, data_dir=data, cache_dir=home() / "data").check_data()
+
+
+def _run(
+    job: JobSpec,
+    base_dir: Path,
+    data: Path | None,
+    folder: Path,
+    resume: bool,
+    output: Format,
+) -> JobSummary:
+    from kfac_dist.runs import check_folder
+
+    check_folder(folder, job, resume=resume)  # before torch and Ray take their seconds
+    progress = make_progress(job.steps, plain=output is Format.table)
+    try:
+        with _terminate_is_interrupt(), progress:
+            from workers.launch import run_job
+
+            return run_job(
+                job,
+                base_dir=base_dir,
+                data_dir=data,
+                home=home(),
+                run_dir=folder,
+                resume=resume,
+                on_record=progress.on_record,
+                on_event=progress.on_event,
+            )
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"the run is in {folder}, --resume goes on with it") from error
+
+
+@contextmanager
+def _terminate_is_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the job as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_failed_summary(folder: Path, error: JobFailedError, output: Format) -> None:
+    """Write the summary that the failed job left, if it came as far as leaving one."""
+    from kfac_dist.runs import RunFolder
+
+    if not (folder / "job.json").exists():
+        return
+    summary = RunFolder.open(folder).read_summary()
+    if summary is not None and (summary.state, summary.message) == ("FAILED", error.message):
+        _write_summary(summary, output)
+
+
+def _write_summary(summary: JobSummary, output: Format) -> None:
+    write_result(json.loads(summary.model_dump_json()), output)

@@ -1,0 +1,59 @@
+"""All keys of a specification, for a table of reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kfac_dist.config.job import JobSpec
+from kfac_dist.config.schema import Place, Schema, SchemaMap
+from kfac_dist.config.wording import expected, show
+
+_NO_DEFAULT = "(required)"
+
+
+class Key(NamedTuple):
+    """One key: its path, what it may be, its default as JSON, and what it means.
+
+    `choice` is what its section must be for the key to be there, such as `sgd`, or "".
+    """
+
+    path: str
+    choice: str
+    expected: str
+    default: str
+    description: str
+
+
+def job_keys() -> Iterator[Key]:
+    """Yield every key that holds a value and no section, in the order of the specification."""
+    schema = SchemaMap(JobSpec)
+    yield from _below(schema, schema.locate(()), choice="")
+
+
+def _below(schema: SchemaMap, place: Place, choice: str) -> Iterator[Key]:
+    options = schema.options(place)
+    for option in options:
+        sections = [inner for inner in options if "properties" in inner]
+        own = schema.tag(option) if len(sections) > 1 or len(options) > len(sections) > 0 else ""
+        for name, inner in option.get("properties", {}).items():
+            here = Place((*place.path, name), (inner,), ())
+            if not _is_section(schema, here):
+                yield _key(schema, here, inner, own or choice, option)
+            yield from _below(schema, here, own or choice)
+
+
+def _is_section(schema: SchemaMap, place: Place) -> bool:
+    return all("properties" in option for option in schema.options(place))
+
+
+def _key(schema: SchemaMap, place: Place, inner: Schema, choice: str, section: Schema) -> Key:
+    required = place.path[-1] in section.get("required", ())
+    empty: object = {} if inner.get("type") == "object" else None
+    return Key(
+        path=".".join(place.path),
+        choice=choice,
+        expected=expected(schema, place),
+        default=_NO_DEFAULT if required else show(inner.get("default", empty)),
+        description=inner.get("description", ""),
+    )

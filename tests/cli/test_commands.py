@@ -1,0 +1,115 @@
+"""Commands that need no workers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from kfac_dist.cli import checks
+from kfac_dist.config import load_spec
+
+from .conftest import KfacDist
+
+ROWS = [
+    {
+        "parameter": "layers.0.weight",
+        "module": "layers.0",
+        "kind": "Linear",
+        "block": "kronecker",
+        "dim_A": 785,
+        "dim_G": 30,
+        "num_parameters": 23520,
+        "cost": 483763625,
+    }
+]
+
+
+def test_no_command_is_help(kfac_dist: KfacDist) -> None:
+    done = kfac_dist()
+    assert done.code == 0
+    assert "validate" in done.out
+
+
+def test_validate_in_three_formats(kfac_dist: KfacDist, spec: Path) -> None:
+    assert "digits  classifier" in kfac_dist("validate", spec).out
+    resolved = load_spec(spec).model_dump(mode="json")
+    as_json = kfac_dist("validate", spec, "-o", "json").out
+    assert as_json.count("\n") == 1
+    assert json.loads(as_json) == {"valid": True, "spec": resolved}
+    assert yaml.safe_load(kfac_dist("validate", spec, "-o", "yaml").out)["spec"] == resolved
+
+
+def test_a_dry_run_prints_what_would_run_and_leaves_no_trace(
+    kfac_dist: KfacDist, spec: Path, home: Path
+) -> None:
+    done = kfac_dist("train", spec, "--dry-run", "--set", "steps=7", "-o", "json")
+    result = json.loads(done.out)
+    assert result["run_dir"] == str(home / "runs" / "digits")
+    assert result["spec"]["steps"] == 7
+    assert not home.exists()
+
+
+def test_schema_is_json_schema_or_a_table_of_all_keys(kfac_dist: KfacDist) -> None:
+    schema = json.loads(kfac_dist("spec", "schema").out)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert yaml.safe_load(kfac_dist("spec", "schema", "-o", "yaml").out) == schema
+    table = kfac_dist("spec", "schema", "-o", "table").out
+    for key in (
+        "optimizer.damping.initial (kfac)",
+        "optimizer.betas (adam)",
+        "faults.max_restarts",
+    ):
+        assert key in table
+
+
+def test_layers_shows_the_registration_report(
+    kfac_dist: KfacDist, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = ModuleType("workers.api")
+    vars(api)["layers_report"] = lambda job, base_dir: ROWS if base_dir == spec.parent else []
+    monkeypatch.setitem(sys.modules, "workers.api", api)
+    table = kfac_dist("layers", spec).out
+    assert "layers.0.weight" in table
+    assert "total" in table
+    result = json.loads(kfac_dist("layers", spec, "-o", "json").out)
+    assert result == {"num_parameters": 23520, "layers": ROWS}
+
+
+def test_doctor_finds_what_is_here(
+    kfac_dist: KfacDist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in checks._MNIST_FILES:
+        (tmp_path / "mnist").mkdir(exist_ok=True)
+        (tmp_path / "mnist" / f"{name}.gz").touch()
+    monkeypatch.setenv("KFAC_DIST_DATA", str(tmp_path))
+    done = kfac_dist("doctor", "-o", "json")
+    assert done.code == 0
+    result = json.loads(done.out)
+    found = {check["name"]: check for check in result["checks"]}
+    assert result["ok"] is True
+    assert found["torch"]["found"].startswith("2.")
+    assert found["data mnist"]["found"] == str(tmp_path / "mnist")
+    assert found["home"]["status"] == "ok"
+
+
+def test_doctor_exits_with_1_when_something_required_is_missing(
+    kfac_dist: KfacDist, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_PACKAGES", ("torch", "no-such-package-here"))
+    done = kfac_dist("doctor")
+    assert done.code == 1
+    assert "not installed" in done.out
+    assert not home.exists()
+
+
+def test_doctor_tells_of_a_home_that_cannot_be_written(kfac_dist: KfacDist, home: Path) -> None:
+    home.touch()
+    done = kfac_dist("doctor", "-o", "json")
+    assert done.code == 1
+    (check,) = [c for c in json.loads(done.out)["checks"] if c["name"] == "home"]
+    assert check["status"] == "broken"

@@ -1,0 +1,68 @@
+"""The doors for Python code: a job from a notebook, and the registration report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kfac_dist.config import JobSpec, KFACSpec, load_spec, parse_spec
+from kfac_dist.core.layers import register
+from kfac_dist.errors import InvalidSpecError
+from kfac_dist.runs import JobSummary
+from kfac_dist.tasks import build_model, load_task, torch_dtype
+from workers.launch import run_job
+
+_HOME = Path("~/.kfac_dist")
+
+
+def train(
+    spec: JobSpec | Mapping[str, Any] | str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+) -> JobSummary:
+    """Run a job in the foreground and return its summary.
+
+    `spec` is a specification, a mapping with its keys, or the path of its file. Files of a user's
+    task are looked for beside the specification's file, else in the working folder. Without
+    `run_dir` the run is in `~/.kfac_dist/runs`. A Ray that is initialised already is used.
+
+    Raises:
+        KfacDistError: the specification is wrong, or the job failed.
+    """
+    base_dir = Path.cwd()
+    if isinstance(spec, str | Path):
+        base_dir = Path(spec).absolute().parent
+        spec = load_spec(Path(spec))
+    elif not isinstance(spec, JobSpec):
+        spec = parse_spec(spec)
+    return run_job(
+        spec,
+        base_dir=base_dir,
+        data_dir=_absolute(data_dir),
+        home=_HOME.expanduser(),
+        run_dir=_absolute(run_dir),
+        resume=resume,
+    )
+
+
+def _absolute(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().absolute()
+
+
+def layers_report(spec: JobSpec, base_dir: Path) -> list[dict[str, Any]]:
+    """Return one row for each trainable parameter: its block, factor sizes and cost.
+
+    Raises:
+        InvalidSpecError: the optimizer has no blocks, or a parameter is in none.
+        UserTaskError: the user's task raised.
+    """
+    if not isinstance(spec.optimizer, KFACSpec):
+        raise InvalidSpecError(
+            f"optimizer.name: {spec.optimizer.name} has no curvature blocks, only kfac has"
+        )
+    task = load_task(spec, base_dir)
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+    return [row._asdict() for row in register(model).report]

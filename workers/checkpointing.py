@@ -1,0 +1,106 @@
+"""What goes into a checkpoint, from whom, and how it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kfac_dist.coordination.sampling import SamplerCursor
+from kfac_dist.errors import JobFailedError
+from kfac_dist.runs import RunFolder
+from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint
+from workers.crew import SERVER_ROLE, Crew
+from workers.transport import Array
+
+_FACTORS_ROLE = "factors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """Where a job goes on: after `step`, with the state of its actors; step 0 is the beginning.
+
+    Factors are kept by layer, so any number of inverse workers can take them over; all else is
+    the parameter server's. `refused` has a message for each checkpoint that was not whole.
+    """
+
+    step: int
+    cursor: SamplerCursor
+    server_snapshot: Mapping[str, Array] | None
+    averages: Mapping[str, Array]
+    refused: tuple[str, ...]
+
+
+BEGINNING = ResumePoint(
+    step=0,
+    cursor=SamplerCursor(epoch=0, offset=0),
+    server_snapshot=None,
+    averages={},
+    refused=(),
+)
+
+
+def find_resume_point(folder: RunFolder) -> ResumePoint:
+    """Return where the run in `folder` goes on; the beginning when it has no checkpoint.
+
+    Raises:
+        NotFoundError: there are checkpoints, but none is whole.
+    """
+    loaded = load_newest(folder.checkpoints_dir)
+    return BEGINNING if loaded is None else _resume_point(loaded)
+
+
+def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:
+    cursor = loaded.state["sampler"]
+    return ResumePoint(
+        step=loaded.step,
+        cursor=SamplerCursor(epoch=cursor["epoch"], offset=cursor["offset"]),
+        server_snapshot=loaded.roles[SERVER_ROLE],
+        averages=loaded.roles.get(_FACTORS_ROLE, {}),
+        refused=loaded.refused,
+    )
+
+
+def save(
+    folder: RunFolder, crew: Crew, *, statistics_step: int, cursor: SamplerCursor, keep: int
+) -> None:
+    """Write a checkpoint of the step that the crew has just done.
+
+    The factors are those with the statistics of `statistics_step` in them.
+
+    Raises:
+        JobFailedError: the mirrors of the parameters are not all the same, or the disk is full.
+    """
+    _check_mirrors(crew)
+    timeout = crew.group_timeout_seconds
+    # An inverse worker that dies here leaves its layers as the last checkpoint had them.
+    parts = crew.gather_optional(crew.inverse_pool.snapshots(statistics_step, timeout))
+    averages: dict[str, Array] = {}
+    for part in parts:
+        averages |= part
+    averages = crew.inverse_pool.keep_snapshot(averages)
+    (server,) = crew.gather(crew.call_server("snapshot"))
+    roles: dict[str, Mapping[str, Array]] = {SERVER_ROLE: server}
+    if averages:
+        roles[_FACTORS_ROLE] = averages
+    state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
+    write_checkpoint(folder.checkpoints_dir, crew.step, roles, state, keep)
+
+
+def _check_mirrors(crew: Crew) -> None:
+    calls = crew.call_server("checksum") | crew.call_workers("checksum")
+    server, *workers = crew.gather(calls)
+    diverged = [rank for rank, word in enumerate(workers) if word != server]
+    if diverged:
+        raise JobFailedError(
+            f"the parameters of gradient workers {', '.join(map(str, diverged))} are not those of "
+            f"the parameter server at step {crew.step}",
+            reason="diverged_mirrors",
+        )
+
+
+def averages_step(averages: Mapping[str, Array]) -> int:
+    """Return the step of the newest statistics in saved averages, 0 when there are none."""
+    steps = [int(np.asarray(v)) for name, v in averages.items() if name.endswith(":step")]
+    return max(steps, default=0)

@@ -1,0 +1,129 @@
+"""The Ray cluster a job runs on: an embedded one, a given address, or what is already there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from kfac_dist.errors import UnreachableError
+
+LOOPBACK = "127.0.0.1"
+# Read by Ray's own processes when they start. Left unset, Ray turns token authentication on in
+# some of its commands and not in others.
+_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+# Factors and inverses of some steps; a job on the paper's autoencoder has 13 MB of each a step.
+_OBJECT_STORE_BYTES = 1_000_000_000
+_QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+# Ray's stubs leave these untyped, and know no keyword arguments from a mapping.
+_ray: Any = ray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What there is to place workers on; `host` is None where each node has its own address."""
+
+    num_cpus: int
+    num_gpus: int
+    num_inverse_slots: int
+    host: str | None
+
+
+@contextmanager
+def ray_cluster(ray_address: str | None) -> Iterator[Cluster]:
+    """Give a cluster for the time of the block, and leave nothing of it behind.
+
+    A Ray that this process has already initialised is used and left as it is.
+
+    Raises:
+        UnreachableError: there is no cluster at `ray_address`, or Ray does not start here.
+    """
+    if ray.is_initialized():
+        yield _describe(host=LOOPBACK if _is_single_node() else None)
+        return
+    with _environment(), _started(ray_address) as cluster:
+        yield cluster
+
+
+@contextmanager
+def _started(ray_address: str | None) -> Iterator[Cluster]:
+    if ray_address is not None:
+        _init(f"no Ray cluster at {ray_address}", address=ray_address, **_QUIET)
+        try:
+            yield _describe(host=None)
+        finally:
+            ray.shutdown()
+        return
+    local = local_cluster()
+    # Unix sockets have short names: the folder must be near the root.
+    folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
+    try:
+        _init(
+            "Ray could not be started on this machine",
+            address="local",
+            num_cpus=local.num_cpus,
+            resources={"inverse": local.num_inverse_slots},
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=folder,
+            _node_ip_address=LOOPBACK,
+            **_QUIET,
+        )
+        yield _describe(host=LOOPBACK)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(problem: str, **options: object) -> None:
+    try:
+        _ray.init(**options)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise UnreachableError(f"{problem}: {error}") from error
+
+
+def is_embedded(ray_address: str | None) -> bool:
+    """Tell whether `ray_cluster` will start a cluster on this machine."""
+    return ray_address is None and not ray.is_initialized()
+
+
+def local_cluster() -> Cluster:
+    """Return what an embedded cluster will have, without starting it; GPUs are not counted."""
+    num_cpus = len(os.sched_getaffinity(0))
+    return Cluster(num_cpus=num_cpus, num_gpus=0, num_inverse_slots=num_cpus, host=LOOPBACK)
+
+
+def _describe(host: str | None) -> Cluster:
+    resources = _ray.cluster_resources()
+    return Cluster(
+        num_cpus=int(resources.get("CPU", 0)),
+        num_gpus=int(resources.get("GPU", 0)),
+        num_inverse_slots=int(resources.get("inverse", 0)),
+        host=host,
+    )
+
+
+def _is_single_node() -> bool:
+    return len(_ray.nodes()) == 1
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM while a job trains: the step in hand may end, and be in a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+_GRACE_SECONDS = 2.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Notes the first interrupt; a second one, or the end of the grace period, raises.
+
+    Does nothing outside the main thread, where signals do not arrive.
+    """
+
+    def __init__(self, grace_seconds: float = _GRACE_SECONDS) -> None:
+        self._grace_seconds = grace_seconds
+        self._requested_at: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            handler: Callable[[int, FrameType | None], None] = self._note
+            self._before = {number: signal.signal(number, handler) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._requested_at is not None:
+            raise KeyboardInterrupt
+        self._requested_at = time.monotonic()
+
+    @property
+    def requested(self) -> bool:
+        """Whether there was an interrupt."""
+        return self._requested_at is not None
+
+    def check(self) -> None:
+        """Raise when there was an interrupt and the grace period is over.
+
+        Raises:
+            KeyboardInterrupt: to end the job now.
+        """
+        if self._requested_at is None:
+            return
+        if time.monotonic() - self._requested_at > self._grace_seconds:
+            raise KeyboardInterrupt

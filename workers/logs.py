@@ -1,0 +1,37 @@
+"""Logs by role and rank: one JSON object a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+_TAIL_BYTES = 4000
+
+
+def open_log(path: Path, **bound: object) -> FilteringBoundLogger:
+    """Return a logger that appends to `path`; `bound` is in every line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = structlog.wrap_logger(
+        structlog.WriteLogger(path.open("a", encoding="utf-8", buffering=1)),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(0),
+        cache_logger_on_first_use=True,
+    )
+    return cast("FilteringBoundLogger", logger.bind(**bound))
+
+
+def log_tail(path: Path) -> str:
+    """Return the last lines of a log, empty when there is none."""
+    if not path.is_file():
+        return ""
+    content = path.read_bytes()[-_TAIL_BYTES:].decode("utf-8", errors="replace")
+    whole = content if len(content) < _TAIL_BYTES else content.partition("\n")[2]
+    return whole.strip()

@@ -1,0 +1,77 @@
+"""Builds the parameter server of a job, K-FAC's or a baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.layers import register
+from kfac_dist.core.vector import flatten, trainable_parameters
+from kfac_dist.tasks import build_model, load_task, torch_dtype
+from workers.first_order_server import FirstOrderServer
+from workers.inverse_store import InverseStore
+from workers.kfac_server import KFACServer
+from workers.messages import JobContext, ServerReport, StepOrder
+from workers.planning import layer_costs, staleness_bound, step_schedule
+from workers.process_group import Group
+from workers.server_state import ServerState
+from workers.transport import Array
+
+
+class Server(Protocol):
+    """What the actor asks of a parameter server, whatever the optimizer."""
+
+    state: ServerState
+
+    def join(self, group: Group) -> None:
+        """Exchange through `group` from now on, and send it the parameters."""
+
+    def step(self, order: StepOrder) -> ServerReport:
+        """Do the server's part of one step."""
+
+    def next_gammas(self, step: int) -> tuple[float, ...]:
+        """Return the gammas to invert with for `step`; none without inverses."""
+
+    def snapshot(self) -> dict[str, Array]:
+        """Return everything the next step depends on, by flat names."""
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Take over a snapshot."""
+
+    def checksum(self) -> str:
+        """Return the checksum of what the gradient workers mirror."""
+
+
+class BuiltServer(NamedTuple):
+    """A parameter server, and where its inverses arrive; None for a baseline."""
+
+    server: Server
+    store: InverseStore | None
+
+
+def build_server(job: JobContext, device: torch.device, patience_seconds: float) -> BuiltServer:
+    """Build the server from the task's own initial parameters.
+
+    Raises:
+        InvalidSpecError: the model has a parameter that K-FAC has no block for.
+        UserTaskError: the user's task raised.
+    """
+    spec = job.spec
+    task = load_task(spec, job.base_dir, cache_dir=job.cache_dir)
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype)).to(device)
+    parameters = flatten(list(trainable_parameters(model).values()))
+    state = ServerState(parameters, spec.optimizer.l2, spec.optimizer.averaging)
+    if not isinstance(spec.optimizer, KFACSpec):
+        return BuiltServer(FirstOrderServer(spec.optimizer, state), None)
+    registration = register(model)
+    store = InverseStore(
+        layers=layer_costs(registration),
+        bound=staleness_bound(spec),
+        staleness=spec.staleness,
+        patience_seconds=patience_seconds,
+    )
+    server = KFACServer(spec, step_schedule(spec), registration.blocks, state, store)
+    return BuiltServer(server, store)
