@@ -6,6 +6,8 @@ neighbours are independent given the others, and without cross factors nothing b
 block-diagonal inverse is left.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ class Chain:
     def __init__(self, sizes, gamma, norm="trace", num_cases=40, crossed=True):
         self.shapes = [(dim_G, dim_A) for dim_A, dim_G in sizes]
         self.names = [f"layer{i}" for i in range(len(sizes))]
-        self.links = [Link(*names) for names in zip(self.names, self.names[1:], strict=False)]
+        self.links = [Link(*names) for names in pairwise(self.names)]
         self.gamma, self.norm = gamma, norm
         self.A = dense_chain.joint_factors([a for a, _ in sizes], num_cases, seed=1)
         self.G = dense_chain.joint_factors([g for _, g in sizes], num_cases, seed=2)

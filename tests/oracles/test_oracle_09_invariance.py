@@ -5,6 +5,8 @@ The net N has `s_i = W_i abar_{i-1}`, `abar_i = phibar(s_i)`. The net N+ has
 compute the same function. Its steps must map to those of N: `U_i = Phi_i U+_i Omega_{i-1}`.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def net(weights, Phis, Omegas):
 
 def two_nets(seed):
     generator = torch.Generator().manual_seed(seed)
-    sizes = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+    sizes = list(pairwise(WIDTHS))
     weights = [
         torch.randn(o, i + 1, generator=generator, dtype=torch.float64) / (i + 1) ** 0.5
         for i, o in sizes

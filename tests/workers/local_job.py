@@ -27,9 +27,9 @@ from workers.messages import (
     ServerReport,
     StepOrder,
 )
-from workers.server_builder import build_server
 from workers.planning import batch_size, staleness_bound, step_schedule
 from workers.process_group import Group, host_store, join_group, join_store
+from workers.server_builder import build_server
 
 T = TypeVar("T")
 HOST = "127.0.0.1"
