@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,35 +85,50 @@ def invert_conditional(
         InversionFailedError: a factor is not finite, or no amount of damping helped.
     """
     if snapshot.next_pair is None or snapshot.cross is None:
-        last = invert_pair(snapshot.pair, gamma, pi_norm)
-        return Inverted(
-            inverse=ChainInverse(conditional=last.inverse, psi=None),
-            pi=last.pi,
-            gamma=gamma,
-            rungs=last.rungs,
-        )
-    pi = damping_split(snapshot.pair, pi_norm)
+        return _invert_last(snapshot.pair, gamma, pi_norm)
+    linked = _Linked(snapshot.pair, snapshot.next_pair, snapshot.cross)
+    if not all(pair.is_finite() for pair in linked):
+        raise InversionFailedError("a factor has elements that are not finite")
+    inverse, rungs = _climb(linked, gamma, pi_norm)
+    return Inverted(
+        inverse=inverse, pi=damping_split(linked.own, pi_norm), gamma=gamma, rungs=rungs
+    )
+
+
+def _invert_last(pair: KroneckerPair, gamma: float, pi_norm: PiNorm) -> Inverted[ChainInverse]:
+    last = invert_pair(pair, gamma, pi_norm)
+    # By rows, as it arrives where it is sent: BLAS rounds the two layouts differently.
+    own = KroneckerPair(A=last.inverse.A.contiguous(), G=last.inverse.G.contiguous())
+    inverse = ChainInverse(conditional=own, psi=None)
+    return Inverted(inverse=inverse, pi=last.pi, gamma=gamma, rungs=last.rungs)
+
+
+class _Linked(NamedTuple):
+    """Factors of a layer and the next, and between them."""
+
+    own: KroneckerPair
+    following: KroneckerPair
+    cross: KroneckerPair
+
+
+def _climb(linked: _Linked, gamma: float, pi_norm: PiNorm) -> tuple[ChainInverse, tuple[str, ...]]:
+    """Climb the ladder: as it is, in float64, then with more and more damping."""
+    dtype = linked.own.A.dtype
     rungs: list[str] = []
-    strength, attempted = gamma, snapshot
     for _ in range(NUM_RAISES + 2):
         try:
-            inverse = _attempt(attempted, strength, pi_norm, snapshot.pair.A.dtype)
-            return Inverted(inverse=inverse, pi=pi, gamma=gamma, rungs=tuple(rungs))
+            return _attempt(linked, gamma, pi_norm, dtype), tuple(rungs)
         except InversionFailedError:
             if rungs:
-                strength = max(strength * RAISE_BY, torch.finfo(snapshot.pair.A.dtype).tiny)
+                gamma = max(gamma * RAISE_BY, torch.finfo(dtype).tiny)
             rungs.append("raised_damping" if rungs else "float64")
-            attempted = _to_float64(snapshot)
-    raise InversionFailedError(f"no conditional inverse up to a damping of {strength:g}")
+            linked = _Linked(*(KroneckerPair(A=p.A.double(), G=p.G.double()) for p in linked))
+    raise InversionFailedError(f"no conditional inverse up to a damping of {gamma:g}")
 
 
-def _attempt(
-    snapshot: LayerSnapshot, gamma: float, pi_norm: PiNorm, dtype: torch.dtype
-) -> ChainInverse:
-    assert snapshot.next_pair is not None
-    assert snapshot.cross is not None
-    own, following = (_damped(pair, gamma, pi_norm) for pair in (snapshot.pair, snapshot.next_pair))
-    cross = snapshot.cross
+def _attempt(linked: _Linked, gamma: float, pi_norm: PiNorm, dtype: torch.dtype) -> ChainInverse:
+    own, following = (_damped(pair, gamma, pi_norm) for pair in (linked.own, linked.following))
+    cross = linked.cross
     psi = KroneckerPair(
         A=_times_inverse(cross.A, following.A), G=_times_inverse(cross.G, following.G)
     )
@@ -124,8 +140,8 @@ def _attempt(
         psi.G @ cross.G.T,
         sign=-1,
     )
-    inverse = ChainInverse(conditional=conditional, psi=psi)
-    tensors = {name: value.to(dtype) for name, value in inverse.tensors().items()}
+    tensors = ChainInverse(conditional=conditional, psi=psi).tensors()
+    tensors = {name: value.to(dtype) for name, value in tensors.items()}
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise InversionFailedError("the inverse has elements that are not finite")
     return ChainInverse.from_tensors(tensors)
@@ -145,14 +161,6 @@ def _times_inverse(matrix: Tensor, factor: Tensor) -> Tensor:
     if failed:
         raise InversionFailedError(f"a factor of order {len(factor)} has no Cholesky factor")
     return torch.cholesky_solve(matrix.T, root).T.contiguous()
-
-
-def _to_float64(snapshot: LayerSnapshot) -> LayerSnapshot:
-    assert snapshot.next_pair is not None
-    assert snapshot.cross is not None
-    pairs = (snapshot.pair, snapshot.next_pair, snapshot.cross)
-    pair, next_pair, cross = (KroneckerPair(A=p.A.double(), G=p.G.double()) for p in pairs)
-    return LayerSnapshot(step=snapshot.step, pair=pair, next_pair=next_pair, cross=cross)
 
 
 def redamp_conditional(inverted: Inverted[ChainInverse], gamma: float) -> Inverted[ChainInverse]:
