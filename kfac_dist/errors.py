@@ -16,7 +16,8 @@
         ├── UserTaskError        user_task: the user's task raised
         └── WorkerDiedError      worker_died: a process the job cannot go on without
 
-The number is the exit code of the command line. A message says what, where, the value and what
+The number is the exit code of the command line; an error that is none of these is a bug of ours and
+exits with 70. A message says what, where, the value and what
 would be right; it is complete without a traceback.
 """
 

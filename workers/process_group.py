@@ -7,6 +7,7 @@ threads.
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -25,13 +26,19 @@ class PeerLostError(RuntimeError):
 
 
 def host_store(host: str, timeout_seconds: float) -> c10d.TCPStore:
-    """Open the store at which the members meet, on a free port of `host`."""
+    """Open the store at which the members meet, on a free port of the address `host` alone.
+
+    The store by itself would listen on all interfaces.
+    """
+    listening = socket.create_server((host, 0))
+    port = listening.getsockname()[1]
     return c10d.TCPStore(
         host,
-        0,
+        port,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_seconds),
+        master_listen_fd=listening.detach(),
     )
 
 

@@ -157,8 +157,7 @@ class TrainingLoop:
             self._journal.state("RUNNING", reason=None, message=None)
             self._journal.event(
                 "recovered",
-                f"all layers have inverses within the staleness bound again ({', '.join(back)})",
-                layers=back,
+                "all layers have inverses within the staleness bound again",
             )
 
     def on_inverse_worker_death(self, death: InverseWorkerDied) -> None:

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any, Self
 
 from kfac_dist.config import JobSpec, dump_spec, load_spec
-from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError, UsageError
+from kfac_dist.errors import ConflictError, NotFoundError, UsageError
 from kfac_dist.runs.journal import Journal, write_whole
 from kfac_dist.runs.lock import FolderLock
+from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepRecord
 from kfac_dist.runs.resume import check_same_job
 
-_Record = TypeVar("_Record", bound=BaseModel)
 _JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"
 
 
@@ -155,12 +153,12 @@ class RunFolder:
 
     def read_job(self) -> JobRecord:
         """Read where the job stands."""
-        return _read(JobRecord, self.path / _JOB)
+        return read_whole(JobRecord, self.path / _JOB)
 
     def read_summary(self) -> JobSummary | None:
         """Read how the job ended, None before that."""
         path = self.path / _SUMMARY
-        return _read(JobSummary, path) if path.exists() else None
+        return read_whole(JobSummary, path) if path.exists() else None
 
     def read_metrics(self) -> list[StepRecord]:
         """Read the steps in ascending order.
@@ -170,7 +168,7 @@ class RunFolder:
         """
         records: list[StepRecord] = []
         for values in self._metrics.read():
-            record = _validate(StepRecord, values, self._metrics.path)
+            record = parse_record(StepRecord, values, self._metrics.path)
             while records and records[-1].step >= record.step:
                 records.pop()
             records.append(record)
@@ -179,7 +177,7 @@ class RunFolder:
     def read_events(self) -> list[Event]:
         """Read the events in the order they were written."""
         path = self._events.path
-        return [_validate(Event, values, path) for values in self._events.read()]
+        return [parse_record(Event, values, path) for values in self._events.read()]
 
     def _write_job(self, record: JobRecord) -> None:
         write_whole(self.path / _JOB, record.model_dump_json(indent=2) + "\n")
@@ -233,22 +231,3 @@ def _refuse_occupied(path: Path) -> None:
         f"{path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
         "Go on with it by --resume, or choose another folder with --run-dir"
     )
-
-
-def _read(model: type[_Record], path: Path) -> _Record:
-    try:
-        return model.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise KfacDistError(f"{path}: is damaged: {_first(error)}") from error
-
-
-def _validate(model: type[_Record], values: Mapping[str, Any], path: Path) -> _Record:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise KfacDistError(f"{path}: has a record that is damaged: {_first(error)}") from error
-
-
-def _first(error: ValidationError) -> str:
-    details = error.errors()[0]
-    return f"{'.'.join(str(key) for key in details['loc'])}: {details['msg']}"

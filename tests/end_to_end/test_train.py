@@ -1,0 +1,127 @@
+"""`kfac-dist train` on real Ray processes: success, resumption, an interrupt."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from tests.end_to_end.command import SPEC, CommandLine, wait_until
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def all_tensors(run_dir: Path, step: int) -> dict[str, bytes]:
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    return {
+        f"{path.name}/{name}": array.tobytes()
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, array in load_file(path).items()
+    }
+
+
+def test_a_job_ends_with_one_json_object_and_a_whole_run_folder(command: CommandLine) -> None:
+    running = command.train(command.spec(), "--set", "steps=30")
+    titles = ["GradientWorker", "InverseWorker", "ParameterServer"]
+    assert all(running.actor(title) for title in titles)
+    code, summary, stderr = running.finish()
+    assert code == 0, stderr
+    assert summary["state"] == "SUCCEEDED"
+    assert summary["step"] == 30
+    assert summary["train"]["objective"] < summary["initial_objective"] / 2
+    assert summary["inverse_staleness_steps"]["mean"] > 0
+    assert summary["run_dir"] == str(running.run_dir)
+    names = {path.name for path in running.run_dir.iterdir()}
+    assert {"spec.yaml", "job.json", "metrics.jsonl", "events.jsonl", "report.html"} <= names
+    assert json.loads((running.run_dir / "summary.json").read_text()) == summary
+    steps = [record["step"] for record in running.lines("metrics.jsonl")]
+    assert steps == list(range(1, 31))
+    for record in running.lines("metrics.jsonl"):
+        assert record["inverse_staleness_steps"]["max"] <= 8
+
+
+def test_killed_in_the_middle_and_resumed_is_the_run_that_was_not(command: CommandLine) -> None:
+    text = SPEC.replace("max_steps: 8", "max_steps: 0") + "dtype: float64\n"
+    spec = command.spec(text)
+    straight = command.train(spec, run_dir="straight")
+    assert straight.finish()[0] == 0
+
+    killed = command.train(spec, "--set", "steps=100000", run_dir="killed")
+    killed.wait_for_step(6)
+    family = killed.family()
+    killed.process.kill()
+    killed.process.communicate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    newest = max((killed.run_dir / "checkpoints").glob("step-????????"))
+    assert int(newest.name.removeprefix("step-")) >= 4
+    for later in (killed.run_dir / "checkpoints").glob("step-*"):
+        if int(later.name[5:13]) > 4:
+            for path in later.iterdir():
+                path.write_bytes(b"torn")
+
+    code, summary, stderr = command.train(spec, "--resume", run_dir="killed").finish()
+    assert code == 0, stderr
+    assert summary["step"] == 12
+    assert all_tensors(killed.run_dir, 12) == all_tensors(straight.run_dir, 12)
+    assert [record["step"] for record in killed.lines("metrics.jsonl")][-8:] == list(range(5, 13))
+
+
+def test_ctrl_c_ends_everything_within_five_seconds(command: CommandLine) -> None:
+    before = set(SHARED_MEMORY.iterdir())
+    running = command.train(command.spec(), "--set", "steps=100000")
+    running.wait_for_step(5)
+    family = running.family()
+    started = time.monotonic()
+    running.process.send_signal(signal.SIGINT)
+    code, _, stderr = running.finish(seconds=20)
+    assert time.monotonic() - started < 5
+    assert code == 130
+    assert "Traceback" not in stderr
+    _, alive = psutil.wait_procs(family, timeout=1)
+    assert not alive
+    assert set(SHARED_MEMORY.iterdir()) <= before
+    assert json.loads((running.run_dir / "job.json").read_text())["state"] == "CANCELLED"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_baselines_run_on_the_same_workers(command: CommandLine, name: str) -> None:
+    optimizer = SPEC.index("optimizer:"), SPEC.index("workers:")
+    text = SPEC[: optimizer[0]] + f"optimizer: {{name: {name}}}\n" + SPEC[optimizer[1] :]
+    code, summary, stderr = command.train(command.spec(text), "--set", "steps=40").finish()
+    assert code == 0, stderr
+    assert summary["train"]["objective"] < summary["initial_objective"]
+    assert summary["inverse_staleness_steps"] in ({"mean": 0.0, "max": 0.0}, None)
+
+
+def test_a_killed_inverse_worker_is_replaced_while_training_goes_on(command: CommandLine) -> None:
+    running = command.train(command.spec(), "--set", "steps=100000")
+    running.wait_for_step(5)
+    running.actor("InverseWorker").kill()
+    wait_until(lambda: "recovered" in running.events(), "recovery")
+    assert {"inverse_worker_died", "inverse_worker_replaced"} <= set(running.events())
+    seen = len(running.lines("metrics.jsonl"))
+    running.wait_for_step(seen + 5)
+    running.process.send_signal(signal.SIGINT)
+    assert running.finish(seconds=20)[0] == 130
+
+
+def test_a_killed_gradient_worker_ends_the_job_with_a_reason(command: CommandLine) -> None:
+    running = command.train(command.spec(), "--set", "steps=100000")
+    running.wait_for_step(5)
+    running.actor("GradientWorker").kill()
+    code, summary, stderr = running.finish(seconds=30)
+    assert code == 1
+    assert summary["state"] == "FAILED"
+    assert summary["reason"] == "worker_died"
+    assert summary["first_failure"]["role"] == "gradient_worker"
+    assert "Traceback" not in stderr
+    code, summary, stderr = command.train(
+        command.spec(), "--resume", "--set", "steps=20000", "--set", "steps=8"
+    ).finish()
+    assert code == 0, stderr

@@ -1,0 +1,55 @@
+"""Each example's specification, task, model and data fit together."""
+
+from pathlib import Path
+
+import pytest
+
+from kfac_dist.config import load_spec
+from kfac_dist.data import check_finite
+from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def parts(name, *overrides):
+    spec = load_spec(EXAMPLES / name, overrides)
+    task = load_task(spec, EXAMPLES)
+    return spec, task, build_model(task, spec.seed, torch_dtype(spec.dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "num_train"),
+    [
+        ("mnist_5k.yaml", [], 4500),
+        ("curves_autoencoder.yaml", ["data.limit=40"], 40),
+        ("custom_task.yaml", [], 2000),
+    ],
+)
+def test_an_example_that_needs_no_files(name, overrides, num_train):
+    _, task, model = parts(name, *overrides)
+    train, test = task.train_data(None), task.test_data(None)
+
+    assert len(train) == num_train
+    check_finite(train, "train")
+    check_model(task, model, train)
+    check_model(task, model, test)
+
+
+def test_the_papers_mnist_autoencoder(mnist_dir):
+    spec, task, model = parts("mnist_autoencoder.yaml")
+    train = task.train_data(mnist_dir)
+
+    assert (len(train), spec.batch_size, spec.steps) == (60_000, 1000, 500)
+    assert task.hidden == (1000, 500, 250, 30)
+    check_model(task, model, train)
+
+
+def test_no_example_is_left_out():
+    names = {path.name for path in EXAMPLES.glob("*.yaml")}
+
+    assert names == {
+        "mnist_5k.yaml",
+        "mnist_autoencoder.yaml",
+        "curves_autoencoder.yaml",
+        "custom_task.yaml",
+    }

@@ -1,0 +1,33 @@
+"""Two things that Ray 2.60 has no setting for; the version is pinned for such reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from ray._private import ray_constants
+from ray._private import worker as ray_worker
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Keep a cluster that is started inside off the network.
+
+    Ray replaces 127.0.0.1 by the machine's address and then listens on all interfaces, where
+    anybody could run code. It does not on the systems it calls local only.
+    """
+    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        yield
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Keep Ray from writing to standard output that a worker died: the events say it, too."""
+
+    def swallow(_data: dict[str, Any], ignore_prefix: bool) -> None:
+        return None
+
+    with patch.object(ray_worker, "print_to_stdstream", swallow):
+        yield
