@@ -1,7 +1,7 @@
 """The serial K-FAC optimizer: the reader's guide to the algorithm, and its distributed oracle.
 
 `KFAC.step` reads like the paper. The distributed run does the same work with the same functions:
-`BatchComputer` in the gradient workers, `FactorAverages` and `invert_pair` in the inverse workers,
+`BatchComputer` in the gradient workers, `FactorAverages` and a `Structure` in the inverse workers,
 `KFACUpdate` in the parameter server.
 """
 
@@ -21,16 +21,13 @@ from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.averaging import ParameterAverage
 from kfac_dist.core.compute import BatchComputer
+from kfac_dist.core.curvature import Curvature, InvertedLayers
 from kfac_dist.core.distributions import DistributionName, get_distribution
-from kfac_dist.core.factors import FactorAverages, KroneckerPair
-from kfac_dist.core.inverse import InversionFailedError, InvertedPair, invert_pair
+from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.layers import ReportRow, register
-from kfac_dist.core.precondition import precondition
 from kfac_dist.core.update import Choice, KFACUpdate, searches_gamma
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
-
-InvertedLayers = dict[str, InvertedPair]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +95,14 @@ class KFAC(torch.optim.Optimizer):
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
         self._schedule = step_schedule(self.settings)
-        self._averages = FactorAverages(self._registration.names, self.settings.factor_decay)
+        self.numeric_events: Counter[str] = Counter()
+        self._curvature = Curvature(self.settings, self._registration.names, self.numeric_events)
         self._update = KFACUpdate(
             self.settings, self._registration.blocks, torch.zeros_like(flatten(self._parameters))
         )
         averaging = self.settings.averaging
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
-        self._inverses: InvertedLayers = {}
         self.step_count = 0
-        self.numeric_events: Counter[str] = Counter()
 
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:  # type: ignore[override]
         """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them."""
@@ -123,7 +119,7 @@ class KFAC(torch.optim.Optimizer):
         choice = self._update.choose(gradient, directions, list(candidates), gram)
         if not choice.applied:
             return self._skipped(loss, objective)
-        self._inverses = list(candidates.values())[choice.candidate]
+        self._curvature.inverses = list(candidates.values())[choice.candidate]
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
         return StepResult(
@@ -175,33 +171,21 @@ class KFAC(torch.optim.Optimizer):
         if not plan.update_factors:
             return
         rows = subset_positions(len(inputs), self.settings.statistics_fraction)
-        sums = self._computer.statistics(_take(inputs, rows), _take(targets, rows), step=plan.step)
-        if not all(pair.is_finite() for pair in sums.values()):
-            self.numeric_events["refused_statistics"] += 1
-            return
-        self._averages.update(plan.step, sums, len(rows))
+        structure = self._curvature.structure
+        statistics = self._computer.batch_statistics(
+            _take(inputs, rows),
+            _take(targets, rows),
+            step=plan.step,
+            links=structure.links,
+            bases=structure.bases(self._curvature.inverses),
+        )
+        self._curvature.update(plan.step, statistics, len(rows))
 
     def _invert(self, plan: StepPlan) -> dict[float, InvertedLayers]:
         """Return the inverses of all layers by gamma: the current ones, or refreshed candidates."""
-        if not plan.refresh_inverses or self._averages.step == 0:
-            return {self._update.gamma: self._inverses}
-        candidates: dict[float, InvertedLayers] = {}
-        for gamma in self._update.gammas(search=plan.search_gamma):
-            candidates[gamma] = dict(self._inverses)
-        for name in self._registration.names:
-            pair = self._averages.pair(name)
-            for gamma, inverted in candidates.items():
-                self._invert_layer(name, pair, gamma, inverted)
-        return candidates
-
-    def _invert_layer(
-        self, name: str, pair: KroneckerPair, gamma: float, inverted: InvertedLayers
-    ) -> None:
-        try:
-            inverted[name] = invert_pair(pair, gamma, self.settings.pi_norm)
-            self.numeric_events.update(inverted[name].rungs)
-        except InversionFailedError:
-            self.numeric_events["kept_inverse" if name in inverted else "no_inverse"] += 1
+        if not plan.refresh_inverses or self._curvature.averages.step == 0:
+            return {self._update.gamma: self._curvature.inverses}
+        return self._curvature.candidates(self._update.gammas(search=plan.search_gamma))
 
     def _precondition(self, gradient: Tensor, candidates: dict[float, InvertedLayers]) -> Tensor:
         inverses = [
@@ -235,7 +219,8 @@ class KFAC(torch.optim.Optimizer):
     @property
     def factors(self) -> dict[str, KroneckerPair]:
         """The averaged factors A and G of each layer, as new tensors."""
-        return {name: self._averages.pair(name) for name in self._averages.names}
+        averages = self._curvature.averages
+        return {name: averages.pair(name) for name in averages.names}
 
     @property
     def averaged_parameters(self) -> Tensor | None:
@@ -243,11 +228,11 @@ class KFAC(torch.optim.Optimizer):
         return self._average.value if self._average else None
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map each layer's gradient matrix [dim_G, dim_A] (bias last) to its direction."""
-        return {
-            name: precondition(matrix, self._inverses[name].inverse)
-            for name, matrix in gradients.items()
-        }
+        """Map each layer's gradient matrix [dim_G, dim_A] (bias last) to its direction.
+
+        With a block-tridiagonal inverse, those of all layers are needed.
+        """
+        return self._curvature.solve(gradients, self._update.gamma)
 
     def registration_report(self) -> tuple[ReportRow, ...]:
         """Return one row for each trainable parameter: its block, factor sizes and cost."""
@@ -256,10 +241,10 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, apart from the parameters themselves."""
         state = {
+            "inverse": self.settings.inverse,
             "step_count": self.step_count,
             "update": self._update.state_dict(),
-            "factors": self._averages.state_dict(),
-            "inverses": {name: _inverse_state(i) for name, i in self._inverses.items()},
+            **self._curvature.state_dict(),
         }
         if self._average is not None:
             state["average"] = self._average.state_dict()
@@ -269,8 +254,14 @@ class KFAC(torch.optim.Optimizer):
         """Take over a state of the same model and options.
 
         Raises:
-            InvalidSpecError: the state is of a model with other layers or another size.
+            InvalidSpecError: the state is of a model with other layers or another size, or of
+                another structure of the inverse.
         """
+        if state_dict["inverse"] != self.settings.inverse:
+            raise InvalidSpecError(
+                f"the state is of inverse: {state_dict['inverse']}; this optimizer has "
+                f"inverse: {self.settings.inverse}"
+            )
         previous = state_dict["update"]["previous_update"]
         unknown = set(state_dict["inverses"]) - set(self._registration.names)
         if previous.numel() != self._registration.num_parameters or unknown:
@@ -281,23 +272,10 @@ class KFAC(torch.optim.Optimizer):
             )
         self.step_count = state_dict["step_count"]
         self._update.load_state_dict(state_dict["update"])
-        self._averages.load_state_dict(state_dict["factors"])
-        self._inverses = {
-            name: _inverse_from_state(state) for name, state in state_dict["inverses"].items()
-        }
+        self._curvature.load_state_dict(state_dict)
         if self._average is not None and "average" in state_dict:
             self._average.load_state_dict(state_dict["average"])
 
 
 def _take(values: Tensor, rows: list[int]) -> Tensor:
     return values if len(rows) == len(values) else values[torch.tensor(rows, device=values.device)]
-
-
-def _inverse_state(inverted: InvertedPair) -> dict[str, Any]:
-    pair = inverted.inverse
-    return {"A": pair.A, "G": pair.G, "pi": inverted.pi, "gamma": inverted.gamma}
-
-
-def _inverse_from_state(state: Mapping[str, Any]) -> InvertedPair:
-    inverse = KroneckerPair(A=state["A"].clone(), G=state["G"].clone())
-    return InvertedPair(inverse=inverse, pi=state["pi"], gamma=state["gamma"], rungs=())

@@ -82,8 +82,8 @@ class KFACSpec(Section):
     """The optimizer."""
     step_rule: Literal["adaptive", "norm_constraint"] = "adaptive"
     """`adaptive`: step and momentum from the exact Fisher; `norm_constraint`: lr and a bound."""
-    inverse: Literal["block_diagonal"] = "block_diagonal"
-    """Structure of the approximate inverse."""
+    inverse: Literal["block_diagonal", "block_tridiagonal", "ekfac"] = "block_diagonal"
+    """Structure of the approximate inverse: layers apart, a chain, or corrected eigenvalues."""
     fisher_type: Literal["mc", "exact", "empirical"] = "mc"
     """Targets for G: sampled from the model, its exact Fisher, or the training labels (biased)."""
     damping: DampingSpec = DampingSpec()

@@ -6,7 +6,7 @@ neither the reduction of a loss nor the number of workers can leave a factor 1/N
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.distributions import Distribution
-from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.layers import LayerBlock, Registration
 from kfac_dist.core.sampling import keyed_noise
+from kfac_dist.core.statistics import BatchStatistics, StatisticsSums
 from kfac_dist.core.vector import flatten, trainable_parameters, unflatten
 
 FisherType = Literal["mc", "exact", "empirical"]
@@ -119,37 +120,41 @@ class BatchComputer:
         A layer that is applied at R positions a case is treated by *expand*: A is the mean and G
         the sum over positions.
         """
+        return self.batch_statistics(inputs, targets, step=step, first_row=first_row).pairs
+
+    def batch_statistics(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        step: int,
+        first_row: int = 0,
+        links: Iterable[Link] = (),
+        bases: Mapping[str, KroneckerPair] | None = None,
+    ) -> BatchStatistics:
+        """Return what `statistics` does, the cross factors of `links` and moments in `bases`.
+
+        The moments are of the same gradients that G is the second moment of.
+        """
         assert self._blocks, "statistics need the registration of the model"
+        collector = StatisticsSums(self._blocks, len(inputs), links, bases or {})
         if len(inputs) == 0:
-            return {block.name: self._zero_pair(block) for block in self._blocks}
+            return collector.sums
         with torch.enable_grad(), _capturing(self._blocks) as captures:
             outputs = self.model(inputs)
-            layer_outputs = [
-                output for block in self._blocks for output in captures[block.name].outputs
-            ]
-            sums = {
-                block.name: KroneckerPair(
-                    A=_input_moment(block, captures[block.name].inputs, len(inputs)),
-                    G=self._zero_pair(block).G,
-                )
-                for block in self._blocks
-            }
+            collector.add_inputs({name: capture.inputs for name, capture in captures.items()})
+            layer_outputs = [o for capture in captures.values() for o in capture.outputs]
             for derivative in self._output_derivatives(outputs, targets, step, first_row):
                 gradients = iter(
                     torch.autograd.grad(outputs, layer_outputs, derivative, retain_graph=True)
                 )
-                for block in self._blocks:
-                    for _ in captures[block.name].outputs:
-                        rows = next(gradients).reshape(-1, block.dim_G)
-                        sums[block.name].G.addmm_(rows.T, rows)
-        return sums
-
-    def _zero_pair(self, block: LayerBlock) -> KroneckerPair:
-        like = block.module.weight
-        return KroneckerPair(
-            A=like.new_zeros((block.dim_A, block.dim_A)),
-            G=like.new_zeros((block.dim_G, block.dim_G)),
-        )
+                collector.add_gradients(
+                    {
+                        name: [next(gradients) for _ in capture.outputs]
+                        for name, capture in captures.items()
+                    }
+                )
+        return collector.sums
 
     def _output_derivatives(
         self, outputs: Tensor, targets: Tensor, step: int, first_row: int
@@ -207,15 +212,6 @@ class BatchComputer:
             )
         flat = roots.reshape(len(vectors), -1).double()
         return flat @ flat.T
-
-
-def _input_moment(block: LayerBlock, inputs: Sequence[Tensor], num_cases: int) -> Tensor:
-    rows = torch.cat([value.reshape(-1, block.module.in_features) for value in inputs])
-    if block.bias_offset is not None:
-        rows = torch.cat([rows, rows.new_ones((len(rows), 1))], dim=1)
-    moment = rows.T @ rows
-    positions = len(rows) // num_cases
-    return moment if positions == 1 else moment / positions
 
 
 def _root_columns(distribution: Distribution, outputs: Tensor) -> Iterator[Tensor]:

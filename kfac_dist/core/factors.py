@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,50 +20,94 @@ from kfac_dist.core.packing import mirror_lower
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerPair:
-    """Two symmetric matrices that belong together: factors, or their inverses."""
+    """Two matrices that belong together: factors, their inverses, bases or cross factors.
+
+    Symmetric but for bases and cross factors. Together they stand for `A (x) G`.
+    """
 
     A: Tensor
     G: Tensor
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """Return `G V A`: the product of the symmetric `A (x) G` with V [dim_G, dim_A]."""
+        return self.G @ matrix @ self.A
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, not copied."""
+        return {"A": self.A, "G": self.G}
 
     def is_finite(self) -> bool:
         """Tell whether no element is NaN or infinite."""
         return bool(torch.isfinite(self.A).all() and torch.isfinite(self.G).all())
 
 
+class Link(NamedTuple):
+    """Two neighbours of a chain of layers: their cross factors are kept too.
+
+    The cross factors `A_{i-1,i} = E[abar_{i-1} abar_i^T]` [dim_A, next dim_A] and
+    `G_{i,i+1} = E[g_i g_{i+1}^T]` [dim_G, next dim_G] go by the name of the first of the two.
+    """
+
+    name: str
+    next_name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSnapshot:
+    """What the inverse of one layer is prepared from: means over one and the same set of cases.
+
+    `step` is the step of the newest statistics in it. With a next layer in a chain, `next_pair`
+    and `cross` are averages of the same statistics with the same weights.
+    """
+
+    step: int
+    pair: KroneckerPair
+    next_pair: KroneckerPair | None = None
+    cross: KroneckerPair | None = None
+
+
 class FactorAverages:
-    """The running averages of the factors of some layers.
+    """The running averages of the factors of some layers, and of the cross factors of `links`.
 
     `S <- eps S + (1 - eps) S_batch`, `eps = min(1 - 1/k, factor_decay)`, k counting the updates of
-    the layer from 1, so that its first update needs no bias correction.
+    the layer from 1, so that its first update needs no bias correction. Both ends of a link are
+    among `names`; they and their cross factors have the same k.
 
     `step` is the step of the newest statistics in the averages, 0 before the first.
     """
 
-    def __init__(self, names: Iterable[str], factor_decay: float) -> None:
+    def __init__(
+        self, names: Iterable[str], factor_decay: float, links: Iterable[Link] = ()
+    ) -> None:
         self.names = tuple(names)
+        self.links = tuple(links)
         self.factor_decay = factor_decay
         self.step = 0
+        self._next_names = {link.name: link.next_name for link in self.links}
         self._num_updates = dict.fromkeys(self.names, 0)
         self._averages: dict[str, KroneckerPair] = {}
+        self._crosses: dict[str, KroneckerPair] = {}
 
-    def update(self, step: int, sums: Mapping[str, KroneckerPair], num_cases: int) -> None:
+    def update(
+        self,
+        step: int,
+        sums: Mapping[str, KroneckerPair],
+        num_cases: int,
+        crosses: Mapping[str, KroneckerPair] | None = None,
+    ) -> None:
         """Take in the sums over the `num_cases` statistics cases of one step.
 
-        The sums are not kept and not changed.
+        `crosses` has those of every link. The sums are not kept and not changed.
         """
         self.step = step
         for name in self.names:
             self._num_updates[name] += 1
             keep = min(1 - 1 / self._num_updates[name], self.factor_decay)
             weight = (1 - keep) / num_cases
-            new = sums[name]
-            if name not in self._averages:
-                self._averages[name] = KroneckerPair(
-                    A=torch.zeros_like(new.A), G=torch.zeros_like(new.G)
-                )
-            old = self._averages[name]
-            for average, batch in ((old.A, new.A), (old.G, new.G)):
-                average.mul_(keep).add_(batch, alpha=weight)
+            _average_in(self._averages, name, sums[name], keep, weight)
+            if name in self._next_names:
+                assert crosses is not None, "a link needs cross factors"
+                _average_in(self._crosses, name, crosses[name], keep, weight)
 
     def pair(self, name: str) -> KroneckerPair:
         """Return the averaged factors of a layer, symmetrised, as new tensors.
@@ -73,6 +118,29 @@ class FactorAverages:
         average = self._averages[name]
         return KroneckerPair(A=mirror_lower(average.A), G=mirror_lower(average.G))
 
+    def snapshot(self, name: str) -> LayerSnapshot:
+        """Return what the inverse of a layer is prepared from, as new tensors.
+
+        Raises:
+            ValueError: the two ends of a link have averaged different statistics.
+        """
+        next_name = self._next_names.get(name)
+        if next_name is None:
+            return LayerSnapshot(step=self.step, pair=self.pair(name))
+        counts = self._num_updates[name], self._num_updates[next_name]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"layers {name!r} and {next_name!r} have averaged {counts[0]} and {counts[1]} "
+                "batches; a chain needs factors of one snapshot"
+            )
+        cross = self._crosses[name]
+        return LayerSnapshot(
+            step=self.step,
+            pair=self.pair(name),
+            next_pair=self.pair(next_name),
+            cross=KroneckerPair(A=cross.A.clone(), G=cross.G.clone()),
+        )
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the averages and counters, by flat names."""
         state = {"step": torch.tensor(self.step)}
@@ -81,15 +149,53 @@ class FactorAverages:
             state[f"{name}/num_updates"] = torch.tensor(self._num_updates[name])
             state[f"{name}/A"] = pair.A
             state[f"{name}/G"] = pair.G
+            if name in self._crosses:
+                state[f"{name}/cross_A"] = self._crosses[name].A.clone()
+                state[f"{name}/cross_G"] = self._crosses[name].G.clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state: of this object's layers those it has; the others start anew."""
+        """Take over a state: of this object's layers those it has; the others start anew.
+
+        So do layers that are linked with one that does.
+        """
         self.step = int(state["step"])
-        known = [name for name in self.names if f"{name}/A" in state]
+        known = self._restorable(state)
         self._num_updates = dict.fromkeys(self.names, 0)
         self._num_updates |= {name: int(state[f"{name}/num_updates"]) for name in known}
         self._averages = {
             name: KroneckerPair(A=state[f"{name}/A"].clone(), G=state[f"{name}/G"].clone())
             for name in known
         }
+        self._crosses = {
+            name: KroneckerPair(
+                A=state[f"{name}/cross_A"].clone(), G=state[f"{name}/cross_G"].clone()
+            )
+            for name in known
+            if name in self._next_names
+        }
+
+    def _restorable(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return the layers of a state that, with all they are linked to, are of one snapshot."""
+        counts = {
+            name: int(state[f"{name}/num_updates"]) for name in self.names if f"{name}/A" in state
+        }
+        left = len(counts) + 1
+        while left > len(counts):
+            left = len(counts)
+            for name, next_name in self.links:
+                whole = f"{name}/cross_A" in state and counts.get(name) == counts.get(next_name)
+                if not whole:
+                    counts.pop(name, None)
+                    counts.pop(next_name, None)
+        return [name for name in self.names if name in counts]
+
+
+def _average_in(
+    averages: dict[str, KroneckerPair], name: str, new: KroneckerPair, keep: float, weight: float
+) -> None:
+    if name not in averages:
+        averages[name] = KroneckerPair(A=torch.zeros_like(new.A), G=torch.zeros_like(new.G))
+    old = averages[name]
+    for average, batch in ((old.A, new.A), (old.G, new.G)):
+        average.mul_(keep).add_(batch, alpha=weight)

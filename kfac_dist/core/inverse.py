@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from torch import Tensor
 from kfac_dist.core.factors import KroneckerPair
 
 PiNorm = Literal["trace", "frobenius"]
+T_co = TypeVar("T_co", covariant=True)
 
 # A factor of nothing but zeros says nothing about the split, and a nearly empty one would put all
 # the damping on one side: pi stays within these bounds, far outside of what real layers show.
 _PI_BOUNDS = (1e-6, 1e6)
-_RAISES = 6
-_RAISE_BY = 10.0
+NUM_RAISES = 6
+RAISE_BY = 10.0
 
 
 class InversionFailedError(ArithmeticError):
@@ -29,17 +30,21 @@ class InversionFailedError(ArithmeticError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvertedPair:
-    """The inverses of one layer's damped factors.
+class Inverted(Generic[T_co]):
+    """What was prepared to apply the inverse of one layer's curvature, and how it was damped.
 
-    `inverse.A` is `(A + pi gamma I)^-1` and `inverse.G` is `(G + gamma / pi I)^-1`. `rungs` names
-    the steps of the ladder of numeric trouble that were needed, in order; empty as a rule.
+    `rungs` names the steps of the ladder of numeric trouble that were needed, in order; empty as
+    a rule.
     """
 
-    inverse: KroneckerPair
+    inverse: T_co
     pi: float
     gamma: float
     rungs: tuple[str, ...]
+
+
+InvertedPair = Inverted[KroneckerPair]
+"""`inverse.A` is `(A + pi gamma I)^-1` and `inverse.G` is `(G + gamma / pi I)^-1`."""
 
 
 def damping_split(pair: KroneckerPair, norm: PiNorm) -> float:
@@ -87,11 +92,11 @@ def _invert_factor(factor: Tensor, damping: float) -> tuple[Tensor, tuple[str, .
         return inverse, ()
     rungs = ["float64"]
     wide = factor.double()
-    for _ in range(_RAISES + 1):
+    for _ in range(NUM_RAISES + 1):
         inverse = _cholesky_inverse(wide, damping)
         if inverse is not None and torch.isfinite(inverse.to(factor.dtype)).all():
             return inverse.to(factor.dtype), tuple(rungs)
-        damping = max(damping * _RAISE_BY, torch.finfo(factor.dtype).tiny)
+        damping = max(damping * RAISE_BY, torch.finfo(factor.dtype).tiny)
         rungs.append("raised_damping")
     raise InversionFailedError(
         f"a factor of order {factor.shape[0]} has no Cholesky factor up to a damping of {damping:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,40 +12,68 @@ from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.layers import LayerBlock
 
 
+class LayerInverse(Protocol):
+    """The inverse of one layer's curvature, prepared to be applied."""
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """Return the inverse times V [dim_G, dim_A], as a new matrix."""
+
+
 def precondition(matrix: Tensor, inverse: KroneckerPair) -> Tensor:
     """Return `U = G^-1 V A^-1` for the gradient matrix V [dim_G, dim_A] of one layer."""
-    return inverse.G @ matrix @ inverse.A
+    return inverse.apply(matrix)
 
 
 def direction(
     gradient: Tensor,
     blocks: Sequence[LayerBlock],
-    inverses: Mapping[str, KroneckerPair],
+    inverses: Mapping[str, LayerInverse],
     gamma: float,
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Return the preconditioned gradient [P] and the layers that fell back to the gradient.
 
+    See `solve_layers` for when they do.
+    """
+    solved, fallen = solve_layers(matrices_of(gradient, blocks), inverses, gamma)
+    return vector_of(solved, blocks, gradient), fallen
+
+
+def matrices_of(vector: Tensor, blocks: Sequence[LayerBlock]) -> dict[str, Tensor]:
+    """Return each layer's part of `vector` [P] as a matrix [dim_G, dim_A], by name."""
+    return {block.name: block.matrix(vector) for block in blocks}
+
+
+def vector_of(matrices: Mapping[str, Tensor], blocks: Sequence[LayerBlock], like: Tensor) -> Tensor:
+    """Return the vector [P] whose parts are `matrices`."""
+    vector = torch.empty_like(like)
+    for block in blocks:
+        block.write(matrices[block.name], vector)
+    return vector
+
+
+def solve_layers(
+    matrices: Mapping[str, Tensor], inverses: Mapping[str, LayerInverse], gamma: float
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Apply each layer's inverse to its matrix [dim_G, dim_A].
+
     A layer falls back when it has no inverse, or when its inverse gives a direction that is not
     finite or does not descend. Then its curvature counts as zero: V / gamma^2, which is what the
-    factored damping alone would do.
+    factored damping alone would do. The names of those layers are returned too.
     """
-    matrices = [block.matrix(gradient) for block in blocks]
-    tried = [
-        precondition(matrix, inverses[block.name]) if block.name in inverses else None
-        for block, matrix in zip(blocks, matrices, strict=True)
-    ]
-    products = _products(matrices, tried)
-    result = torch.empty_like(gradient)
-    fallen = []
-    for block, matrix, preconditioned, product in zip(
-        blocks, matrices, tried, products, strict=True
-    ):
+    tried = {
+        name: inverses[name].apply(matrix) if name in inverses else None
+        for name, matrix in matrices.items()
+    }
+    products = _products(list(matrices.values()), list(tried.values()))
+    solved, fallen = {}, []
+    for (name, matrix), product in zip(matrices.items(), products, strict=True):
+        preconditioned = tried[name]
         # Zero is the product of a zero gradient, which any inverse may leave as it is.
         if preconditioned is None or not 0 <= product < float("inf"):
             preconditioned = matrix / gamma**2
-            fallen.append(block.name)
-        block.write(preconditioned, result)
-    return result, tuple(fallen)
+            fallen.append(name)
+        solved[name] = preconditioned
+    return solved, tuple(fallen)
 
 
 def _products(matrices: Sequence[Tensor], tried: Sequence[Tensor | None]) -> list[float]:

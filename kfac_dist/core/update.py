@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.layers import LayerBlock
-from kfac_dist.core.precondition import direction
+from kfac_dist.core.precondition import LayerInverse, matrices_of, vector_of
 from kfac_dist.core.step_rule import PlaneModel, adaptive_coefficients, constrained_step
+from kfac_dist.core.structure import structure_for
 
 _OMEGA = 19 / 20  # the paper's decay a step, of damping (section 6.5) and gamma (section 6.6)
 _RATIO_GOOD, _RATIO_BAD = 3 / 4, 1 / 4
@@ -67,6 +67,7 @@ class KFACUpdate:
         self.gamma = settings.gamma.initial or self._natural_gamma()
         self.previous_update = previous_update
         self._blocks = blocks
+        self._structure = structure_for(settings, [block.name for block in blocks])
 
     def _natural_gamma(self) -> float:
         return self._bounded_gamma(math.sqrt(self.damping + self.settings.l2))
@@ -90,19 +91,21 @@ class KFACUpdate:
     def directions(
         self,
         gradient: Tensor,
-        inverses: Sequence[Mapping[str, KroneckerPair]],
+        inverses: Sequence[Mapping[str, LayerInverse]],
         gammas: Sequence[float],
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Return one direction for each set of inverses, [C, P].
 
         Also the layers that fell back to the gradient in any of them.
         """
-        pairs = [
-            direction(gradient, self._blocks, by_layer, gamma)
+        matrices = matrices_of(gradient, self._blocks)
+        tried = [
+            self._structure.solve(matrices, by_layer, gamma)
             for by_layer, gamma in zip(inverses, gammas, strict=True)
         ]
-        fallen = dict.fromkeys(name for _, names in pairs for name in names)
-        return torch.stack([vector for vector, _ in pairs]), tuple(fallen)
+        vectors = [vector_of(solved, self._blocks, gradient) for solved, _ in tried]
+        fallen = dict.fromkeys(name for _, names in tried for name in names)
+        return torch.stack(vectors), tuple(fallen)
 
     def needs_gram(self, *, measure: bool) -> bool:
         """Tell whether a step needs the exact Fisher products."""

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kfac_dist.core.factors import FactorAverages, KroneckerPair
+from kfac_dist.core.factors import FactorAverages, KroneckerPair, Link
 
 
 def pair_of(value, size_A=3, size_G=2):
@@ -97,3 +97,107 @@ def test_a_pair_tells_whether_it_is_finite(bad):
     assert pair.is_finite()
     pair.G[1, 0] = bad
     assert not pair.is_finite()
+
+
+CHAIN = ("a", "b", "c")
+LINKS = (Link("a", "b"), Link("b", "c"))
+
+
+def cross_of(value, size=3):
+    generator = torch.Generator().manual_seed(1000 + value)
+    return KroneckerPair(
+        A=torch.randn(size, size, generator=generator, dtype=torch.float64),
+        G=torch.randn(2, 2, generator=generator, dtype=torch.float64),
+    )
+
+
+def chain_after(num_updates, names=CHAIN, links=LINKS):
+    averages = FactorAverages(names, 0.8, links)
+    for k in range(1, num_updates + 1):
+        sums = {name: pair_of(k + ord(name)) for name in names}
+        crosses = {link.name: cross_of(k + ord(link.name)) for link in links}
+        averages.update(k, sums, 4, crosses)
+    return averages
+
+
+def test_cross_factors_are_averaged_with_the_weights_of_their_layers():
+    expected = None
+    for k in range(1, 9):
+        eps = min(1 - 1 / k, 0.8)
+        batch = cross_of(k + ord("b")).A / 4
+        expected = batch if k == 1 else eps * expected + (1 - eps) * batch
+    snapshot = chain_after(8).snapshot("b")
+    assert snapshot.step == 8
+    torch.testing.assert_close(snapshot.cross.A, expected, rtol=1e-12, atol=1e-12)
+    averages = chain_after(8)
+    assert torch.equal(snapshot.pair.G, averages.pair("b").G)
+    assert torch.equal(snapshot.next_pair.A, averages.pair("c").A)
+
+
+def test_the_last_layer_of_a_chain_has_no_next():
+    snapshot = chain_after(2).snapshot("c")
+    assert snapshot.next_pair is None
+    assert snapshot.cross is None
+
+
+def test_a_snapshot_does_not_change_with_later_updates():
+    averages = chain_after(3)
+    snapshot = averages.snapshot("a")
+    before = snapshot.cross.A.clone()
+    sums = {name: pair_of(7) for name in CHAIN}
+    averages.update(4, sums, 1, {"a": cross_of(7), "b": cross_of(8)})
+    assert torch.equal(snapshot.cross.A, before)
+
+
+def test_a_link_without_its_cross_factors_is_a_mistake():
+    averages = FactorAverages(CHAIN, 0.8, LINKS)
+    with pytest.raises(AssertionError, match="cross"):
+        averages.update(1, {name: pair_of(1) for name in CHAIN}, 1)
+
+
+def test_a_chain_of_different_snapshots_is_refused():
+    averages = chain_after(3)
+    averages._num_updates["b"] += 1
+    with pytest.raises(ValueError, match="one snapshot"):
+        averages.snapshot("a")
+    assert averages.snapshot("c").step == 3
+
+
+def test_state_round_trip_of_a_chain():
+    averages, other = chain_after(5), FactorAverages(CHAIN, 0.8, LINKS)
+    other.load_state_dict(averages.state_dict())
+    for each in (averages, other):
+        sums = {name: pair_of(50) for name in CHAIN}
+        each.update(6, sums, 2, {"a": cross_of(1), "b": cross_of(2)})
+    for name in CHAIN:
+        one, two = averages.snapshot(name), other.snapshot(name)
+        assert torch.equal(one.pair.A, two.pair.A)
+        if name != "c":
+            assert torch.equal(one.cross.A, two.cross.A)
+            assert torch.equal(one.cross.G, two.cross.G)
+
+
+@pytest.mark.parametrize("missing", ["a", "b", "c"])
+def test_a_chain_with_a_layer_that_starts_anew_starts_anew(missing):
+    """The others would keep old averages that no cross factor with the new layer belongs to."""
+    kept = {
+        key: value
+        for key, value in chain_after(5).state_dict().items()
+        if not key.startswith(f"{missing}/")
+    }
+    averages = FactorAverages((*CHAIN, "d"), 0.8, LINKS)
+    averages.load_state_dict(kept)
+    assert averages.state_dict().keys() == {"step"}
+
+
+def test_layers_outside_the_chain_are_kept_when_it_starts_anew():
+    state = chain_after(5).state_dict() | {
+        f"d/{key.removeprefix('a/')}": value
+        for key, value in chain_after(5).state_dict().items()
+        if key.startswith("a/") and "cross" not in key
+    }
+    del state["a/cross_A"]
+    averages = FactorAverages((*CHAIN, "d"), 0.8, LINKS)
+    averages.load_state_dict(state)
+    assert torch.equal(averages.pair("d").A, chain_after(5).pair("a").A)
+    assert "c/A" not in averages.state_dict()

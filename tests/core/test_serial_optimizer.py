@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from kfac_dist import KFAC
-from kfac_dist import optimizer as optimizer_module
+from kfac_dist.core import structure as structure_module
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import InversionFailedError
+from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
 from tests.oracles import dense
 from tests.oracles.cases import DISTRIBUTIONS, Case
@@ -173,11 +174,12 @@ def test_statistics_that_are_not_finite_are_refused_at_the_door(monkeypatch):
     factors = optimizer.factors
 
     def spoiled(*_args, **_kwargs):
-        return {
+        pairs = {
             name: KroneckerPair(A=pair.A * math.nan, G=pair.G) for name, pair in factors.items()
         }
+        return BatchStatistics(pairs=pairs, crosses={}, moments={})
 
-    monkeypatch.setattr(optimizer._computer, "statistics", spoiled)
+    monkeypatch.setattr(optimizer._computer, "batch_statistics", spoiled)
     result = optimizer.step(inputs, targets)
     assert result.applied
     assert optimizer.numeric_events["refused_statistics"] == 1
@@ -196,7 +198,7 @@ def test_the_last_good_inverse_is_kept_when_inverting_fails(monkeypatch):
     optimizer.step(inputs, targets)
     gradient = {"0": torch.ones(5, 7, dtype=torch.float64)}
     before = optimizer.precondition(gradient)["0"]
-    monkeypatch.setattr(optimizer_module, "invert_pair", failing_inversion)
+    monkeypatch.setattr(structure_module, "invert_pair", failing_inversion)
     result = optimizer.step(inputs, targets)
     assert result.applied
     assert optimizer.numeric_events["kept_inverse"] == 2
@@ -208,7 +210,7 @@ def test_without_any_inverse_a_layer_falls_back_to_the_gradient(monkeypatch):
     model, (inputs, targets) = case.model(), case.data()
     start = dense.parameter_vector(model)
     gradient = dense.per_case_gradients("gaussian", model, inputs, targets).mean(dim=0)
-    monkeypatch.setattr(optimizer_module, "invert_pair", failing_inversion)
+    monkeypatch.setattr(structure_module, "invert_pair", failing_inversion)
     optimizer = optimizer_for(model, "gaussian", l2=0.0)
     first = optimizer.step(inputs, targets)
     assert first.applied

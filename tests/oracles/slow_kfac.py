@@ -141,10 +141,7 @@ class SlowKFAC:
         self, grad: Tensor, fisher: Tensor, inverses: dict[str, Tensor]
     ) -> tuple[Tensor, float, float]:
         """[6.4, 7] The update along the preconditioned gradient and the previous update."""
-        Delta = torch.zeros_like(grad)
-        for layer in self.layers:
-            at = dense.layer_indices(self.model, layer, "rows")
-            Delta[at] = -inverses[layer] @ grad[at]
+        Delta = -self.precondition(grad, inverses)
         if self.o.step_rule == "norm_constraint":
             slope = -(Delta @ grad).item()
             alpha = min(self.o.lr, math.sqrt(self.o.norm_constraint / slope))
@@ -152,6 +149,13 @@ class SlowKFAC:
         else:
             alpha, mu = self.solve_plane(grad, fisher, Delta)
         return alpha * Delta + mu * self.previous, alpha, mu
+
+    def precondition(self, grad: Tensor, inverses: dict[str, Tensor]) -> Tensor:
+        result = torch.zeros_like(grad)
+        for layer in self.layers:
+            at = dense.layer_indices(self.model, layer, "rows")
+            result[at] = inverses[layer] @ grad[at]
+        return result
 
     def solve_plane(self, grad: Tensor, fisher: Tensor, Delta: Tensor) -> tuple[float, float]:
         matrix = fisher + (self.damping + self.o.l2) * torch.eye(len(grad), dtype=grad.dtype)

@@ -9,6 +9,7 @@ from kfac_dist import KFAC
 from tests.oracles import dense
 from tests.oracles.cases import DISTRIBUTIONS, Case
 from tests.oracles.slow_kfac import SlowKFAC, SlowOptions
+from tests.oracles.slow_structures import SlowChainKFAC, SlowEKFAC
 
 NUM_STEPS = 20
 RELATIVE = 1e-7
@@ -39,7 +40,7 @@ def case_for(distribution):
     )
 
 
-def optimizer_for(model, distribution, o: SlowOptions):
+def optimizer_for(model, distribution, o: SlowOptions, inverse="block_diagonal"):
     rule = {}
     if o.step_rule == "norm_constraint":
         rule = {"lr": o.lr, "momentum": o.momentum, "norm_constraint": o.norm_constraint}
@@ -47,6 +48,7 @@ def optimizer_for(model, distribution, o: SlowOptions):
         model,
         distribution=distribution,
         step_rule=o.step_rule,
+        inverse=inverse,
         fisher_type="exact",
         damping={
             "initial": o.damping,
@@ -99,9 +101,37 @@ RUNS = [
 @pytest.mark.parametrize(("variant", "distribution"), RUNS)
 def test_every_step_is_the_slow_step(variant, distribution):
     options, case = VARIANTS[variant], case_for(distribution)
-    model, (inputs, targets) = case.model(), case.data()
-    optimizer = optimizer_for(model, distribution, options)
+    optimizer = optimizer_for(model := case.model(), distribution, options)
     slow = SlowKFAC(distribution, case.model(), replace(options))
+    assert_same_run(model, optimizer, slow, case.data())
+
+
+# EKFAC has no unique basis where a factor has equal eigenvalues, as a Gaussian's last G, or zeros
+# as from a fraction of these few cases.
+STRUCTURES = {
+    "block_tridiagonal": (SlowChainKFAC, "gaussian"),
+    "ekfac": (SlowEKFAC, "bernoulli"),
+}
+STRUCTURE_RUNS = [
+    *(("block_tridiagonal", v) for v in ("paper", "frobenius", "fractions", "norm constraint")),
+    *(("ekfac", v) for v in ("paper", "frobenius", "norm constraint")),
+]
+
+
+@pytest.mark.parametrize(("inverse", "variant"), STRUCTURE_RUNS)
+def test_every_step_of_the_other_structures_is_the_slow_step(inverse, variant):
+    slow_class, distribution = STRUCTURES[inverse]
+    options = VARIANTS[variant]
+    case = Case(
+        widths=(4, 3, 3, 2), activation="tanh", distribution=distribution, num_cases=11, seed=5
+    )
+    optimizer = optimizer_for(model := case.model(), distribution, options, inverse)
+    slow = slow_class(distribution, case.model(), replace(options))
+    assert_same_run(model, optimizer, slow, case.data())
+
+
+def assert_same_run(model, optimizer, slow, data):
+    options, (inputs, targets) = slow.o, data
     gammas = set()
     for step in range(NUM_STEPS):
         rows = slice(step % 3, step % 3 + 9)  # the batch changes from step to step

@@ -1,0 +1,214 @@
+"""What the structures of the approximate inverse differ in (the option `inverse`).
+
+An inverse of a layer's curvature has named tensors, `inverse.tensors()`, which with its gamma and
+pi are all of it: that is how it travels and how it is saved.
+
+    statistics       links and bases: what gradient workers compute beside A and G
+    prepare          from a snapshot of the factors, for each gamma: an inverse worker's part
+    install, observe what the owner of the inverses does with new ones, and with moments
+    solve            the direction, from the gradients of all layers
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.eigenbasis import EigenInverse, at_gamma, eigen_inverse
+from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
+from kfac_dist.core.inverse import InversionFailedError, Inverted, invert_pair, redamp
+from kfac_dist.core.precondition import LayerInverse, solve_layers
+from kfac_dist.core.tridiagonal import (
+    ChainInverse,
+    invert_conditional,
+    redamp_conditional,
+    solve_chain,
+)
+
+T = TypeVar("T", bound=LayerInverse)
+
+
+class Structure(ABC, Generic[T]):
+    """A structure of the inverse for layers `names`, in the order of the model; it has no state.
+
+    `links` are the pairs of neighbours whose cross factors are averaged. With `depends_on_gamma`
+    False, the tensors of an inverse are the same whatever its gamma.
+    """
+
+    depends_on_gamma = True
+
+    def __init__(self, settings: KFACSpec, names: Sequence[str]) -> None:
+        self.links: tuple[Link, ...] = ()
+        self._settings = settings
+        self._names = tuple(names)
+
+    @abstractmethod
+    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[T]:
+        """Return a layer's inverse.
+
+        Raises:
+            InversionFailedError: no rung of the ladder gave a finite one.
+        """
+
+    def prepare(self, snapshot: LayerSnapshot, gammas: Sequence[float]) -> list[Inverted[T] | None]:
+        """Return a layer's inverse at each gamma, None where it could not be made."""
+        prepared: list[Inverted[T] | None] = []
+        for gamma in gammas:
+            try:
+                prepared.append(self.invert(snapshot, gamma))
+            except InversionFailedError:
+                prepared.append(None)
+        return prepared
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], pi: float, gamma: float) -> Inverted[T]:
+        """Return the inverse with these tensors, which are kept."""
+
+    @abstractmethod
+    def redamp(self, inverted: Inverted[T], gamma: float) -> Inverted[T]:
+        """Return a layer's inverse at a larger gamma, from the inverse alone."""
+
+    def bases(self, inverses: Mapping[str, Inverted[T]]) -> dict[str, KroneckerPair]:
+        """Return the bases in which gradient workers compute moments, by layer."""
+        return {}
+
+    def install(self, new: Inverted[T], current: Inverted[T] | None) -> Inverted[T]:
+        """Return a newly prepared inverse with what it takes over from the layer's current one."""
+        return new
+
+    def observe(
+        self, inverses: Mapping[str, Inverted[T]], moments: Mapping[str, Tensor], num_cases: int
+    ) -> dict[str, Inverted[T]]:
+        """Return the inverses with one step's sums of moments in their bases taken in."""
+        return dict(inverses)
+
+    def solve(
+        self, matrices: Mapping[str, Tensor], inverses: Mapping[str, T], gamma: float
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Return the direction of each layer [dim_G, dim_A], and the layers that fell back.
+
+        `matrices` are the gradients of all layers.
+        """
+        return solve_layers(matrices, inverses, gamma)
+
+
+class BlockDiagonal(Structure[KroneckerPair]):
+    """`U_i = G_i^{-1} V_i A_i^{-1}` (section 4)."""
+
+    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[KroneckerPair]:
+        """Invert both damped factors."""
+        return invert_pair(snapshot.pair, gamma, self._settings.pi_norm)
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], pi: float, gamma: float
+    ) -> Inverted[KroneckerPair]:
+        """Return the inverse with tensors A and G."""
+        inverse = KroneckerPair(A=tensors["A"], G=tensors["G"])
+        return Inverted(inverse=inverse, pi=pi, gamma=gamma, rungs=())
+
+    def redamp(self, inverted: Inverted[KroneckerPair], gamma: float) -> Inverted[KroneckerPair]:
+        """Return both inverses at a larger gamma."""
+        return redamp(inverted, gamma)
+
+
+class BlockTridiagonal(Structure[ChainInverse]):
+    """The layers as a chain, in the order of the modules (section 5)."""
+
+    def __init__(self, settings: KFACSpec, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        self.links = tuple(Link(*names) for names in pairwise(self._names))
+
+    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[ChainInverse]:
+        """Make the layer's part of the chain."""
+        return invert_conditional(snapshot, gamma, self._settings.pi_norm)
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], pi: float, gamma: float
+    ) -> Inverted[ChainInverse]:
+        """Return the part with these tensors."""
+        inverse = ChainInverse.from_tensors(tensors)
+        return Inverted(inverse=inverse, pi=pi, gamma=gamma, rungs=())
+
+    def redamp(self, inverted: Inverted[ChainInverse], gamma: float) -> Inverted[ChainInverse]:
+        """Return the layer's own block at a larger gamma, no longer linked with the next."""
+        return redamp_conditional(inverted, gamma)
+
+    def solve(
+        self, matrices: Mapping[str, Tensor], inverses: Mapping[str, ChainInverse], gamma: float
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Run the three passes over the chain."""
+        return solve_chain(matrices, inverses, self.links, gamma)
+
+
+class EKFAC(Structure[EigenInverse]):
+    """The basis is prepared; the moments in it are observed by the owner of the inverses."""
+
+    depends_on_gamma = False
+
+    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[EigenInverse]:
+        """Decompose both factors."""
+        return eigen_inverse(snapshot.pair, gamma, self._settings.pi_norm)
+
+    def prepare(
+        self, snapshot: LayerSnapshot, gammas: Sequence[float]
+    ) -> list[Inverted[EigenInverse] | None]:
+        """Decompose both factors once for all gammas."""
+        (first,) = super().prepare(snapshot, gammas[:1])
+        if first is None:
+            return [None] * len(gammas)
+        others = replace(first, rungs=())  # the ladder was climbed once
+        return [first, *(at_gamma(others, gamma) for gamma in gammas[1:])]
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], pi: float, gamma: float
+    ) -> Inverted[EigenInverse]:
+        """Return the inverse with this basis and these moments."""
+        inverse = EigenInverse.from_tensors(tensors, gamma)
+        return Inverted(inverse=inverse, pi=pi, gamma=gamma, rungs=())
+
+    def redamp(self, inverted: Inverted[EigenInverse], gamma: float) -> Inverted[EigenInverse]:
+        """Return the same tensors under a larger gamma."""
+        return at_gamma(inverted, gamma)
+
+    def bases(self, inverses: Mapping[str, Inverted[EigenInverse]]) -> dict[str, KroneckerPair]:
+        """Return the basis of every layer that has one."""
+        return {name: inverted.inverse.basis for name, inverted in inverses.items()}
+
+    def install(
+        self, new: Inverted[EigenInverse], current: Inverted[EigenInverse] | None
+    ) -> Inverted[EigenInverse]:
+        """Carry the moments over to the new basis."""
+        if current is None:
+            return new
+        return replace(new, inverse=new.inverse.carrying(current.inverse))
+
+    def observe(
+        self,
+        inverses: Mapping[str, Inverted[EigenInverse]],
+        moments: Mapping[str, Tensor],
+        num_cases: int,
+    ) -> dict[str, Inverted[EigenInverse]]:
+        """Average the moments in."""
+        decay = self._settings.factor_decay
+        return {
+            name: replace(
+                inverted, inverse=inverted.inverse.updated(moments[name], num_cases, decay)
+            )
+            for name, inverted in inverses.items()
+        }
+
+
+def structure_for(settings: KFACSpec, names: Sequence[str]) -> Structure[Any]:
+    """Return the structure that `settings.inverse` names, for the layers `names`."""
+    structures: dict[str, type[Structure[Any]]] = {
+        "block_diagonal": BlockDiagonal,
+        "block_tridiagonal": BlockTridiagonal,
+        "ekfac": EKFAC,
+    }
+    return structures[settings.inverse](settings, names)
