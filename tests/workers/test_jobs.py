@@ -31,46 +31,23 @@ def parameters(jobs: Jobs, step: int, run_dir: str = "run") -> torch.Tensor:
     return torch.from_numpy(load_file(folder / "parameter_server.safetensors")["parameters"])
 
 
-def test_a_synchronous_job_is_bitwise_the_serial_optimizer(jobs: Jobs) -> None:
-    spec = parse_spec(line_spec())
-    summary = jobs.run(spec)
-    serial, results = serial_run(spec, jobs.folder, 12)
-    assert summary.state == "SUCCEEDED"
-    assert [record.objective for record in jobs.records] == [r.objective for r in results]
-    assert torch.equal(parameters(jobs, 12), flatten(serial._parameters))
-    assert ray.is_initialized()
-    assert jobs.kinds() == ["started", "checkpoint", "checkpoint", "checkpoint", "succeeded"]
-
-
-def test_resumed_on_other_numbers_of_workers_it_is_the_same_job(jobs: Jobs) -> None:
-    spec = line_spec()
-    straight = jobs.run(parse_spec(spec), run_dir="straight")
-    jobs.run(parse_spec(spec | {"steps": 6}))
-    more = spec | {"workers": {"gradient": 3, "inverse": 2}}
-    resumed = jobs.run(parse_spec(more), resume=True)
-    assert resumed.step == 12
-    assert resumed.job != straight.job
+def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jobs) -> None:
+    half = jobs.run(parse_spec(line_spec(steps=6)))
+    assert jobs.kinds() == ["started", "checkpoint", "checkpoint", "succeeded"]
+    spec = parse_spec(line_spec(workers={"gradient": 3, "inverse": 2}))
+    resumed = jobs.run(spec, resume=True)
+    assert (resumed.job, resumed.step) == (half.job, 12)
+    assert resumed.initial_objective == half.initial_objective
     assert jobs.run_folder().read_job().attempt == 2
     assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 13))
-    expected = parameters(jobs, 12, "straight")
+    serial, results = serial_run(spec, jobs.folder, 12)
+    expected = flatten(serial._parameters)
     torch.testing.assert_close(parameters(jobs, 12), expected, rtol=1e-9, atol=1e-12)
+    assert jobs.records[0].objective == results[0].objective
 
-
-def test_a_job_that_has_ended_is_evaluated_again(jobs: Jobs) -> None:
-    spec = parse_spec(line_spec(steps=4))
-    first = jobs.run(spec)
     again = jobs.run(spec, resume=True)
-    assert again.state == "SUCCEEDED"
-    assert (again.job, again.step, again.train) == (first.job, 4, first.train)
-    assert again.initial_objective == first.initial_objective
-
-
-def test_without_a_checkpoint_a_job_resumes_from_the_start(jobs: Jobs) -> None:
-    jobs.run(parse_spec(line_spec(steps=2, checkpoint={"every_steps": None})))
-    jobs.events.clear()
-    jobs.run(parse_spec(line_spec()), resume=True)
-    assert "from the start" in jobs.event("resumed").message
-    assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 13))
+    assert (again.state, again.step, again.train) == ("SUCCEEDED", 12, resumed.train)
+    assert ray.is_initialized()
 
 
 def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Jobs) -> None:
@@ -138,14 +115,21 @@ def test_more_deaths_than_allowed_end_the_job(jobs: Jobs) -> None:
         jobs.run(parse_spec(spec))
 
 
-@pytest.mark.parametrize("role", ["gradient_worker", "parameter_server"])
-def test_a_killed_member_of_the_group_ends_the_job_and_is_named(jobs: Jobs, role: str) -> None:
+@pytest.mark.parametrize(
+    ("role", "every_steps", "resumed"),
+    [("gradient_worker", 4, "from the checkpoint of step 4"), ("parameter_server", None, "start")],
+)
+def test_a_killed_member_of_the_group_ends_the_job_and_is_named(
+    jobs: Jobs, role: str, every_steps: int | None, resumed: str
+) -> None:
     def kill_one(record: object) -> None:
         if len(jobs.records) == 5:
             os.kill(jobs.pid(role), signal.SIGKILL)
 
     jobs.on_step = kill_one
-    spec = line_spec(steps=100_000, workers={"gradient": 2})
+    spec = line_spec(
+        steps=100_000, workers={"gradient": 2}, checkpoint={"every_steps": every_steps}
+    )
     with pytest.raises(WorkerDiedError) as caught:
         jobs.run(parse_spec(spec))
     first = caught.value.first_failure
@@ -154,32 +138,31 @@ def test_a_killed_member_of_the_group_ends_the_job_and_is_named(jobs: Jobs, role
     assert '"built"' in first.log_tail
     jobs.on_step = lambda record: None
     assert jobs.run(parse_spec(spec | {"steps": 8}), resume=True).state == "SUCCEEDED"
+    assert resumed in jobs.event("resumed").message
+    assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 9))
 
 
-def test_an_asynchronous_job_uses_old_inverses_and_learns(jobs: Jobs) -> None:
+def test_an_asynchronous_job_uses_old_inverses_and_learns(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(jobs.folder)
     spec = line_spec(
         steps=40,
         staleness={"max_steps": 8},
         workers={"gradient": 2, "inverse": 2},
         evaluation={"every_steps": 20},
     )
-    summary = jobs.run(parse_spec(spec))
+    summary = train(spec, run_dir=jobs.folder / "run")
+    assert summary.run_dir == str(jobs.folder / "run")
     assert summary.inverse_staleness_steps is not None
     assert summary.inverse_staleness_steps.mean > 0
     assert summary.inverse_staleness_steps.max <= 8
     assert summary.train is not None
     assert summary.initial_objective is not None
     assert summary.train["objective"] < summary.initial_objective / 2
-    evaluated = [record.step for record in jobs.records if record.evaluation]
-    assert evaluated == [20, 40]
-    assert set(jobs.records[-1].phase_seconds) >= {"compute", "statistics", "reduce", "inversion"}
-
-
-def test_the_python_door(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(jobs.folder)
-    summary = train(line_spec(steps=2), run_dir=jobs.folder / "door")
-    assert summary.state == "SUCCEEDED"
-    assert summary.run_dir == str(jobs.folder / "door")
+    records = jobs.run_folder().read_metrics()
+    assert [record.step for record in records if record.evaluation] == [20, 40]
+    assert set(records[-1].phase_seconds) >= {"compute", "statistics", "reduce", "inversion"}
 
 
 def test_more_workers_than_the_cluster_has_room_for(jobs: Jobs) -> None:
