@@ -65,7 +65,8 @@ def small_spec(**changes: Any) -> JobSpec:
 
 def in_threads(calls: list[Callable[[], T]]) -> list[T]:
     """Call all at once, each in a thread of its own, and return their results in order."""
-    with ThreadPoolExecutor(len(calls)) as pool:
+    # The number of threads of OpenMP is a setting of each thread; it decides about rounding.
+    with ThreadPoolExecutor(len(calls), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
