@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a job trains: the step in hand may end, and be in a checkpoint."""
+"""Ctrl-C and SIGTERM while actors work: the step in hand may end, and be in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_GRACE_SECONDS = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Notes the first interrupt; a second one, or the end of the grace period, raises.
+    """Notes the first interrupt, which raises at the next check, and a second one at once.
 
-    Does nothing outside the main thread, where signals do not arrive.
+    `grace_seconds` puts the first one off. Does nothing outside the main thread, where signals do
+    not arrive.
     """
 
-    def __init__(self, grace_seconds: float = _GRACE_SECONDS) -> None:
-        self._grace_seconds = grace_seconds
+    def __init__(self) -> None:
+        self.grace_seconds = 0.0
         self._requested_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -57,5 +57,5 @@ class Interrupts:
         """
         if self._requested_at is None:
             return
-        if time.monotonic() - self._requested_at > self._grace_seconds:
+        if time.monotonic() - self._requested_at > self.grace_seconds:
             raise KeyboardInterrupt

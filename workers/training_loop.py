@@ -26,6 +26,8 @@ from workers.messages import RefreshRequest, ServerReport, StepOrder
 from workers.planning import batch_size, staleness_bound, step_schedule
 from workers.recording import Recorder
 
+_GRACE_SECONDS = 2.0  # for the step in hand and its checkpoint, when the user interrupts
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
@@ -72,6 +74,7 @@ class TrainingLoop:
             KfacDistError: what ended the job; the newest checkpoint stays usable.
         """
         (self._gammas,) = crew.gather(crew.call_server("next_gammas", self._first_step))
+        self._interrupts.grace_seconds = _GRACE_SECONDS
         for step in range(self._first_step, self._spec.steps + 1):
             self._journal.step = crew.step = step
             self._take_over(crew, step)
@@ -83,6 +86,7 @@ class TrainingLoop:
                 raise KeyboardInterrupt
         crew.step = self._journal.step = max(self._spec.steps, self._first_step - 1)
         self._checkpoint(crew)
+        self._interrupts.grace_seconds = 0.0
         return TrainingResult(
             evaluation=evaluate(crew, self._spec.optimizer.l2),
             num_steps=self._spec.steps + 1 - self._first_step,
