@@ -15,7 +15,8 @@ import ray
 
 from kfac_dist.errors import UnreachableError
 from workers.guard import guarded
-from workers.ray_internals import on_loopback, quiet_stdout
+from workers.interrupts import deferred
+from workers.ray_internals import on_loopback, quiet_stdout, whole_connection
 
 LOOPBACK = "127.0.0.1"
 # Read by Ray's own processes when they start. Left unset, Ray turns token authentication on in
@@ -90,12 +91,14 @@ def _shut_down() -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with deferred():
+            ray.shutdown()
 
 
 def _init(problem: str, **options: object) -> None:
     try:
-        _ray.init(**options)
+        with whole_connection():
+            _ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise UnreachableError(f"{problem}: {error}") from error
 

@@ -28,7 +28,6 @@ SERVER_ROLE = "parameter_server"
 WORKER_ROLE = "gradient_worker"
 _WAIT_SECONDS = 0.25  # how soon an interrupt is seen
 _ray: Any = ray  # its stubs leave much untyped
-_END_SECONDS = 1.0
 _START_SECONDS = 300.0  # a cluster without room lets an actor wait forever, without an error
 
 
@@ -61,7 +60,6 @@ class Crew:
     ) -> None:
         self.step = 0
         self._interrupts = interrupts
-        self._open: Calls = {}
         self._job = job
         self._folder = folder
         self._plan = plan
@@ -161,7 +159,6 @@ class Crew:
 
     def _wait(self, pending: Calls) -> list[Ref]:
         """Return the calls that have ended, after a while none; deal with deaths meanwhile."""
-        self._open = pending
         self._interrupts.check()
         watched = self.inverse_pool.watched()
         ray.wait([*pending, *watched], num_returns=1, timeout=_WAIT_SECONDS)
@@ -175,13 +172,10 @@ class Crew:
         return job_error(member, error, step=self.step, log_tail=log_tail(path))
 
     def kill(self) -> None:
-        """End all actors at once, and see them end."""
+        """End all actors at once."""
         for actor in (self.server, *self.gradient_workers):
             ray.kill(actor)
         self.inverse_pool.kill()
-        # Ray that is shut down with calls open sometimes crashes at the end of the process.
-        calls = [*self._open, *self.inverse_pool.watched()]
-        ray.wait(calls, num_returns=len(calls), timeout=_END_SECONDS)
 
 
 def _not_started(pending: Calls, seconds: float) -> TimedOutError:

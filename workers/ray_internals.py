@@ -1,4 +1,4 @@
-"""Two things that Ray 2.60 has no setting for; the version is pinned for such reasons."""
+"""What Ray 2.60 has no setting for; the version is pinned for such reasons."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from unittest.mock import patch
 
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+
+from workers.interrupts import deferred
 
 
 @contextmanager
@@ -30,4 +32,20 @@ def quiet_stdout() -> Iterator[None]:
         return None
 
     with patch.object(ray_worker, "print_to_stdstream", swallow):
+        yield
+
+
+@contextmanager
+def whole_connection() -> Iterator[None]:
+    """Keep an interrupt from falling into the middle of connecting to a cluster.
+
+    Ray would forget the half of the connection that is there, and crash at the end of the process.
+    """
+    connect = ray_worker.connect
+
+    def connect_whole(*arguments: Any, **options: Any) -> None:
+        with deferred():
+            connect(*arguments, **options)
+
+    with patch.object(ray_worker, "connect", connect_whole):
         yield

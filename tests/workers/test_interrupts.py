@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from workers.interrupts import Interrupts
+from workers.interrupts import Interrupts, deferred
 
 
 def interrupt() -> None:
@@ -34,9 +34,20 @@ def test_without_grace_the_first_interrupt_raises_at_the_next_check():
             interrupts.check()
 
 
+def test_a_deferred_interrupt_takes_effect_at_the_end_of_the_block():
+    reached = False
+    with pytest.raises(KeyboardInterrupt):
+        with deferred():
+            interrupt()
+            reached = True
+    assert reached
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
 def test_other_threads_have_no_signals():
     def use() -> None:
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, deferred():
             interrupts.check()
         done.append(True)
 
