@@ -35,12 +35,16 @@ def test_without_grace_the_first_interrupt_raises_at_the_next_check():
 
 
 def test_a_deferred_interrupt_takes_effect_at_the_end_of_the_block():
-    reached = False
-    with pytest.raises(KeyboardInterrupt):
+    done: list[str] = []
+
+    def block() -> None:
         with deferred():
             interrupt()
-            reached = True
-    assert reached
+            done.append("block")
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == ["block"]
     with pytest.raises(KeyboardInterrupt):
         interrupt()
 
