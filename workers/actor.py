@@ -8,6 +8,7 @@ its state would be lost without a word.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
@@ -38,8 +39,14 @@ def as_actor(role: type, *groups: str) -> Handle:
 
 
 def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
-    """Open the log of this process's role."""
+    """Open the log of this process's role; what the process prints goes beside it, to `.out`.
+
+    Ray keeps printed text in its own folder, which an embedded cluster takes with it.
+    """
     path = RunFolder.open(job.run_dir).log_path(role, rank, job.attempt)
+    with path.with_suffix(".out").open("ab") as printed:
+        os.dup2(printed.fileno(), sys.stdout.fileno())
+        os.dup2(printed.fileno(), sys.stderr.fileno())
     return open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
 
 

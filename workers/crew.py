@@ -14,7 +14,7 @@ from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle, Ref
 from workers.device import DevicePlan
-from workers.failures import Member, failure_of, finished, first_cause, job_error
+from workers.failures import Member, failed_among, finished, first_cause, job_error
 from workers.gradient_worker import GradientWorkerActor
 from workers.interrupts import Interrupts
 from workers.inverse_pool import InversePool, InverseWorkerDied
@@ -144,8 +144,7 @@ class Crew:
             if time.monotonic() > deadline:
                 raise _not_started(pending, deadline_seconds)
             ready = {ref: pending.pop(ref) for ref in self._wait(pending)}
-            failed = {ref: member for ref, member in ready.items() if failure_of(ref)}
-            if failed:
+            if failed := failed_among(ready):
                 raise self._error(failed, pending)
         return list(ray.get(list(calls)))
 
@@ -155,7 +154,8 @@ class Crew:
         while pending:
             for ref in self._wait(pending):
                 del pending[ref]
-        return list(ray.get([ref for ref in calls if failure_of(ref) is None]))
+        failed = failed_among(calls)
+        return list(ray.get([ref for ref in calls if ref not in failed]))
 
     def _wait(self, pending: Calls) -> list[Ref]:
         """Return the calls that have ended, after a while none; deal with deaths meanwhile."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -23,6 +24,8 @@ from workers.actor import Ref
 from workers.process_group import PeerLostError
 
 _SETTLE_SECONDS = 5.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,15 @@ def failure_of(ref: Ref) -> BaseException | None:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is judged by the caller
         return unwrap(error)
     return None
+
+
+def failed_among(calls: Mapping[Ref, T]) -> dict[Ref, T]:
+    """Return those of the finished `calls` that raised."""
+    try:
+        ray.get(list(calls))
+    except Exception:  # noqa: BLE001 - whatever it is, it is judged by the caller
+        return {ref: owner for ref, owner in calls.items() if failure_of(ref) is not None}
+    return {}
 
 
 def finished(refs: Iterable[Ref]) -> list[Ref]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from workers.actor import Handle, Ref
-from workers.failures import Member, failure_of, finished
+from workers.failures import Member, failed_among, failure_of, finished
 from workers.inverse_worker import InverseWorkerActor
 from workers.messages import InverseSetup, InverseStatus, JobContext, RefreshRequest
 from workers.transport import Array
@@ -205,10 +205,11 @@ class InversePool:
 
     def statuses(self) -> dict[int, InverseStatus]:
         """Return the newest answer of each worker."""
-        for ref in finished(self._polls):
-            rank = self._polls.pop(ref)
-            if failure_of(ref) is None:
-                self._statuses[rank] = ray.get(ref)
+        ready = {ref: self._polls.pop(ref) for ref in finished(self._polls)}
+        failed = failed_among(ready)
+        answered = {ref: rank for ref, rank in ready.items() if ref not in failed}
+        newest: list[InverseStatus] = ray.get(list(answered))
+        self._statuses |= dict(zip(answered.values(), newest, strict=True))
         return dict(self._statuses)
 
     def snapshots(self, step: int, timeout_seconds: float) -> dict[Ref, Member]:

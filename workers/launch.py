@@ -6,6 +6,7 @@ whatever happens.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,12 @@ def _failed(error: KfacDistError) -> _Outcome:
     failed = error if isinstance(error, JobFailedError) else None
     return _Outcome(
         state="FAILED",
-        reason=failed.reason if failed else type(error).__name__,
+        reason=failed.reason if failed else _word(type(error).__name__),
         message=error.message,
         first_failure=FirstFailure.of(failed) if failed else None,
     )
+
+
+def _word(class_name: str) -> str:
+    """Return the machine word of an error that has none: TimedOutError is timed_out."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", class_name.removesuffix("Error")).lower()

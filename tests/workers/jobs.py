@@ -30,6 +30,7 @@ class Line:
         self.how = how
 
     def model(self):
+        print("building the model")
         return Breaking(self.breaks_after, self.how)
 
     def train_data(self, data_dir):

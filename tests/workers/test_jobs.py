@@ -34,7 +34,7 @@ def parameters(jobs: Jobs, step: int, run_dir: str = "run") -> torch.Tensor:
 def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jobs) -> None:
     half = jobs.run(parse_spec(line_spec(steps=6)))
     assert jobs.kinds() == ["started", "checkpoint", "checkpoint", "succeeded"]
-    spec = parse_spec(line_spec(workers={"gradient": 3, "inverse": 2}))
+    spec = parse_spec(line_spec(workers={"gradient": 2, "inverse": 2}))
     resumed = jobs.run(spec, resume=True)
     assert (resumed.job, resumed.step) == (half.job, 12)
     assert resumed.initial_objective == half.initial_objective
@@ -45,8 +45,9 @@ def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jo
     torch.testing.assert_close(parameters(jobs, 12), expected, rtol=1e-9, atol=1e-12)
     assert jobs.records[0].objective == results[0].objective
 
-    again = jobs.run(spec, resume=True)
-    assert (again.state, again.step, again.train) == ("SUCCEEDED", 12, resumed.train)
+    again = jobs.run(parse_spec(line_spec()), resume=True)
+    assert (again.state, again.step) == ("SUCCEEDED", 12)
+    assert again.train == pytest.approx(resumed.train, rel=1e-12)
     assert ray.is_initialized()
 
 
@@ -62,6 +63,8 @@ def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Job
     summary = jobs.run_folder().read_summary()
     assert summary is not None
     assert summary.message == caught.value.message
+    printed = jobs.run_folder().log_path("gradient_worker", 1).with_suffix(".out").read_text()
+    assert "building the model" in printed
 
 
 def test_too_many_steps_without_a_finite_update_end_the_job(jobs: Jobs) -> None:
