@@ -42,11 +42,15 @@ def clean_up(folder: Path, *, spared: int) -> None:
     The driver, `spared`, has Ray's log files open to its end.
     """
     deadline = time.monotonic() + _GRACE_SECONDS
-    while (pids := list(_users(folder, spared))) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        pids = list(_users(folder, spared))
         for pid in pids:
             _kill(pid)
+        # A process that is dying may still write a file behind the remover's back.
+        shutil.rmtree(folder, ignore_errors=True)
+        if not pids and not folder.exists():
+            return
         time.sleep(_POLL_SECONDS)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _users(folder: Path, spared: int) -> Iterator[int]:
