@@ -96,9 +96,9 @@ class KFAC(torch.optim.Optimizer):
         super().__init__(self._parameters, {})
         self._schedule = step_schedule(self.settings)
         self.numeric_events: Counter[str] = Counter()
-        self._curvature = Curvature(self.settings, self._registration.names, self.numeric_events)
+        self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._update = KFACUpdate(
-            self.settings, self._registration.blocks, torch.zeros_like(flatten(self._parameters))
+            self.settings, self._registration, torch.zeros_like(flatten(self._parameters))
         )
         averaging = self.settings.averaging
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None

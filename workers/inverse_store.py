@@ -17,7 +17,6 @@ import numpy as np
 from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.assignment import LayerCost
 from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
-from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import InvertedPair, redamp
 from kfac_dist.errors import TimedOutError
 from workers.messages import InverseHeader
@@ -214,7 +213,4 @@ class InverseStore:
 
 def _inverted(array: Array, layer: LayerCost, pi: float, gamma: float) -> InvertedPair:
     pair = unpack_pairs(array, [layer])[layer.name]
-    # The transpose of a symmetric matrix is the same matrix by columns, as `invert_pair` returns
-    # it. BLAS rounds the two layouts differently, and synchronous runs equal serial ones bitwise.
-    inverse = KroneckerPair(A=pair.A.T, G=pair.G.T)
-    return InvertedPair(inverse=inverse, pi=pi, gamma=gamma, rungs=())
+    return InvertedPair(inverse=pair, pi=pi, gamma=gamma, rungs=())

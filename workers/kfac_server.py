@@ -16,7 +16,7 @@ from torch import Tensor
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
-from kfac_dist.core.layers import LayerBlock
+from kfac_dist.core.layers import Registration
 from kfac_dist.core.update import Choice, KFACUpdate
 from workers.checksum import checksum
 from workers.exchange import Directions, ServerSide
@@ -43,7 +43,7 @@ class KFACServer:
         self,
         spec: JobSpec,
         schedule: StepSchedule,
-        blocks: Sequence[LayerBlock],
+        registration: Registration,
         state: ServerState,
         store: InverseStore,
     ) -> None:
@@ -52,7 +52,7 @@ class KFACServer:
         self._settings = spec.optimizer
         self._schedule = schedule
         self._store = store
-        self._update = KFACUpdate(spec.optimizer, blocks, torch.zeros_like(state.parameters))
+        self._update = KFACUpdate(spec.optimizer, registration, torch.zeros_like(state.parameters))
         self._search: tuple[float, ...] | None = None
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0

@@ -73,5 +73,5 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
         staleness=spec.staleness,
         patience_seconds=patience_seconds,
     )
-    server = KFACServer(spec, step_schedule(spec), registration.blocks, state, store)
+    server = KFACServer(spec, step_schedule(spec), registration, state, store)
     return BuiltServer(server, store)

@@ -120,7 +120,7 @@ class BatchComputer:
         A layer that is applied at R positions a case is treated by *expand*: A is the mean and G
         the sum over positions.
         """
-        return self.batch_statistics(inputs, targets, step=step, first_row=first_row).pairs
+        return self.batch_statistics(inputs, targets, step=step, first_row=first_row).factors
 
     def batch_statistics(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.inverse import Inverted
+from kfac_dist.core.layers import Registration
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.structure import structure_for
 
@@ -22,13 +23,16 @@ InvertedLayers = dict[str, Inverted[Any]]
 
 
 class Curvature:
-    """Averaged factors and inverses of the layers `names`, in the order of the model.
+    """Averaged factors and inverses of the layers of a model.
 
     `inverses` are those in use; `events` counts rungs of the ladder of numeric trouble.
     """
 
-    def __init__(self, settings: KFACSpec, names: Sequence[str], events: Counter[str]) -> None:
-        self.structure = structure_for(settings, names)
+    def __init__(
+        self, settings: KFACSpec, registration: Registration, events: Counter[str]
+    ) -> None:
+        names = registration.names
+        self.structure = structure_for(settings, names, registration.links)
         self.averages = FactorAverages(names, settings.factor_decay, self.structure.links)
         self.inverses: InvertedLayers = {}
         self._events = events
@@ -38,7 +42,7 @@ class Curvature:
         if not statistics.is_finite():
             self._events["refused_statistics"] += 1
             return
-        self.averages.update(step, statistics.pairs, num_cases, statistics.crosses)
+        self.averages.update(step, statistics.factors, num_cases, statistics.crosses)
         self.inverses = self.structure.observe(self.inverses, statistics.moments, num_cases)
 
     def candidates(self, gammas: Sequence[float]) -> dict[float, InvertedLayers]:

@@ -109,7 +109,8 @@ def _cholesky_inverse(factor: Tensor, damping: float) -> Tensor | None:
     root, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return None
-    inverse = torch.cholesky_inverse(root)
+    # By rows, as a matrix that has travelled: BLAS rounds the two layouts differently.
+    inverse = torch.cholesky_inverse(root).contiguous()
     inverse = (inverse + inverse.T) / 2
     return inverse if bool(torch.isfinite(inverse).all()) else None
 

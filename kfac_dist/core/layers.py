@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.core.factors import Link
 from kfac_dist.core.vector import trainable_parameters
 from kfac_dist.errors import InvalidSpecError
 
@@ -84,6 +86,11 @@ class Registration:
     def names(self) -> tuple[str, ...]:
         """Names of the blocks."""
         return tuple(block.name for block in self.blocks)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The neighbours of the chain that a block-tridiagonal inverse treats the layers as."""
+        return tuple(Link(*names) for names in pairwise(self.names))
 
 
 def register(model: nn.Module) -> Registration:

@@ -22,18 +22,18 @@ _CHUNK_ELEMENTS = 1 << 22
 class BatchStatistics:
     """Sums over the statistics cases of a part of a batch, by layer.
 
-    `pairs` has A and G of every layer. `crosses` has, by the first layer of each link, the cross
+    `factors` has A and G of every layer. `crosses` has, by the first layer of each link, the cross
     factors with the next. `moments` has, for each layer whose basis was given, the squares of the
     gradient of each case in that basis, [dim_G, dim_A].
     """
 
-    pairs: dict[str, KroneckerPair]
+    factors: dict[str, KroneckerPair]
     crosses: dict[str, KroneckerPair]
     moments: dict[str, Tensor]
 
     def is_finite(self) -> bool:
         """Tell whether no element is NaN or infinite."""
-        pairs = (*self.pairs.values(), *self.crosses.values())
+        pairs = (*self.factors.values(), *self.crosses.values())
         return all(pair.is_finite() for pair in pairs) and all(
             bool(torch.isfinite(moments).all()) for moments in self.moments.values()
         )
@@ -68,7 +68,7 @@ class StatisticsSums:
             for block in self._blocks
         }
         rows = {name: torch.cat(calls) for name, calls in self._inputs.items()}
-        for name, pair in self.sums.pairs.items():
+        for name, pair in self.sums.factors.items():
             moment, positions = rows[name].T @ rows[name], len(rows[name]) // self._num_cases
             pair.A.add_(moment if positions == 1 else moment / positions)
         for name, next_name in self._links:
@@ -82,7 +82,7 @@ class StatisticsSums:
             block.name: [call.reshape(-1, block.dim_G) for call in gradients[block.name]]
             for block in self._blocks
         }
-        for name, pair in self.sums.pairs.items():
+        for name, pair in self.sums.factors.items():
             for call in calls[name]:
                 pair.G.addmm_(call.T, call)
         for name, next_name in self._links:
@@ -115,7 +115,7 @@ def _zeros(
         )
 
     return BatchStatistics(
-        pairs={name: pair(name, name) for name in by_name},
+        factors={name: pair(name, name) for name in by_name},
         crosses={name: pair(name, next_name) for name, next_name in links},
         moments={
             name: basis.A.new_zeros((len(basis.G), len(basis.A))) for name, basis in bases.items()

@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -43,7 +42,9 @@ class Structure(ABC, Generic[T]):
 
     depends_on_gamma = True
 
-    def __init__(self, settings: KFACSpec, names: Sequence[str]) -> None:
+    def __init__(
+        self, settings: KFACSpec, names: Sequence[str], chain_links: Sequence[Link]
+    ) -> None:
         self.links: tuple[Link, ...] = ()
         self._settings = settings
         self._names = tuple(names)
@@ -118,11 +119,13 @@ class BlockDiagonal(Structure[KroneckerPair]):
 
 
 class BlockTridiagonal(Structure[ChainInverse]):
-    """The layers as a chain, in the order of the modules (section 5)."""
+    """Linked layers as chains, in the order of the modules (section 5)."""
 
-    def __init__(self, settings: KFACSpec, names: Sequence[str]) -> None:
-        super().__init__(settings, names)
-        self.links = tuple(Link(*names) for names in pairwise(self._names))
+    def __init__(
+        self, settings: KFACSpec, names: Sequence[str], chain_links: Sequence[Link]
+    ) -> None:
+        super().__init__(settings, names, chain_links)
+        self.links = tuple(chain_links)
 
     def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[ChainInverse]:
         """Make the layer's part of the chain."""
@@ -204,11 +207,17 @@ class EKFAC(Structure[EigenInverse]):
         }
 
 
-def structure_for(settings: KFACSpec, names: Sequence[str]) -> Structure[Any]:
-    """Return the structure that `settings.inverse` names, for the layers `names`."""
+def structure_for(
+    settings: KFACSpec, names: Sequence[str], chain_links: Sequence[Link]
+) -> Structure[Any]:
+    """Return the structure that `settings.inverse` names, for the layers `names`.
+
+    `chain_links` are the neighbours among them (`Registration.links`), for a block-tridiagonal
+    inverse.
+    """
     structures: dict[str, type[Structure[Any]]] = {
         "block_diagonal": BlockDiagonal,
         "block_tridiagonal": BlockTridiagonal,
         "ekfac": EKFAC,
     }
-    return structures[settings.inverse](settings, names)
+    return structures[settings.inverse](settings, names, chain_links)

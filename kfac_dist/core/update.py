@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.layers import LayerBlock
+from kfac_dist.core.layers import Registration
 from kfac_dist.core.precondition import LayerInverse, matrices_of, vector_of
 from kfac_dist.core.step_rule import PlaneModel, adaptive_coefficients, constrained_step
 from kfac_dist.core.structure import structure_for
@@ -60,14 +60,14 @@ class KFACUpdate:
     """
 
     def __init__(
-        self, settings: KFACSpec, blocks: Sequence[LayerBlock], previous_update: Tensor
+        self, settings: KFACSpec, registration: Registration, previous_update: Tensor
     ) -> None:
         self.settings = settings
         self.damping = settings.damping.initial
         self.gamma = settings.gamma.initial or self._natural_gamma()
         self.previous_update = previous_update
-        self._blocks = blocks
-        self._structure = structure_for(settings, [block.name for block in blocks])
+        self._blocks = registration.blocks
+        self._structure = structure_for(settings, registration.names, registration.links)
 
     def _natural_gamma(self) -> float:
         return self._bounded_gamma(math.sqrt(self.damping + self.settings.l2))

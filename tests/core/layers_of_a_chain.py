@@ -1,9 +1,11 @@
 """Three layers with correlated statistics, and their inverses by any structure."""
 
+from itertools import pairwise
+
 import torch
 
 from kfac_dist.config import kfac_settings
-from kfac_dist.core.factors import KroneckerPair, LayerSnapshot
+from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
 from kfac_dist.core.structure import structure_for
 
 STRUCTURES = ("block_diagonal", "block_tridiagonal", "ekfac")
@@ -13,7 +15,8 @@ GAMMAS = (0.3, 0.2, 0.45)
 
 
 def structure_of(inverse, names=NAMES, **options):
-    return structure_for(kfac_settings({"inverse": inverse, **options}), names)
+    links = tuple(Link(*pair) for pair in pairwise(names))
+    return structure_for(kfac_settings({"inverse": inverse, **options}), names, links)
 
 
 def snapshots(dtype=torch.float64, seed=0, num_cases=30):

@@ -177,7 +177,7 @@ def test_statistics_that_are_not_finite_are_refused_at_the_door(monkeypatch):
         pairs = {
             name: KroneckerPair(A=pair.A * math.nan, G=pair.G) for name, pair in factors.items()
         }
-        return BatchStatistics(pairs=pairs, crosses={}, moments={})
+        return BatchStatistics(factors=pairs, crosses={}, moments={})
 
     monkeypatch.setattr(optimizer._computer, "batch_statistics", spoiled)
     result = optimizer.step(inputs, targets)

@@ -135,7 +135,7 @@ def test_the_pairs_do_not_depend_on_what_else_is_asked_for():
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for("bernoulli", model, "mc")
     alone = computer.statistics(inputs, targets, step=2)
-    for name, pair in everything(computer, model, inputs, targets).pairs.items():
+    for name, pair in everything(computer, model, inputs, targets).factors.items():
         assert torch.equal(pair.A, alone[name].A)
         assert torch.equal(pair.G, alone[name].G)
 
@@ -150,7 +150,7 @@ def test_shared_layers_are_worked_through_in_chunks(monkeypatch):
         torch.testing.assert_close(moments, expected[name])
 
 
-@pytest.mark.parametrize("spoil", ["pairs", "crosses", "moments"])
+@pytest.mark.parametrize("spoil", ["factors", "crosses", "moments"])
 def test_statistics_tell_whether_they_are_finite(spoil):
     case = case_of("gaussian")
     model, (inputs, targets) = case.model(), case.data()

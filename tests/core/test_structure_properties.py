@@ -63,7 +63,7 @@ def gradients(sizes, seed):
 
 
 def solve(inverse, averages, matrices, gamma):
-    structure = structure_for(kfac_settings({"inverse": inverse}), averages.names)
+    structure = structure_for(kfac_settings({"inverse": inverse}), averages.names, averages.links)
     inverses = {}
     for name in averages.names:
         (one,) = structure.prepare(averages.snapshot(name), [gamma])

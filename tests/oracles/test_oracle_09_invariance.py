@@ -88,12 +88,13 @@ def two_nets(seed):
 
 def undamped_step(model, distribution, inputs, targets, inverse, gamma=0.0):
     """Return the direction of every layer, from exact-type factors of the whole batch."""
-    names = register(model).names
-    structure = structure_for(kfac_settings({"inverse": inverse}), names)
+    registration = register(model)
+    names = registration.names
+    structure = structure_for(kfac_settings({"inverse": inverse}), names, registration.links)
     computer = computer_for(distribution, model, "exact")
     statistics = computer.batch_statistics(inputs, targets, step=1, links=structure.links)
     averages = FactorAverages(names, 0.95, structure.links)
-    averages.update(1, statistics.pairs, len(inputs), statistics.crosses)
+    averages.update(1, statistics.factors, len(inputs), statistics.crosses)
     inverses = {}
     for name in names:
         (prepared,) = structure.prepare(averages.snapshot(name), [gamma])
