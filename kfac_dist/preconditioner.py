@@ -157,8 +157,8 @@ class KFACPreconditioner:
         if not inputs:
             raise InvalidSpecError(
                 f"KFACPreconditioner.step: step {plan.step} needs statistics, and the model made "
-                "no forward pass in training mode since the last step. A model that was compiled and "
-                "called before must be given compiled"
+                "no forward pass in training mode since the last step. A model that was compiled "
+                "and called before must be given compiled"
             )
         statistics, num_cases = self._statistics(plan.step, inputs)
         self._curvature.update(plan.step, statistics, num_cases)
