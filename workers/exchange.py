@@ -2,11 +2,17 @@
 
     gradient workers                              parameter server
     1  send_gradient      -- reduce [P], [3] -->  receive_gradient
+    1b send               -- reduce [moments] -->  receive              (when statistics are due)
     2  receive_directions <-- broadcast [2], [C, P] --  send_directions, or skip_step
     3  send_gram          -- reduce [C+1, C+1] -> receive_gram         (when the rule needs it)
     4  receive_choice     <-- broadcast [5] --    send_choice
     5  both apply update = mu previous - alpha directions[candidate]
+    5b receive_bases      <-- broadcast [L, 2], [bases that changed] --  send_bases
     6  send_loss          -- reduce [1] -->       receive_loss         (when a measure is due)
+
+1b and 5b are EKFAC's (`moments_exchange`): the second moments of the gradients of single cases, in
+the bases of the inverses in use. The server takes them into those inverses before it looks for
+newer ones, and sends the bases of what the step has used, to members that join at once all of them.
 
 First-order optimizers have 1 and then `receive_parameters` <-- broadcast [2], [P] --
 `send_parameters`. Sums run over the cases of the whole batch. Small numbers travel in float64,

@@ -24,9 +24,11 @@ from workers.checksum import checksum
 from workers.evaluation import evaluate
 from workers.exchange import Coefficients, Directions, WorkerSide
 from workers.messages import EvaluationSums, JobContext, StepOrder, WorkerReport
+from workers.moments_exchange import WorkerMoments
 from workers.phases import Phases
+from workers.planning import structure_of
 from workers.process_group import Group
-from workers.statistics_sender import Send, StatisticsSender
+from workers.statistics_sender import Send, SentStatistics, StatisticsSender
 from workers.transport import Array, to_tensor
 
 
@@ -44,11 +46,12 @@ class GradientWork:
             "test": self._task.test_data(job.data_dir),
         }
         model = build_model(self._task, spec.seed, torch_dtype(spec.dtype)).to(device)
+        registration = register(model) if self._kfac else None
         self._computer = BatchComputer(
             model,
             distribution=get_distribution(self._task.distribution),
             seed=spec.seed,
-            registration=register(model) if self._kfac else None,
+            registration=registration,
             fisher_type=self._kfac.fisher_type if self._kfac else "mc",
         )
         self._parameters = self._computer.parameters
@@ -60,9 +63,14 @@ class GradientWork:
             rank=rank,
             device=device,
         )
-        self._statistics = (
-            StatisticsSender(job, self._kfac, rank, self._computer, send) if self._kfac else None
-        )
+        self._moment_layers: tuple[str, ...] = ()
+        self._statistics: StatisticsSender | None = None
+        if self._kfac is not None and registration is not None:
+            structure = structure_of(self._kfac, registration)
+            self._moment_layers = registration.names if structure.observes_moments else ()
+            self._statistics = StatisticsSender(
+                job, self._kfac, rank, self._computer, structure.links, send
+            )
         self._side: WorkerSide | None = None
 
     def join(self, group: Group) -> None:
@@ -71,6 +79,8 @@ class GradientWork:
         self._side = WorkerSide(group, like.numel(), like)
         parameters, self._previous_update = self._side.receive_state()
         assign_parameters(self._parameters, parameters)
+        self._moments = WorkerMoments(group, self._moment_layers, like)
+        self._moments.receive_bases()
 
     def connect(
         self, assignment: Mapping[int, tuple[str, ...]], assignment_epochs: Mapping[int, int]
@@ -90,9 +100,11 @@ class GradientWork:
         phases = Phases()
         part = self._read(order, phases)
         sums = self._compute(part, phases)
-        usable = self._send_statistics(order, part, sums, phases)
+        statistics = self._send_statistics(order, part, sums, phases)
         with phases("reduce"):
-            self._side.send_gradient(sums, len(part.slice), usable)
+            self._side.send_gradient(sums, len(part.slice), statistics.usable)
+            if order.plan.update_factors:
+                self._moments.send(statistics.moments)
         if self._kfac is None:
             self._receive_parameters(self._side, phases)
         else:
@@ -112,11 +124,12 @@ class GradientWork:
 
     def _send_statistics(
         self, order: StepOrder, part: BatchPart, sums: GradientSums, phases: Phases
-    ) -> bool:
+    ) -> SentStatistics:
         if self._statistics is None or not order.plan.update_factors:
-            return True
+            return SentStatistics(usable=True, moments=None)
+        bases, usable = self._moments.bases, _is_finite(sums)
         with phases("statistics"), self._user_code("the statistics"):
-            return self._statistics.send(order.plan.step, part, usable=_is_finite(sums))
+            return self._statistics.send(order.plan.step, part, bases, usable=usable)
 
     def _take_part_in_choice(
         self, settings: KFACSpec, side: WorkerSide, part: BatchPart, phases: Phases
@@ -132,6 +145,8 @@ class GradientWork:
         if choice is None:
             return
         self._apply(choice, directions, phases)
+        with phases("receive_bases"):
+            self._moments.receive_bases()
         if choice.measure:
             self._measure(side, part, phases)
 

@@ -21,6 +21,7 @@ from workers.messages import (
     StepOrder,
     WorkerReport,
 )
+from workers.parcels import StatisticsParcel
 from workers.process_group import Group, join_group, join_store
 from workers.transport import Array
 
@@ -73,8 +74,10 @@ class GradientWorker:
         self._inverse_workers = inverse_workers
         self._work.connect(assignment, assignment_epochs)
 
-    def _send_statistics(self, worker: int, header: StatisticsHeader, array: Array | None) -> None:
-        self._inverse_workers[worker].update.remote(header, array)
+    def _send_statistics(
+        self, worker: int, header: StatisticsHeader, parcel: StatisticsParcel | None
+    ) -> None:
+        self._inverse_workers[worker].update.remote(header, parcel)
 
     def step(self, order: StepOrder) -> WorkerReport:
         """Do this worker's part of a step; leave the group on an error, so that nobody waits."""

@@ -16,13 +16,14 @@ import torch
 
 from workers.inverse_work import InverseMessage, InverseWork
 from workers.messages import InverseStatus, RefreshRequest, StatisticsHeader
+from workers.parcels import StatisticsParcel
 from workers.transport import Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Statistics:
     header: StatisticsHeader
-    array: Array | None
+    parcel: StatisticsParcel | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,9 @@ class InverseLoop:
                 self._end.set_result(None)
             self._arrived.notify_all()
 
-    def put_statistics(self, header: StatisticsHeader, array: Array | None) -> None:
-        """Hand in statistics; the array is kept until it is summed."""
-        self._put(_Statistics(header=header, array=array))
+    def put_statistics(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
+        """Hand in statistics; the arrays are kept until they are summed."""
+        self._put(_Statistics(header=header, parcel=parcel))
 
     def put_request(self, request: RefreshRequest) -> None:
         """Hand in a refresh request."""
@@ -117,7 +118,7 @@ class InverseLoop:
     def _read(self, letter: _Letter) -> None:
         match letter:
             case _Statistics():
-                self._work.receive(letter.header, letter.array)
+                self._work.receive(letter.header, letter.parcel)
             case RefreshRequest():
                 self._work.request(letter)
             case _SnapshotWish():

@@ -1,7 +1,9 @@
 """The inverses that the parameter server has been sent, and which of them a step may use.
 
 Inverse workers hand theirs in at any time from another thread; the newest version of a layer
-wins. The step waits here at the staleness bound and nowhere else.
+wins. The step waits here at the staleness bound and nowhere else. What the last applied step used
+belongs to the server's own thread: moments are taken into it, and a newer version is installed
+when a step first uses it.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from kfac_dist.config import StalenessSpec
-from kfac_dist.coordination.assignment import LayerCost
 from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
-from kfac_dist.core.inverse import InvertedPair, redamp
+from kfac_dist.core.inverse import Inverted
+from kfac_dist.core.structure import Structure
 from kfac_dist.errors import TimedOutError
 from workers.messages import InverseHeader
-from workers.transport import Array, pack_pairs, section, unpack_pairs
+from workers.moments_exchange import Basis, Moments
+from workers.parcels import InverseParcel, pack_tensors, unpack_inverses, unpack_tensors
+from workers.transport import Array, section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +34,23 @@ class HeldInverses:
     """The newest inverses of one layer; None by gamma where the inversion failed."""
 
     version_step: int
-    by_gamma: Mapping[float, InvertedPair | None]
+    by_gamma: Mapping[float, Inverted[Any] | None]
 
-    def nearest(self, gamma: float) -> InvertedPair | None:
+    def nearest(self, gamma: float) -> Inverted[Any] | None:
         """Return the inverse whose damping is nearest to `gamma`."""
-        return self.by_gamma[min(self.by_gamma, key=lambda held: abs(held - gamma))]
+        return self.by_gamma[self._nearest_gamma(gamma)]
+
+    def only(self, gamma: float) -> HeldInverses:
+        """Return them without those for other gammas than the nearest."""
+        nearest = self._nearest_gamma(gamma)
+        return replace(self, by_gamma={nearest: self.by_gamma[nearest]})
+
+    def _nearest_gamma(self, gamma: float) -> float:
+        return min(self.by_gamma, key=lambda held: abs(held - gamma))
+
+    def in_use(self) -> Inverted[Any] | None:
+        """Return one that was made, whatever its gamma."""
+        return next((one for one in self.by_gamma.values() if one is not None), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +67,33 @@ class Candidate:
     """One inverse for each layer that has one, made with or near to `gamma`."""
 
     gamma: float
-    inverses: Mapping[str, InvertedPair]
+    inverses: Mapping[str, Inverted[Any]]
 
 
 @dataclass
 class InverseStore:
-    """The newest inverses by layer.
+    """The newest inverses by layer, on `device`.
 
     `patience_seconds` bounds the wait for an inverse worker that lives but does not answer.
     """
 
-    layers: Sequence[LayerCost]
+    layers: Sequence[str]
+    structure: Structure[Any]
     bound: StalenessBound
     staleness: StalenessSpec
     patience_seconds: float
+    device: torch.device
     _held: dict[str, HeldInverses] = field(default_factory=dict)
-    _in_use: dict[str, InvertedPair] = field(default_factory=dict)
+    _used: dict[str, HeldInverses] = field(default_factory=dict)
     _orphaned: frozenset[str] = frozenset()
     _failed_step: dict[str, int] = field(default_factory=dict)
     _newest_statistics: int = 0
     _counts: Counter[str] = field(default_factory=Counter)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def accept(self, header: InverseHeader, array: Array) -> None:
+    def accept(self, header: InverseHeader, parcel: InverseParcel) -> None:
         """Take in the inverses of a layer, unless newer ones are here; may be called any time."""
-        layer = next(layer for layer in self.layers if layer.name == header.layer)
-        num_good = sum(pi is not None for pi in header.pis)
-        held = self._unpack(layer, header, array) if num_good else None
+        held = self._unpack(header, parcel) if parcel.own else None
         with self._changed:
             self._counts.update(header.rungs)
             if held is None:
@@ -85,19 +103,16 @@ class InverseStore:
             else:
                 self._failed_step.pop(header.layer, None)
                 current = self._held.get(header.layer)
-                if current is None or current.version_step <= held.version_step:
+                if current is None or current.version_step < held.version_step:
                     self._held[header.layer] = held
             self._changed.notify_all()
 
-    @staticmethod
-    def _unpack(layer: LayerCost, header: InverseHeader, array: Array) -> HeldInverses:
-        num_good = sum(pi is not None for pi in header.pis)
-        pieces = iter(array.reshape(num_good, -1))
-        by_gamma: dict[float, InvertedPair | None] = {}
-        for gamma, pi in zip(header.gammas, header.pis, strict=True):
-            by_gamma[gamma] = None
-            if pi is not None:
-                by_gamma[gamma] = _inverted(next(pieces), layer, pi, gamma)
+    def _unpack(self, header: InverseHeader, parcel: InverseParcel) -> HeldInverses:
+        tensors = unpack_inverses(parcel, self.device)
+        by_gamma = {
+            gamma: None if pi is None else self.structure.restore(next(tensors), pi, gamma)
+            for gamma, pi in zip(header.gammas, header.pis, strict=True)
+        }
         return HeldInverses(version_step=header.version_step, by_gamma=by_gamma)
 
     def set_orphaned(self, layers: Collection[str]) -> None:
@@ -127,16 +142,34 @@ class InverseStore:
                         f"{self.patience_seconds:g} s at step {step}"
                     )
                 admission = self._decide(step)
-            return Admitted(
-                held=dict(self._held),
-                admission=admission,
-                waited_seconds=time.perf_counter() - started,
-            )
+            held = dict(self._held)
+        waited_seconds = time.perf_counter() - started
+        return Admitted(
+            held={name: self._installed(name, one) for name, one in held.items()},
+            admission=admission,
+            waited_seconds=waited_seconds,
+        )
+
+    def _installed(self, name: str, new: HeldInverses) -> HeldInverses:
+        """Return what is used once `new` is the newest: with what it takes over, moments or all.
+
+        Where the inversion failed that is the inverse used last.
+        """
+        used = self._used.get(name)
+        if used is None or used.version_step == new.version_step:
+            return used or new
+        by_gamma = {}
+        for gamma, inverted in new.by_gamma.items():
+            current = used.nearest(gamma)
+            if inverted is not None:
+                current = self.structure.install(inverted, current)
+            by_gamma[gamma] = current
+        return replace(new, by_gamma=by_gamma)
 
     def _decide(self, step: int) -> Admission:
         versions = {
-            layer.name: held.version_step if (held := self._held.get(layer.name)) else None
-            for layer in self.layers
+            name: held.version_step if (held := self._held.get(name)) else None
+            for name in self.layers
         }
         return admit(
             step,
@@ -160,23 +193,53 @@ class InverseStore:
     def candidate(self, step: int, admitted: Admitted, gamma: float) -> Candidate:
         """Return the admitted inverses that are nearest to `gamma`.
 
-        Where that inversion failed, the one used last is kept. A layer that is admitted only with
-        heavier damping gets its gamma raised in proportion to its age over the bound.
+        A layer that is admitted only with heavier damping gets its gamma raised in proportion to
+        its age over the bound.
         """
-        inverses: dict[str, InvertedPair] = {}
+        inverses: dict[str, Inverted[Any]] = {}
         for name, held in admitted.held.items():
-            inverse = held.nearest(gamma) or self._in_use.get(name)
+            inverse = held.nearest(gamma)
             if inverse is None:
                 continue
             if name in admitted.admission.damp:
                 age = step - held.version_step
-                inverse = redamp(inverse, inverse.gamma * age / self.staleness.max_steps)
+                heavier = inverse.gamma * age / self.staleness.max_steps
+                inverse = self.structure.redamp(inverse, heavier)
             inverses[name] = inverse
         return Candidate(gamma=gamma, inverses=inverses)
 
-    def use(self, candidate: Candidate) -> None:
-        """Remember the inverses of an applied step."""
-        self._in_use = dict(candidate.inverses)
+    def use(self, admitted: Admitted, gamma: float, *, search_open: bool) -> None:
+        """Remember the inverses of an applied step; those of other gammas only for a search."""
+        self._used = {
+            name: held if search_open else held.only(gamma) for name, held in admitted.held.items()
+        }
+
+    def observe(self, moments: Mapping[str, Moments], num_cases: int) -> None:
+        """Take one step's sums of moments into the inverses in use, if all are finite."""
+        if not all(bool(torch.isfinite(of.sums).all()) for of in moments.values()):
+            self._counts["refused_moments"] += 1
+            return
+        for name, of in moments.items():
+            used = self._used[name]
+            assert used.version_step == of.version_step, "moments in the basis of the inverse"
+            by_gamma = {
+                gamma: inverted
+                and self.structure.observe({name: inverted}, {name: of.sums}, num_cases)[name]
+                for gamma, inverted in used.by_gamma.items()
+            }
+            self._used[name] = replace(used, by_gamma=by_gamma)
+
+    def bases(self) -> dict[str, Basis]:
+        """Return the bases in which moments are to be computed."""
+        in_use = {
+            name: inverted
+            for name, used in self._used.items()
+            if (inverted := used.in_use()) is not None
+        }
+        return {
+            name: Basis(version_step=self._used[name].version_step, pair=pair)
+            for name, pair in self.structure.bases(in_use).items()
+        }
 
     def counts(self) -> Counter[str]:
         """Return how often each rung of the ladder of numeric trouble was climbed, by name."""
@@ -189,28 +252,24 @@ class InverseStore:
             held = dict(self._held)
         state: dict[str, Array] = {}
         for name, one in held.items():
-            inverse = one.nearest(gamma) or self._in_use.get(name)
-            if inverse is not None:
-                state[f"{name}:factors"] = pack_pairs([inverse.inverse])
-                state[f"{name}:pi"] = np.array(inverse.pi)
-                state[f"{name}:gamma"] = np.array(inverse.gamma)
+            inverted = self._installed(name, one).nearest(gamma)
+            if inverted is not None:
+                arrays = pack_tensors(inverted.inverse.tensors())
+                state |= {f"{name}:tensor:{key}": array for key, array in arrays.items()}
+                state[f"{name}:pi"] = np.array(inverted.pi)
+                state[f"{name}:gamma"] = np.array(inverted.gamma)
                 state[f"{name}:version_step"] = np.array(one.version_step)
         return state
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
         """Take over a snapshot."""
-        for layer in self.layers:
-            state = section(snapshot, f"{layer.name}:")
+        for name in self.layers:
+            state = section(snapshot, f"{name}:")
             if not state:
                 continue
             gamma = float(state["gamma"])
-            inverse = _inverted(state["factors"], layer, float(state["pi"]), gamma)
-            self._held[layer.name] = HeldInverses(
-                version_step=int(state["version_step"]), by_gamma={gamma: inverse}
+            tensors = unpack_tensors(section(state, "tensor:"), self.device)
+            inverted = self.structure.restore(tensors, float(state["pi"]), gamma)
+            self._held[name] = self._used[name] = HeldInverses(
+                version_step=int(state["version_step"]), by_gamma={gamma: inverted}
             )
-            self._in_use[layer.name] = inverse
-
-
-def _inverted(array: Array, layer: LayerCost, pi: float, gamma: float) -> InvertedPair:
-    pair = unpack_pairs(array, [layer])[layer.name]
-    return InvertedPair(inverse=pair, pi=pi, gamma=gamma, rungs=())

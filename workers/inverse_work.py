@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.ledger import StatisticsLedger
 from kfac_dist.coordination.refresh import LayerRefreshState, choose_next
 from kfac_dist.core.factors import FactorAverages, KroneckerPair
-from kfac_dist.core.inverse import InversionFailedError, InvertedPair, invert_pair
+from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.structure import structure_for
 from workers.messages import (
     InverseHeader,
     InverseSetup,
@@ -28,21 +29,32 @@ from workers.messages import (
     RefreshRequest,
     StatisticsHeader,
 )
-from workers.transport import Array, pack_pairs, section, to_arrays, to_tensors, unpack_pairs
+from workers.parcels import (
+    InverseParcel,
+    StatisticsParcel,
+    add_up,
+    pack_inverses,
+    unpack_statistics,
+)
+from workers.transport import Array, section, to_arrays, to_tensors
+
+# What one gradient worker sent for a step.
+_Message = tuple[StatisticsHeader, StatisticsParcel | None]
 
 
 class InverseMessage(NamedTuple):
     """The inverses of one layer on their way to the parameter server."""
 
     header: InverseHeader
-    array: Array
+    parcel: InverseParcel
 
 
 class InverseWork:
     """The factors of some layers, and what is asked of them.
 
-    Each layer has averages of its own, so that layers can move between workers and a layer that
-    starts afresh does not disturb the others.
+    Each layer has averages of its own, with those of the layer it is linked to, so that layers can
+    move between workers and a layer that starts afresh does not disturb the others. What a chain
+    averages twice costs little beside its inverses.
     """
 
     def __init__(
@@ -54,12 +66,11 @@ class InverseWork:
         self._settings = job.spec.optimizer
         self._policy = job.spec.staleness.refresh_policy
         self._ledger = StatisticsLedger(job.spec.workers.gradient, setup.applied_step)
-        self._waiting: dict[int, dict[int, tuple[StatisticsHeader, Array | None]]] = {}
+        self._waiting: dict[int, dict[int, _Message]] = {}
         self._dealt_step = setup.applied_step
-        self._averages = {
-            layer.name: FactorAverages((layer.name,), self._settings.factor_decay)
-            for layer in setup.layers
-        }
+        self._layers = {layer.name: layer for layer in setup.layers}
+        self._structure = structure_for(self._settings, list(self._layers), setup.links)
+        self._averages = {name: self._averages_of(name) for name in self._layers}
         self._restore(averages or {})
         self._versions: dict[str, int] = {}
         self._inverted_factors: dict[str, KroneckerPair] = {}
@@ -68,6 +79,11 @@ class InverseWork:
         self._last_chosen: str | None = None
         self._counts: Counter[str] = Counter()
         self._inversion_seconds = 0.0
+
+    def _averages_of(self, name: str) -> FactorAverages:
+        links = [link for link in self._setup.links if link.name == name]
+        names = (name, *(link.next_name for link in links))
+        return FactorAverages(names, self._settings.factor_decay, links)
 
     def _restore(self, averages: Mapping[str, Array]) -> None:
         for name, own in self._averages.items():
@@ -80,7 +96,7 @@ class InverseWork:
         """The newest step whose statistics were applied or refused."""
         return self._dealt_step
 
-    def receive(self, header: StatisticsHeader, array: Array | None) -> None:
+    def receive(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
         """Take in a statistics message; a duplicate, late or foreign one is counted and left."""
         if not self._is_mine(header):
             self._counts["foreign"] += 1
@@ -88,13 +104,13 @@ class InverseWork:
         receipt = self._ledger.receive(header.step, header.rank)
         self._counts[receipt] += 1
         if receipt == "accepted":
-            self._waiting.setdefault(header.step, {})[header.rank] = (header, array)
+            self._waiting.setdefault(header.step, {})[header.rank] = (header, parcel)
 
     def _is_mine(self, header: StatisticsHeader) -> bool:
         return (
             header.job == self._job.job
             and header.assignment_epoch == self._setup.assignment_epoch
-            and header.layers == tuple(layer.name for layer in self._setup.layers)
+            and header.layers == tuple(self._layers)
         )
 
     def request(self, request: RefreshRequest) -> None:
@@ -110,27 +126,22 @@ class InverseWork:
         for step in [step for step in self._waiting if step < self._ledger.applied_step]:
             del self._waiting[step]
 
-    def _update(self, step: int, messages: list[tuple[StatisticsHeader, Array | None]]) -> None:
+    def _update(self, step: int, messages: Sequence[_Message]) -> None:
         sums = self._sum(messages)
         if sums is None:
             self._counts["refused"] += 1
             return
         num_cases = sum(header.num_cases for header, _ in messages)
         for averages in self._averages.values():
-            averages.update(step, sums, num_cases)
+            averages.update(step, sums.factors, num_cases, sums.crosses)
 
-    def _sum(
-        self, messages: list[tuple[StatisticsHeader, Array | None]]
-    ) -> dict[str, KroneckerPair] | None:
+    def _sum(self, messages: Sequence[_Message]) -> BatchStatistics | None:
         """Add up the ranks' sums in rank order; None when a number is not finite."""
         if not all(header.usable for header, _ in messages):
             return None
-        arrays = [array for _, array in messages if array is not None]
-        total = arrays[0]
-        for array in arrays[1:]:
-            total = total + array
-        sums = unpack_pairs(total, self._setup.layers)
-        return sums if all(pair.is_finite() for pair in sums.values()) else None
+        total = add_up([parcel for _, parcel in messages if parcel is not None])
+        sums = unpack_statistics(total)
+        return sums if sums.is_finite() else None
 
     def invert_next(self) -> InverseMessage | None:
         """Invert the one layer that the policy puts first; None when nothing is due."""
@@ -145,13 +156,12 @@ class InverseWork:
         return self._invert(name, request.gammas)
 
     def _refresh_state(self, name: str) -> LayerRefreshState:
-        layer = next(layer for layer in self._setup.layers if layer.name == name)
         return LayerRefreshState(
             name=name,
             version=self._versions.get(name),
             statistics_step=self._averages[name].step,
             drift=self._drift(name),
-            cost=self._setup.cost_model.layer_seconds(layer),
+            cost=self._setup.cost_model.layer_seconds(self._layers[name]),
         )
 
     def _drift(self, name: str) -> float:
@@ -166,31 +176,24 @@ class InverseWork:
 
     def _invert(self, name: str, gammas: tuple[float, ...]) -> InverseMessage:
         started = time.perf_counter()
-        averages = self._averages[name]
-        pair = averages.pair(name)
-        inverted = [self._try_invert(pair, gamma) for gamma in gammas]
-        self._versions[name] = averages.step
+        snapshot = self._averages[name].snapshot(name)
+        prepared = self._structure.prepare(snapshot, gammas)
+        self._versions[name] = snapshot.step
         if self._policy == "largest_drift":
-            self._inverted_factors[name] = pair
+            self._inverted_factors[name] = snapshot.pair
         seconds = time.perf_counter() - started
         self._counts["inversions"] += 1
         self._inversion_seconds += seconds
-        good = [one for one in inverted if one is not None]
+        good = [one for one in prepared if one is not None]
         header = InverseHeader(
             layer=name,
-            version_step=averages.step,
+            version_step=snapshot.step,
             gammas=gammas,
-            pis=tuple(None if one is None else one.pi for one in inverted),
+            pis=tuple(None if one is None else one.pi for one in prepared),
             rungs=tuple(rung for one in good for rung in one.rungs),
             inversion_seconds=seconds,
         )
-        return InverseMessage(header, pack_pairs(one.inverse for one in good))
-
-    def _try_invert(self, pair: KroneckerPair, gamma: float) -> InvertedPair | None:
-        try:
-            return invert_pair(pair, gamma, self._settings.pi_norm)
-        except InversionFailedError:
-            return None
+        return InverseMessage(header, pack_inverses(good))
 
     def snapshot(self) -> dict[str, Array]:
         """Return the averages of all layers as arrays named `layer:name`."""
@@ -225,10 +228,10 @@ class InverseWork:
 
 
 def _relative_change(old: KroneckerPair, new: KroneckerPair) -> float:
-    changes = []
-    for before, after in ((old.A, new.A), (old.G, new.G)):
-        size = float(torch.linalg.matrix_norm(before))
-        change = float(torch.linalg.matrix_norm(after - before))
+    changes, after = [], new.tensors()
+    for name, before in old.tensors().items():
+        size = float(torch.linalg.vector_norm(before))
+        change = float(torch.linalg.vector_norm(after[name] - before))
         relative = change / size if size > 0 else float("inf") if change > 0 else 0.0
         # Norms that overflow leave inf / inf.
         changes.append(float("inf") if math.isnan(relative) else relative)

@@ -16,6 +16,7 @@ from workers.messages import (
     RefreshRequest,
     StatisticsHeader,
 )
+from workers.parcels import StatisticsParcel
 from workers.transport import Array
 
 
@@ -36,7 +37,7 @@ class InverseWorker:
         self._log.info("started", layers=[layer.name for layer in setup.layers])
 
     def _publish(self, message: InverseMessage) -> None:
-        self._server.accept.remote(message.header, message.array)
+        self._server.accept.remote(message.header, message.parcel)
         header = message.header
         self._log.debug("inverted", layer=header.layer, version_step=header.version_step)
         for rung in header.rungs:
@@ -45,9 +46,9 @@ class InverseWorker:
             self._log.warning("inversion_failed", layer=header.layer, gammas=header.gammas)
 
     @ray.method(concurrency_group="mailbox")
-    def update(self, header: StatisticsHeader, array: Array | None) -> None:
+    def update(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
         """Put statistics into the mailbox."""
-        self._loop.put_statistics(header, array)
+        self._loop.put_statistics(header, parcel)
 
     @ray.method(concurrency_group="mailbox")
     def refresh(self, request: RefreshRequest) -> None:

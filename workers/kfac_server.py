@@ -22,6 +22,7 @@ from workers.checksum import checksum
 from workers.exchange import Directions, ServerSide
 from workers.inverse_store import Admitted, Candidate, InverseStore
 from workers.messages import ServerReport, StepOrder
+from workers.moments_exchange import ServerMoments
 from workers.phases import Phases
 from workers.process_group import Group
 from workers.server_state import MeanGradient, ServerState
@@ -56,6 +57,8 @@ class KFACServer:
         self._search: tuple[float, ...] | None = None
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
+        observes = store.structure.observes_moments
+        self._moment_layers = registration.names if observes else ()
         self._side: ServerSide | None = None
 
     def join(self, group: Group) -> None:
@@ -63,6 +66,8 @@ class KFACServer:
         parameters = self.state.parameters
         self._side = ServerSide(group, parameters.numel(), parameters)
         self._side.send_state(parameters, self._update.previous_update)
+        self._moments = ServerMoments(group, self._moment_layers, parameters)
+        self._moments.send_bases(self._store.bases())
 
     def step(self, order: StepOrder) -> ServerReport:
         """Do the server's part of one step.
@@ -73,7 +78,7 @@ class KFACServer:
         """
         assert self._side is not None, "join a group first"
         plan, side, phases = order.plan, self._side, Phases()
-        mean = self._receive_gradient(plan, side, phases)
+        mean = self._receive_gradient(order, side, phases)
         if not mean.is_finite():
             side.skip_step()
             return self._skipped(order, mean, phases)
@@ -85,15 +90,24 @@ class KFACServer:
         if not choice.applied:
             return self._skipped(order, mean, phases)
         self._apply(plan, inverses, choice, directions, phases)
+        self._send_bases(phases)
         ratio = self._adapt_damping(order, side, choice, mean, phases)
         return self._report(order, mean, inverses, choice, ratio, phases)
 
-    def _receive_gradient(self, plan: StepPlan, side: ServerSide, phases: Phases) -> MeanGradient:
+    def _receive_gradient(self, order: StepOrder, side: ServerSide, phases: Phases) -> MeanGradient:
         with phases("reduce"):
             sums = side.receive_gradient()
-            if plan.update_factors and sums.statistics_usable:
-                self._store.note_statistics(plan.step)
+            if order.plan.update_factors:
+                self._observe(order, usable=sums.statistics_usable)
             return self.state.mean(sums)
+
+    def _observe(self, order: StepOrder, *, usable: bool) -> None:
+        """Take in the moments of a step, unless its statistics were refused."""
+        moments = self._moments.receive()
+        if usable:
+            self._store.note_statistics(order.plan.step)
+            rows = subset_positions(order.window.size, self._settings.statistics_fraction)
+            self._store.observe(moments, len(rows))
 
     def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> _Inverses:
         """Choose the inverses: one set, or one for each gamma when a search can be decided.
@@ -152,8 +166,12 @@ class KFACServer:
         with phases("apply"):
             self.state.parameters.add_(self._update.advance(choice, directions))
             self.state.applied(plan.step)
-        self._store.use(inverses.candidates[choice.candidate])
+        self._store.use(inverses.admitted, choice.gamma, search_open=self._search is not None)
         self._stale_applied += len(inverses.admitted.admission.stale)
+
+    def _send_bases(self, phases: Phases) -> None:
+        with phases("send_bases"):
+            self._moments.send_bases(self._store.bases())
 
     def _adapt_damping(
         self,

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config import JobSpec
-from kfac_dist.coordination.assignment import assign
 from kfac_dist.coordination.placement import check_placement
 from kfac_dist.errors import JobFailedError, KfacDistError
 from kfac_dist.runs import FirstFailure, JobState, JobSummary, RunFolder, WorkerCounts
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
-from kfac_dist.tasks import torch_dtype
 from workers.checkpointing import BEGINNING, ResumePoint, averages_step, find_resume_point
 from workers.cluster import Cluster, is_embedded, local_cluster, ray_cluster
 from workers.crew import Crew, CrewPlan
@@ -26,7 +24,7 @@ from workers.device import plan_devices
 from workers.interrupts import Interrupts
 from workers.journal import JobJournal, OnEvent, OnRecord
 from workers.messages import InverseSetup, JobContext
-from workers.planning import layer_costs, measure_cost_model
+from workers.planning import inverse_setups
 from workers.preparation import Preparation, prepare
 from workers.recording import Recorder
 from workers.training_loop import TrainingLoop, TrainingResult
@@ -174,20 +172,7 @@ class _Run:
         registration = self._preparation.registration
         if registration is None:
             return []
-        spec, layers = self._job.spec, layer_costs(registration)
-        model = measure_cost_model(torch_dtype(spec.dtype))
-        assignment = assign(layers, spec.workers.inverse, model)
-        return [
-            InverseSetup(
-                rank=rank,
-                layers=tuple(layer for layer in layers if layer.name in names),
-                cost_model=model,
-                assignment_epoch=1,
-                applied_step=averages_step(point.averages),
-            )
-            for rank, names in assignment.items()
-            if names
-        ]
+        return inverse_setups(self._job.spec, registration, averages_step(point.averages))
 
     def _finish(self, outcome: _Outcome) -> JobSummary:
         summary = self._summary(outcome)

@@ -1,7 +1,6 @@
 """What crosses between the driver and the actors: frozen, with versions and units in the names.
 
-Steps count from 1. Arrays travel beside these headers as numpy, packed triangles where they are
-symmetric (`workers.transport`).
+Steps count from 1. Arrays travel beside these headers (`workers.parcels`).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from kfac_dist.config import JobSpec
 from kfac_dist.coordination.assignment import CostModel, LayerCost
 from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import BatchWindow
+from kfac_dist.core.factors import Link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,9 @@ class ServerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsHeader:
-    """Sums of batch factors of `layers`, from one gradient worker to one inverse worker.
+    """Sums of batch factors for `layers`, from one gradient worker to one inverse worker.
 
-    Sums run over `num_cases` cases. With `usable` False a number was not finite: no array comes
+    Sums run over `num_cases` cases. With `usable` False a number was not finite: no parcel comes
     with it, and the step is refused on all inverse workers alike.
     """
 
@@ -128,7 +128,7 @@ class InverseHeader:
     """The inverses of one layer, from an inverse worker to the parameter server.
 
     `version_step` is the step of the newest statistics in them. `pis` has one entry for each of
-    `gammas`, None where the inversion failed; the array holds the others, in order.
+    `gammas`, None where the inversion failed; the parcel holds the others, in order.
     """
 
     layer: str
@@ -143,11 +143,13 @@ class InverseHeader:
 class InverseSetup:
     """What an inverse worker is started with: its layers, and what it expects of one message.
 
+    `links` are those of its layers with the next in a chain, which may be another worker's.
     `applied_step` is the step of the newest statistics in the averages it is given.
     """
 
     rank: int
     layers: tuple[LayerCost, ...]
+    links: tuple[Link, ...]
     cost_model: CostModel
     assignment_epoch: int
     applied_step: int

@@ -12,6 +12,7 @@ import torch
 from workers.actor import as_actor, logged, node_address, role_log, wait_forever
 from workers.device import DevicePlan
 from workers.messages import InverseHeader, JobContext, Rendezvous, ServerReport, StepOrder
+from workers.parcels import InverseParcel
 from workers.process_group import Group, host_store, join_group
 from workers.server_builder import BuiltServer, build_server
 from workers.transport import Array
@@ -91,10 +92,10 @@ class ParameterServer:
         return self._built.server.checksum()
 
     @ray.method(concurrency_group="mailbox")
-    def accept(self, header: InverseHeader, array: Array) -> None:
+    def accept(self, header: InverseHeader, parcel: InverseParcel) -> None:
         """Put the inverses of a layer where the next step finds them."""
         assert self._built.store is not None, "baselines have no inverses"
-        self._built.store.accept(header, array)
+        self._built.store.accept(header, parcel)
 
     @ray.method(concurrency_group="control")
     def set_orphaned(self, layers: tuple[str, ...]) -> None:

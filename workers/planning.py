@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -11,18 +12,23 @@ from kfac_dist.coordination.assignment import (
     DEFAULT_COST_MODEL,
     CostModel,
     LayerCost,
+    assign,
+    assign_runs,
     fit_cost_model,
 )
 from kfac_dist.coordination.plan import StepSchedule
 from kfac_dist.coordination.schedule import batch_size_at
 from kfac_dist.coordination.staleness import StalenessBound
-from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.inverse import invert_pair
+from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
 from kfac_dist.core.layers import Registration
+from kfac_dist.core.structure import Structure, structure_for
 from kfac_dist.optimizer import step_schedule as kfac_schedule
+from kfac_dist.tasks import torch_dtype
+from workers.messages import InverseSetup
 
 _MEASURED_ORDERS = (64, 128, 256)
 _REPEATS = 3
+_PROBE = Link("measured", "next")
 
 
 def step_schedule(spec: JobSpec) -> StepSchedule:
@@ -54,27 +60,64 @@ def batch_size(spec: JobSpec, step: int, num_cases: int) -> int:
     return batch_size_at(step, size, num_cases)
 
 
+def structure_of(settings: KFACSpec, registration: Registration) -> Structure[Any]:
+    """Return the structure of the inverse for the layers of a model."""
+    return structure_for(settings, registration.names, registration.links)
+
+
 def layer_costs(registration: Registration) -> tuple[LayerCost, ...]:
     """Return the layers as the coordination rules know them, in the order of the model."""
-    return tuple(
-        LayerCost(name=block.name, dim_A=block.dim_A, dim_G=block.dim_G)
-        for block in registration.blocks
-    )
+    return tuple(LayerCost(name=block.name, orders=block.orders) for block in registration.blocks)
 
 
-def measure_cost_model(dtype: torch.dtype) -> CostModel:
-    """Time a few small inversions on this machine; takes some hundredths of a second."""
+def inverse_setups(
+    spec: JobSpec, registration: Registration, applied_step: int
+) -> list[InverseSetup]:
+    """Return what each inverse worker that has layers is started with.
+
+    `applied_step` is the step of the newest statistics in the averages they are given.
+    """
+    assert isinstance(spec.optimizer, KFACSpec)
+    layers, links = layer_costs(registration), structure_of(spec.optimizer, registration).links
+    model = measure_cost_model(spec.optimizer, torch_dtype(spec.dtype))
+    assignment = (assign_runs if links else assign)(layers, spec.workers.inverse, model)
+    return [
+        InverseSetup(
+            rank=rank,
+            layers=tuple(layer for layer in layers if layer.name in names),
+            links=tuple(link for link in links if link.name in names),
+            cost_model=model,
+            assignment_epoch=1,
+            applied_step=applied_step,
+        )
+        for rank, names in assignment.items()
+        if names
+    ]
+
+
+def measure_cost_model(settings: KFACSpec, dtype: torch.dtype) -> CostModel:
+    """Time how small inverses are prepared on this machine; takes some tenths of a second."""
+    structure = structure_for(settings, _PROBE, [_PROBE])
     samples = []
     for order in _MEASURED_ORDERS:
-        factor = torch.eye(order, dtype=dtype)
-        pair = KroneckerPair(A=factor, G=factor)
-        seconds = min(_time(pair) for _ in range(_REPEATS)) / 2
+        snapshot = _probe_snapshot(order, dtype, linked=bool(structure.links))
+        seconds = min(_time(structure, snapshot) for _ in range(_REPEATS)) / 2
         samples.append((order, seconds))
     fitted = fit_cost_model(samples)
     return fitted if fitted.cubic > 0 else DEFAULT_COST_MODEL
 
 
-def _time(pair: KroneckerPair) -> float:
+def _probe_snapshot(order: int, dtype: torch.dtype, *, linked: bool) -> LayerSnapshot:
+    """Return factors of two neighbours that are all of one order, and correlated by half."""
+    rows = torch.randn(2 * order, order, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    factor = rows.T @ rows / len(rows)
+    pair, cross = KroneckerPair(A=factor, G=factor), KroneckerPair(A=factor / 2, G=factor / 2)
+    if not linked:
+        return LayerSnapshot(step=1, pair=pair)
+    return LayerSnapshot(step=1, pair=pair, next_pair=pair, cross=cross)
+
+
+def _time(structure: Structure[Any], snapshot: LayerSnapshot) -> float:
     started = time.perf_counter()
-    invert_pair(pair, 1.0)
+    structure.prepare(snapshot, [1.0])
     return time.perf_counter() - started

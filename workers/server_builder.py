@@ -15,7 +15,7 @@ from workers.first_order_server import FirstOrderServer
 from workers.inverse_store import InverseStore
 from workers.kfac_server import KFACServer
 from workers.messages import JobContext, ServerReport, StepOrder
-from workers.planning import layer_costs, staleness_bound, step_schedule
+from workers.planning import staleness_bound, step_schedule, structure_of
 from workers.process_group import Group
 from workers.server_state import ServerState
 from workers.transport import Array
@@ -68,10 +68,12 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
         return BuiltServer(FirstOrderServer(spec.optimizer, state), None)
     registration = register(model)
     store = InverseStore(
-        layers=layer_costs(registration),
+        layers=registration.names,
+        structure=structure_of(spec.optimizer, registration),
         bound=staleness_bound(spec),
         staleness=spec.staleness,
         patience_seconds=patience_seconds,
+        device=device,
     )
     server = KFACServer(spec, step_schedule(spec), registration, state, store)
     return BuiltServer(server, store)

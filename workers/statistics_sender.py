@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.factors import KroneckerPair, Link
+from kfac_dist.core.statistics import BatchStatistics
 from workers.batches import BatchPart, Subset
 from workers.messages import JobContext, StatisticsHeader
-from workers.transport import Array, pack_pairs
+from workers.parcels import StatisticsParcel, pack_statistics
 
-# Inverse worker, header, packed sums of its layers.
-Send = Callable[[int, StatisticsHeader, Array | None], None]
+# Inverse worker, header, sums of what its layers need.
+Send = Callable[[int, StatisticsHeader, StatisticsParcel | None], None]
+
+
+class SentStatistics(NamedTuple):
+    """Whether the statistics of a step were usable, and the moments, which go another way."""
+
+    usable: bool
+    moments: Mapping[str, Tensor] | None
 
 
 class StatisticsSender:
-    """Computes the batch factors of gradient worker `rank` and sends them to their owners."""
+    """Computes the batch factors of gradient worker `rank` and sends them to their owners.
+
+    `links` are the neighbours of the structure of the inverse.
+    """
 
     def __init__(
-        self, job: JobContext, settings: KFACSpec, rank: int, computer: BatchComputer, send: Send
+        self,
+        job: JobContext,
+        settings: KFACSpec,
+        rank: int,
+        computer: BatchComputer,
+        links: Sequence[Link],
+        send: Send,
     ) -> None:
         self._job = job
         self._settings = settings
         self._rank = rank
         self._computer = computer
+        self._links = links
         self._send = send
         self._assignment: Mapping[int, tuple[str, ...]] = {}
         self._assignment_epochs: Mapping[int, int] = {}
@@ -36,14 +57,17 @@ class StatisticsSender:
         self._assignment = assignment
         self._assignment_epochs = assignment_epochs
 
-    def send(self, step: int, part: BatchPart, *, usable: bool) -> bool:
-        """Compute and send the statistics of a step; return whether they were usable.
+    def send(
+        self, step: int, part: BatchPart, bases: Mapping[str, KroneckerPair], *, usable: bool
+    ) -> SentStatistics:
+        """Compute and send the statistics of a step, with moments in `bases`.
 
-        They are not when a number is not finite, or `usable` is False to begin with because the
-        gradient was not: then headers go out alone, and every inverse worker refuses the step.
+        They are not usable when a number is not finite, or `usable` is False to begin with because
+        the gradient was not: then headers go out alone, and every inverse worker refuses the step.
         """
         rows = part.subset(self._settings.statistics_fraction)
-        pairs = self._compute(step, part, rows) if usable else None
+        statistics = self._compute(step, part, rows, bases) if usable else None
+        parcel = None if statistics is None else pack_statistics(statistics)
         for worker, layers in self._assignment.items():
             header = StatisticsHeader(
                 job=self._job.job,
@@ -52,14 +76,23 @@ class StatisticsSender:
                 num_cases=len(rows.positions),
                 layers=layers,
                 assignment_epoch=self._assignment_epochs[worker],
-                usable=pairs is not None,
+                usable=parcel is not None,
             )
-            array = None if pairs is None else pack_pairs(pairs[name] for name in layers)
-            self._send(worker, header, array)
-        return pairs is not None
-
-    def _compute(self, step: int, part: BatchPart, rows: Subset) -> dict[str, KroneckerPair] | None:
-        pairs = self._computer.statistics(
-            rows.take(part.inputs), rows.take(part.targets), step=step, first_row=rows.first_row
+            self._send(worker, header, None if parcel is None else parcel.part(layers, self._links))
+        return SentStatistics(
+            usable=statistics is not None,
+            moments=None if statistics is None else statistics.moments,
         )
-        return pairs if all(pair.is_finite() for pair in pairs.values()) else None
+
+    def _compute(
+        self, step: int, part: BatchPart, rows: Subset, bases: Mapping[str, KroneckerPair]
+    ) -> BatchStatistics | None:
+        statistics = self._computer.batch_statistics(
+            rows.take(part.inputs),
+            rows.take(part.targets),
+            step=step,
+            first_row=rows.first_row,
+            links=self._links,
+            bases=bases,
+        )
+        return statistics if statistics.is_finite() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kfac_dist.coordination.assignment import LayerCost
-from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.packing import pack, packed_size, unpack
-
 Array = NDArray[Any]
+Arrays = Mapping[str, Array]
 
 
 def to_array(tensor: Tensor) -> Array:
@@ -26,26 +23,6 @@ def to_array(tensor: Tensor) -> Array:
 def to_tensor(array: Array) -> Tensor:
     """Return a copy: arrays from the object store are read-only, torch has no such tensors."""
     return torch.from_numpy(np.array(array))
-
-
-def pack_pairs(pairs: Iterable[KroneckerPair]) -> Array:
-    """Return one array with the packed triangles of A and G of each pair, in order."""
-    triangles = [pack(factor) for pair in pairs for factor in (pair.A, pair.G)]
-    return to_array(torch.cat(triangles)) if triangles else np.empty(0)
-
-
-def unpack_pairs(array: Array, layers: Sequence[LayerCost]) -> dict[str, KroneckerPair]:
-    """Return the pairs of `layers` by name; `array` holds them in that order.
-
-    Raises:
-        ValueError: the array has another number of elements than the layers.
-    """
-    sizes = [packed_size(order) for layer in layers for order in (layer.dim_A, layer.dim_G)]
-    triangles = iter(torch.split(to_tensor(array), sizes))
-    return {
-        layer.name: KroneckerPair(A=unpack(next(triangles)), G=unpack(next(triangles)))
-        for layer in layers
-    }
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> dict[str, Array]:

@@ -158,11 +158,6 @@ class JobSpec(Section):
                 f"enough; use 0 (synchronous) or at least {self.optimizer.inverse_update_period}"
             )
         yield from self._delay_problems()
-        if isinstance(self.optimizer, KFACSpec) and self.optimizer.inverse != "block_diagonal":
-            yield (
-                f"optimizer.inverse: {self.optimizer.inverse} runs in one process (kfac_dist.KFAC) "
-                "and not on workers yet; use block_diagonal"
-            )
         if self.faults.min_gradient_workers > self.workers.gradient:
             yield (
                 f"faults.min_gradient_workers: {self.faults.min_gradient_workers} is above "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate, pairwise
 
 from kfac_dist.coordination.checks import check_interval
 from kfac_dist.errors import InvalidSpecError
@@ -15,20 +16,19 @@ Assignment = dict[int, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """A layer and the orders of its two factors."""
+    """A layer and the orders of the matrices that are inverted for it, none for some layers."""
 
     name: str
-    dim_A: int
-    dim_G: int
+    orders: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_interval(f"dim_A of {self.name}", self.dim_A, 1)
-        check_interval(f"dim_G of {self.name}", self.dim_G, 1)
+        for order in self.orders:
+            check_interval(f"order of a matrix of {self.name}", order, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """The time to invert a factor of order d, `cubic d^3 + quadratic d^2`, in seconds."""
+    """The time to invert a matrix of order d, `cubic d^3 + quadratic d^2`, in seconds."""
 
     cubic: float
     quadratic: float
@@ -37,13 +37,13 @@ class CostModel:
         check_interval("cubic", self.cubic, 0)
         check_interval("quadratic", self.quadratic, 0)
 
-    def factor_seconds(self, dim: int) -> float:
-        """The time to invert one factor of order `dim`."""
-        return self.cubic * dim**3 + self.quadratic * dim**2
+    def matrix_seconds(self, order: int) -> float:
+        """The time to invert one matrix."""
+        return self.cubic * order**3 + self.quadratic * order**2
 
     def layer_seconds(self, layer: LayerCost) -> float:
-        """The time to invert both factors of a layer."""
-        return self.factor_seconds(layer.dim_A) + self.factor_seconds(layer.dim_G)
+        """The time to invert all matrices of a layer."""
+        return sum(self.matrix_seconds(order) for order in layer.orders)
 
 
 # Fitted to float32 factors of order 256 to 2048 on one thread; good for a start, since only the
@@ -131,6 +131,48 @@ def reassign(
         if stayed and worker not in assignment:
             _take_over(held[worker], stayed, seconds)
     return {worker: tuple(n for n in seconds if n in held[worker]) for worker in workers}
+
+
+def assign_runs(
+    layers: Sequence[LayerCost],
+    workers: int | Sequence[int],
+    model: CostModel = DEFAULT_COST_MODEL,
+) -> Assignment:
+    """Give each worker a run of consecutive layers, such that the largest load is the smallest.
+
+    For layers that form a chain: the owner of a layer needs statistics of the next one too, which
+    is then nearly always its own. When workers join or leave, the runs are cut anew. With more
+    workers than layers some have none.
+
+    Raises:
+        InvalidSpecError: there is no worker, or a name or id comes twice.
+    """
+    ids = list(range(workers) if isinstance(workers, int) else workers)
+    check_interval("number of inverse workers", len(ids), 1)
+    _check_unique("inverse worker", ids)
+    names = [layer.name for layer in layers]
+    _check_unique("layer", names)
+    cuts = _best_cuts([model.layer_seconds(layer) for layer in layers], len(ids))
+    return {
+        worker: tuple(names[start:stop])
+        for worker, (start, stop) in zip(ids, pairwise(cuts), strict=True)
+    }
+
+
+def _best_cuts(seconds: Sequence[float], num_runs: int) -> list[int]:
+    """Return where the runs begin, and the end of the last: the smallest largest sum of a run."""
+    sums = list(accumulate(seconds, initial=0.0))
+    # For the layers before `stop` on so many runs: their largest load, and the cuts.
+    best = [(total, [0, stop]) for stop, total in enumerate(sums)]
+    for _ in range(num_runs - 1):
+        best = [
+            min(
+                (max(best[cut][0], total - sums[cut]), [*best[cut][1], stop])
+                for cut in range(stop + 1)
+            )
+            for stop, total in enumerate(sums)
+        ]
+    return best[-1][1]
 
 
 def _take_over(joined: list[str], others: list[list[str]], seconds: Mapping[str, float]) -> None:

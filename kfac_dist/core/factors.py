@@ -41,6 +41,11 @@ class KroneckerPair:
         return bool(torch.isfinite(self.A).all() and torch.isfinite(self.G).all())
 
 
+def factors_from_tensors(tensors: Mapping[str, Tensor]) -> KroneckerPair:
+    """Return the factors of a layer that have these tensors; they are kept."""
+    return KroneckerPair(A=tensors["A"], G=tensors["G"])
+
+
 class Link(NamedTuple):
     """Two neighbours of a chain of layers: their cross factors are kept too.
 

@@ -38,6 +38,11 @@ class LayerBlock:
         """Order of G: the outputs."""
         return self.module.out_features
 
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Orders of the matrices that are inverted for this block."""
+        return self.dim_A, self.dim_G
+
     def matrix(self, vector: Tensor) -> Tensor:
         """Return this layer's part of `vector` [P] as a matrix [dim_G, dim_A]."""
         outputs, inputs = self.module.out_features, self.module.in_features

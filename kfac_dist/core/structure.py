@@ -37,10 +37,12 @@ class Structure(ABC, Generic[T]):
     """A structure of the inverse for layers `names`, in the order of the model; it has no state.
 
     `links` are the pairs of neighbours whose cross factors are averaged. With `depends_on_gamma`
-    False, the tensors of an inverse are the same whatever its gamma.
+    False, the tensors of an inverse are the same whatever its gamma. With `observes_moments` there
+    are `bases`, and moments in them to `observe`.
     """
 
     depends_on_gamma = True
+    observes_moments = False
 
     def __init__(
         self, settings: KFACSpec, names: Sequence[str], chain_links: Sequence[Link]
@@ -153,6 +155,7 @@ class EKFAC(Structure[EigenInverse]):
     """The basis is prepared; the moments in it are observed by the owner of the inverses."""
 
     depends_on_gamma = False
+    observes_moments = True
 
     def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[EigenInverse]:
         """Decompose both factors."""

@@ -57,11 +57,6 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
             'optimizer.inverse: "ekfca" is not one of block_diagonal, block_tridiagonal, ekfac. '
             "Did you mean ekfac?",
         ),
-        (
-            {"optimizer": {"inverse": "ekfac"}},
-            "optimizer.inverse: ekfac runs in one process (kfac_dist.KFAC) "
-            "and not on workers yet; use block_diagonal",
-        ),
         ({"dtype": 32}, "dtype: 32 is not one of float32, float64"),
         ({"steps": 0}, "steps: 0 is not a whole number of at least 1"),
         ({"steps": True}, "steps: true is not a whole number of at least 1"),

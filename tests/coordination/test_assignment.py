@@ -1,5 +1,5 @@
 import math
-from itertools import product
+from itertools import combinations_with_replacement, pairwise, product
 
 import pytest
 from hypothesis import given
@@ -11,30 +11,29 @@ from kfac_dist.coordination.assignment import (
     CostModel,
     LayerCost,
     assign,
+    assign_runs,
     fit_cost_model,
     reassign,
 )
 from kfac_dist.errors import InvalidSpecError
 
 MODEL = CostModel(cubic=1e-11, quadratic=1e-8)
-LAYER = LayerCost(name="fc", dim_A=2, dim_G=2)
+LAYER = LayerCost(name="fc", orders=(2, 2))
 
 
 def autoencoder() -> list[LayerCost]:
     """The layers of the paper's net for MNIST."""
     widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     return [
-        LayerCost(name=f"{i}", dim_A=widths[i] + 1, dim_G=widths[i + 1])
+        LayerCost(name=f"{i}", orders=(widths[i] + 1, widths[i + 1]))
         for i in range(len(widths) - 1)
     ]
 
 
 def layer_lists(max_size: int) -> st.SearchStrategy[list[LayerCost]]:
-    dims = st.integers(1, 60)
-    return st.lists(st.tuples(dims, dims), min_size=1, max_size=max_size).map(
-        lambda pairs: [
-            LayerCost(name=f"layer{i}", dim_A=a, dim_G=g) for i, (a, g) in enumerate(pairs)
-        ]
+    orders = st.lists(st.integers(1, 60), max_size=2).map(tuple)
+    return st.lists(orders, min_size=1, max_size=max_size).map(
+        lambda layers: [LayerCost(name=f"layer{i}", orders=own) for i, own in enumerate(layers)]
     )
 
 
@@ -76,13 +75,36 @@ def test_the_most_loaded_worker_is_within_grahams_bound(
     assert found <= (4 / 3 - 1 / (3 * num_workers)) * best * (1 + 1e-12)
 
 
+@given(layer_lists(9), st.integers(1, 5))
+def test_runs_are_consecutive_and_no_others_have_a_smaller_largest_load(
+    layers: list[LayerCost], num_workers: int
+) -> None:
+    found = assign_runs(layers, num_workers, MODEL)
+    assert [name for names in found.values() for name in names] == [layer.name for layer in layers]
+    assert list(found) == list(range(num_workers))
+    seconds = [MODEL.layer_seconds(layer) for layer in layers]
+    best = min(
+        max(sum(seconds[start:stop]) for start, stop in pairwise((0, *cuts, len(layers))))
+        for cuts in combinations_with_replacement(range(len(layers) + 1), num_workers - 1)
+    )
+    assert max(loads(found, layers).values()) <= best * (1 + 1e-12)
+
+
+def test_the_autoencoder_as_a_chain_on_three_inverse_workers() -> None:
+    assert assign_runs(autoencoder(), [4, 5, 6]) == {
+        4: ("0",),
+        5: ("1", "2", "3", "4", "5"),
+        6: ("6", "7"),
+    }
+
+
 def test_the_autoencoder_on_two_inverse_workers() -> None:
     """Longest first: 7 and 0, then 1 and 6, 2 and 5, 3 and 4; each pair to different workers."""
     assert assign(autoencoder(), 2) == {0: ("2", "3", "6", "7"), 1: ("0", "1", "4", "5")}
 
 
 def test_equals_go_in_the_given_order() -> None:
-    layers = [LayerCost(name=name, dim_A=8, dim_G=8) for name in "dbac"]
+    layers = [LayerCost(name=name, orders=(8, 8)) for name in "dbac"]
     assert assign(layers, [7, 3], MODEL) == {7: ("d", "a"), 3: ("b", "c")}
 
 
@@ -108,7 +130,7 @@ def test_when_workers_join_layers_move_to_them_only_and_no_load_grows(
     assert all(set(after[worker]) <= set(before[worker]) for worker in before)
     most = max(loads(before, layers).values())
     assert max(loads(after, layers).values()) <= most * (1 + 1e-12)
-    if len(layers) > 1 and num_workers == 1:
+    if sum(bool(layer.orders) for layer in layers) > 1 and num_workers == 1:
         assert after[num_workers]
 
 
@@ -131,7 +153,7 @@ def test_when_all_workers_are_new_the_layers_are_assigned_afresh() -> None:
 
 
 def test_a_new_layer_is_placed_and_a_forgotten_one_is_left_out() -> None:
-    layers = [LayerCost(name=name, dim_A=8, dim_G=8) for name in ("kept", "new")]
+    layers = [LayerCost(name=name, orders=(8, 8)) for name in ("kept", "new")]
     before = {0: ("kept", "forgotten"), 1: ()}
     assert reassign(before, layers, [0, 1]) == {0: ("kept",), 1: ("new",)}
 
@@ -145,11 +167,11 @@ def test_a_fit_finds_the_coefficients_of_exact_times(
     cubic: float, quadratic: float, dims: list[int]
 ) -> None:
     truth = CostModel(cubic=cubic, quadratic=quadratic)
-    found = fit_cost_model([(dim, truth.factor_seconds(dim)) for dim in dims])
-    largest = truth.factor_seconds(max(dims))
+    found = fit_cost_model([(dim, truth.matrix_seconds(dim)) for dim in dims])
+    largest = truth.matrix_seconds(max(dims))
     for dim in dims:
-        assert found.factor_seconds(dim) == pytest.approx(
-            truth.factor_seconds(dim), rel=1e-6, abs=1e-9 * largest
+        assert found.matrix_seconds(dim) == pytest.approx(
+            truth.matrix_seconds(dim), rel=1e-6, abs=1e-9 * largest
         )
 
 
@@ -160,7 +182,7 @@ def test_a_fit_is_never_negative_and_never_empty(samples: list[tuple[int, float]
     found = fit_cost_model(samples)
     assert found.cubic >= 0
     assert found.quadratic >= 0
-    assert found.factor_seconds(100) > 0
+    assert found.matrix_seconds(100) > 0
 
 
 def test_times_that_would_need_a_negative_term() -> None:
@@ -171,7 +193,7 @@ def test_times_that_would_need_a_negative_term() -> None:
 
 
 def test_one_order_alone_is_taken_as_cubic() -> None:
-    assert fit_cost_model([(100, 1.0), (100, 3.0)]).factor_seconds(200) == pytest.approx(16)
+    assert fit_cost_model([(100, 1.0), (100, 3.0)]).matrix_seconds(200) == pytest.approx(16)
 
 
 def test_the_default_model_is_the_fit_to_the_measured_times() -> None:
@@ -182,8 +204,8 @@ def test_the_default_model_is_the_fit_to_the_measured_times() -> None:
 
 
 def test_wrong_numbers_and_names_are_refused() -> None:
-    with pytest.raises(InvalidSpecError, match="dim_A of fc must be at least 1; got 0"):
-        LayerCost(name="fc", dim_A=0, dim_G=1)
+    with pytest.raises(InvalidSpecError, match="matrix of fc must be at least 1; got 0"):
+        LayerCost(name="fc", orders=(1, 0))
     with pytest.raises(InvalidSpecError, match="cubic must be at least 0; got -1"):
         CostModel(cubic=-1, quadratic=0)
     with pytest.raises(InvalidSpecError, match="inverse workers must be at least 1; got 0"):
@@ -192,6 +214,10 @@ def test_wrong_numbers_and_names_are_refused() -> None:
         assign([LAYER, LAYER], 1)
     with pytest.raises(InvalidSpecError, match="inverse worker 3 is given more than once"):
         assign([LAYER], [3, 3])
+    with pytest.raises(InvalidSpecError, match="inverse workers must be at least 1; got 0"):
+        assign_runs([LAYER], 0)
+    with pytest.raises(InvalidSpecError, match="layer fc is given more than once"):
+        assign_runs([LAYER, LAYER], 1)
     with pytest.raises(InvalidSpecError, match="at least 1 measured"):
         fit_cost_model([])
     with pytest.raises(

@@ -15,20 +15,20 @@ from typing import Any, TypeVar
 import torch
 
 from kfac_dist.config import JobSpec, parse_spec
-from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, assign
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.core.layers import register
+from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.gradient_work import GradientWork
 from workers.inverse_loop import InverseLoop
 from workers.inverse_work import InverseWork
 from workers.messages import (
-    InverseSetup,
     JobContext,
     RefreshRequest,
     Rendezvous,
     ServerReport,
     StepOrder,
 )
-from workers.planning import batch_size, staleness_bound, step_schedule
+from workers.planning import batch_size, inverse_setups, staleness_bound, step_schedule
 from workers.process_group import Group, host_store, join_group, join_store
 from workers.server_builder import build_server
 
@@ -61,6 +61,19 @@ def small_spec(**changes: Any) -> JobSpec:
         both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if both else value
     return parse_spec(values)
+
+
+def job_context(spec: JobSpec, folder: Path) -> JobContext:
+    """A job whose every path is `folder`."""
+    return JobContext(
+        job="local",
+        attempt=1,
+        spec=spec,
+        base_dir=folder,
+        data_dir=None,
+        cache_dir=folder,
+        run_dir=folder,
+    )
 
 
 def in_threads(calls: list[Callable[[], T]]) -> list[T]:
@@ -105,15 +118,7 @@ class LocalJob:
         self.saved = saved
         torch.set_num_threads(1)
         self.spec = spec
-        self.context = JobContext(
-            job="local",
-            attempt=1,
-            spec=spec,
-            base_dir=tmp_path,
-            data_dir=None,
-            cache_dir=tmp_path,
-            run_dir=tmp_path,
-        )
+        self.context = job_context(spec, tmp_path)
         self.schedule = step_schedule(spec)
         self.bound = staleness_bound(spec)
         built = build_server(self.context, CPU, patience_seconds=20.0)
@@ -141,27 +146,28 @@ class LocalJob:
         self.gammas = self.server.next_gammas(self.step_count + 1)
 
     def _inverse_loops(self) -> dict[int, InverseLoop]:
-        self.assignment: dict[int, tuple[str, ...]] = {}
         if self.store is None:
+            self.assignment: dict[int, tuple[str, ...]] = {}
             return {}
-        layers = self.store.layers
-        self.assignment = assign(layers, self.spec.workers.inverse)
+        spec = self.spec
+        task = load_task(spec, self.context.base_dir, cache_dir=self.context.cache_dir)
+        registration = register(build_model(task, spec.seed, torch_dtype(spec.dtype)))
+        setups = inverse_setups(
+            spec, registration, applied_step=self.saved.step if self.saved else 0
+        )
+        self.assignment = {
+            setup.rank: tuple(layer.name for layer in setup.layers) for setup in setups
+        }
         loops = {}
-        for rank, names in self.assignment.items():
-            setup = InverseSetup(
-                rank=rank,
-                layers=tuple(layer for layer in layers if layer.name in names),
-                cost_model=DEFAULT_COST_MODEL,
-                assignment_epoch=1,
-                applied_step=self.saved.step if self.saved else 0,
-            )
+        for setup in setups:
+            rank = setup.rank
             work = InverseWork(self.context, setup, self.saved.averages if self.saved else None)
             loops[rank] = InverseLoop(work, lambda message: self.store.accept(*message))
             loops[rank].start()
         return loops
 
-    def _send(self, worker: int, header: Any, array: Any) -> None:
-        self.loops[worker].put_statistics(header, array)
+    def _send(self, worker: int, header: Any, parcel: Any) -> None:
+        self.loops[worker].put_statistics(header, parcel)
 
     def steps(self, count: int) -> list[ServerReport]:
         """Do `count` steps and return the server's reports."""

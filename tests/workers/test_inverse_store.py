@@ -7,18 +7,19 @@ import threading
 import pytest
 import torch
 
-from kfac_dist.config import StalenessSpec
-from kfac_dist.coordination.assignment import LayerCost
+from kfac_dist.config import KFACSpec, StalenessSpec
 from kfac_dist.coordination.plan import StepSchedule
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import invert_pair
+from kfac_dist.core.structure import structure_for
 from kfac_dist.errors import TimedOutError
 from workers.inverse_store import InverseStore
 from workers.messages import InverseHeader
-from workers.transport import pack_pairs
+from workers.parcels import pack_inverses
 
-LAYERS = (LayerCost(name="a", dim_A=3, dim_G=2), LayerCost(name="b", dim_A=2, dim_G=2))
+DIMS = {"a": (3, 2), "b": (2, 2)}
+LAYERS = tuple(DIMS)
 SCHEDULE = StepSchedule(
     factor_update_period=1,
     inverse_update_period=4,
@@ -31,31 +32,33 @@ def make_store(max_steps: int, at_bound: str = "wait", patience_seconds: float =
     staleness = StalenessSpec(max_steps=max_steps, at_bound=at_bound)
     bound = StalenessBound(max_steps=max_steps, warmup_steps=0, schedule=SCHEDULE)
     store = InverseStore(
-        layers=LAYERS, bound=bound, staleness=staleness, patience_seconds=patience_seconds
+        layers=LAYERS,
+        structure=structure_for(KFACSpec(), LAYERS, []),
+        bound=bound,
+        staleness=staleness,
+        patience_seconds=patience_seconds,
+        device=torch.device("cpu"),
     )
     store.note_statistics(20)  # newer statistics than in any inverse below
     return store
 
 
-def factors(layer: LayerCost, version: int) -> KroneckerPair:
-    scale = 1.0 + version
-    return KroneckerPair(
-        A=scale * torch.eye(layer.dim_A, dtype=torch.float64),
-        G=scale * torch.eye(layer.dim_G, dtype=torch.float64),
-    )
+def factors(layer: str, version: int) -> KroneckerPair:
+    A, G = ((1.0 + version) * torch.eye(order, dtype=torch.float64) for order in DIMS[layer])
+    return KroneckerPair(A=A, G=G)
 
 
-def publish(store: InverseStore, layer: LayerCost, version: int, *, fails: bool = False) -> None:
+def publish(store: InverseStore, layer: str, version: int, *, fails: bool = False) -> None:
     inverted = invert_pair(factors(layer, version), 1.0)
     header = InverseHeader(
-        layer=layer.name,
+        layer=layer,
         version_step=version,
         gammas=(1.0,),
         pis=(None if fails else inverted.pi,),
         rungs=(),
         inversion_seconds=0.0,
     )
-    store.accept(header, pack_pairs([] if fails else [inverted.inverse]))
+    store.accept(header, pack_inverses([] if fails else [inverted]))
 
 
 def publish_all(store: InverseStore, version: int) -> None:

@@ -7,50 +7,44 @@ import torch
 
 from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
 from kfac_dist.core.factors import KroneckerPair
-from tests.workers.local_job import small_spec
+from kfac_dist.core.statistics import BatchStatistics
+from tests.workers.local_job import job_context, small_spec
 from workers.inverse_work import InverseWork
-from workers.messages import InverseSetup, JobContext, RefreshRequest, StatisticsHeader
-from workers.transport import pack_pairs
+from workers.messages import InverseSetup, RefreshRequest, StatisticsHeader
+from workers.parcels import pack_statistics
 
-LAYERS = (LayerCost(name="a", dim_A=4, dim_G=3), LayerCost(name="b", dim_A=3, dim_G=2))
+LAYERS = (LayerCost(name="a", orders=(4, 3)), LayerCost(name="b", orders=(3, 2)))
 
 
 @pytest.fixture
 def make(tmp_path):
     def build(**sections) -> InverseWork:
         spec = small_spec(workers={"gradient": 2, "inverse": 1}, **sections)
-        job = JobContext(
-            job="job",
-            attempt=1,
-            spec=spec,
-            base_dir=tmp_path,
-            data_dir=None,
-            cache_dir=tmp_path,
-            run_dir=tmp_path,
-        )
         setup = InverseSetup(
             rank=0,
             layers=LAYERS,
+            links=(),
             cost_model=DEFAULT_COST_MODEL,
             assignment_epoch=1,
             applied_step=0,
         )
-        return InverseWork(job, setup)
+        return InverseWork(job_context(spec, tmp_path), setup)
 
     return build
 
 
-def message(step: int, rank: int, *, usable: bool = True, job: str = "job", bad: bool = False):
+def message(step: int, rank: int, *, usable: bool = True, job: str = "local", bad: bool = False):
     generator = torch.Generator().manual_seed(100 * step + rank)
-    pairs = []
+    factors = {}
     for layer in LAYERS:
         rows = [
             torch.randn(6, order, dtype=torch.float64, generator=generator)
-            for order in (layer.dim_A, layer.dim_G)
+            for order in layer.orders
         ]
         if bad:
             rows[0][0, 0] = float("nan")
-        pairs.append(KroneckerPair(A=rows[0].T @ rows[0], G=rows[1].T @ rows[1]))
+        factors[layer.name] = KroneckerPair(A=rows[0].T @ rows[0], G=rows[1].T @ rows[1])
+    statistics = BatchStatistics(factors=factors, crosses={}, moments={})
     header = StatisticsHeader(
         job=job,
         step=step,
@@ -60,12 +54,12 @@ def message(step: int, rank: int, *, usable: bool = True, job: str = "job", bad:
         assignment_epoch=1,
         usable=usable,
     )
-    return header, pack_pairs(pairs) if usable else None
+    return header, pack_statistics(statistics) if usable else None
 
 
 def deliver(work: InverseWork, *messages) -> dict[str, bytes]:
-    for header, array in messages:
-        work.receive(header, array)
+    for header, parcel in messages:
+        work.receive(header, parcel)
         work.apply_statistics()
     return {name: array.tobytes() for name, array in work.snapshot().items()}
 
