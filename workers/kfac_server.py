@@ -17,6 +17,7 @@ from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.layers import Registration
+from kfac_dist.core.shelf import all_carry
 from kfac_dist.core.update import Choice, KFACUpdate
 from workers.checksum import checksum
 from workers.exchange import Directions, ServerSide
@@ -54,7 +55,6 @@ class KFACServer:
         self._schedule = schedule
         self._store = store
         self._update = KFACUpdate(spec.optimizer, registration, torch.zeros_like(state.parameters))
-        self._search: tuple[float, ...] | None = None
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
         observes = store.structure.observes_moments
@@ -114,13 +114,11 @@ class KFACServer:
 
         A search is decided in the first step in which every layer has all its gammas.
         """
-        if plan.search_gamma:
-            self._search = self._update.gammas(search=True)
         with phases("wait_inverse"):
             admitted = self._store.admit(plan.step)
-        gammas: tuple[float, ...] = (self._update.gamma,)
-        if self._search is not None and _all_carry(admitted, self._search):
-            gammas, self._search = self._search, None
+        gammas = self._update.tried_gammas(
+            lambda gammas: all_carry(admitted.refreshed, gammas), search=plan.search_gamma
+        )
         candidates = [self._store.candidate(plan.step, admitted, gamma) for gamma in gammas]
         return _Inverses(admitted=admitted, candidates=candidates)
 
@@ -166,7 +164,7 @@ class KFACServer:
         with phases("apply"):
             self.state.parameters.add_(self._update.advance(choice, directions))
             self.state.applied(plan.step)
-        self._store.use(inverses.admitted, choice.gamma, search_open=self._search is not None)
+        self._store.use(inverses.admitted, choice.gamma, search_open=self._update.search_open)
         self._stale_applied += len(inverses.admitted.admission.stale)
 
     def _send_bases(self, phases: Phases) -> None:
@@ -226,8 +224,7 @@ class KFACServer:
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`: those of the search that is open, if any."""
-        search = self._search is not None or self._schedule.plan(step).search_gamma
-        return self._update.gammas(search=search)
+        return self._update.requested_gammas(search=self._schedule.plan(step).search_gamma)
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""
@@ -235,7 +232,7 @@ class KFACServer:
         events = self._counts + self._store.counts()
         counts = {f"count:{k}": torch.tensor(v) for k, v in events.items()}
         counts["stale_applied"] = torch.tensor(self._stale_applied)
-        inverses = {f"inverse:{k}": v for k, v in self._store.snapshot(self._update.gamma).items()}
+        inverses = {f"inverse:{k}": v for k, v in self._store.snapshot().items()}
         return self.state.snapshot() | to_arrays(update | counts) | inverses
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
@@ -250,13 +247,3 @@ class KFACServer:
     def checksum(self) -> str:
         """Return the checksum of what the gradient workers mirror."""
         return checksum(self.state.parameters, self._update.previous_update)
-
-
-def _all_carry(admitted: Admitted, gammas: Sequence[float]) -> bool:
-    excused = {*admitted.admission.stale, *admitted.admission.gradient}
-    return all(
-        gamma in held.by_gamma
-        for name, held in admitted.held.items()
-        for gamma in gammas
-        if name not in excused
-    )

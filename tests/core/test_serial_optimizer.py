@@ -99,11 +99,11 @@ def test_a_saved_state_does_not_change_with_later_steps():
     optimizer.step(inputs, targets)
     state = optimizer.state_dict()
     previous = state["update"]["previous_update"].clone()
-    inverse = state["inverses"]["0"]["A"].clone()
+    inverse = state["inverses"]["0/1/0/A"].clone()
     for _ in range(5):
         optimizer.step(inputs, targets)
     assert torch.equal(state["update"]["previous_update"], previous)
-    assert torch.equal(state["inverses"]["0"]["A"], inverse)
+    assert torch.equal(state["inverses"]["0/1/0/A"], inverse)
 
 
 def test_a_state_of_another_model_is_refused():
