@@ -161,7 +161,9 @@ class Crew:
         """Return the calls that have ended, after a while none; deal with deaths meanwhile."""
         self._interrupts.check()
         watched = self.inverse_pool.watched()
-        ray.wait([*pending, *watched], num_returns=1, timeout=_WAIT_SECONDS)
+        ready, _ = ray.wait([*pending, *watched], num_returns=1, timeout=_WAIT_SECONDS)
+        if not ready:
+            self.inverse_pool.poll()
         for ref in finished(watched):
             self.inverse_pool.notice(ref)
         return finished(pending)

@@ -2,12 +2,13 @@
 
 A dead one does not stop the training: its layers are orphaned, which the parameter server is told
 at once, and keep their last good inverses. A successor starts in the background, with the factors
-of the newest snapshot, and takes over between two steps.
+of the newest snapshot, and takes over between two steps. One that stalls is killed.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from workers.messages import InverseSetup, InverseStatus, JobContext, RefreshReq
 from workers.transport import Array
 
 ROLE = "inverse_worker"
+# A worker answers in the middle of its work too; well below what the server waits for an inverse.
+STALL_SECONDS = 20.0
 _EXIT_TYPE = re.compile(r"Worker exit type: (\S+)")
 
 
@@ -42,6 +45,15 @@ class _Worker:
     first_status: Ref
     pid: int = 0
     connected_step: int | None = None
+    has_stalled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Poll:
+    """A status that a worker has been asked for."""
+
+    rank: int
+    asked_seconds: float
 
 
 class InversePool:
@@ -63,7 +75,7 @@ class InversePool:
         self._orphaned: dict[str, int] = {}
         self._num_deaths = 0
         self._statuses: dict[int, InverseStatus] = {}
-        self._polls: dict[Ref, int] = {}
+        self._polls: dict[Ref, _Poll] = {}
 
     def _start(self, setup: InverseSetup) -> _Worker:
         names = [layer.name for layer in setup.layers]
@@ -128,12 +140,13 @@ class InversePool:
         self._tell_server()
         self._num_deaths += 1
         self._statuses.pop(rank, None)
+        self._polls = {ref: poll for ref, poll in self._polls.items() if poll.rank != rank}
         self._on_death(
             InverseWorkerDied(
                 rank=rank,
                 pid=dead.pid,
                 layers=layers,
-                exit=_describe_exit(error),
+                exit="stalled" if dead.has_stalled else _describe_exit(error),
                 num_deaths=self._num_deaths,
             )
         )
@@ -197,19 +210,37 @@ class InversePool:
         return back
 
     def poll(self) -> None:
-        """Ask every worker for its status; `statuses` has the answers later."""
-        asked = set(self._polls.values())
+        """Ask every worker for its status, and kill those that have not answered for too long.
+
+        `statuses` has the answers later; deaths are noticed as all others are.
+        """
+        self._take_answers()
+        now = time.monotonic()
+        for poll in self._polls.values():
+            if now - poll.asked_seconds > STALL_SECONDS:
+                self._kill_stalled(self._workers[poll.rank])
+        asked = {poll.rank for poll in self._polls.values()}
         for rank, worker in self._workers.items():
-            if rank not in asked:
-                self._polls[worker.handle.status.remote()] = rank
+            if rank not in asked and worker.connected_step is not None:
+                ref = worker.handle.status.remote()
+                self._polls[ref] = _Poll(rank=rank, asked_seconds=now)
+
+    @staticmethod
+    def _kill_stalled(worker: _Worker) -> None:
+        if not worker.has_stalled:
+            worker.has_stalled = True
+            ray.kill(worker.handle)
+
+    def _take_answers(self) -> None:
+        ready = {ref: self._polls.pop(ref) for ref in finished(self._polls)}
+        failed = failed_among(ready)
+        answered = {ref: poll.rank for ref, poll in ready.items() if ref not in failed}
+        newest: list[InverseStatus] = ray.get(list(answered))
+        self._statuses |= dict(zip(answered.values(), newest, strict=True))
 
     def statuses(self) -> dict[int, InverseStatus]:
         """Return the newest answer of each worker."""
-        ready = {ref: self._polls.pop(ref) for ref in finished(self._polls)}
-        failed = failed_among(ready)
-        answered = {ref: rank for ref, rank in ready.items() if ref not in failed}
-        newest: list[InverseStatus] = ray.get(list(answered))
-        self._statuses |= dict(zip(answered.values(), newest, strict=True))
+        self._take_answers()
         return dict(self._statuses)
 
     def snapshots(self, step: int, timeout_seconds: float) -> dict[Ref, Member]:

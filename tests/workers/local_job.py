@@ -49,7 +49,7 @@ def small_spec(**changes: Any) -> JobSpec:
     return parse_spec(_merged(_merged(_JOB, task), changes))
 
 
-def line_spec(folder: Path, **changes: Any) -> JobSpec:
+def chain_spec(folder: Path, **changes: Any) -> JobSpec:
     """A chain of four layers whose factors have full rank, on a task of milliseconds a step."""
     (folder / "line.py").write_text(TASK)
     task = {

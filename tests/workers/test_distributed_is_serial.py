@@ -15,7 +15,7 @@ from kfac_dist.core.sampling import permutation
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import fetch
 from kfac_dist.tasks import build_model, load_task, torch_dtype
-from tests.workers.local_job import LocalJob, line_spec, small_spec
+from tests.workers.local_job import LocalJob, chain_spec, small_spec
 
 
 def serial_run(spec: JobSpec, folder: Path, num_steps: int) -> tuple[KFAC, list[object]]:
@@ -86,7 +86,7 @@ def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
 def test_so_it_is_with_any_structure_of_the_inverse_on_two_inverse_workers(
     structure, run, tmp_path
 ):
-    spec = line_spec(tmp_path, optimizer=STRUCTURES[structure], workers={"inverse": 2})
+    spec = chain_spec(tmp_path, optimizer=STRUCTURES[structure], workers={"inverse": 2})
     assert_bitwise_serial(run(spec), spec, tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_more_workers_are_the_serial_optimizer_to_rounding(gradient, inverse, ru
 def test_more_workers_are_the_serial_optimizer_with_any_structure(structure, run, tmp_path):
     """Where the factors have full rank: EKFAC's basis of a null space is made of rounding."""
     workers = {"gradient": 2, "inverse": 2}
-    spec = line_spec(tmp_path, optimizer=STRUCTURES[structure], workers=workers)
+    spec = chain_spec(tmp_path, optimizer=STRUCTURES[structure], workers=workers)
     assert_serial_to_rounding(run(spec), spec, tmp_path)
 
 

@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from tests.workers.local_job import LocalJob, Saved, line_spec, small_spec
+from tests.workers.local_job import LocalJob, Saved, chain_spec, small_spec
 
 
 def trained(tmp_path, steps: int, saved: Saved | None = None, **workers: int):
@@ -40,7 +40,9 @@ def test_with_any_structure_and_inverse_workers_it_is_the_same_run_bit_for_bit(
     """Step 6 has chosen among three gammas, step 7 observes moments in the bases of step 6."""
 
     def run(steps: int, saved: Saved | None = None, num_workers: int = 2):
-        spec = line_spec(tmp_path, optimizer={"inverse": inverse}, workers={"inverse": num_workers})
+        spec = chain_spec(
+            tmp_path, optimizer={"inverse": inverse}, workers={"inverse": num_workers}
+        )
         with closing(LocalJob(spec, tmp_path, saved)) as job:
             job.steps(steps)
             return job.parameters.clone(), job.save()
@@ -54,7 +56,7 @@ def test_with_any_structure_and_inverse_workers_it_is_the_same_run_bit_for_bit(
 
 @pytest.mark.parametrize("inverse", ["block_tridiagonal", "ekfac"])
 def test_an_asynchronous_run_with_any_structure_learns(tmp_path, inverse):
-    spec = line_spec(
+    spec = chain_spec(
         tmp_path,
         optimizer={"inverse": inverse},
         staleness={"max_steps": 6},
