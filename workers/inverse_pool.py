@@ -8,21 +8,19 @@ of the newest snapshot, and takes over between two steps. One that stalls is kil
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
 
 from workers.actor import Handle, Ref
-from workers.failures import Member, failed_among, failure_of, finished
+from workers.failures import Member, failure_of, finished
+from workers.inverse_health import InverseHealth
 from workers.inverse_worker import InverseWorkerActor
 from workers.messages import InverseSetup, InverseStatus, JobContext, RefreshRequest
 from workers.transport import Array
 
 ROLE = "inverse_worker"
-# A worker answers in the middle of its work too; well below what the server waits for an inverse.
-STALL_SECONDS = 20.0
 _EXIT_TYPE = re.compile(r"Worker exit type: (\S+)")
 
 
@@ -48,14 +46,6 @@ class _Worker:
     has_stalled: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Poll:
-    """A status that a worker has been asked for."""
-
-    rank: int
-    asked_seconds: float
-
-
 class InversePool:
     """All inverse workers of a job; used by the driver's one thread."""
 
@@ -74,8 +64,7 @@ class InversePool:
         self._workers = {setup.rank: self._start(setup) for setup in setups}
         self._orphaned: dict[str, int] = {}
         self._num_deaths = 0
-        self._statuses: dict[int, InverseStatus] = {}
-        self._polls: dict[Ref, _Poll] = {}
+        self._health = InverseHealth()
 
     def _start(self, setup: InverseSetup) -> _Worker:
         names = [layer.name for layer in setup.layers]
@@ -139,8 +128,7 @@ class InversePool:
         self._orphaned |= dict.fromkeys(layers, rank)
         self._tell_server()
         self._num_deaths += 1
-        self._statuses.pop(rank, None)
-        self._polls = {ref: poll for ref, poll in self._polls.items() if poll.rank != rank}
+        self._health.forget(rank)
         self._on_death(
             InverseWorkerDied(
                 rank=rank,
@@ -214,34 +202,21 @@ class InversePool:
 
         `statuses` has the answers later; deaths are noticed as all others are.
         """
-        self._take_answers()
-        now = time.monotonic()
-        for poll in self._polls.values():
-            if now - poll.asked_seconds > STALL_SECONDS:
-                self._kill_stalled(self._workers[poll.rank])
-        asked = {poll.rank for poll in self._polls.values()}
-        for rank, worker in self._workers.items():
-            if rank not in asked and worker.connected_step is not None:
-                ref = worker.handle.status.remote()
-                self._polls[ref] = _Poll(rank=rank, asked_seconds=now)
-
-    @staticmethod
-    def _kill_stalled(worker: _Worker) -> None:
-        if not worker.has_stalled:
-            worker.has_stalled = True
-            ray.kill(worker.handle)
-
-    def _take_answers(self) -> None:
-        ready = {ref: self._polls.pop(ref) for ref in finished(self._polls)}
-        failed = failed_among(ready)
-        answered = {ref: poll.rank for ref, poll in ready.items() if ref not in failed}
-        newest: list[InverseStatus] = ray.get(list(answered))
-        self._statuses |= dict(zip(answered.values(), newest, strict=True))
+        for rank in self._health.stalled():
+            worker = self._workers[rank]
+            if not worker.has_stalled:
+                worker.has_stalled = True
+                ray.kill(worker.handle)
+        connected = {
+            rank: worker.handle
+            for rank, worker in self._workers.items()
+            if worker.connected_step is not None
+        }
+        self._health.ask(connected)
 
     def statuses(self) -> dict[int, InverseStatus]:
         """Return the newest answer of each worker."""
-        self._take_answers()
-        return dict(self._statuses)
+        return self._health.statuses()
 
     def snapshots(self, step: int, timeout_seconds: float) -> dict[Ref, Member]:
         """Ask the connected workers for their averages, with the statistics of `step` in them."""

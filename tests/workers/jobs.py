@@ -24,14 +24,16 @@ class Line:
 
     distribution = "gaussian"
 
-    def __init__(self, depth=1, breaks_after=0, how="raise"):
+    def __init__(self, depth=1, normalised=False, breaks_after=0, how="raise"):
         self.depth = depth
+        self.normalised = normalised
         self.breaks_after = breaks_after
         self.how = how
 
     def model(self):
         print("building the model")
-        return Breaking(self.depth, self.breaks_after, self.how)
+        model = Breaking(self.depth, self.breaks_after, self.how)
+        return nn.Sequential(nn.BatchNorm1d(6), model) if self.normalised else model
 
     def train_data(self, data_dir):
         generator = torch.Generator().manual_seed(1)

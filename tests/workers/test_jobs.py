@@ -16,9 +16,10 @@ from kfac_dist import train
 from kfac_dist.config import parse_spec
 from kfac_dist.core.vector import flatten
 from kfac_dist.errors import InvalidSpecError, NumericError, UserTaskError, WorkerDiedError
+from kfac_dist.runs import JobSummary
 from tests.workers.jobs import Jobs, line_spec
 from tests.workers.test_distributed_is_serial import serial_run
-from workers import inverse_pool
+from workers import inverse_health
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -51,6 +52,29 @@ def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jo
     assert (again.state, again.step) == ("SUCCEEDED", 12)
     assert again.train == pytest.approx(resumed.train, rel=1e-12)
     assert ray.is_initialized()
+
+
+def test_buffers_are_shared_saved_and_restored(jobs: Jobs) -> None:
+    def trained(run_dir: str, *, steps: int, resume: bool = False, gradient: int = 2) -> JobSummary:
+        spec = line_spec(
+            steps=steps,
+            task_args={"normalised": True},
+            optimizer={"name": "sgd"},
+            workers={"gradient": gradient},
+        )
+        return jobs.run(parse_spec(spec), run_dir=run_dir, resume=resume)
+
+    def saved(run_dir: str, role: str) -> bytes:
+        folder = jobs.run_folder(run_dir).checkpoints_dir / "step-00000008"
+        return (folder / f"{role}.safetensors").read_bytes()
+
+    straight = trained("straight", steps=8)
+    trained("halves", steps=4)
+    trained("halves", steps=8, resume=True)
+    for role in ("parameter_server", "buffers"):
+        assert saved("halves", role) == saved("straight", role)
+    alone = trained("straight", steps=8, resume=True, gradient=1)
+    assert alone.test == pytest.approx(straight.test, rel=1e-12)
 
 
 def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Jobs) -> None:
@@ -120,7 +144,7 @@ def test_a_killed_inverse_worker_is_replaced(jobs: Jobs) -> None:
 def test_a_stalled_inverse_worker_is_replaced_like_a_dead_one(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inverse_pool, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(inverse_health, "STALL_SECONDS", 2.0)
     spec = line_spec(steps=100_000, workers={"gradient": 1, "inverse": 2})
     spec["optimizer"]["inverse"] = "ekfac"
     run_until_recovered(jobs, signal.SIGSTOP, spec)
