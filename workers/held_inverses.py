@@ -8,6 +8,7 @@ from typing import Any
 
 from kfac_dist.coordination.staleness import Admission
 from kfac_dist.core.inverse import Inverted
+from kfac_dist.core.precondition import LayerInverse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +60,21 @@ class Candidate:
 
     gamma: float
     inverses: Mapping[str, Inverted[Any]]
+
+    @property
+    def by_layer(self) -> dict[str, LayerInverse]:
+        """The inverses, ready to be applied."""
+        return {name: inverted.inverse for name, inverted in self.inverses.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInverses:
+    """What a step preconditions with: one candidate, or several to choose from."""
+
+    admitted: Admitted
+    candidates: Sequence[Candidate]
+
+    @property
+    def gammas(self) -> list[float]:
+        """The gamma of each candidate."""
+        return [candidate.gamma for candidate in self.candidates]
