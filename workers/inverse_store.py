@@ -102,18 +102,24 @@ class InverseStore:
                         f"{self.patience_seconds:g} s at step {step}"
                     )
                 admission = self._decide(step)
-            held = dict(self._held)
-        waited_seconds = time.perf_counter() - started
-        return Admitted(
-            held={name: self._installed(name, one) for name, one in held.items()},
-            admission=admission,
-            waited_seconds=waited_seconds,
-        )
+            return Admitted(
+                held=dict(self._held),
+                admission=admission,
+                waited_seconds=time.perf_counter() - started,
+            )
+
+    def install(self, admitted: Admitted) -> Admitted:
+        """Return them as a step uses them: newer ones with what they take over from those in use.
+
+        Nothing is changed before `use`, so a step that is not applied leaves the next one to do it.
+        """
+        held = {name: self._installed(name, one) for name, one in admitted.held.items()}
+        return replace(admitted, held=held)
 
     def _installed(self, name: str, new: HeldInverses) -> HeldInverses:
-        """Return what is used once `new` is the newest: with what it takes over, moments or all.
+        """Return the inverses in use, or `new` if that is newer.
 
-        Where the inversion failed that is the inverse used last.
+        Where the inversion failed, the inverse used last is kept.
         """
         used = self._used.get(name)
         if used is None or used.version_step == new.version_step:

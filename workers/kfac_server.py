@@ -110,6 +110,8 @@ class KFACServer:
             self._search = self._update.gammas(search=True)
         with phases("wait_inverse"):
             admitted = self._store.admit(plan.step)
+        with phases("install"):
+            admitted = self._store.install(admitted)
         gammas: tuple[float, ...] = (self._update.gamma,)
         if self._search is not None and admitted.carry(self._search):
             gammas, self._search = self._search, None
