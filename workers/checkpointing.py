@@ -15,20 +15,23 @@ from workers.crew import SERVER_ROLE, Crew
 from workers.transport import Array
 
 _FACTORS_ROLE = "factors"
+_BUFFERS_ROLE = "buffers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
     """Where a job goes on: after `step`, with the state of its actors; step 0 is the beginning.
 
-    Factors are kept by layer, so any number of inverse workers can take them over; all else is
-    the parameter server's. `refused` has a message for each checkpoint that was not whole.
+    Factors are kept by layer, so any number of inverse workers can take them over; buffers of the
+    model are the same for all gradient workers; all else is the parameter server's. `refused` has
+    a message for each checkpoint that was not whole.
     """
 
     step: int
     cursor: SamplerCursor
     server_snapshot: Mapping[str, Array] | None
     averages: Mapping[str, Array]
+    buffers: Mapping[str, Array]
     refused: tuple[str, ...]
 
 
@@ -37,6 +40,7 @@ BEGINNING = ResumePoint(
     cursor=SamplerCursor(epoch=0, offset=0),
     server_snapshot=None,
     averages={},
+    buffers={},
     refused=(),
 )
 
@@ -58,6 +62,7 @@ def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:
         cursor=SamplerCursor(epoch=cursor["epoch"], offset=cursor["offset"]),
         server_snapshot=loaded.roles[SERVER_ROLE],
         averages=loaded.roles.get(_FACTORS_ROLE, {}),
+        buffers=loaded.roles.get(_BUFFERS_ROLE, {}),
         refused=loaded.refused,
     )
 
@@ -84,6 +89,8 @@ def save(
     roles: dict[str, Mapping[str, Array]] = {SERVER_ROLE: server}
     if averages:
         roles[_FACTORS_ROLE] = averages
+    if buffers := crew.share_buffers():
+        roles[_BUFFERS_ROLE] = buffers
     state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
     write_checkpoint(folder.checkpoints_dir, crew.step, roles, state, keep)
 

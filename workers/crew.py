@@ -13,6 +13,7 @@ import ray
 from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle, Ref
+from workers.buffers import mean_buffers
 from workers.device import DevicePlan
 from workers.failures import Member, failed_among, finished, first_cause, job_error
 from workers.gradient_worker import GradientWorkerActor
@@ -36,7 +37,8 @@ class CrewPlan:
     """Who is started, and from what.
 
     `host` is the address all members share, None where each node has its own; the timeout is that
-    of the process group. `server_snapshot` and `averages` come from a checkpoint, if there is one.
+    of the process group. `server_snapshot`, `averages` and `buffers` come from a checkpoint, if
+    there is one; `has_buffers` tells whether the model has any.
     """
 
     devices: DevicePlan
@@ -45,6 +47,8 @@ class CrewPlan:
     setups: Sequence[InverseSetup]
     server_snapshot: Mapping[str, Array] | None
     averages: Mapping[str, Array]
+    buffers: Mapping[str, Array]
+    has_buffers: bool
 
 
 class Crew:
@@ -88,7 +92,7 @@ class Crew:
             KfacDistError: what a member raised, or that it died.
         """
         built = self.call_server("build", self._plan.server_snapshot)
-        calls = self.call_workers("build")
+        calls = self.call_workers("build", self._plan.buffers)
         started = self.inverse_pool.first_statuses()
         ready, *rest = self.gather(built | calls | started, deadline_seconds=_START_SECONDS)
         self._note_pids(ready, rest[: len(calls)])
@@ -114,6 +118,14 @@ class Crew:
             self.gather(
                 self.call_workers("connect", pool.handles, pool.assignment, pool.assignment_epochs)
             )
+
+    def share_buffers(self) -> dict[str, Array]:
+        """Give all gradient workers the means of their models' buffers, and return these."""
+        if not self._plan.has_buffers:
+            return {}
+        shared = mean_buffers(self.gather(self.call_workers("buffers")))
+        self.gather(self.call_workers("set_buffers", shared))
+        return shared
 
     def call_workers(self, method: str, *arguments: Any) -> Calls:
         """Call a method of every gradient worker."""
@@ -161,7 +173,9 @@ class Crew:
         """Return the calls that have ended, after a while none; deal with deaths meanwhile."""
         self._interrupts.check()
         watched = self.inverse_pool.watched()
-        ray.wait([*pending, *watched], num_returns=1, timeout=_WAIT_SECONDS)
+        ready, _ = ray.wait([*pending, *watched], num_returns=1, timeout=_WAIT_SECONDS)
+        if not ready:
+            self.inverse_pool.poll()
         for ref in finished(watched):
             self.inverse_pool.notice(ref)
         return finished(pending)

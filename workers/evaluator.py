@@ -14,6 +14,7 @@ from workers.messages import EvaluationSums
 
 def evaluate(crew: Crew, l2: float) -> Evaluation:
     """Evaluate the current parameters and, when there are any, the averaged ones."""
+    crew.share_buffers()
     (averaged,) = crew.gather(crew.call_server("averaged_parameters"))
     train = _means(crew, "train", None, l2)
     test = _means(crew, "test", None, l2)

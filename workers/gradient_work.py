@@ -20,6 +20,7 @@ from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten
 from kfac_dist.data import Split
 from kfac_dist.tasks import Task, build_model, load_task, torch_dtype, user_code
 from workers.batches import BatchPart, BatchReader
+from workers.buffers import read_buffers, write_buffers
 from workers.checksum import checksum
 from workers.evaluation import evaluate
 from workers.exchange import Coefficients, Directions, WorkerSide
@@ -29,7 +30,7 @@ from workers.phases import Phases
 from workers.planning import structure_of
 from workers.process_group import Group
 from workers.statistics_sender import Send, SentStatistics, StatisticsSender
-from workers.transport import Array, to_tensor
+from workers.transport import Array, Arrays, to_tensor
 
 
 class GradientWork:
@@ -204,6 +205,14 @@ class GradientWork:
                 )
         finally:
             assign_parameters(self._parameters, own)
+
+    def buffers(self) -> dict[str, Array]:
+        """Return the buffers of this worker's model."""
+        return read_buffers(self._computer.model)
+
+    def set_buffers(self, values: Arrays) -> None:
+        """Take over buffers."""
+        write_buffers(self._computer.model, values)
 
     def checksum(self) -> str:
         """Return the checksum of the mirrored parameters and previous update."""

@@ -23,7 +23,7 @@ from workers.messages import (
 )
 from workers.parcels import StatisticsParcel
 from workers.process_group import Group, join_group, join_store
-from workers.transport import Array
+from workers.transport import Array, Arrays
 
 
 class GradientWorker:
@@ -41,13 +41,14 @@ class GradientWorker:
         self._group: Group | None = None
         self._log = role_log(job, "gradient_worker", rank)
 
-    def build(self) -> int:
-        """Load task, data and model; return the process id."""
+    def build(self, buffers: Arrays) -> int:
+        """Load task, data and model, with these of its buffers; return the process id."""
         torch.set_num_threads(self._threads)
         build = partial(
             GradientWork, self._job, self._rank, self._devices.device(), self._send_statistics
         )
         self._work = logged(self._log, "build", build)
+        self._work.set_buffers(buffers)
         self._log.info("built", threads=self._threads, device=self._devices.kind)
         return os.getpid()
 
@@ -91,6 +92,14 @@ class GradientWorker:
     def evaluate(self, split: Split, parameters: Array | None) -> EvaluationSums:
         """Evaluate this worker's part of a split."""
         return logged(self._log, "evaluate", lambda: self._work.evaluate(split, parameters))
+
+    def buffers(self) -> dict[str, Array]:
+        """Return the buffers of this worker's model."""
+        return self._work.buffers()
+
+    def set_buffers(self, values: Arrays) -> None:
+        """Take over buffers."""
+        self._work.set_buffers(values)
 
     def checksum(self) -> str:
         """Return the checksum of the mirrored parameters."""

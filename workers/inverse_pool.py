@@ -2,7 +2,7 @@
 
 A dead one does not stop the training: its layers are orphaned, which the parameter server is told
 at once, and keep their last good inverses. A successor starts in the background, with the factors
-of the newest snapshot, and takes over between two steps.
+of the newest snapshot, and takes over between two steps. One that stalls is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import ray
 
 from workers.actor import Handle, Ref
-from workers.failures import Member, failed_among, failure_of, finished
+from workers.failures import Member, failure_of, finished
+from workers.inverse_health import InverseHealth
 from workers.inverse_worker import InverseWorkerActor
 from workers.messages import InverseSetup, InverseStatus, JobContext, RefreshRequest
 from workers.transport import Array
@@ -42,6 +43,7 @@ class _Worker:
     first_status: Ref
     pid: int = 0
     connected_step: int | None = None
+    has_stalled: bool = False
 
 
 class InversePool:
@@ -62,8 +64,7 @@ class InversePool:
         self._workers = {setup.rank: self._start(setup) for setup in setups}
         self._orphaned: dict[str, int] = {}
         self._num_deaths = 0
-        self._statuses: dict[int, InverseStatus] = {}
-        self._polls: dict[Ref, int] = {}
+        self._health = InverseHealth()
 
     def _start(self, setup: InverseSetup) -> _Worker:
         names = [layer.name for layer in setup.layers]
@@ -127,13 +128,13 @@ class InversePool:
         self._orphaned |= dict.fromkeys(layers, rank)
         self._tell_server()
         self._num_deaths += 1
-        self._statuses.pop(rank, None)
+        self._health.forget(rank)
         self._on_death(
             InverseWorkerDied(
                 rank=rank,
                 pid=dead.pid,
                 layers=layers,
-                exit=_describe_exit(error),
+                exit="stalled" if dead.has_stalled else _describe_exit(error),
                 num_deaths=self._num_deaths,
             )
         )
@@ -199,20 +200,25 @@ class InversePool:
         return back
 
     def poll(self) -> None:
-        """Ask every worker for its status; `statuses` has the answers later."""
-        asked = set(self._polls.values())
-        for rank, worker in self._workers.items():
-            if rank not in asked:
-                self._polls[worker.handle.status.remote()] = rank
+        """Ask every worker for its status, and kill those that have not answered for too long.
+
+        `statuses` has the answers later; deaths are noticed as all others are.
+        """
+        for rank in self._health.stalled():
+            worker = self._workers[rank]
+            if not worker.has_stalled:
+                worker.has_stalled = True
+                ray.kill(worker.handle)
+        connected = {
+            rank: worker.handle
+            for rank, worker in self._workers.items()
+            if worker.connected_step is not None
+        }
+        self._health.ask(connected)
 
     def statuses(self) -> dict[int, InverseStatus]:
         """Return the newest answer of each worker."""
-        ready = {ref: self._polls.pop(ref) for ref in finished(self._polls)}
-        failed = failed_among(ready)
-        answered = {ref: rank for ref, rank in ready.items() if ref not in failed}
-        newest: list[InverseStatus] = ray.get(list(answered))
-        self._statuses |= dict(zip(answered.values(), newest, strict=True))
-        return dict(self._statuses)
+        return self._health.statuses()
 
     def snapshots(self, step: int, timeout_seconds: float) -> dict[Ref, Member]:
         """Ask the connected workers for their averages, with the statistics of `step` in them."""

@@ -10,44 +10,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
-from kfac_dist.core.inverse import Inverted
-from kfac_dist.core.shelf import Held, HeldInverses, InverseShelf, at_gamma
+from kfac_dist.core.shelf import HeldInverses, InverseShelf, at_gamma
 from kfac_dist.core.structure import Structure
 from kfac_dist.errors import TimedOutError
+from workers.held_inverses import Admitted, Candidate
 from workers.messages import InverseHeader
 from workers.moments_exchange import Basis, Moments
 from workers.parcels import InverseParcel, pack_tensors, unpack_inverses, unpack_tensors
 from workers.transport import Array
-
-
-@dataclass(frozen=True, kw_only=True)
-class Admitted:
-    """What a step may use: the newest inverses of each layer that has any, and on what terms."""
-
-    held: Held
-    admission: Admission
-    waited_seconds: float
-
-    @property
-    def refreshed(self) -> Held:
-        """The layers but for those that are used although beyond the bound, or not at all."""
-        excused = {*self.admission.stale, *self.admission.gradient}
-        return {name: one for name, one in self.held.items() if name not in excused}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One inverse for each layer that has one, made with or near to `gamma`."""
-
-    gamma: float
-    inverses: Mapping[str, Inverted[Any]]
 
 
 @dataclass
@@ -122,17 +99,24 @@ class InverseStore:
                         f"{self.patience_seconds:g} s at step {step}"
                     )
                 admission = self._decide(step)
-            taken = self._shelf.take(self._only_admissible(step))
-        waited_seconds = time.perf_counter() - started
-        return Admitted(
-            held=self._shelf.installed(taken), admission=admission, waited_seconds=waited_seconds
-        )
+            return Admitted(
+                held=self._shelf.take(self._only_admissible(step)),
+                admission=admission,
+                waited_seconds=time.perf_counter() - started,
+            )
 
     def _only_admissible(self, step: int) -> dict[str, int] | None:
         """Return the one version of each layer that `step` may use, None where newer ones do."""
         if not self.bound.is_exact(step):
             return None
         return {name: self.bound.oldest_admissible(step, name) for name in self.layers}
+
+    def install(self, admitted: Admitted) -> Admitted:
+        """Return them as a step uses them: newer ones with what they take over from those in use.
+
+        Nothing is changed before `use`, so a step that is not applied leaves the next one to do it.
+        """
+        return replace(admitted, held=self._shelf.installed(admitted.held))
 
     def _decide(self, step: int) -> Admission:
         only = self._only_admissible(step)

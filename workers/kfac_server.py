@@ -7,8 +7,7 @@ update, damping and gamma, and the inverses it has accepted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,25 +16,17 @@ from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.layers import Registration
-from kfac_dist.core.shelf import all_carry
 from kfac_dist.core.update import Choice, KFACUpdate
 from workers.checksum import checksum
 from workers.exchange import Directions, ServerSide
-from workers.inverse_store import Admitted, Candidate, InverseStore
+from workers.held_inverses import StepInverses
+from workers.inverse_store import InverseStore
 from workers.messages import ServerReport, StepOrder
 from workers.moments_exchange import ServerMoments
 from workers.phases import Phases
 from workers.process_group import Group
 from workers.server_state import MeanGradient, ServerState
 from workers.transport import Array, section, to_arrays, to_tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inverses:
-    """What a step preconditions with."""
-
-    admitted: Admitted
-    candidates: Sequence[Candidate]
 
 
 class KFACServer:
@@ -109,28 +100,25 @@ class KFACServer:
             rows = subset_positions(order.window.size, self._settings.statistics_fraction)
             self._store.observe(moments, len(rows))
 
-    def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> _Inverses:
+    def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> StepInverses:
         """Choose the inverses: one set, or one for each gamma when a search can be decided.
 
         A search is decided in the first step in which every layer has all its gammas.
         """
         with phases("wait_inverse"):
             admitted = self._store.admit(plan.step)
-        gammas = self._update.tried_gammas(
-            lambda gammas: all_carry(admitted.refreshed, gammas), search=plan.search_gamma
-        )
+        with phases("install"):
+            admitted = self._store.install(admitted)
+        gammas = self._update.tried_gammas(admitted.carry, search=plan.search_gamma)
         candidates = [self._store.candidate(plan.step, admitted, gamma) for gamma in gammas]
-        return _Inverses(admitted=admitted, candidates=candidates)
+        return StepInverses(admitted=admitted, candidates=candidates)
 
-    def _precondition(self, gradient: Tensor, inverses: _Inverses, phases: Phases) -> Tensor:
+    def _precondition(self, gradient: Tensor, inverses: StepInverses, phases: Phases) -> Tensor:
         with phases("precondition"):
             directions, fallen = self._update.directions(
                 gradient,
-                [
-                    {name: inverted.inverse for name, inverted in candidate.inverses.items()}
-                    for candidate in inverses.candidates
-                ],
-                [candidate.gamma for candidate in inverses.candidates],
+                [candidate.by_layer for candidate in inverses.candidates],
+                inverses.gammas,
             )
             self._counts["gradient_fallback"] += len(fallen)
             return directions
@@ -148,15 +136,14 @@ class KFACServer:
             return side.receive_gram(len(directions) + 1) / num_rows
 
     def _choose(
-        self, gradient: Tensor, inverses: _Inverses, directions: Tensor, gram: Tensor | None
+        self, gradient: Tensor, inverses: StepInverses, directions: Tensor, gram: Tensor | None
     ) -> Choice:
-        gammas = [candidate.gamma for candidate in inverses.candidates]
-        return self._update.choose(gradient, directions, gammas, gram)
+        return self._update.choose(gradient, directions, inverses.gammas, gram)
 
     def _apply(
         self,
         plan: StepPlan,
-        inverses: _Inverses,
+        inverses: StepInverses,
         choice: Choice,
         directions: Tensor,
         phases: Phases,
@@ -193,7 +180,7 @@ class KFACServer:
         self,
         order: StepOrder,
         mean: MeanGradient,
-        inverses: _Inverses | None,
+        inverses: StepInverses | None,
         choice: Choice | None,
         ratio: float | None,
         phases: Phases,

@@ -166,6 +166,8 @@ class _Run:
             setups=self._inverse_setups(point),
             server_snapshot=point.server_snapshot,
             averages=point.averages,
+            buffers=point.buffers,
+            has_buffers=self._preparation.has_buffers,
         )
 
     def _inverse_setups(self, point: ResumePoint) -> list[InverseSetup]:

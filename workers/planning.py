@@ -26,8 +26,8 @@ from kfac_dist.optimizer import step_schedule as kfac_schedule
 from kfac_dist.tasks import torch_dtype
 from workers.messages import InverseSetup
 
-_MEASURED_ORDERS = (64, 128, 256)
-_REPEATS = 3
+_MEASURED_ORDERS = (96, 192, 384)
+_REPEATS = 2
 _PROBE = Link("measured", "next")
 
 
@@ -101,14 +101,15 @@ def measure_cost_model(settings: KFACSpec, dtype: torch.dtype) -> CostModel:
     structure = structure_for(settings, _PROBE, [_PROBE])
     samples = []
     for order in _MEASURED_ORDERS:
-        snapshot = _probe_snapshot(order, dtype, linked=bool(structure.links))
+        snapshot = probe_snapshot(order, dtype, linked=bool(structure.links))
         seconds = min(_time(structure, snapshot) for _ in range(_REPEATS)) / 2
         samples.append((order, seconds))
+    # Without a cubic term the measurement was disturbed, and tells nothing about large matrices.
     fitted = fit_cost_model(samples)
     return fitted if fitted.cubic > 0 else DEFAULT_COST_MODEL
 
 
-def _probe_snapshot(order: int, dtype: torch.dtype, *, linked: bool) -> LayerSnapshot:
+def probe_snapshot(order: int, dtype: torch.dtype, *, linked: bool) -> LayerSnapshot:
     """Return factors of two neighbours that are all of one order, and correlated by half."""
     rows = torch.randn(2 * order, order, dtype=dtype, generator=torch.Generator().manual_seed(0))
     factor = rows.T @ rows / len(rows)

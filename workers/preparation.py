@@ -16,11 +16,15 @@ from workers.planning import batch_size
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """A task that has been tried out in this process; `registration` is None for a baseline."""
+    """A task that has been tried out in this process; `registration` is None for a baseline.
+
+    `has_buffers` tells whether the model has state beside its parameters.
+    """
 
     train: MapDataset
     test: MapDataset
     registration: Registration | None
+    has_buffers: bool
 
     @property
     def num_train_cases(self) -> int:
@@ -53,7 +57,8 @@ def prepare(
     train, test = task.train_data(data_dir), task.test_data(data_dir)
     check_model(task, model, train)
     _check_batch_size(spec, len(train))
-    return Preparation(train=train, test=test, registration=registration)
+    has_buffers = next(model.buffers(), None) is not None
+    return Preparation(train=train, test=test, registration=registration, has_buffers=has_buffers)
 
 
 def _check_batch_size(spec: JobSpec, num_cases: int) -> None:

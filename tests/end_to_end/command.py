@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.waiting import wait_until
 
 COMMAND = [str(Path(sys.executable).parent / "kfac-dist")]
 SPEC = """\
@@ -27,15 +27,6 @@ workers: {gradient: 1, inverse: 1}
 staleness: {max_steps: 8}
 checkpoint: {every_steps: 4}
 """
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
 @dataclass

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from kfac_dist.config import load_spec
 from kfac_dist.core.vector import flatten
-from tests.end_to_end.command import SPEC, CommandLine, wait_until
+from tests.end_to_end.command import SPEC, CommandLine
+from tests.waiting import wait_until
 from tests.workers.test_distributed_is_serial import serial_run
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -47,7 +47,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def processes(cluster: None) -> Iterator[None]:
     """After the test, no actor of it lives."""
     yield
-    from tests.workers.jobs import actors_alive, wait_until
+    from tests.waiting import wait_until
+    from tests.workers.jobs import actors_alive
 
     wait_until(lambda: not actors_alive(), "the end of all actors")
     assert os.environ["RAY_AUTH_MODE"] == "disabled"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +24,16 @@ class Line:
 
     distribution = "gaussian"
 
-    def __init__(self, breaks_after=0, how="raise"):
+    def __init__(self, depth=1, normalised=False, breaks_after=0, how="raise"):
+        self.depth = depth
+        self.normalised = normalised
         self.breaks_after = breaks_after
         self.how = how
 
     def model(self):
         print("building the model")
-        return Breaking(self.breaks_after, self.how)
+        model = Breaking(self.depth, self.breaks_after, self.how)
+        return nn.Sequential(nn.BatchNorm1d(6), model) if self.normalised else model
 
     def train_data(self, data_dir):
         generator = torch.Generator().manual_seed(1)
@@ -43,9 +45,11 @@ class Line:
 
 
 class Breaking(nn.Module):
-    def __init__(self, breaks_after, how):
+    def __init__(self, depth, breaks_after, how):
         super().__init__()
-        self.hidden = nn.Linear(6, 5)
+        widths = [6, *range(4 + depth, 4, -1)]
+        pairs = zip(widths, widths[1:])
+        self.hidden = nn.ModuleList(nn.Linear(inputs, outputs) for inputs, outputs in pairs)
         self.output = nn.Linear(5, 3)
         self.breaks_after = breaks_after
         self.how = how
@@ -53,21 +57,15 @@ class Breaking(nn.Module):
 
     def forward(self, inputs):
         self.passes += 1
+        for layer in self.hidden:
+            inputs = torch.tanh(layer(inputs))
+        outputs = self.output(inputs)
         if self.breaks_after and self.passes > self.breaks_after:
             if self.how == "nan":
-                return self.output(self.hidden(inputs)) * float("nan")
+                return outputs * float("nan")
             raise LookupError("no such column")
-        return self.output(torch.tanh(self.hidden(inputs)))
+        return outputs
 '''
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
 def line_spec(**changes: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
 from kfac_dist.core.layers import register
 from kfac_dist.tasks import build_model, load_task, torch_dtype
+from tests.workers.jobs import TASK
 from workers.gradient_work import GradientWork
 from workers.inverse_loop import InverseLoop
 from workers.inverse_work import InverseWork
@@ -39,28 +40,50 @@ CPU = torch.device("cpu")
 
 def small_spec(**changes: Any) -> JobSpec:
     """A small autoencoder on 200 digits in float64; `changes` are sections or top-level keys."""
-    values: dict[str, Any] = {
-        "name": "small",
+    task = {
         "task": "autoencoder",
         "task_args": {"hidden": [12, 5]},
         "data": {"name": "mnist-5k", "limit": 200},
-        "steps": 20,
         "batch_size": 50,
-        "dtype": "float64",
-        "optimizer": {
-            "damping": {"initial": 30.0},
-            "gamma": {"adapt_period": 6},
-            "inverse_update_period": 4,
-            "statistics_fraction": 0.5,
-            "fisher_fraction": 0.5,
-            "averaging": {"decay": 0.9, "start": 5},
-        },
-        "staleness": {"max_steps": 0},
     }
+    return parse_spec(_merged(_merged(_JOB, task), changes))
+
+
+def chain_spec(folder: Path, **changes: Any) -> JobSpec:
+    """A chain of four layers whose factors have full rank, on a task of milliseconds a step."""
+    (folder / "line.py").write_text(TASK)
+    task = {
+        "task": "line.py:Line",
+        "task_args": {"depth": 3},
+        "data": {"name": None},
+        "batch_size": 40,
+        "optimizer": {"damping": {"initial": 1.0}, "statistics_fraction": 1.0},
+    }
+    return parse_spec(_merged(_merged(_JOB, task), changes))
+
+
+_JOB: dict[str, Any] = {
+    "name": "small",
+    "steps": 20,
+    "dtype": "float64",
+    "optimizer": {
+        "damping": {"initial": 30.0},
+        "gamma": {"adapt_period": 6},
+        "inverse_update_period": 4,
+        "statistics_fraction": 0.5,
+        "fisher_fraction": 0.5,
+        "averaging": {"decay": 0.9, "start": 5},
+    },
+    "staleness": {"max_steps": 0},
+}
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(values)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
-        values[key] = {**values[key], **value} if both else value
-    return parse_spec(values)
+        result[key] = {**values[key], **value} if both else value
+    return result
 
 
 def job_context(spec: JobSpec, folder: Path) -> JobContext:
@@ -141,7 +164,7 @@ class LocalJob:
             if self.loops:
                 worker.connect(self.assignment, dict.fromkeys(self.assignment, 1))
         self.cursor = saved.cursor if saved else SamplerCursor(epoch=0, offset=0)
-        self.num_cases = spec.data.limit or 0
+        self.num_cases = len(self.workers[0]._data["train"])
         self.step_count = saved.step if saved else 0
         self.gammas = self.server.next_gammas(self.step_count + 1)
 

@@ -15,7 +15,7 @@ from kfac_dist.core.sampling import permutation
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import fetch
 from kfac_dist.tasks import build_model, load_task, torch_dtype
-from tests.workers.local_job import LocalJob, small_spec
+from tests.workers.local_job import LocalJob, chain_spec, small_spec
 
 
 def serial_run(
@@ -54,15 +54,21 @@ RULES = {
     "norm_constraint": {"step_rule": "norm_constraint", "norm_constraint": 0.01},
     "no_search": {"gamma": {"adapt_period": None}},
 }
+CHAIN = {"inverse": "block_tridiagonal"}
+EIGEN = {"inverse": "ekfac"}
+STRUCTURES = {
+    "tridiagonal": CHAIN,
+    "tridiagonal_constrained": {**CHAIN, **RULES["norm_constraint"]},
+    "ekfac": EIGEN,
+    "ekfac_seldom": {**EIGEN, "factor_update_period": 2, "inverse_update_period": 7},
+    "ekfac_constrained": {**EIGEN, **RULES["norm_constraint"]},
+    "ekfac_exact": {**EIGEN, "fisher_type": "exact"},
+}
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
-    base = small_spec().optimizer.model_dump()
-    spec = small_spec(optimizer={**base, **RULES[rule]})
-    job = run(spec)
+def assert_bitwise_serial(job: LocalJob, spec: JobSpec, folder: Path) -> None:
     reports = job.steps(20)
-    serial, results = serial_run(spec, tmp_path, 20)
+    serial, results = serial_run(spec, folder, 20)
     for report, result in zip(reports, results, strict=True):
         for name in ("loss", "objective", "damping", "gamma", "reduction_ratio", "update_norm"):
             assert getattr(report, name) == getattr(result, name), (report.step, name)
@@ -72,12 +78,37 @@ def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
     assert torch.equal(job.server.state._average.value, serial.averaged_parameters)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
+    spec = small_spec(optimizer=RULES[rule])
+    assert_bitwise_serial(run(spec), spec, tmp_path)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_so_it_is_with_any_structure_of_the_inverse_on_two_inverse_workers(
+    structure, run, tmp_path
+):
+    spec = chain_spec(tmp_path, optimizer=STRUCTURES[structure], workers={"inverse": 2})
+    assert_bitwise_serial(run(spec), spec, tmp_path)
+
+
 @pytest.mark.parametrize(("gradient", "inverse"), [(2, 1), (3, 2)])
 def test_more_workers_are_the_serial_optimizer_to_rounding(gradient, inverse, run, tmp_path):
     spec = small_spec(workers={"gradient": gradient, "inverse": inverse})
-    job = run(spec)
+    assert_serial_to_rounding(run(spec), spec, tmp_path)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_more_workers_are_the_serial_optimizer_with_any_structure(structure, run, tmp_path):
+    """Where the factors have full rank: EKFAC's basis of a null space is made of rounding."""
+    workers = {"gradient": 2, "inverse": 2}
+    spec = chain_spec(tmp_path, optimizer=STRUCTURES[structure], workers=workers)
+    assert_serial_to_rounding(run(spec), spec, tmp_path)
+
+
+def assert_serial_to_rounding(job: LocalJob, spec: JobSpec, folder: Path) -> None:
     job.steps(20)
-    serial, _ = serial_run(spec, tmp_path, 20)
+    serial, _ = serial_run(spec, folder, 20)
     theta = flatten(serial._parameters)
     assert torch.linalg.vector_norm(job.parameters - theta) <= 1e-9 * torch.linalg.vector_norm(
         theta

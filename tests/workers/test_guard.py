@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.workers.jobs import wait_until
+from tests.waiting import wait_until
 from workers.guard import clean_up, guarded
 
 HOLDER = "import sys, time; file = open(sys.argv[1], 'w'); time.sleep(600)"

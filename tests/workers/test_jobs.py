@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -15,8 +16,10 @@ from kfac_dist import train
 from kfac_dist.config import parse_spec
 from kfac_dist.core.vector import flatten
 from kfac_dist.errors import InvalidSpecError, NumericError, UserTaskError, WorkerDiedError
+from kfac_dist.runs import JobSummary
 from tests.workers.jobs import Jobs, line_spec
 from tests.workers.test_distributed_is_serial import serial_run
+from workers import inverse_health
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -51,6 +54,29 @@ def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jo
     assert ray.is_initialized()
 
 
+def test_buffers_are_shared_saved_and_restored(jobs: Jobs) -> None:
+    def trained(run_dir: str, *, steps: int, resume: bool = False, gradient: int = 2) -> JobSummary:
+        spec = line_spec(
+            steps=steps,
+            task_args={"normalised": True},
+            optimizer={"name": "sgd"},
+            workers={"gradient": gradient},
+        )
+        return jobs.run(parse_spec(spec), run_dir=run_dir, resume=resume)
+
+    def saved(run_dir: str, role: str) -> bytes:
+        folder = jobs.run_folder(run_dir).checkpoints_dir / "step-00000008"
+        return (folder / f"{role}.safetensors").read_bytes()
+
+    straight = trained("straight", steps=8)
+    trained("halves", steps=4)
+    trained("halves", steps=8, resume=True)
+    for role in ("parameter_server", "buffers"):
+        assert saved("halves", role) == saved("straight", role)
+    alone = trained("straight", steps=8, resume=True, gradient=1)
+    assert alone.test == pytest.approx(straight.test, rel=1e-12)
+
+
 def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Jobs) -> None:
     spec = line_spec(steps=1000, task_args={"breaks_after": 30}, workers={"gradient": 2})
     with pytest.raises(UserTaskError, match=r"LookupError: no such column \(line.py:") as caught:
@@ -80,31 +106,49 @@ def test_too_many_steps_without_a_finite_update_end_the_job(jobs: Jobs) -> None:
     assert jobs.records[-1].parameter_version == jobs.records[-1].step - 3
 
 
-def test_a_killed_inverse_worker_is_replaced(jobs: Jobs) -> None:
-    class Recovered(Exception):  # noqa: N818 - ends the endless job of this test
-        pass
+class Recovered(Exception):  # noqa: N818 - ends the endless jobs of these tests
+    pass
 
-    def kill_one(record: object) -> None:
+
+def run_until_recovered(jobs: Jobs, sent: signal.Signals, spec: dict[str, Any]) -> None:
+    """Send a signal to inverse worker 0 at step 6, and train until all its layers are back."""
+
+    def hit_one(record: object) -> None:
         if "recovered" in jobs.kinds():
             raise Recovered
         if len(jobs.records) == 6:
-            os.kill(jobs.pid("inverse_worker"), signal.SIGKILL)
+            os.kill(jobs.pid("inverse_worker"), sent)
 
-    jobs.on_step = kill_one
-    spec = line_spec(
-        steps=100_000,
-        staleness={"max_steps": 20},
-        workers={"gradient": 2, "inverse": 2},
-        checkpoint={"every_steps": 4},
-    )
+    jobs.on_step = hit_one
     with pytest.raises(Recovered):
         jobs.run(parse_spec(spec))
     died = jobs.event("inverse_worker_died")
     assert died.details["pid"] != jobs.event("inverse_worker_replaced").details["pid"]
+    assert jobs.run_folder().read_job().state == "FAILED"
+
+
+def test_a_killed_inverse_worker_is_replaced(jobs: Jobs) -> None:
+    spec = line_spec(
+        steps=100_000,
+        task_args={"depth": 3},
+        staleness={"max_steps": 20},
+        workers={"gradient": 2, "inverse": 2},
+    )
+    spec["optimizer"]["inverse"] = "block_tridiagonal"  # it shares statistics with its neighbour
+    run_until_recovered(jobs, signal.SIGKILL, spec)
     degraded = [record for record in jobs.records if record.stale_applied_total > 0]
     worst = max(r.inverse_staleness_steps.max for r in jobs.records if r.inverse_staleness_steps)
     assert bool(degraded) == (worst > 20)
-    assert jobs.run_folder().read_job().state == "FAILED"
+
+
+def test_a_stalled_inverse_worker_is_replaced_like_a_dead_one(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inverse_health, "STALL_SECONDS", 2.0)
+    spec = line_spec(steps=100_000, workers={"gradient": 1, "inverse": 2})
+    spec["optimizer"]["inverse"] = "ekfac"
+    run_until_recovered(jobs, signal.SIGSTOP, spec)
+    assert jobs.event("inverse_worker_died").details["exit"] == "stalled"
 
 
 def test_more_deaths_than_allowed_end_the_job(jobs: Jobs) -> None:

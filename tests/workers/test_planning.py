@@ -1,0 +1,42 @@
+"""Who is started with which layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.factors import Link
+from kfac_dist.core.layers import register
+from kfac_dist.core.structure import structure_for
+from tests.workers.local_job import chain_spec
+from workers.planning import inverse_setups, measure_cost_model, probe_snapshot
+
+MODEL = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(5)])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 7])
+def test_a_chain_is_cut_into_runs_each_with_its_links(num_workers, tmp_path):
+    options = {"inverse": "block_tridiagonal"}
+    spec = chain_spec(tmp_path, optimizer=options, workers={"inverse": num_workers})
+    setups = inverse_setups(spec, register(MODEL), applied_step=3)
+    names = [[layer.name for layer in setup.layers] for setup in setups]
+    assert [name for own in names for name in own] == ["0", "1", "2", "3", "4"]
+    assert all(names)
+    links = [link for setup in setups for link in setup.links]
+    assert links == [Link(str(i), str(i + 1)) for i in range(4)]
+    for setup, own in zip(setups, names, strict=True):
+        assert {link.name for link in setup.links} == set(own) - {"4"}
+        assert setup.applied_step == 3
+
+
+@pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal", "ekfac"])
+def test_what_is_measured_for_the_costs_is_the_ordinary_work_of_the_structure(inverse):
+    settings, link = KFACSpec(inverse=inverse), Link("a", "b")
+    structure = structure_for(settings, link, [link])
+    snapshot = probe_snapshot(20, torch.float32, linked=bool(structure.links))
+    (prepared,) = structure.prepare(snapshot, [1.0])
+    assert prepared.rungs == ()
+    expected = {"block_diagonal": "A", "block_tridiagonal": "psi_A", "ekfac": "Q_A"}
+    assert expected[inverse] in prepared.inverse.tensors()
+    assert measure_cost_model(settings, torch.float32).matrix_seconds(100) > 0
