@@ -100,8 +100,8 @@ def evaluate(model: nn.Module, task: Task, data: MapDataset) -> dict[str, float]
 
 
 def race(spec: JobSpec, data_dir: Path | None, evaluate_every: int) -> list[Contestant]:
-    task = load_task(spec, ROOT / "examples")
-    data = task.train_data(data_dir)
+    task = load_task(spec, ROOT / "examples", data_dir=data_dir)
+    data = task.train_data()
     field_ = contestants(spec, task)
     source = batches(spec, data)
     for first in range(0, spec.steps, STEPS_A_TURN):

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from kfac_dist.data import Places
 from kfac_dist.data.mnist import MnistReader
 from kfac_dist.errors import DataNotFoundError
 from tests.data.idx_files import describe, small_archive
@@ -47,7 +48,8 @@ def packed(files):
 
 
 def reader(files, cache_dir, *mirrors):
-    return MnistReader(data_dir=None, cache_dir=cache_dir, archive=describe(files, mirrors))
+    places = Places(data_dir=None, cache_dir=cache_dir)
+    return MnistReader(places=places, archive=describe(files, mirrors))
 
 
 def test_downloads_into_the_cache_once(tmp_path):

@@ -55,7 +55,7 @@ def test_model_and_data_fit_together(task_name, dtype, tmp_path):
     )
     model = build_model(task, 0, getattr(torch, dtype))
 
-    train, test = task.train_data(None), task.test_data(None)
+    train, test = task.train_data(), task.test_data()
 
     assert (len(train), len(test)) == (50, 50)
     check_model(task, model, train)
@@ -93,11 +93,11 @@ def test_accuracy_is_one_where_the_likeliest_digit_is_right(tmp_path):
             r"activation, initialization, distribution\. Did you mean hidden\?",
         ),
         ({"task_args": {"source": "x"}}, r"task_args\.source: .* no such argument"),
-        ({"task_args": {"hidden": []}}, r"task_args\.hidden: \[\] is not a list of layer sizes"),
+        ({"task_args": {"hidden": []}}, r"task_args\.hidden: \[\] is not a list of sizes"),
         ({"task_args": {"hidden": 30}}, r"task_args\.hidden: 30 is not a list"),
-        ({"task_args": {"hidden": [30, 0]}}, "the layer size 0 is not a whole number above 0"),
-        ({"task_args": {"hidden": [30, 2.5]}}, r"the layer size 2\.5 is not"),
-        ({"task_args": {"hidden": [True]}}, "the layer size True is not"),
+        ({"task_args": {"hidden": [30, 0]}}, "the size 0 is not a whole number above 0"),
+        ({"task_args": {"hidden": [30, 2.5]}}, r"the size 2\.5 is not"),
+        ({"task_args": {"hidden": [True]}}, "the size True is not"),
         (
             {"task_args": {"activation": "tanhh"}},
             r"task_args\.activation: 'tanhh' is not one of sigmoid, tanh, relu\. "
@@ -105,7 +105,10 @@ def test_accuracy_is_one_where_the_likeliest_digit_is_right(tmp_path):
         ),
         ({"task_args": {"initialization": 3}}, r"task_args\.initialization: 3 is not one of"),
         ({"task_args": {"distribution": "categorical"}}, r"task_args\.distribution: 'categ"),
-        ({"task": "classifier", "task_args": {"code": 3}}, "task classifier has no such"),
+        (
+            {"task": "classifier", "task_args": {"code": 3}},
+            "task classifier with network mlp has no such",
+        ),
         ({"data": {"name": None}}, r"data\.name: null is not a data set"),
     ],
 )
@@ -115,13 +118,13 @@ def test_mistakes_in_the_specification(keys, message, tmp_path):
 
 
 def test_loading_a_task_reads_no_data(tmp_path):
-    task = load(tmp_path, data={"name": "mnist"})
+    task = load_task(spec(data={"name": "mnist"}), tmp_path, data_dir=tmp_path / "absent")
 
     with pytest.raises(DataNotFoundError, match="absent"):
-        task.train_data(tmp_path / "absent")
+        task.train_data()
 
 
 def test_data_in_the_dtype_of_the_job(tmp_path):
     task = load(tmp_path, data={"name": "curves", "limit": 3}, dtype="float64")
 
-    assert fetch(task.train_data(None), torch.arange(3))[0].dtype == torch.float64
+    assert fetch(task.train_data(), torch.arange(3))[0].dtype == torch.float64

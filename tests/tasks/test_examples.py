@@ -11,9 +11,9 @@ from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def parts(name, *overrides):
+def parts(name, *overrides, data_dir=None):
     spec = load_spec(EXAMPLES / name, overrides)
-    task = load_task(spec, EXAMPLES)
+    task = load_task(spec, EXAMPLES, data_dir=data_dir)
     return spec, task, build_model(task, spec.seed, torch_dtype(spec.dtype))
 
 
@@ -27,7 +27,7 @@ def parts(name, *overrides):
 )
 def test_an_example_that_needs_no_files(name, overrides, num_train):
     _, task, model = parts(name, *overrides)
-    train, test = task.train_data(None), task.test_data(None)
+    train, test = task.train_data(), task.test_data()
 
     assert len(train) == num_train
     check_finite(train, "train")
@@ -36,8 +36,8 @@ def test_an_example_that_needs_no_files(name, overrides, num_train):
 
 
 def test_the_papers_mnist_autoencoder(mnist_dir):
-    spec, task, model = parts("mnist_autoencoder.yaml")
-    train = task.train_data(mnist_dir)
+    spec, task, model = parts("mnist_autoencoder.yaml", data_dir=mnist_dir)
+    train = task.train_data()
 
     assert (len(train), spec.batch_size, spec.steps) == (60_000, 1000, 500)
     assert task.hidden == (1000, 500, 250, 30)
