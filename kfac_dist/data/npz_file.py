@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from kfac_dist.errors import DataError, DataNotFoundError
 
+_DAMAGED = (ValueError, EOFError, zlib.error, zipfile.BadZipFile)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry; its end: lengths of name and extra
 
 
@@ -39,19 +41,20 @@ class NpzFile:
 
     def header(self, name: str) -> Header:
         """Shape and type of the array `name`, without reading its values."""
-        with self._open() as archive, archive.open(f"{name}.npy") as stream:
-            try:
+        try:
+            with self._open() as archive, archive.open(f"{name}.npy") as stream:
                 version = npy.read_magic(stream)
                 read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
                 shape, is_fortran, dtype = read(stream)
-            except (ValueError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.path}: {name} is not an array: {error}") from error
-            if dtype.hasobject:
-                raise DataError(
-                    f"{self.path}: {name} holds Python objects, which are never unpickled; "
-                    "save it as an array of numbers"
-                )
-            return Header(shape, is_fortran, dtype, stream.tell())
+                offset = stream.tell()
+        except _DAMAGED as error:
+            raise DataError(f"{self.path}: {name} is not an array: {error}") from error
+        if dtype.hasobject:
+            raise DataError(
+                f"{self.path}: {name} holds Python objects, which are never unpickled; "
+                "save it as an array of numbers"
+            )
+        return Header(shape, is_fortran, dtype, offset)
 
     def array(self, name: str) -> NDArray[Any]:
         """The array `name`, writable without changing the file.
@@ -74,7 +77,7 @@ class NpzFile:
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 array: NDArray[Any] = arrays[name]
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise DataError(f"{self.path}: {name} cannot be read: {error}") from error
         return array
 
