@@ -1,5 +1,6 @@
 """The built-in tasks as a specification names them."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,74 @@ def test_accuracy_is_one_where_the_likeliest_digit_is_right(tmp_path):
     assert task.distribution == "categorical"
 
 
+NETWORKS = [
+    {"network": "mlp", "hidden": [10]},
+    {"network": "convnet", "channels": [4, 8], "normalization": "none"},
+    {"network": "convnet", "channels": [4, 8], "activation": "tanh"},
+    {"network": "resnet20"},
+    {"network": "resnet20", "normalization": "batch", "shortcut": "conv"},
+]
+
+
+@pytest.mark.parametrize("args", NETWORKS)
+@pytest.mark.parametrize("data", ["mnist-5k", "cifar10", "npz"])
+def test_each_network_classifies_each_kind_of_image(data, args, tmp_path):
+    write_cifar10(tmp_path)
+    images = np.zeros((5, 12, 12, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=np.arange(5), x_test=images[:2])
+    job = spec("classifier", task_args=args, data={"name": data})
+
+    task = load_task(job, tmp_path, data_dir=tmp_path, cache_dir=tmp_path)
+    model = build_model(task, 0, torch.float32)
+
+    check_model(task, model, task.train_data())
+    inputs, _ = fetch(task.train_data(), torch.arange(2))
+    assert model(inputs).shape == (2, 5 if data == "npz" else 10)
+
+
+def test_a_cifar10_autoencoder_reconstructs_plain_pixels(tmp_path):
+    write_cifar10(tmp_path)
+    args = {"hidden": [6, 3], "distribution": "bernoulli"}
+    job = spec(data={"name": "cifar10"}, task_args=args)
+
+    task = load_task(job, tmp_path, data_dir=tmp_path, cache_dir=tmp_path)
+
+    check_model(task, build_model(task, 0, torch.float32), task.train_data())
+
+
+def test_the_faces_net_of_the_paper_takes_the_faces_that_are_there(tmp_path):
+    np.savez(tmp_path / "faces.npz", faces=np.random.default_rng(0).normal(size=(40, 4096)))
+    task = load_task(spec(data={"name": "faces"}), tmp_path, data_dir=tmp_path)
+    model = build_model(task, 0, torch.float32)
+
+    assert task.distribution == "gaussian"
+    assert (model.encoder1.in_features, task.hidden) == (4096, (2000, 1000, 500, 30))
+    check_model(task, model, task.train_data())
+
+
+def write_cifar10(folder):
+    record = bytes([3]) + bytes(range(256)) * 12
+    (folder / "data_batch_1.bin").write_bytes(3 * record)
+
+
+@pytest.mark.parametrize(
+    ("args", "shape", "message"),
+    [
+        ({"network": "convnet"}, (4, 30), r"task_args\.network: convnet takes images, .* \(30,\)"),
+        ({"network": "resnet20"}, (4, 30), "resnet20 takes images"),
+        ({"network": "convnet"}, (4, 5, 9), r"channels: each of the 3 .* only 5x9; use at most 2"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data(args, shape, message, tmp_path):
+    np.savez(tmp_path / "data.npz", x_train=np.ones(shape), y_train=np.zeros(4, int))
+    task = load_task(
+        spec("classifier", task_args=args, data={"name": "npz"}), tmp_path, data_dir=tmp_path
+    )
+
+    with pytest.raises(InvalidSpecError, match=message):
+        task.model()
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -109,7 +178,25 @@ def test_accuracy_is_one_where_the_likeliest_digit_is_right(tmp_path):
             {"task": "classifier", "task_args": {"code": 3}},
             "task classifier with network mlp has no such",
         ),
+        (
+            {"task": "classifier", "task_args": {"network": "convnet", "hidden": [3]}},
+            r"task_args\.hidden: task classifier with network convnet has no such argument; "
+            r"it accepts channels, activation, normalization",
+        ),
+        (
+            {"task": "classifier", "task_args": {"network": "resnet"}},
+            r"task_args\.network: 'resnet' is not one of mlp, convnet, resnet20\. Did you mean res",
+        ),
+        (
+            {"task": "classifier", "task_args": {"network": "resnet20", "normalization": "layer"}},
+            r"task_args\.normalization: 'layer' is not one of none, batch, group",
+        ),
+        (
+            {"data": {"name": "cifar10"}},
+            r"task_args\.hidden: is missing; the paper has no net for cifar10",
+        ),
         ({"data": {"name": None}}, r"data\.name: null is not a data set"),
+        ({"data": {"name": "text"}}, r"data\.name: text does not fit this task"),
     ],
 )
 def test_mistakes_in_the_specification(keys, message, tmp_path):

@@ -67,6 +67,17 @@ def test_a_file_in_a_subfolder_and_by_its_absolute_path(tmp_path):
     assert len(load(tmp_path, f"{tmp_path}/sub/mine.py:Line").train_data()) == 12
 
 
+def test_the_data_methods_are_told_where_data_may_be(tmp_path):
+    write_task(tmp_path, ("x = torch.linspace(0, 1, self.num_cases)[:, None]",
+                          "x = torch.zeros(len(list(data_dir.iterdir())), 1)"))  # fmt: skip
+    for name in "abc":
+        (tmp_path / "data" / name).mkdir(parents=True)
+
+    task = load_task(spec(task="mine.py:Line"), tmp_path, data_dir=tmp_path / "data")
+
+    assert (len(task.train_data()), len(task.test_data())) == (3, 3)
+
+
 def test_limit_keeps_the_first_cases(tmp_path):
     write_task(tmp_path)
 
