@@ -7,6 +7,7 @@ import torch
 from kfac_dist.data import fetch
 from kfac_dist.errors import DataNotFoundError, InvalidSpecError
 from kfac_dist.tasks import build_model, check_model, load_task
+from tests.data.small_sets import write_cifar10
 from tests.tasks.specs import spec
 
 
@@ -127,11 +128,6 @@ def test_the_faces_net_of_the_paper_takes_the_faces_that_are_there(tmp_path):
     assert task.distribution == "gaussian"
     assert (model.encoder1.in_features, task.hidden) == (4096, (2000, 1000, 500, 30))
     check_model(task, model, task.train_data())
-
-
-def write_cifar10(folder):
-    record = bytes([3]) + bytes(range(256)) * 12
-    (folder / "data_batch_1.bin").write_bytes(3 * record)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ from kfac_dist.data import fetch
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks import build_model, check_model, load_task
 from kfac_dist.tasks.transformer import CausalAttention, CharTransformer
+from tests.data.small_sets import TEXT, write_text
 from tests.tasks.specs import spec
-
-TEXT = "to be, or not to be: that is the question.\n" * 20
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +130,7 @@ def test_forward_mode_works(tie_weights):
 
 
 def load(tmp_path, **args):
-    (tmp_path / "input.txt").write_text(TEXT)
+    write_text(tmp_path)
     small = {"context": 16, "width": 8, "num_heads": 2, "num_blocks": 1}
     job = spec("char_transformer", data={"name": "text"}, task_args=small | args, dtype="float64")
     return load_task(job, tmp_path, data_dir=tmp_path, cache_dir=tmp_path)
