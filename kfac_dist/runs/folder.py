@@ -22,7 +22,7 @@ from kfac_dist.runs.journal import Journal, write_whole
 from kfac_dist.runs.lock import FolderLock
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepRecord
-from kfac_dist.runs.resume import check_same_job
+from kfac_dist.runs.resume import check_same_job, check_steps_left
 
 _JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"
 
@@ -66,12 +66,14 @@ class RunFolder:
         Raises:
             NotFoundError: there is no run.
             ConflictError: another process works in it, or `spec` is of another job.
+            InvalidSpecError: `spec` ends before the newest checkpoint.
         """
         if not (path / _JOB).exists():
             raise NotFoundError(_nothing_to_resume(path))
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
             check_same_job(folder.read_spec(), spec, path)
+            check_steps_left(spec, folder.checkpoints_dir)
             folder.write_spec(spec)
             (path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
             attempt = folder.read_job().attempt + 1
@@ -206,11 +208,14 @@ def check_folder(path: Path, spec: JobSpec, *, resume: bool) -> None:
     Raises:
         ConflictError: the folder is occupied, or holds another job than the one to resume.
         NotFoundError: there is no run to resume.
+        InvalidSpecError: the run to resume has a checkpoint beyond the last step.
     """
     if (path / _JOB).exists():
         _lock(path).release()
         if resume:
-            check_same_job(RunFolder.open(path).read_spec(), spec, path)
+            folder = RunFolder.open(path)
+            check_same_job(folder.read_spec(), spec, path)
+            check_steps_left(spec, folder.checkpoints_dir)
         else:
             _refuse_occupied(path)
     elif resume:
