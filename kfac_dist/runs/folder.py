@@ -22,7 +22,7 @@ from kfac_dist.runs.journal import Journal, write_whole
 from kfac_dist.runs.lock import FolderLock
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepRecord
-from kfac_dist.runs.resume import check_same_job, check_steps_left
+from kfac_dist.runs.resume import check_same_job
 
 _JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"
 
@@ -61,25 +61,17 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, spec: JobSpec) -> RunFolder:
-        """Begin the next attempt of the run in `path`; `spec` may change what keeps the job.
+        """Take the run in `path` up again, so far without a change; `begin_attempt` comes next.
 
         Raises:
             NotFoundError: there is no run.
             ConflictError: another process works in it, or `spec` is of another job.
-            InvalidSpecError: `spec` ends before the newest checkpoint.
         """
         if not (path / _JOB).exists():
             raise NotFoundError(_nothing_to_resume(path))
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
             check_same_job(folder.read_spec(), spec, path)
-            check_steps_left(spec, folder.checkpoints_dir)
-            folder.write_spec(spec)
-            (path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
-            attempt = folder.read_job().attempt + 1
-            folder.update_job(
-                state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
-            )
         return folder
 
     @classmethod
@@ -120,6 +112,15 @@ class RunFolder:
         """The log of one worker; attempts are kept apart."""
         suffix = "" if attempt == 1 else f".a{attempt}"
         return self.path / "logs" / f"{role}-{rank}{suffix}.log"
+
+    def begin_attempt(self, spec: JobSpec) -> None:
+        """Begin the next attempt of a run taken up again; `spec` may change what keeps the job."""
+        self.write_spec(spec)
+        (self.path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
+        attempt = self.read_job().attempt + 1
+        self.update_job(
+            state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
+        )
 
     def write_spec(self, spec: JobSpec) -> None:
         """Write the resolved specification."""
@@ -208,14 +209,11 @@ def check_folder(path: Path, spec: JobSpec, *, resume: bool) -> None:
     Raises:
         ConflictError: the folder is occupied, or holds another job than the one to resume.
         NotFoundError: there is no run to resume.
-        InvalidSpecError: the run to resume has a checkpoint beyond the last step.
     """
     if (path / _JOB).exists():
         _lock(path).release()
         if resume:
-            folder = RunFolder.open(path)
-            check_same_job(folder.read_spec(), spec, path)
-            check_steps_left(spec, folder.checkpoints_dir)
+            check_same_job(RunFolder.open(path).read_spec(), spec, path)
         else:
             _refuse_occupied(path)
     elif resume:
