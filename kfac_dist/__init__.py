@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kfac_dist.optimizer import KFAC, StepResult
+    from kfac_dist.preconditioner import KFACPreconditioner
     from workers.api import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "KFAC": "kfac_dist.optimizer",
+    "KFACPreconditioner": "kfac_dist.preconditioner",
     "StepResult": "kfac_dist.optimizer",
     "train": "workers.api",
 }
 
-__all__ = ["KFAC", "StepResult", "__version__", "train"]
+__all__ = ["KFAC", "KFACPreconditioner", "StepResult", "__version__", "train"]
 
 
 def __getattr__(name: str) -> object:

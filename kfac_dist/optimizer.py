@@ -247,7 +247,6 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, apart from the parameters themselves."""
         state = {
-            "inverse": self.settings.inverse,
             "step_count": self.step_count,
             "update": self._update.state_dict(),
             **self._curvature.state_dict(),
@@ -263,18 +262,12 @@ class KFAC(torch.optim.Optimizer):
             InvalidSpecError: the state is of a model with other layers or another size, or of
                 another structure of the inverse.
         """
-        if state_dict["inverse"] != self.settings.inverse:
+        self._curvature.check_state(state_dict)
+        size = state_dict["update"]["previous_update"].numel()
+        if size != self._registration.num_parameters:
             raise InvalidSpecError(
-                f"the state is of inverse: {state_dict['inverse']}; this optimizer has "
-                f"inverse: {self.settings.inverse}"
-            )
-        previous = state_dict["update"]["previous_update"]
-        unknown = set(state_dict["inverses"]) - set(self._registration.names)
-        if previous.numel() != self._registration.num_parameters or unknown:
-            raise InvalidSpecError(
-                f"the state is of another model: {previous.numel()} parameters and layers "
-                f"{', '.join(state_dict['inverses'])}; this one has "
-                f"{self._registration.num_parameters} and {', '.join(self._registration.names)}"
+                f"the state is of another model: it has {size} parameters, this one has "
+                f"{self._registration.num_parameters}"
             )
         self.step_count = state_dict["step_count"]
         self._update.load_state_dict(state_dict["update"])

@@ -75,6 +75,8 @@ class StalenessSpec(Section):
     """Which layer an inverse worker refreshes next."""
     warmup_steps: CountOrZero = 0
     """Steps at the start that are synchronous."""
+    delay_steps: dict[str, CountOrZero] = Field(default_factory=dict)
+    """By layer name pattern: each refresh is used exactly so many steps late, reproducibly."""
 
 
 class CheckpointSpec(Section):
@@ -155,6 +157,7 @@ class JobSpec(Section):
                 f"{self.optimizer.inverse_update_period}, so no inverse could ever be young "
                 f"enough; use 0 (synchronous) or at least {self.optimizer.inverse_update_period}"
             )
+        yield from self._delay_problems()
         if isinstance(self.optimizer, KFACSpec) and self.optimizer.inverse != "block_diagonal":
             yield (
                 f"optimizer.inverse: {self.optimizer.inverse} runs in one process (kfac_dist.KFAC) "
@@ -165,3 +168,16 @@ class JobSpec(Section):
                 f"faults.min_gradient_workers: {self.faults.min_gradient_workers} is above "
                 f"workers.gradient, {self.workers.gradient}"
             )
+
+    def _delay_problems(self) -> Iterator[str]:
+        if not isinstance(self.optimizer, KFACSpec):
+            return
+        period = self.optimizer.inverse_update_period
+        for pattern, delay in self.staleness.delay_steps.items():
+            if delay + period > self.staleness.max_steps:
+                yield (
+                    f"staleness.delay_steps.{pattern}: {delay} and optimizer.inverse_update_period, "
+                    f"{period}, make inverses up to {delay + period - 1} steps old; "
+                    f"staleness.max_steps, {self.staleness.max_steps}, must be at least "
+                    f"{delay + period}"
+                )

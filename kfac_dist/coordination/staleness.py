@@ -7,7 +7,8 @@ in it; its `inverse_staleness_steps` in a step is that step minus the version.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from kfac_dist.coordination.checks import check_interval
@@ -22,27 +23,42 @@ class StalenessBound:
 
     `max_steps`: the largest admissible staleness; 0 makes the run synchronous, as do the first
     `warmup_steps` steps. A synchronous step uses what `schedule` last refreshed, in that step
-    itself when a refresh is due.
+    itself when a refresh is due. `delay_steps` scripts an asynchronous run: by patterns of layer
+    names, of which the last that matches counts, how many steps late a refresh is used.
     """
 
     max_steps: int
     warmup_steps: int
     schedule: StepSchedule
+    delay_steps: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_interval("staleness.max_steps", self.max_steps, 0)
         check_interval("staleness.warmup_steps", self.warmup_steps, 0)
+        for pattern, delay in self.delay_steps.items():
+            check_interval(f"staleness.delay_steps.{pattern}", delay, 0)
 
-    def is_synchronous(self, step: int) -> bool:
-        """Tell whether `step` uses exactly the inverses that the schedule refreshed last."""
-        return self.max_steps == 0 or step <= self.warmup_steps
+    def is_exact(self, step: int) -> bool:
+        """Tell whether `step` uses exactly one version of each layer, whatever else there is."""
+        return self.max_steps == 0 or step <= self.warmup_steps or bool(self.delay_steps)
 
-    def oldest_admissible(self, step: int) -> int:
-        """Return the oldest version that may precondition `step`, both counted from 1."""
+    def oldest_admissible(self, step: int, layer: str) -> int:
+        """Return the oldest version that may precondition a layer in `step`, counted from 1.
+
+        Where `is_exact`, it is the only one.
+        """
         check_interval("step", step, 1)
-        if self.is_synchronous(step):
-            return self.schedule.last_refresh(step)
-        return max(1, step - self.max_steps)
+        if not self.is_exact(step):
+            return max(1, step - self.max_steps)
+        # The end of the warm-up does not make a version go back.
+        synchronous_until = min(step, self.warmup_steps)
+        return self.schedule.last_refresh(max(1, step - self._delay(layer), synchronous_until))
+
+    def _delay(self, layer: str) -> int:
+        matching = [
+            delay for pattern, delay in self.delay_steps.items() if fnmatchcase(layer, pattern)
+        ]
+        return matching[-1] if matching else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +101,12 @@ def admit(
     can be newer, so one that is as new is not waited for either.
 
     With `at_bound` "damp" a layer beyond the bound is damped and not waited for, but not in a
-    synchronous step and not before its first inverse.
+    step that uses exact versions and not before its first inverse.
     """
-    oldest = bound.oldest_admissible(step)
-    may_damp = at_bound == "damp" and not bound.is_synchronous(step)
+    may_damp = at_bound == "damp" and not bound.is_exact(step)
     decided: dict[str, list[str]] = {"wait_for": [], "damp": [], "degraded": [], "gradient": []}
     for name, version in versions.items():
-        if version is not None and version >= oldest:
+        if version is not None and version >= bound.oldest_admissible(step, name):
             continue
         exhausted = newest_statistics is not None and newest_statistics <= (version or 0)
         if name in orphaned or exhausted:

@@ -125,7 +125,7 @@ class BatchComputer:
     def batch_statistics(
         self,
         inputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         *,
         step: int,
         first_row: int = 0,
@@ -134,7 +134,8 @@ class BatchComputer:
     ) -> BatchStatistics:
         """Return what `statistics` does, the cross factors of `links` and moments in `bases`.
 
-        The moments are of the same gradients that G is the second moment of.
+        The moments are of the same gradients that G is the second moment of. Only `empirical`
+        looks at the targets.
         """
         assert self._blocks, "statistics need the registration of the model"
         collector = StatisticsSums(self._blocks, len(inputs), links, bases or {})
@@ -157,7 +158,7 @@ class BatchComputer:
         return collector.sums
 
     def _output_derivatives(
-        self, outputs: Tensor, targets: Tensor, step: int, first_row: int
+        self, outputs: Tensor, targets: Tensor | None, step: int, first_row: int
     ) -> Iterator[Tensor]:
         """Yield derivatives of per-case losses with respect to the outputs, shaped like them."""
         detached = outputs.detach()
@@ -174,6 +175,7 @@ class BatchComputer:
                 like=detached,
             )
             targets = self.distribution.sample(detached, noise)
+        assert targets is not None, "the empirical Fisher is one of training targets"
         leaf = detached.clone().requires_grad_()
         loss = self.distribution.loss(leaf, targets).sum()
         yield torch.autograd.grad(loss, leaf)[0]

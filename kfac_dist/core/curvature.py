@@ -18,6 +18,7 @@ from kfac_dist.core.inverse import Inverted
 from kfac_dist.core.layers import Registration
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.structure import structure_for
+from kfac_dist.errors import InvalidSpecError
 
 InvertedLayers = dict[str, Inverted[Any]]
 
@@ -35,6 +36,7 @@ class Curvature:
         self.structure = structure_for(settings, names, registration.links)
         self.averages = FactorAverages(names, settings.factor_decay, self.structure.links)
         self.inverses: InvertedLayers = {}
+        self._settings = settings
         self._events = events
 
     def update(self, step: int, statistics: BatchStatistics, num_cases: int) -> None:
@@ -67,14 +69,33 @@ class Curvature:
         return self.structure.solve(matrices, inverses, gamma)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages and, by layer, the tensors, pi and gamma of its inverse in use."""
+        """Return structure, averages and, by layer, tensors, pi and gamma of the inverse in use."""
         return {
+            "inverse": self._settings.inverse,
             "factors": self.averages.state_dict(),
             "inverses": {
                 name: {**inverted.inverse.tensors(), "pi": inverted.pi, "gamma": inverted.gamma}
                 for name, inverted in self.inverses.items()
             },
         }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Check that a state is of these layers and this structure.
+
+        Raises:
+            InvalidSpecError: it is not.
+        """
+        if state["inverse"] != self._settings.inverse:
+            raise InvalidSpecError(
+                f"the state is of inverse: {state['inverse']}; this optimizer has "
+                f"inverse: {self._settings.inverse}"
+            )
+        unknown = sorted(set(state["inverses"]) - set(self.averages.names))
+        if unknown:
+            raise InvalidSpecError(
+                f"the state is of another model: it has layers {', '.join(unknown)}, this one has "
+                f"{', '.join(self.averages.names)}"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state of the same layers and structure."""

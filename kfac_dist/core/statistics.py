@@ -5,7 +5,7 @@ Sums over cases of per-case quantities, as everything in `compute`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,17 @@ class BatchStatistics:
     factors: dict[str, KroneckerPair]
     crosses: dict[str, KroneckerPair]
     moments: dict[str, Tensor]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors, not copied, in an order that depends on the layers alone."""
+        for pair in (*self.factors.values(), *self.crosses.values()):
+            yield from pair.tensors().values()
+        yield from self.moments.values()
+
+    def add_(self, other: BatchStatistics) -> None:
+        """Add the sums of other cases, in place."""
+        for own, more in zip(self.tensors(), other.tensors(), strict=True):
+            own.add_(more)
 
     def is_finite(self) -> bool:
         """Tell whether no element is NaN or infinite."""

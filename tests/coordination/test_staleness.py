@@ -26,23 +26,23 @@ def make_bound(
     ("step", "oldest"), [(1, 1), (2, 2), (3, 3), (4, 3), (19, 3), (20, 20), (39, 20), (40, 40)]
 )
 def test_a_synchronous_step_uses_the_last_scheduled_refresh(step: int, oldest: int) -> None:
-    assert make_bound(0).oldest_admissible(step) == oldest
+    assert make_bound(0).oldest_admissible(step, "layer") == oldest
 
 
 def test_a_search_for_gamma_is_a_refresh_too() -> None:
-    assert make_bound(0, period=20, gamma_period=15).oldest_admissible(19) == 15
+    assert make_bound(0, period=20, gamma_period=15).oldest_admissible(19, "layer") == 15
 
 
 @pytest.mark.parametrize(("step", "oldest"), [(1, 1), (40, 1), (41, 1), (42, 2), (100, 60)])
 def test_an_asynchronous_step_takes_inverses_up_to_the_bound(step: int, oldest: int) -> None:
-    assert make_bound(40).oldest_admissible(step) == oldest
+    assert make_bound(40).oldest_admissible(step, "layer") == oldest
 
 
-def test_the_warm_up_is_synchronous() -> None:
+def test_the_warm_up_is_exact() -> None:
     bound = make_bound(40, warmup_steps=60)
-    assert bound.oldest_admissible(60) == 60
-    assert bound.oldest_admissible(61) == 21
-    assert [bound.is_synchronous(step) for step in (60, 61)] == [True, False]
+    assert bound.oldest_admissible(60, "layer") == 60
+    assert bound.oldest_admissible(61, "layer") == 21
+    assert [bound.is_exact(step) for step in (60, 61)] == [True, False]
 
 
 def test_the_bound_is_checked_at_birth() -> None:
@@ -53,7 +53,35 @@ def test_the_bound_is_checked_at_birth() -> None:
     ):
         make_bound(0, -2)
     with pytest.raises(InvalidSpecError, match="step must be at least 1; got 0"):
-        make_bound(40).oldest_admissible(0)
+        make_bound(40).oldest_admissible(0, "layer")
+
+
+@pytest.mark.parametrize(
+    ("step", "first", "second"),
+    [(1, 1, 1), (5, 1, 3), (8, 3, 3), (22, 3, 20), (25, 20, 20), (39, 20, 20), (44, 20, 40)],
+)
+def test_a_scripted_step_uses_each_refresh_so_many_steps_late(
+    step: int, first: int, second: int
+) -> None:
+    bound = StalenessBound(
+        max_steps=40,
+        warmup_steps=0,
+        schedule=make_bound(40).schedule,
+        delay_steps={"*": 5, "second": 2},
+    )
+    assert bound.is_exact(step)
+    assert bound.oldest_admissible(step, "first") == first
+    assert bound.oldest_admissible(step, "second") == second
+
+
+def test_the_end_of_the_warm_up_takes_no_version_back() -> None:
+    bound = StalenessBound(
+        max_steps=60, warmup_steps=40, schedule=make_bound(60).schedule, delay_steps={"*": 25}
+    )
+    versions = [bound.oldest_admissible(step, "layer") for step in range(1, 100)]
+    assert versions == sorted(versions)
+    assert versions[39] == versions[63] == 40
+    assert versions[84] == 60
 
 
 VERSIONS = {"fresh": 95, "at_bound": 60, "stale": 59, "new": None}
@@ -123,14 +151,14 @@ def test_nothing_staler_than_the_bound_is_applied_uncounted(situation: dict[str,
     groups = [decision.wait_for, decision.damp, decision.degraded, decision.gradient]
     counted = [name for group in groups for name in group]
     assert len(counted) == len(set(counted))
-    oldest = bound.oldest_admissible(step)
+    oldest = bound.oldest_admissible(step, "layer")
     for name, version in versions.items():
         within = version is not None and version >= oldest
         assert within == (name not in counted)
     assert all(versions[name] is not None for name in decision.stale)
     assert all(versions[name] is None for name in decision.gradient)
     assert not set(decision.wait_for) & situation["orphaned"]
-    assert not decision.damp or (situation["at_bound"] == "damp" and not bound.is_synchronous(step))
+    assert not decision.damp or (situation["at_bound"] == "damp" and not bound.is_exact(step))
 
 
 @given(situations())

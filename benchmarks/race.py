@@ -1,0 +1,108 @@
+"""Optimizers side by side: the same initial parameters, the same batches, turns of a few steps.
+
+Turns make a machine that slows down slow all of them. CPU time counts the steps alone, not the
+evaluations.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config import JobSpec
+from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.core.distributions import get_distribution
+from kfac_dist.core.sampling import permutation
+from kfac_dist.data import MapDataset, fetch
+from kfac_dist.tasks import Task, build_model, load_task, torch_dtype
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS_A_TURN = 10
+
+Step = Callable[[Tensor, Tensor], object]
+MakeStep = Callable[[nn.Module, Task], Step]
+
+
+@dataclass
+class Contestant:
+    """One optimizer with its own copy of the model, its CPU seconds and its curve."""
+
+    name: str
+    model: nn.Module
+    step: Step
+    cpu_seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def race(
+    spec: JobSpec, makers: Mapping[str, MakeStep], data_dir: Path | None, evaluate_every: int
+) -> list[Contestant]:
+    """Run all contestants for the steps of `spec`; curves are over the whole training set."""
+    task = load_task(spec, ROOT / "examples", data_dir=data_dir)
+    data = task.train_data()
+    contestants = []
+    for name, make_step in makers.items():
+        model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+        contestants.append(Contestant(name=name, model=model, step=make_step(model, task)))
+    source = batches(spec, data)
+    for first in range(0, spec.steps, STEPS_A_TURN):
+        turn = [next(source) for _ in range(min(STEPS_A_TURN, spec.steps - first))]
+        for contestant in contestants:
+            take_turn(contestant, turn)
+        done = first + len(turn)
+        if done % evaluate_every == 0 or done == spec.steps:
+            for contestant in contestants:
+                point = {"step": done, "cpu_seconds": round(contestant.cpu_seconds, 2)}
+                contestant.curve.append(point | evaluate(contestant.model, task, data))
+    return contestants
+
+
+def take_turn(contestant: Contestant, turn: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Let a contestant do the steps of one turn."""
+    start = time.process_time()
+    for inputs, targets in turn:
+        contestant.step(inputs, targets)
+    contestant.cpu_seconds += time.process_time() - start
+
+
+def batches(spec: JobSpec, data: MapDataset) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a job, in its own order."""
+    assert isinstance(spec.batch_size, int)
+    cursor = SamplerCursor(epoch=0, offset=0)
+    while True:
+        window, cursor = next_window(cursor, spec.batch_size, len(data))
+        order = permutation(spec.seed, window.epoch, len(data))
+        yield fetch(data, order[window.start : window.stop])
+
+
+def evaluate(model: nn.Module, task: Task, data: MapDataset) -> dict[str, float]:
+    """Return the mean loss, in nats a case, and the task's metrics."""
+    sums: dict[str, float] = {}
+    predictive = get_distribution(task.distribution)
+    with torch.no_grad():
+        for indices in torch.arange(len(data)).split(1000):
+            inputs, targets = fetch(data, indices)
+            outputs = model(inputs)
+            values = {"loss": predictive.loss(outputs, targets)} | dict(
+                task.metrics(outputs, targets)
+            )
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+    return {name: total / len(data) for name, total in sums.items()}
+
+
+def conditions(spec: JobSpec) -> dict[str, Any]:
+    """Return what a reader needs to repeat a run."""
+    return {
+        "job": spec.name,
+        "batch_size": spec.batch_size,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+    }

@@ -1,0 +1,319 @@
+"""K-FAC for people who have their own training loop: the gradient is preconditioned in place.
+
+preconditioner = KFACPreconditioner(model, distribution="categorical", damping=1e-2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+for inputs, targets in loader:
+    optimizer.zero_grad()
+    loss_function(model(inputs), targets).backward()
+    preconditioner.step()
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kfac_dist.config import KFACSpec, kfac_settings
+from kfac_dist.coordination.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.core.compute import BatchComputer
+from kfac_dist.core.curvature import Curvature
+from kfac_dist.core.distributions import DistributionName, get_distribution
+from kfac_dist.core.layers import ReportRow, register
+from kfac_dist.core.precondition import matrices_of, vector_of
+from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.step_rule import constrained_step
+from kfac_dist.core.vector import unflatten
+from kfac_dist.errors import InvalidSpecError
+
+# Settings of `KFAC` that belong to the user's own loop here.
+_FOREIGN = ("step_rule", "gamma", "l2", "fisher_fraction", "averaging", "lr", "momentum")
+
+
+class KFACPreconditioner:
+    """Replaces the gradients of a model by their directions, for any torch optimizer after it.
+
+    `model` is called with one tensor of inputs, the cases along its first axis, and returns one
+    tensor of outputs, which parametrise `distribution` (`"bernoulli"`, `"categorical"` or
+    `"gaussian"`, as for `KFAC`). It may be wrapped in DistributedDataParallel, and compiled.
+    Statistics are summed over `process_group`, by default that of DistributedDataParallel or, where
+    torch.distributed is initialised, its default group; every process makes the same directions.
+
+    Forward passes in training mode are observed; `step` computes statistics from their inputs in
+    passes of its own, on a fraction `statistics_fraction` of the cases and in the precision of the
+    parameters, whatever autocast does elsewhere. Gradients that were accumulated over several
+    backward passes belong to all the inputs seen since the last step.
+
+    The direction is linear in the gradient. A gradient scaled by a GradScaler gives a direction
+    scaled alike, unless `norm_constraint` is set, which wants `scaler.unscale_` before it.
+
+    `damping` is lambda; the strength of the factored damping is its square root. With
+    `norm_constraint` c, directions are scaled by `min(1, sqrt(c / (direction . gradient)) / lr)`,
+    `lr` the learning rate of the optimizer, a number or a function that returns it. The
+    distribution's loss is a sum over the positions of a case (a sequence of T tokens has T): where
+    the user's loss is a mean over positions too, multiply damping and learning rate by T.
+
+    The remaining options are those of `KFAC`: `inverse`, `fisher_type` (`"mc"` or `"exact"`),
+    `factor_decay`, `factor_update_period`, `inverse_update_period`, `statistics_fraction`,
+    `pi_norm` and those that choose the layers' blocks.
+
+    Raises:
+        InvalidSpecError: an option is unknown, out of range, or one of the user's own loop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        distribution: DistributionName,
+        damping: float = 1e-2,
+        norm_constraint: float | None = None,
+        lr: float | Callable[[], float] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.settings = _settings(damping, options)
+        if (norm_constraint is None) != (lr is None):
+            raise InvalidSpecError("norm_constraint and lr belong together: give both or neither")
+        self.damping = damping
+        self.norm_constraint = norm_constraint
+        self.step_count = 0
+        self.numeric_events: Counter[str] = Counter()
+        self._lr = lr
+        self._group = process_group or _group_of(model)
+        plain = _plain(model)
+        self._registration = register(plain)
+        self._computer = BatchComputer(
+            plain,
+            distribution=get_distribution(distribution),
+            seed=seed,
+            registration=self._registration,
+            fisher_type=self.settings.fisher_type,
+        )
+        _check_dtypes(plain)
+        self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
+        self._schedule = StepSchedule(
+            factor_update_period=self.settings.factor_update_period,
+            inverse_update_period=self.settings.inverse_update_period,
+            gamma_adapt_period=None,
+            damping_adapt_period=None,
+        )
+        self._inputs: list[Tensor] = []
+        self._observing = True
+        model.register_forward_pre_hook(self._observe, with_kwargs=True)
+
+    @property
+    def gamma(self) -> float:
+        """Strength of the factored damping, the square root of `damping`."""
+        return math.sqrt(self.damping)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the inputs of a forward pass whose gradients may be wanted."""
+        if not (self._observing and module.training and torch.is_grad_enabled()):
+            return
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise InvalidSpecError(
+                f"KFACPreconditioner: {type(_plain(module)).__name__} was called with "
+                f"{len(args)} positional and {len(kwargs)} keyword arguments; it must be called "
+                "with one tensor. Wrap it in a module that takes one and hands out the parts"
+            )
+        if self._schedule.plan(self.step_count + 1).update_factors:
+            self._inputs.append(args[0].detach())
+
+    def step(self) -> None:
+        """Replace `.grad` of every parameter by its direction, in place.
+
+        A parameter without gradient counts as one with a zero gradient and stays without. A
+        gradient that is not finite is left as it is, and counted.
+
+        Raises:
+            InvalidSpecError: there was no forward pass in training mode since the last step.
+        """
+        plan = self._schedule.plan(self.step_count + 1)
+        self.step_count = plan.step
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            self._update_factors(plan)
+            self._invert(plan)
+            self._precondition()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._computer.parameters[0].device
+
+    def _update_factors(self, plan: StepPlan) -> None:
+        if not plan.update_factors:
+            return
+        inputs, self._inputs = self._inputs, []
+        if not inputs:
+            raise InvalidSpecError(
+                f"KFACPreconditioner.step: step {plan.step} needs statistics, and the model made "
+                "no forward pass in training mode since the last step. A model that was compiled "
+                "and called before must be given compiled"
+            )
+        statistics, num_cases = self._statistics(plan.step, inputs)
+        self._curvature.update(plan.step, statistics, num_cases)
+
+    def _statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
+        """Return the sums over all micro-batches and processes, and their number of cases."""
+        self._observing = False  # the passes that follow are ours
+        try:
+            statistics, num_cases = self._own_statistics(step, inputs)
+        finally:
+            self._observing = True
+        return statistics, self._reduce(statistics, num_cases)
+
+    def _own_statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
+        """Return the sums over the micro-batches of this process, and their number of cases."""
+        rank, num_processes = self._place()
+        structure = self._curvature.structure
+        bases = structure.bases(self._curvature.inverses)
+        first_row, num_cases, parts = 0, 0, []
+        for part in inputs:
+            rows = subset_positions(len(part), self.settings.statistics_fraction)
+            parts.append(
+                self._computer.batch_statistics(
+                    part[torch.tensor(rows, device=part.device)],
+                    None,
+                    step=step,
+                    first_row=first_row + rank * len(rows),
+                    links=structure.links,
+                    bases=bases,
+                )
+            )
+            first_row += num_processes * len(rows)
+            num_cases += len(rows)
+        total = parts[0]
+        for other in parts[1:]:
+            total.add_(other)
+        return total, num_cases
+
+    def _place(self) -> tuple[int, int]:
+        if self._group is None:
+            return 0, 1
+        return dist.get_rank(self._group), dist.get_world_size(self._group)
+
+    def _reduce(self, statistics: BatchStatistics, num_cases: int) -> int:
+        """Sum over the processes, in place; return the number of cases of all."""
+        if self._group is None:
+            return num_cases
+        tensors = list(statistics.tensors())
+        count = tensors[0].new_tensor([num_cases])
+        flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, count)])
+        dist.all_reduce(flat, group=self._group)
+        for tensor, piece in zip(tensors, unflatten(flat[:-1], tensors), strict=True):
+            tensor.copy_(piece)
+        return int(flat[-1])
+
+    def _invert(self, plan: StepPlan) -> None:
+        if plan.refresh_inverses and self._curvature.averages.step > 0:
+            (self._curvature.inverses,) = self._curvature.candidates((self.gamma,)).values()
+
+    def _precondition(self) -> None:
+        parameters = self._computer.parameters
+        gradients = [p.new_zeros(p.shape) if p.grad is None else _dense(p.grad) for p in parameters]
+        vector = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        if not bool(torch.isfinite(vector).all()):
+            self.numeric_events["bad_step"] += 1
+            return
+        blocks = self._registration.blocks
+        solved = self._curvature.solve(matrices_of(vector, blocks), self.gamma)
+        direction = vector_of(solved, blocks, vector)
+        direction.mul_(self._scale(vector, direction))
+        for parameter, piece in zip(parameters, unflatten(direction, parameters), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(piece)
+
+    def _scale(self, gradient: Tensor, direction: Tensor) -> float:
+        if self.norm_constraint is None or self._lr is None:
+            return 1.0
+        lr = self._lr() if callable(self._lr) else self._lr
+        slope = float(torch.dot(gradient, direction))
+        return constrained_step(lr, self.norm_constraint, slope) / lr if lr > 0 else 1.0
+
+    def registration_report(self) -> tuple[ReportRow, ...]:
+        """Return one row for each parameter: its block, factor sizes and cost."""
+        return self._registration.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, apart from model and options."""
+        return {
+            "step_count": self.step_count,
+            "damping": self.damping,
+            **self._curvature.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of the same model and options.
+
+        Raises:
+            InvalidSpecError: the state is of a model with other layers, or of another structure
+                of the inverse.
+        """
+        self._curvature.check_state(state_dict)
+        self.step_count = state_dict["step_count"]
+        self.damping = state_dict["damping"]
+        self._curvature.load_state_dict(state_dict)
+
+
+def _settings(damping: float, options: dict[str, Any]) -> KFACSpec:
+    foreign = [name for name in options if name in _FOREIGN]
+    if foreign:
+        raise InvalidSpecError(
+            f"KFACPreconditioner: {', '.join(foreign)} belongs to your own loop and optimizer"
+        )
+    settings = kfac_settings({"damping": damping, **options})
+    if settings.fisher_type == "empirical":
+        raise InvalidSpecError(
+            'KFACPreconditioner: fisher_type "empirical" needs the targets, which are not seen '
+            'here; use "mc" or "exact"'
+        )
+    return settings
+
+
+def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of DistributedDataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    if gradient.layout != torch.strided:
+        raise InvalidSpecError(
+            f"KFACPreconditioner: a gradient has layout {gradient.layout}; make the gradients of "
+            "embeddings dense (sparse=False)"
+        )
+    return gradient
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    for name, parameter in _trainable(model):
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise InvalidSpecError(
+                f"KFACPreconditioner: {name} is {parameter.dtype}; parameters must be float32 or "
+                "float64. Use autocast for the passes in half precision"
+            )
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
