@@ -115,7 +115,13 @@ class KFAC(torch.optim.Optimizer):
         self.step_count = 0
 
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:  # type: ignore[override]
-        """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them."""
+        """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them.
+
+        Raises:
+            InvalidSpecError: the batch is empty.
+        """
+        if len(inputs) == 0:
+            raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
         plan = self._schedule.plan(self.step_count + 1)
         self.step_count = plan.step
         loss, gradient = self._compute(inputs, targets)

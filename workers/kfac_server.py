@@ -45,6 +45,7 @@ class KFACServer:
         self._settings = spec.optimizer
         self._schedule = schedule
         self._store = store
+        self._layers = registration.names  # in the order of the model, as reports show them
         self._update = KFACUpdate(spec.optimizer, registration, torch.zeros_like(state.parameters))
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
@@ -201,7 +202,7 @@ class KFACServer:
             damping=self._update.damping,
             gamma=self._update.gamma,
             next_gammas=self.next_gammas(order.plan.step + 1),
-            inverse_version_step={name: one.version_step for name, one in held.items()},
+            inverse_version_step={n: held[n].version_step for n in self._layers if n in held},
             stale_layers=inverses.admitted.admission.stale if inverses else (),
             stale_applied_total=self._stale_applied,
             numeric_events=dict(self._counts + self._store.counts()),

@@ -47,6 +47,16 @@ def optimizer_for(model, distribution="bernoulli", rule="adaptive", **options):
     return KFAC(model, distribution=distribution, **chosen)
 
 
+def test_an_empty_batch_is_refused_and_counts_no_step():
+    model, (inputs, targets) = case_for("gaussian").model(), case_for("gaussian").data()
+    optimizer = optimizer_for(model, "gaussian")
+
+    with pytest.raises(InvalidSpecError, match="the batch has no cases"):
+        optimizer.step(inputs[:0], targets[:0])
+
+    assert optimizer.step(inputs, targets).step == 1
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_training_lowers_the_objective(distribution, rule):

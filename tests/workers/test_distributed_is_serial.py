@@ -24,7 +24,7 @@ def serial_run(
     """Run the serial optimizer on the same batches."""
     torch.set_num_threads(1)
     task = load_task(spec, folder, cache_dir=folder)
-    data = task.train_data(None)
+    data = task.train_data()
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     options = spec.optimizer.model_dump(exclude={"name"})
     optimizer = KFAC(model, distribution=task.distribution, seed=spec.seed, **options, **more)
