@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config import KFACSpec, kfac_settings
-from kfac_dist.coordination.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.averaging import ParameterAverage
 from kfac_dist.core.compute import BatchComputer
@@ -25,9 +25,10 @@ from kfac_dist.core.curvature import Curvature, InvertedLayers
 from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.layers import ReportRow, register
-from kfac_dist.core.update import Choice, KFACUpdate, searches_gamma
+from kfac_dist.core.update import Choice, KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.schedules import kfac_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class StepResult:
 
     `loss` is the mean of -log r(y|z) over the batch before the update, in nats a case, `objective`
     adds the l2 term. `predicted_change` is M(delta) - M(0); `reduction_ratio` (rho) is there every
-    `damping.adapt_period` steps. `damping` and `gamma` are the values after the step. `applied` is
-    False when a number was not finite and the parameters were left alone.
+    `damping.adapt_period` steps. `damping` and `gamma` are the values after the step, `lr` that of
+    the step, None where alpha needs none. `applied` is False when a number was not finite and the
+    parameters were left alone.
     """
 
     step: int
@@ -50,17 +52,8 @@ class StepResult:
     update_norm: float
     predicted_change: float | None
     reduction_ratio: float | None
+    lr: float | None
     applied: bool
-
-
-def step_schedule(settings: KFACSpec) -> StepSchedule:
-    """Return the periods of `settings`; gamma has none where it follows the damping."""
-    return StepSchedule(
-        factor_update_period=settings.factor_update_period,
-        inverse_update_period=settings.inverse_update_period,
-        gamma_adapt_period=settings.gamma.adapt_period if searches_gamma(settings) else None,
-        damping_adapt_period=settings.damping.adapt_period,
-    )
 
 
 class KFAC(torch.optim.Optimizer):
@@ -94,7 +87,7 @@ class KFAC(torch.optim.Optimizer):
         )
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
-        self._schedule = step_schedule(self.settings)
+        self._schedule = kfac_schedule(self.settings)
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._update = KFACUpdate(
@@ -108,17 +101,18 @@ class KFAC(torch.optim.Optimizer):
         """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them."""
         plan = self._schedule.plan(self.step_count + 1)
         self.step_count = plan.step
+        self._update.begin_step(plan.damping)
         loss, gradient = self._compute(inputs, targets)
         objective = loss + self._l2_term()
         if not self._is_finite(loss, gradient):
-            return self._skipped(loss, objective)
+            return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets)
         candidates = self._invert(plan)
         directions = self._precondition(gradient, candidates)
         gram = self._fisher_products(plan, inputs, directions)
-        choice = self._update.choose(gradient, directions, list(candidates), gram)
+        choice = self._update.choose(gradient, directions, list(candidates), gram, lr=plan.lr)
         if not choice.applied:
-            return self._skipped(loss, objective)
+            return self._skipped(plan, loss, objective)
         self._curvature.inverses = list(candidates.values())[choice.candidate]
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
@@ -133,6 +127,7 @@ class KFAC(torch.optim.Optimizer):
             update_norm=choice.update_norm,
             predicted_change=choice.predicted_change,
             reduction_ratio=ratio,
+            lr=plan.lr,
             applied=True,
         )
 
@@ -151,10 +146,10 @@ class KFAC(torch.optim.Optimizer):
     def _is_finite(loss: float, gradient: Tensor) -> bool:
         return math.isfinite(loss) and bool(torch.isfinite(gradient).all())
 
-    def _skipped(self, loss: float, objective: float) -> StepResult:
+    def _skipped(self, plan: StepPlan, loss: float, objective: float) -> StepResult:
         self.numeric_events["bad_step"] += 1
         return StepResult(
-            step=self.step_count,
+            step=plan.step,
             loss=loss,
             objective=objective,
             alpha=0.0,
@@ -164,6 +159,7 @@ class KFAC(torch.optim.Optimizer):
             update_norm=0.0,
             predicted_change=None,
             reduction_ratio=None,
+            lr=plan.lr,
             applied=False,
         )
 

@@ -73,6 +73,7 @@ class KFACServer:
         """
         assert self._side is not None, "join a group first"
         plan, side, phases = order.plan, self._side, Phases()
+        self._update.begin_step(plan.damping)
         mean = self._receive_gradient(plan, side, phases)
         if not mean.is_finite():
             side.skip_step()
@@ -80,7 +81,7 @@ class KFACServer:
         inverses = self._wait_for_inverses(plan, phases)
         directions = self._precondition(mean.gradient, inverses, phases)
         gram = self._receive_fisher_products(order, side, directions, phases)
-        choice = self._choose(mean.gradient, inverses, directions, gram)
+        choice = self._choose(plan, mean.gradient, inverses, directions, gram)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
             return self._skipped(order, mean, phases)
@@ -136,10 +137,15 @@ class KFACServer:
             return side.receive_gram(len(directions) + 1) / num_rows
 
     def _choose(
-        self, gradient: Tensor, inverses: _Inverses, directions: Tensor, gram: Tensor | None
+        self,
+        plan: StepPlan,
+        gradient: Tensor,
+        inverses: _Inverses,
+        directions: Tensor,
+        gram: Tensor | None,
     ) -> Choice:
         gammas = [candidate.gamma for candidate in inverses.candidates]
-        return self._update.choose(gradient, directions, gammas, gram)
+        return self._update.choose(gradient, directions, gammas, gram, lr=plan.lr)
 
     def _apply(
         self,
@@ -197,6 +203,7 @@ class KFACServer:
             reduction_ratio=ratio,
             damping=self._update.damping,
             gamma=self._update.gamma,
+            lr=order.plan.lr,
             next_gammas=self.next_gammas(order.plan.step + 1),
             inverse_version_step={name: one.version_step for name, one in held.items()},
             stale_layers=inverses.admitted.admission.stale if inverses else (),
@@ -208,8 +215,9 @@ class KFACServer:
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`: those of the search that is open, if any."""
-        search = self._search is not None or self._schedule.plan(step).search_gamma
-        return self._update.gammas(search=search)
+        plan = self._schedule.plan(step)
+        search = self._search is not None or plan.search_gamma
+        return self._update.gammas(search=search, damping=plan.damping)
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""

@@ -24,10 +24,10 @@ class DataSpec(Section):
 
 
 class BatchSchedule(Section):
-    """A batch that grows exponentially to the whole training set (section 13)."""
+    """A batch that grows to the whole training set (section 13)."""
 
-    schedule: Literal["exponential"]
-    """The kind of growth."""
+    schedule: Literal["exponential", "cosine"]
+    """The kind of growth; the paper's is exponential."""
     initial: Count
     """Cases in the first step."""
     full_at: Annotated[int, Field(ge=2)]
@@ -98,11 +98,11 @@ class FaultSpec(Section):
 
 
 def _batch_size_kind(value: Any) -> str:
-    return "exponential" if isinstance(value, Mapping | BatchSchedule) else "constant"
+    return "scheduled" if isinstance(value, Mapping | BatchSchedule) else "constant"
 
 
 BatchSize = Annotated[
-    Annotated[Count, Tag("constant")] | Annotated[BatchSchedule, Tag("exponential")],
+    Annotated[Count, Tag("constant")] | Annotated[BatchSchedule, Tag("scheduled")],
     Discriminator(_batch_size_kind),
 ]
 
