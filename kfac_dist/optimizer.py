@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -28,7 +29,11 @@ from kfac_dist.core.layers import ReportRow, register
 from kfac_dist.core.update import Choice, KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.precision import choose_precondition_dtype
 from kfac_dist.schedules import kfac_schedule
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,11 @@ class KFAC(torch.optim.Optimizer):
         )
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
+        chosen = choose_precondition_dtype(
+            self.settings, self._registration.blocks, self._parameters[0]
+        )
+        self.settings = chosen.resolve(self.settings)
+        _LOG.info("inverses are applied in %s: %s", chosen.dtype, chosen.reason)
         self._schedule = kfac_schedule(self.settings)
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)

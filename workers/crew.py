@@ -81,7 +81,7 @@ class Crew:
         """How long a member of the group, or an inverse worker, is waited for."""
         return self._plan.group_timeout_seconds
 
-    def build(self) -> None:
+    def build(self) -> ServerReady:
         """Let everybody load what they need, and form the process group.
 
         Raises:
@@ -102,6 +102,7 @@ class Crew:
         )
         self.gather(self.call_server("join", meet) | self.call_workers("join", meet))
         self.connect()
+        return ready
 
     def _note_pids(self, server: ServerReady, workers: Sequence[int]) -> None:
         self._pids = {(WORKER_ROLE, rank): pid for rank, pid in enumerate(workers)}

@@ -10,6 +10,7 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.layers import register
 from kfac_dist.core.vector import flatten, trainable_parameters
+from kfac_dist.precision import PreconditionDtype, choose_precondition_dtype
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.first_order_server import FirstOrderServer
 from workers.inverse_store import InverseStore
@@ -46,10 +47,11 @@ class Server(Protocol):
 
 
 class BuiltServer(NamedTuple):
-    """A parameter server, and where its inverses arrive; None for a baseline."""
+    """A parameter server, where its inverses arrive, and their type; None for a baseline."""
 
     server: Server
     store: InverseStore | None
+    precondition: PreconditionDtype | None
 
 
 def build_server(job: JobContext, device: torch.device, patience_seconds: float) -> BuiltServer:
@@ -65,8 +67,10 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
     parameters = flatten(list(trainable_parameters(model).values()))
     state = ServerState(parameters, spec.optimizer.l2, spec.optimizer.averaging)
     if not isinstance(spec.optimizer, KFACSpec):
-        return BuiltServer(FirstOrderServer(spec.optimizer, state), None)
+        return BuiltServer(FirstOrderServer(spec.optimizer, state), None, None)
     registration = register(model)
+    chosen = choose_precondition_dtype(spec.optimizer, registration.blocks, parameters)
+    spec = spec.model_copy(update={"optimizer": chosen.resolve(spec.optimizer)})
     store = InverseStore(
         layers=layer_costs(registration),
         bound=staleness_bound(spec),
@@ -74,4 +78,4 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
         patience_seconds=patience_seconds,
     )
     server = KFACServer(spec, step_schedule(spec), registration, state, store)
-    return BuiltServer(server, store)
+    return BuiltServer(server, store, chosen)

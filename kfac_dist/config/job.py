@@ -160,6 +160,12 @@ class JobSpec(Section):
                 f"optimizer.inverse: {self.optimizer.inverse} runs in one process (kfac_dist.KFAC) "
                 "and not on workers yet; use block_diagonal"
             )
+        rounded = isinstance(self.optimizer, KFACSpec) and self.optimizer.precondition_dtype
+        if self.dtype == "float64" and rounded == "bfloat16":
+            yield (
+                "optimizer.precondition_dtype: bfloat16 rounds float32, and dtype is float64; use "
+                "float32 or auto, which then apply inverses in float64"
+            )
         if self.faults.min_gradient_workers > self.workers.gradient:
             yield (
                 f"faults.min_gradient_workers: {self.faults.min_gradient_workers} is above "

@@ -137,7 +137,7 @@ class GammaSpec(Section):
 
 
 class AveragingSpec(Section):
-    """Polyak average of the parameters (section 13)."""
+    """Polyak average of the parameters (section 13); running statistics of the model are not."""
 
     decay: Decay = 0.99
     """Weight of the old average, at most."""
@@ -174,6 +174,8 @@ class KFACSpec(Section):
     """Fraction of a batch that exact Fisher products are computed on, tau_2."""
     pi_norm: Literal["trace", "frobenius"] = "trace"
     """Norm that splits the damping between A and G."""
+    precondition_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Inverses are applied in the type of the parameters, rounded, or rounded if that is faster."""
     averaging: AveragingSpec | None = AveragingSpec()
     """Polyak average of the parameters; null is none."""
     lr: LearningRate = 0.1

@@ -16,6 +16,7 @@ from torch import Tensor
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.layers import Registration
 from kfac_dist.core.precondition import LayerInverse, matrices_of, vector_of
+from kfac_dist.core.products import RoundedCopies
 from kfac_dist.core.step_rule import (
     PlaneModel,
     adaptive_coefficients,
@@ -73,6 +74,7 @@ class KFACUpdate:
         self.gamma = self._gamma_for(self.damping)
         self.previous_update = previous_update
         self._blocks = registration.blocks
+        self._copies = RoundedCopies() if settings.precondition_dtype == "bfloat16" else None
         self._structure = structure_for(settings, registration.names, registration.links)
 
     def _gamma_for(self, damping: float) -> float:
@@ -116,6 +118,8 @@ class KFACUpdate:
         Also the layers that fell back to the gradient in any of them.
         """
         matrices = matrices_of(gradient, self._blocks)
+        if self._copies is not None:
+            inverses = self._copies.of(inverses)
         tried = [
             self._structure.solve(matrices, by_layer, gamma)
             for by_layer, gamma in zip(inverses, gammas, strict=True)

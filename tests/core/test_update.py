@@ -128,6 +128,21 @@ def test_gamma_follows_damping_where_it_is_not_searched_for():
     assert searched.gamma == 2.0
 
 
+def test_a_given_damping_takes_gamma_along_where_it_is_not_searched_for():
+    fixed = {"initial": 3.0, "adapt_period": None, "min": 0.5}
+    update = update_for(damping=fixed, l2=1.0, gamma={"adapt_period": None})
+    assert update.gammas(search=False, damping=8.0) == (3.0,)
+    update.begin_step(8.0)
+    assert (update.damping, update.gamma) == (8.0, 3.0)
+    update.begin_step(None)
+    update.begin_step(0.1)
+    assert update.damping == 0.5
+    searched = update_for(damping=fixed, l2=1.0)
+    searched.begin_step(8.0)
+    assert (searched.damping, searched.gamma) == (8.0, 2.0)
+    assert searched.gammas(search=False, damping=99.0) == (2.0,)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["gradient", "directions", "gram"])
 def test_a_number_that_is_not_finite_is_not_applied(where, bad):

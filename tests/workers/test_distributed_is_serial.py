@@ -51,6 +51,14 @@ RULES = {
     "adaptive": {"step_rule": "adaptive"},
     "norm_constraint": {"step_rule": "norm_constraint", "norm_constraint": 0.01},
     "no_search": {"gamma": {"adapt_period": None}},
+    "schedules": {
+        "step_rule": "norm_constraint",
+        "lr": {"schedule": "cosine", "initial": 0.3, "final": 0.0, "steps": 15, "warmup_steps": 3},
+        "damping": {
+            "initial": {"schedule": "exponential", "initial": 30, "final": 3, "steps": 12},
+            "adapt_period": None,
+        },
+    },
 }
 
 
@@ -62,7 +70,15 @@ def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
     reports = job.steps(20)
     serial, results = serial_run(spec, tmp_path, 20)
     for report, result in zip(reports, results, strict=True):
-        for name in ("loss", "objective", "damping", "gamma", "reduction_ratio", "update_norm"):
+        for name in (
+            "loss",
+            "objective",
+            "damping",
+            "gamma",
+            "lr",
+            "reduction_ratio",
+            "update_norm",
+        ):
             assert getattr(report, name) == getattr(result, name), (report.step, name)
     theta = flatten(serial._parameters)
     assert torch.equal(job.parameters, theta)
