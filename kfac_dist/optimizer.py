@@ -32,7 +32,6 @@ from kfac_dist.errors import InvalidSpecError
 from kfac_dist.precision import choose_precondition_dtype
 from kfac_dist.schedules import kfac_schedule
 
-
 _LOG = logging.getLogger(__name__)
 
 
@@ -96,7 +95,7 @@ class KFAC(torch.optim.Optimizer):
             self.settings, self._registration.blocks, self._parameters[0]
         )
         self.settings = chosen.resolve(self.settings)
-        _LOG.info("inverses are applied in %s: %s", chosen.dtype, chosen.reason)
+        _LOG.info("%s", chosen)
         self._schedule = kfac_schedule(self.settings)
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)

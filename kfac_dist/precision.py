@@ -16,11 +16,12 @@ from kfac_dist.core.layers import LayerBlock
 from kfac_dist.errors import InvalidSpecError
 
 _NUM_LARGEST = 2  # layers
-_LARGEST_ORDER = 1024  # so that the measurement of a wide layer does not take seconds
+# Wide layers are cut so that it takes tenths of a second; where bfloat16 is emulated it is tens of
+# times slower, which small matrices show.
+_ORDERS = (192, 1024)
+_HOPELESS = 0.25
+_WORTHWHILE = 1.2  # above what one measurement differs from the next by
 _REPEATS = 3
-# Rounding must pay, beyond what one measurement differs from the next by.
-_WORTHWHILE = 1.2
-_HOPELESS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,10 @@ class PreconditionDtype:
 
     dtype: Literal["float32", "bfloat16"]
     reason: str
+
+    def __str__(self) -> str:
+        """The choice, as one says it in a log."""
+        return f"inverses are applied in {self.dtype}: {self.reason}"
 
     def resolve(self, settings: KFACSpec) -> KFACSpec:
         """Return the settings with the choice made."""
@@ -56,34 +61,35 @@ def choose_precondition_dtype(
 
 
 def _measure(blocks: Sequence[LayerBlock], like: Tensor) -> PreconditionDtype:
-    orders = [tuple(min(n, _LARGEST_ORDER) for n in (b.dim_G, b.dim_A)) for b in blocks]
-    largest = sorted(orders, key=lambda order: order[0] * order[1] * sum(order))[-_NUM_LARGEST:]
-    matrices = [like.new_ones(order) for order in largest]
-    exact = [KroneckerPair(A=m.T @ m, G=m @ m.T) for m in matrices]
-    rounded = [pair.map_matrices(lambda tensor: tensor.to(torch.bfloat16)) for pair in exact]
-    plain_seconds = _seconds(exact, matrices, give_up_after=float("inf"))
-    seconds = _seconds(rounded, matrices, give_up_after=plain_seconds / _HOPELESS)
-    speedup = plain_seconds / seconds
-    sizes = " and ".join(f"{dim_G} x {dim_A}" for dim_G, dim_A in largest)
+    largest = sorted(blocks, key=lambda b: b.dim_G * b.dim_A * (b.dim_G + b.dim_A))[-_NUM_LARGEST:]
+    for most in _ORDERS:
+        sizes = [(min(block.dim_G, most), min(block.dim_A, most)) for block in largest]
+        speedup = _speedup([like.new_ones(size) for size in sizes])
+        if speedup < _HOPELESS:
+            break
+    products = " and ".join(f"{dim_G} x {dim_A}" for dim_G, dim_A in sizes)
     return PreconditionDtype(
         dtype="bfloat16" if speedup >= _WORTHWHILE else "float32",
-        reason=f"on {like.device.type}, bfloat16 is {speedup:.2g} times as fast as float32 for "
-        f"{sizes}; {_WORTHWHILE:g} times is worth the rounding",
+        reason=f"bfloat16 takes {1 / speedup:.2g} times as long as float32 on {like.device.type} "
+        f"(products with {products})",
     )
 
 
-def _seconds(
-    pairs: Sequence[KroneckerPair], matrices: Sequence[Tensor], give_up_after: float
-) -> float:
-    """Return the least of a few times to apply `pairs`, or the first beyond `give_up_after`."""
-    best = float("inf")
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        for pair, matrix in zip(pairs, matrices, strict=True):
-            pair.apply(matrix)
-        if matrices[0].is_cuda:
-            torch.cuda.synchronize(matrices[0].device)
-        best = min(best, time.perf_counter() - started)
-        if best > give_up_after:
-            break
-    return best
+def _speedup(matrices: Sequence[Tensor]) -> float:
+    exact = [KroneckerPair(A=m.T @ m, G=m @ m.T) for m in matrices]
+    rounded = [pair.map_matrices(lambda factor: factor.to(torch.bfloat16)) for pair in exact]
+    return _seconds(exact, matrices) / _seconds(rounded, matrices)
+
+
+def _seconds(pairs: Sequence[KroneckerPair], matrices: Sequence[Tensor]) -> float:
+    """Return the least of a few times to apply `pairs`."""
+    return min(_time(pairs, matrices) for _ in range(_REPEATS))
+
+
+def _time(pairs: Sequence[KroneckerPair], matrices: Sequence[Tensor]) -> float:
+    started = time.perf_counter()
+    for pair, matrix in zip(pairs, matrices, strict=True):
+        pair.apply(matrix)
+    if matrices[0].is_cuda:
+        torch.cuda.synchronize(matrices[0].device)
+    return time.perf_counter() - started

@@ -90,6 +90,7 @@ class Crew:
         built = self.call_server("build", self._plan.server_snapshot)
         calls = self.call_workers("build")
         started = self.inverse_pool.first_statuses()
+        ready: ServerReady
         ready, *rest = self.gather(built | calls | started, deadline_seconds=_START_SECONDS)
         self._note_pids(ready, rest[: len(calls)])
         self.inverse_pool.take_over(step=0)

@@ -26,7 +26,6 @@ from workers.device import plan_devices
 from workers.interrupts import Interrupts
 from workers.journal import JobJournal, OnEvent, OnRecord
 from workers.messages import InverseSetup, JobContext
-from workers.parameter_server import ServerReady
 from workers.planning import layer_costs, measure_cost_model
 from workers.preparation import Preparation, prepare
 from workers.recording import Recorder
@@ -140,18 +139,10 @@ class _Run:
             plan = self._plan_crew(cluster, point)
             crew = Crew(self._job, self._folder, plan, loop.on_inverse_worker_death, interrupts)
             try:
-                self._note_start(crew.build())
+                self._journal.started(crew.build().precondition)
                 return loop.run(crew)
             finally:
                 crew.kill()
-
-    def _note_start(self, server: ServerReady) -> None:
-        self._journal.state("RUNNING")
-        self._journal.event("started", f"attempt {self._job.attempt} trains")
-        if server.precondition is not None:
-            dtype, reason = server.precondition.dtype, server.precondition.reason
-            message = f"inverses are applied in {dtype}: {reason}"
-            self._journal.event("precondition_dtype", message, dtype=dtype)
 
     def _find_start(self) -> ResumePoint:
         if not self._resume:

@@ -21,7 +21,7 @@ from workers.transport import Array
 class ServerReady(NamedTuple):
     """A parameter server that has been built, and where its store is.
 
-    `precondition` is in which type it applies inverses; None for a baseline.
+    `precondition` is in which type it applies inverses, where that was left to a measurement.
     """
 
     pid: int

@@ -47,7 +47,10 @@ class Server(Protocol):
 
 
 class BuiltServer(NamedTuple):
-    """A parameter server, where its inverses arrive, and their type; None for a baseline."""
+    """A parameter server, and where its inverses arrive; None for a baseline.
+
+    `precondition` is in which type they are applied, where that was left to a measurement.
+    """
 
     server: Server
     store: InverseStore | None
@@ -69,6 +72,7 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
     if not isinstance(spec.optimizer, KFACSpec):
         return BuiltServer(FirstOrderServer(spec.optimizer, state), None, None)
     registration = register(model)
+    is_measured = spec.optimizer.precondition_dtype == "auto"
     chosen = choose_precondition_dtype(spec.optimizer, registration.blocks, parameters)
     spec = spec.model_copy(update={"optimizer": chosen.resolve(spec.optimizer)})
     store = InverseStore(
@@ -78,4 +82,4 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
         patience_seconds=patience_seconds,
     )
     server = KFACServer(spec, step_schedule(spec), registration, state, store)
-    return BuiltServer(server, store, chosen)
+    return BuiltServer(server, store, chosen if is_measured else None)

@@ -65,6 +65,11 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
             "optimizer.inverse: ekfac runs in one process (kfac_dist.KFAC) "
             "and not on workers yet; use block_diagonal",
         ),
+        (
+            {"dtype": "float64", "optimizer": {"precondition_dtype": "bfloat16"}},
+            "optimizer.precondition_dtype: bfloat16 rounds float32, and dtype is float64; use "
+            "float32 or auto, which then apply inverses in float64",
+        ),
         ({"dtype": 32}, "dtype: 32 is not one of float32, float64"),
         ({"steps": 0}, "steps: 0 is not a whole number of at least 1"),
         ({"steps": True}, "steps: true is not a whole number of at least 1"),

@@ -86,6 +86,14 @@ def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
     assert torch.equal(job.server.state._average.value, serial.averaged_parameters)
 
 
+def test_rounded_products_are_those_of_the_serial_optimizer(run, tmp_path):
+    spec = small_spec(dtype="float32", optimizer={"precondition_dtype": "bfloat16"})
+    job = run(spec)
+    job.steps(8)
+    serial, _ = serial_run(spec, tmp_path, 8)
+    assert torch.equal(job.parameters, flatten(serial._parameters))
+
+
 @pytest.mark.parametrize(("gradient", "inverse"), [(2, 1), (3, 2)])
 def test_more_workers_are_the_serial_optimizer_to_rounding(gradient, inverse, run, tmp_path):
     spec = small_spec(workers={"gradient": gradient, "inverse": inverse})
