@@ -74,14 +74,15 @@ class InverseStore:
     def accept(self, header: InverseHeader, array: Array) -> None:
         """Take in the inverses of a layer, unless newer ones are here; may be called any time."""
         layer = next(layer for layer in self.layers if layer.name == header.layer)
-        num_good = sum(pi is not None for pi in header.pis)
-        held = self._unpack(layer, header, array) if num_good else None
+        num_failed = header.pis.count(None)
+        all_failed = num_failed == len(header.pis)
+        held = None if all_failed else self._unpack(layer, header, array)
         with self._changed:
             self._counts.update(header.rungs)
+            kept = header.layer in self._held
+            self._counts["kept_inverse" if kept else "no_inverse"] += num_failed
             if held is None:
                 self._failed_step[header.layer] = header.version_step
-                kept = header.layer in self._held
-                self._counts["kept_inverse" if kept else "no_inverse"] += 1
             else:
                 self._failed_step.pop(header.layer, None)
                 current = self._held.get(header.layer)
