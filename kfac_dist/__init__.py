@@ -10,14 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kfac_dist.optimizer import KFAC, StepResult
+    from kfac_dist.optimizer import KFAC
+    from kfac_dist.step_result import StepResult
     from workers.api import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "KFAC": "kfac_dist.optimizer",
-    "StepResult": "kfac_dist.optimizer",
+    "StepResult": "kfac_dist.step_result",
     "train": "workers.api",
 }
 

@@ -11,7 +11,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,33 +30,9 @@ from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.precision import choose_precondition_dtype
 from kfac_dist.schedules import kfac_schedule
+from kfac_dist.step_result import StepResult
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step did.
-
-    `loss` is the mean of -log r(y|z) over the batch before the update, in nats a case, `objective`
-    adds the l2 term. `predicted_change` is M(delta) - M(0); `reduction_ratio` (rho) is there every
-    `damping.adapt_period` steps. `damping` and `gamma` are the values after the step, `lr` that of
-    the step, None where alpha needs none. `applied` is False when a number was not finite and the
-    parameters were left alone.
-    """
-
-    step: int
-    loss: float
-    objective: float
-    alpha: float
-    mu: float
-    damping: float
-    gamma: float
-    update_norm: float
-    predicted_change: float | None
-    reduction_ratio: float | None
-    lr: float | None
-    applied: bool
 
 
 class KFAC(torch.optim.Optimizer):
@@ -66,10 +41,12 @@ class KFAC(torch.optim.Optimizer):
     `distribution` is the predictive distribution of the outputs: `"bernoulli"` (logits),
     `"categorical"` (logits) or `"gaussian"`. The remaining options are the fields of the job
     specification's `optimizer` section, by the same names and with the same defaults; `damping`
-    and `gamma` may be given as a number, their initial value.
+    and `gamma` may be given as a number, their initial value. `settings` has all of them, with
+    `precondition_dtype: auto` decided.
 
     Raises:
-        InvalidSpecError: an option is unknown or out of range, or a parameter has no block.
+        InvalidSpecError: an option is unknown, out of range or not for the type of the parameters,
+            or a parameter has no block.
     """
 
     def __init__(
@@ -125,20 +102,7 @@ class KFAC(torch.optim.Optimizer):
         self._curvature.inverses = list(candidates.values())[choice.candidate]
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
-        return StepResult(
-            step=plan.step,
-            loss=loss,
-            objective=objective,
-            alpha=choice.alpha,
-            mu=choice.mu,
-            damping=self._update.damping,
-            gamma=self._update.gamma,
-            update_norm=choice.update_norm,
-            predicted_change=choice.predicted_change,
-            reduction_ratio=ratio,
-            lr=plan.lr,
-            applied=True,
-        )
+        return self._result(plan, loss, objective, choice, ratio)
 
     def _compute(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         """Return the mean loss and the gradient [P] of the objective."""
@@ -157,19 +121,29 @@ class KFAC(torch.optim.Optimizer):
 
     def _skipped(self, plan: StepPlan, loss: float, objective: float) -> StepResult:
         self.numeric_events["bad_step"] += 1
+        return self._result(plan, loss, objective, None, None)
+
+    def _result(
+        self,
+        plan: StepPlan,
+        loss: float,
+        objective: float,
+        choice: Choice | None,
+        ratio: float | None,
+    ) -> StepResult:
         return StepResult(
             step=plan.step,
             loss=loss,
             objective=objective,
-            alpha=0.0,
-            mu=0.0,
+            alpha=choice.alpha if choice else 0.0,
+            mu=choice.mu if choice else 0.0,
             damping=self._update.damping,
             gamma=self._update.gamma,
-            update_norm=0.0,
-            predicted_change=None,
-            reduction_ratio=None,
+            update_norm=choice.update_norm if choice else 0.0,
+            predicted_change=choice.predicted_change if choice else None,
+            reduction_ratio=ratio,
             lr=plan.lr,
-            applied=False,
+            applied=choice is not None,
         )
 
     def _update_factors(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> None:
