@@ -23,8 +23,9 @@ from kfac_dist.core.averaging import ParameterAverage
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature, InvertedLayers
 from kfac_dist.core.distributions import DistributionName, get_distribution
-from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.layers import ReportRow, register
+from kfac_dist.core.factors import LayerFactors
+from kfac_dist.core.registration import register
+from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.update import Choice, KFACUpdate, searches_gamma
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
@@ -64,7 +65,7 @@ def step_schedule(settings: KFACSpec) -> StepSchedule:
 
 
 class KFAC(torch.optim.Optimizer):
-    """K-FAC for models of linear layers, on one process.
+    """K-FAC on one process.
 
     `distribution` is the predictive distribution of the outputs: `"bernoulli"` (logits),
     `"categorical"` (logits) or `"gaussian"`. The remaining options are the fields of the job
@@ -72,7 +73,7 @@ class KFAC(torch.optim.Optimizer):
     and `gamma` may be given as a number, their initial value.
 
     Raises:
-        InvalidSpecError: an option is unknown or out of range, or a parameter has no block.
+        InvalidSpecError: an option is unknown, out of range, or does not fit the model.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class KFAC(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         self.settings: KFACSpec = kfac_settings(options)
-        self._registration = register(model)
+        self._registration = register(model, self.settings)
         self._computer = BatchComputer(
             model,
             distribution=get_distribution(distribution),
@@ -217,8 +218,8 @@ class KFAC(torch.optim.Optimizer):
         return self._update.adapt_damping(choice, after - before)
 
     @property
-    def factors(self) -> dict[str, KroneckerPair]:
-        """The averaged factors A and G of each layer, as new tensors."""
+    def factors(self) -> dict[str, LayerFactors]:
+        """The averaged factors of each layer, as new tensors."""
         averages = self._curvature.averages
         return {name: averages.pair(name) for name in averages.names}
 
@@ -235,7 +236,7 @@ class KFAC(torch.optim.Optimizer):
         return self._curvature.solve(gradients, self._update.gamma)
 
     def registration_report(self) -> tuple[ReportRow, ...]:
-        """Return one row for each trainable parameter: its block, factor sizes and cost."""
+        """Return one row for each parameter: its block, factor sizes and cost."""
         return self._registration.report
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.core.update import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten
 from kfac_dist.data import Split
@@ -48,7 +48,7 @@ class GradientWork:
             model,
             distribution=get_distribution(self._task.distribution),
             seed=spec.seed,
-            registration=register(model) if self._kfac else None,
+            registration=register(model, self._kfac) if self._kfac else None,
             fisher_type=self._kfac.fisher_type if self._kfac else "mc",
         )
         self._parameters = self._computer.parameters

@@ -18,7 +18,7 @@ from kfac_dist.coordination.schedule import batch_size_at
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import invert_pair
-from kfac_dist.core.layers import Registration
+from kfac_dist.core.registration import Registration
 from kfac_dist.optimizer import step_schedule as kfac_schedule
 
 _MEASURED_ORDERS = (64, 128, 256)

@@ -104,6 +104,14 @@ class KFACSpec(Section):
     """Fraction of a batch that exact Fisher products are computed on, tau_2."""
     pi_norm: Literal["trace", "frobenius"] = "trace"
     """Norm that splits the damping between A and G."""
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    """Positions of one case: each counts for itself, or inputs averaged and gradients summed."""
+    fused_outputs: dict[str, Count] = Field(default={"*qkv": 3, "*c_attn": 3, "*in_proj": 3})
+    """Linear layers, by pattern of name, whose outputs are so many equal parts, a block each."""
+    max_factor_dim: Count | None = None
+    """Factors of a larger order are split into diagonal sub-blocks; null is never."""
+    diagonal: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Modules or parameters, by pattern of the name, that get a diagonal block."""
     averaging: AveragingSpec | None = AveragingSpec()
     """Polyak average of the parameters; null is none."""
     lr: Positive = 0.1

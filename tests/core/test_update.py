@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kfac_dist.config import kfac_settings
-from kfac_dist.core.layers import Registration
+from kfac_dist.core.registration import Registration
 from kfac_dist.core.update import Choice, KFACUpdate, combine
 
 W1 = 19 / 20
