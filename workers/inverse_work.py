@@ -18,7 +18,7 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.ledger import StatisticsLedger
 from kfac_dist.coordination.refresh import LayerRefreshState, choose_next
-from kfac_dist.core.factors import FactorAverages, KroneckerPair
+from kfac_dist.core.factors import FactorAverages, LayerFactors
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.structure import structure_for
 from workers.messages import (
@@ -74,7 +74,7 @@ class InverseWork:
         self._averages = {name: self._averages_of(name) for name in self._layers}
         self._restore(averages or {})
         self._versions: dict[str, int] = {}
-        self._inverted_factors: dict[str, KroneckerPair] = {}
+        self._inverted_factors: dict[str, LayerFactors] = {}
         self._drifts: dict[str, tuple[int, float]] = {}
         self._requests: deque[RefreshRequest] = deque()
         self._bound = staleness_bound(job.spec)
@@ -252,7 +252,7 @@ class InverseWork:
         )
 
 
-def _relative_change(old: KroneckerPair, new: KroneckerPair) -> float:
+def _relative_change(old: LayerFactors, new: LayerFactors) -> float:
     changes, after = [], new.tensors()
     for name, before in old.tensors().items():
         size = float(torch.linalg.vector_norm(before))

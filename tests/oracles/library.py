@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
+from kfac_dist.config import kfac_settings
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 
 
 def computer_for(distribution: str, model: nn.Module, fisher_type: str = "exact", seed: int = 0):
@@ -12,7 +13,7 @@ def computer_for(distribution: str, model: nn.Module, fisher_type: str = "exact"
         model,
         distribution=get_distribution(distribution),
         seed=seed,
-        registration=register(model),
+        registration=register(model, kfac_settings({})),
         fisher_type=fisher_type,
     )
 

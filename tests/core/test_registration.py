@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_dist.core.layers import register
+from kfac_dist.config import kfac_settings
+from kfac_dist.core.registration import register
 from kfac_dist.errors import InvalidSpecError
 from tests.oracles import dense
 
@@ -27,7 +28,7 @@ def test_report_has_one_row_for_each_parameter():
 
 def test_matrices_lie_where_the_dense_truth_has_them():
     model = net()
-    registration = register(model)
+    registration = register(model, kfac_settings({}))
     vector = torch.arange(float(registration.num_parameters))
     for block in registration.blocks:
         expected = vector[dense.layer_indices(model, block.name, "rows")]
@@ -42,7 +43,7 @@ def test_matrices_lie_where_the_dense_truth_has_them():
 def test_a_frozen_bias_is_not_in_the_block():
     model = net()
     model[0].bias.requires_grad_(False)
-    registration = register(model)
+    registration = register(model, kfac_settings({}))
     assert [(b.dim_A, b.dim_G) for b in registration.blocks] == [(4, 3), (3, 2)]
     assert [row.parameter for row in registration.report] == ["0.weight", "2.weight"]
 
@@ -50,20 +51,20 @@ def test_a_frozen_bias_is_not_in_the_block():
 def test_a_parameter_without_a_block_is_refused_by_name():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     with pytest.raises(InvalidSpecError, match=r"1\.weight"):
-        register(model)
+        register(model, kfac_settings({}))
 
 
 def test_a_frozen_parameter_without_a_block_is_no_matter():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     model[1].requires_grad_(False)
-    assert register(model).names == ("0",)
+    assert register(model, kfac_settings({})).names == ("0",)
 
 
 def test_tied_weights_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     model[2].weight = model[0].weight
     with pytest.raises(InvalidSpecError, match="share"):
-        register(model)
+        register(model, kfac_settings({}))
 
 
 def test_a_model_without_trainable_parameters_is_refused():
