@@ -35,6 +35,10 @@ class _Inverses:
     admitted: Admitted
     candidates: Sequence[Candidate]
 
+    def gammas(self) -> list[float]:
+        """Return the gamma of each candidate."""
+        return [candidate.gamma for candidate in self.candidates]
+
 
 class KFACServer:
     """Damping, gamma, direction, step size; the parameters and the inverses in use."""
@@ -81,7 +85,8 @@ class KFACServer:
         inverses = self._wait_for_inverses(plan, phases)
         directions = self._precondition(mean.gradient, inverses, phases)
         gram = self._receive_fisher_products(order, side, directions, phases)
-        choice = self._choose(plan, mean.gradient, inverses, directions, gram)
+        gammas = inverses.gammas()
+        choice = self._update.choose(mean.gradient, directions, gammas, gram, lr=plan.lr)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
             return self._skipped(order, mean, phases)
@@ -119,7 +124,7 @@ class KFACServer:
                     {name: inverted.inverse for name, inverted in candidate.inverses.items()}
                     for candidate in inverses.candidates
                 ],
-                [candidate.gamma for candidate in inverses.candidates],
+                inverses.gammas(),
             )
             self._counts["gradient_fallback"] += len(fallen)
             return directions
@@ -135,17 +140,6 @@ class KFACServer:
         with phases("fisher_products"):
             num_rows = len(subset_positions(order.window.size, self._settings.fisher_fraction))
             return side.receive_gram(len(directions) + 1) / num_rows
-
-    def _choose(
-        self,
-        plan: StepPlan,
-        gradient: Tensor,
-        inverses: _Inverses,
-        directions: Tensor,
-        gram: Tensor | None,
-    ) -> Choice:
-        gammas = [candidate.gamma for candidate in inverses.candidates]
-        return self._update.choose(gradient, directions, gammas, gram, lr=plan.lr)
 
     def _apply(
         self,
