@@ -13,14 +13,14 @@ def net():
 
 
 def test_blocks_are_the_linear_layers_in_order():
-    registration = register(net())
+    registration = register(net(), kfac_settings({}))
     assert registration.names == ("0", "2")
     assert [(b.dim_A, b.dim_G) for b in registration.blocks] == [(5, 3), (3, 2)]
     assert registration.num_parameters == 21
 
 
 def test_report_has_one_row_for_each_parameter():
-    rows = register(net()).report
+    rows = register(net(), kfac_settings({})).report
     assert [row.parameter for row in rows] == ["0.weight", "0.bias", "2.weight"]
     assert sum(row.num_parameters for row in rows) == 21
     assert [row.cost for row in rows] == [5**3 + 3**3, 0, 3**3 + 2**3]
@@ -69,4 +69,4 @@ def test_tied_weights_are_refused():
 
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(InvalidSpecError, match="no trainable"):
-        register(net().requires_grad_(False))
+        register(net().requires_grad_(False), kfac_settings({}))
