@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_dist.core.attention import unfused_attention
 
 # Elements of the per-case gradients held at a time.
 _CHUNK_ELEMENTS = 1 << 22
@@ -59,8 +60,7 @@ class CaseGradients:
             return gradients
 
         per_case = torch.func.vmap(gradient, randomness="different")
-        # Fused attention has no rule for vmap.
-        with sdpa_kernel(SDPBackend.MATH):
+        with unfused_attention():
             return self._sums(per_case, inputs, derivatives)
 
     def _sums(

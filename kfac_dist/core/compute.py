@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kfac_dist.core.attention import unfused_attention
 from kfac_dist.core.distributions import Distribution
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
 from kfac_dist.core.registration import Registration
@@ -132,8 +132,7 @@ class BatchComputer:
             result = torch.func.jvp(forward, (primals,), (tangents,))
             return result[0], result[1]
 
-        # Fused attention has no forward mode.
-        with torch.no_grad(), running_statistics_kept(self.model), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), running_statistics_kept(self.model), unfused_attention():
             outputs, derivatives = torch.func.vmap(product)(vectors)
             roots = torch.stack(
                 [

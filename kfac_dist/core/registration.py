@@ -25,17 +25,16 @@ from kfac_dist.errors import InvalidSpecError
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """All blocks of a model, in the order of its parameters, and the report on these."""
+    """All blocks of a model, in the order of its parameters, and the report on these.
 
-    sites: tuple[Site, ...]
-    weight_sharing: WeightSharing
+    The blocks are those of the `sites`, from which their statistics come.
+    """
+
+    blocks: tuple[LayerBlock, ...]
     report: tuple[ReportRow, ...]
     num_parameters: int
-
-    @property
-    def blocks(self) -> tuple[LayerBlock, ...]:
-        """The blocks of all sites."""
-        return tuple(block for site in self.sites for block in site.blocks)
+    sites: tuple[Site, ...] = ()
+    weight_sharing: WeightSharing = "expand"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,6 +73,7 @@ def register(model: nn.Module, settings: KFACSpec) -> Registration:
     finder = _SiteFinder(model, settings)
     sites = tuple(site for name in parameters for site in finder.sites_of(name))
     return Registration(
+        blocks=tuple(block for site in sites for block in site.blocks),
         sites=sites,
         weight_sharing=settings.weight_sharing,
         report=tuple(report_rows(model, sites)),

@@ -57,17 +57,17 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def batch_statistics_fixed(captures: Captures) -> Iterator[None]:
+def batch_statistics_fixed(model: nn.Module, captures: Captures) -> Iterator[None]:
     """Let batch normalisations use the statistics of the calls captured, as constants.
 
     A pass of single cases then computes what each of them contributed to the pass of the batch.
     The calls are taken in turns, so a pass must make the same number of them.
     """
-    norms = [(m, calls) for m, calls in captures.items() if isinstance(m, _BatchNorm) and calls]
     with ExitStack() as stack:
-        for module, calls in norms:
-            moments = [_moments(call.inputs) for call in calls]
-            stack.enter_context(_with_forward(module, moments))
+        for module in batch_norms(model):
+            if captures[module]:
+                moments = [_moments(call.inputs) for call in captures[module]]
+                stack.enter_context(_with_forward(module, moments))
         yield
 
 

@@ -85,7 +85,7 @@ class StatisticsPass:
                 self._check_uncalled(outputs, derivative, captures)
                 collector.add_gradients(output_gradients(outputs, derivative, captures))
                 if self._case_gradients is not None:
-                    with batch_statistics_fixed(captures):
+                    with batch_statistics_fixed(self._model, captures):
                         squares = self._case_gradients.squares(inputs, derivative)
                     collector.add_squares(squares)
         return collector.sums
