@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
@@ -32,11 +31,21 @@ from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.step_rule import constrained_step
-from kfac_dist.core.vector import unflatten
+from kfac_dist.core.vector import trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.observer import ForwardObserver, plain_module, process_group_of
 
 # Settings of `KFAC` that belong to the user's own loop here.
-_FOREIGN = ("step_rule", "gamma", "l2", "fisher_fraction", "averaging", "lr", "momentum")
+_FOREIGN = (
+    "step_rule",
+    "gamma",
+    "l2",
+    "fisher_fraction",
+    "averaging",
+    "lr",
+    "momentum",
+    "precondition_dtype",
+)
 
 
 class KFACPreconditioner:
@@ -90,8 +99,8 @@ class KFACPreconditioner:
         self.step_count = 0
         self.numeric_events: Counter[str] = Counter()
         self._lr = lr
-        self._group = process_group or _group_of(model)
-        plain = _plain(model)
+        self._group = process_group or process_group_of(model)
+        plain = plain_module(model)
         self._registration = register(plain, self.settings)
         self._computer = BatchComputer(
             plain,
@@ -108,28 +117,14 @@ class KFACPreconditioner:
             gamma_adapt_period=None,
             damping_adapt_period=None,
         )
-        self._inputs: list[Tensor] = []
-        self._observing = True
-        model.register_forward_pre_hook(self._observe, with_kwargs=True)
+        self._observer = ForwardObserver(
+            model, wants=lambda: self._schedule.plan(self.step_count + 1).update_factors
+        )
 
     @property
     def gamma(self) -> float:
         """Strength of the factored damping, the square root of `damping`."""
         return math.sqrt(self.damping)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the inputs of a forward pass whose gradients may be wanted."""
-        if not (self._observing and module.training and torch.is_grad_enabled()):
-            return
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise InvalidSpecError(
-                f"KFACPreconditioner: {type(_plain(module)).__name__} was called with "
-                f"{len(args)} positional and {len(kwargs)} keyword arguments; it must be called "
-                "with one tensor. Wrap it in a module that takes one and hands out the parts"
-            )
-        if self._schedule.plan(self.step_count + 1).update_factors:
-            self._inputs.append(args[0].detach())
 
     def step(self) -> None:
         """Replace `.grad` of every parameter by its direction, in place.
@@ -154,7 +149,7 @@ class KFACPreconditioner:
     def _update_factors(self, plan: StepPlan) -> None:
         if not plan.update_factors:
             return
-        inputs, self._inputs = self._inputs, []
+        inputs = self._observer.take()
         if not inputs:
             raise InvalidSpecError(
                 f"KFACPreconditioner.step: step {plan.step} needs statistics, and the model made "
@@ -166,11 +161,8 @@ class KFACPreconditioner:
 
     def _statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
         """Return the sums over all micro-batches and processes, and their number of cases."""
-        self._observing = False  # the passes that follow are ours
-        try:
+        with self._observer.paused():
             statistics, num_cases = self._own_statistics(step, inputs)
-        finally:
-            self._observing = True
         return statistics, self._reduce(statistics, num_cases)
 
     def _own_statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
@@ -271,7 +263,8 @@ def _settings(damping: float, options: dict[str, Any]) -> KFACSpec:
     foreign = [name for name in options if name in _FOREIGN]
     if foreign:
         raise InvalidSpecError(
-            f"KFACPreconditioner: {', '.join(foreign)} belongs to your own loop and optimizer"
+            f"KFACPreconditioner has no option {', '.join(foreign)}: it makes directions, and the "
+            "step is your own optimizer's"
         )
     settings = kfac_settings({"damping": damping, **options})
     if settings.fisher_type == "empirical":
@@ -280,23 +273,6 @@ def _settings(damping: float, options: dict[str, Any]) -> KFACSpec:
             'here; use "mc" or "exact"'
         )
     return settings
-
-
-def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    if isinstance(model, DistributedDataParallel):
-        return model.process_group
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """Return the module inside the wrappers of DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -309,13 +285,9 @@ def _dense(gradient: Tensor) -> Tensor:
 
 
 def _check_dtypes(model: nn.Module) -> None:
-    for name, parameter in _trainable(model):
+    for name, parameter in trainable_parameters(model).items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise InvalidSpecError(
                 f"KFACPreconditioner: {name} is {parameter.dtype}; parameters must be float32 or "
                 "float64. Use autocast for the passes in half precision"
             )
-
-
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -260,7 +260,7 @@ class TwoInputs(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: preconditioner_for(job.model(), step_rule="adaptive"), "your own loop"),
+        (lambda: preconditioner_for(job.model(), step_rule="adaptive"), "no option step_rule"),
         (lambda: preconditioner_for(job.model(), fisher_type="empirical"), "targets"),
         (lambda: preconditioner_for(job.model(), norm_constraint=1e-3), "belong together"),
         (lambda: preconditioner_for(job.model(), damping=-1.0), "damping"),

@@ -1,0 +1,75 @@
+"""What K-FAC sees of a training loop that is not its own: the inputs of the model's passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kfac_dist.errors import InvalidSpecError
+
+
+class ForwardObserver:
+    """Keeps the inputs of forward passes whose gradients may be wanted, while `wants` says so.
+
+    These are passes in training mode with gradients enabled.
+
+    Raises:
+        InvalidSpecError: in such a pass, the model is not called with one tensor.
+    """
+
+    def __init__(self, model: nn.Module, wants: Callable[[], bool]) -> None:
+        self._wants = wants
+        self._inputs: list[Tensor] = []
+        self._paused = False
+        model.register_forward_pre_hook(self._observe, with_kwargs=True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused or not (module.training and torch.is_grad_enabled()):
+            return
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise InvalidSpecError(
+                f"KFACPreconditioner: {type(plain_module(module)).__name__} was called with "
+                f"{len(args)} positional and {len(kwargs)} keyword arguments; it must be called "
+                "with one tensor. Wrap it in a module that takes one and hands out the parts"
+            )
+        if self._wants():
+            self._inputs.append(args[0].detach())
+
+    def take(self) -> list[Tensor]:
+        """Return the inputs since the last call, in order."""
+        taken, self._inputs = self._inputs, []
+        return taken
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Observe nothing inside: these passes are K-FAC's own."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of DistributedDataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """Return the group that the gradients of a model are reduced in, as far as one can tell."""
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
