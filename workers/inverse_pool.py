@@ -180,16 +180,19 @@ class InversePool:
             if ranks is None or rank in ranks:
                 worker.handle.refresh.remote(request)
 
-    def note_versions(self, versions: Mapping[str, int], oldest_admissible: int) -> list[str]:
+    def note_versions(
+        self, versions: Mapping[str, int], oldest_admissible: Mapping[str, int]
+    ) -> list[str]:
         """Return the orphaned layers that are not any more.
 
-        A successor has refreshed them and they are within the staleness bound.
+        A successor has refreshed them and they are within the staleness bound; both by layer.
         """
         back = [
             layer
             for layer, rank in self._orphaned.items()
             if (connected := self._workers[rank].connected_step) is not None
-            and versions.get(layer, 0) >= max(connected, oldest_admissible)
+            and layer in versions
+            and versions[layer] >= max(connected, oldest_admissible[layer])
         ]
         for layer in back:
             del self._orphaned[layer]

@@ -149,12 +149,15 @@ class InverseStore:
     def _failed(self, step: int) -> set[str]:
         """Return the layers whose last inversion failed and that no refresh is under way for.
 
-        In a synchronous run the next scheduled refresh is waited for like any other.
+        Where exact versions are used the next scheduled refresh is waited for like any other.
         """
-        if not self.bound.is_synchronous(step):
+        if not self.bound.is_exact(step):
             return set(self._failed_step)
-        oldest = self.bound.oldest_admissible(step)
-        return {name for name, failed in self._failed_step.items() if failed >= oldest}
+        return {
+            name
+            for name, failed in self._failed_step.items()
+            if failed >= self.bound.oldest_admissible(step, name)
+        }
 
     def candidate(self, step: int, admitted: Admitted, gamma: float) -> Candidate:
         """Return the admitted inverses that are nearest to `gamma`.

@@ -123,12 +123,11 @@ class TrainingLoop:
     def _request_inverses(self, crew: Crew, plan: StepPlan) -> None:
         if not plan.refresh_inverses:
             return
-        synchronous = self._bound.is_synchronous(plan.step)
         crew.inverse_pool.request(
             RefreshRequest(
                 step=plan.step,
                 gammas=self._gammas,
-                min_statistics_step=plan.step if synchronous else 1,
+                min_statistics_step=plan.step if self._bound.is_exact(plan.step) else 1,
             )
         )
 
@@ -155,8 +154,9 @@ class TrainingLoop:
             )
 
     def _welcome_back(self, crew: Crew, report: ServerReport) -> None:
-        oldest = self._bound.oldest_admissible(report.step)
-        back = crew.inverse_pool.note_versions(report.inverse_version_step, oldest)
+        versions = report.inverse_version_step
+        oldest = {name: self._bound.oldest_admissible(report.step, name) for name in versions}
+        back = crew.inverse_pool.note_versions(versions, oldest)
         if back and not crew.inverse_pool.orphaned:
             self._journal.state("RUNNING", reason=None, message=None)
             self._journal.event(

@@ -203,7 +203,7 @@ class LocalJob:
         window, self.cursor = next_window(self.cursor, size, self.num_cases)
         order = StepOrder(plan=plan, window=window)
         if plan.refresh_inverses:
-            minimum = plan.step if self.bound.is_synchronous(plan.step) else 1
+            minimum = plan.step if self.bound.is_exact(plan.step) else 1
             request = RefreshRequest(
                 step=plan.step, gammas=self.gammas, min_statistics_step=minimum
             )
