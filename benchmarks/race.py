@@ -45,8 +45,8 @@ def race(
     spec: JobSpec, makers: Mapping[str, MakeStep], data_dir: Path | None, evaluate_every: int
 ) -> list[Contestant]:
     """Run all contestants for the steps of `spec`; curves are over the whole training set."""
-    task = load_task(spec, ROOT / "examples")
-    data = task.train_data(data_dir)
+    task = load_task(spec, ROOT / "examples", data_dir=data_dir)
+    data = task.train_data()
     contestants = []
     for name, make_step in makers.items():
         model = build_model(task, spec.seed, torch_dtype(spec.dtype))

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.averaging import ParameterAverage
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.curvature import Curvature, InvertedLayers
+from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.layers import ReportRow, register
+from kfac_dist.core.shelf import Held, all_carry, at_gamma
 from kfac_dist.core.update import Choice, KFACUpdate, searches_gamma
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
@@ -71,6 +73,10 @@ class KFAC(torch.optim.Optimizer):
     specification's `optimizer` section, by the same names and with the same defaults; `damping`
     and `gamma` may be given as a number, their initial value.
 
+    `delay_steps` simulates an asynchronous run: by patterns of layer names, of which the last that
+    matches counts, how many steps late a refresh of the inverses is used. A job with the same
+    `staleness.delay_steps` takes the same steps.
+
     Raises:
         InvalidSpecError: an option is unknown or out of range, or a parameter has no block.
     """
@@ -81,6 +87,7 @@ class KFAC(torch.optim.Optimizer):
         *,
         distribution: DistributionName,
         seed: int = 0,
+        delay_steps: Mapping[str, int] | None = None,
         **options: Any,
     ) -> None:
         self.settings: KFACSpec = kfac_settings(options)
@@ -95,6 +102,9 @@ class KFAC(torch.optim.Optimizer):
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
         self._schedule = step_schedule(self.settings)
+        self._bound = StalenessBound(
+            max_steps=0, warmup_steps=0, schedule=self._schedule, delay_steps=delay_steps or {}
+        )
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._update = KFACUpdate(
@@ -105,7 +115,13 @@ class KFAC(torch.optim.Optimizer):
         self.step_count = 0
 
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:  # type: ignore[override]
-        """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them."""
+        """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them.
+
+        Raises:
+            InvalidSpecError: the batch is empty.
+        """
+        if len(inputs) == 0:
+            raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
         plan = self._schedule.plan(self.step_count + 1)
         self.step_count = plan.step
         loss, gradient = self._compute(inputs, targets)
@@ -113,13 +129,15 @@ class KFAC(torch.optim.Optimizer):
         if not self._is_finite(loss, gradient):
             return self._skipped(loss, objective)
         self._update_factors(plan, inputs, targets)
-        candidates = self._invert(plan)
-        directions = self._precondition(gradient, candidates)
+        self._invert(plan)
+        held = self._admit(plan)
+        gammas = self._tried_gammas(plan, held)
+        directions = self._precondition(gradient, held, gammas)
         gram = self._fisher_products(plan, inputs, directions)
-        choice = self._update.choose(gradient, directions, list(candidates), gram)
+        choice = self._update.choose(gradient, directions, gammas, gram)
         if not choice.applied:
             return self._skipped(loss, objective)
-        self._curvature.inverses = list(candidates.values())[choice.candidate]
+        self._curvature.shelf.use(held, choice.gamma, search_open=self._update.search_open)
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
         return StepResult(
@@ -171,28 +189,37 @@ class KFAC(torch.optim.Optimizer):
         if not plan.update_factors:
             return
         rows = subset_positions(len(inputs), self.settings.statistics_fraction)
-        structure = self._curvature.structure
         statistics = self._computer.batch_statistics(
             _take(inputs, rows),
             _take(targets, rows),
             step=plan.step,
-            links=structure.links,
-            bases=structure.bases(self._curvature.inverses),
+            links=self._curvature.structure.links,
+            bases=self._curvature.shelf.bases(),
         )
         self._curvature.update(plan.step, statistics, len(rows))
 
-    def _invert(self, plan: StepPlan) -> dict[float, InvertedLayers]:
-        """Return the inverses of all layers by gamma: the current ones, or refreshed candidates."""
-        if not plan.refresh_inverses or self._curvature.averages.step == 0:
-            return {self._update.gamma: self._curvature.inverses}
-        return self._curvature.candidates(self._update.gammas(search=plan.search_gamma))
+    def _invert(self, plan: StepPlan) -> None:
+        if plan.refresh_inverses:
+            self._curvature.prepare(self._update.requested_gammas(search=plan.search_gamma))
 
-    def _precondition(self, gradient: Tensor, candidates: dict[float, InvertedLayers]) -> Tensor:
+    def _admit(self, plan: StepPlan) -> Held:
+        """Return the inverses that the step uses: the newest, but for scripted delays."""
+        shelf, names = self._curvature.shelf, self._registration.names
+        return shelf.installed(
+            shelf.take({name: self._bound.oldest_admissible(plan.step, name) for name in names})
+        )
+
+    def _tried_gammas(self, plan: StepPlan, held: Held) -> tuple[float, ...]:
+        return self._update.tried_gammas(
+            lambda gammas: all_carry(held, gammas), search=plan.search_gamma
+        )
+
+    def _precondition(self, gradient: Tensor, held: Held, gammas: tuple[float, ...]) -> Tensor:
         inverses = [
-            {name: inverted.inverse for name, inverted in by_layer.items()}
-            for by_layer in candidates.values()
+            {name: inverted.inverse for name, inverted in at_gamma(held, gamma).items()}
+            for gamma in gammas
         ]
-        directions, fallen = self._update.directions(gradient, inverses, list(candidates))
+        directions, fallen = self._update.directions(gradient, inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
         return directions
 

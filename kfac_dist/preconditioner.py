@@ -175,8 +175,7 @@ class KFACPreconditioner:
     def _own_statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
         """Return the sums over the micro-batches of this process, and their number of cases."""
         rank, num_processes = self._place()
-        structure = self._curvature.structure
-        bases = structure.bases(self._curvature.inverses)
+        links, bases = self._curvature.structure.links, self._curvature.shelf.bases()
         first_row, num_cases, parts = 0, 0, []
         for part in inputs:
             rows = subset_positions(len(part), self.settings.statistics_fraction)
@@ -186,7 +185,7 @@ class KFACPreconditioner:
                     None,
                     step=step,
                     first_row=first_row + rank * len(rows),
-                    links=structure.links,
+                    links=links,
                     bases=bases,
                 )
             )
@@ -215,8 +214,10 @@ class KFACPreconditioner:
         return int(flat[-1])
 
     def _invert(self, plan: StepPlan) -> None:
-        if plan.refresh_inverses and self._curvature.averages.step > 0:
-            (self._curvature.inverses,) = self._curvature.candidates((self.gamma,)).values()
+        if plan.refresh_inverses:
+            self._curvature.prepare((self.gamma,))
+            shelf = self._curvature.shelf
+            shelf.use(shelf.installed(shelf.take()), self.gamma, search_open=False)
 
     def _precondition(self) -> None:
         parameters = self._computer.parameters

@@ -10,15 +10,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def _given() -> list[Path]:
+    """Where real data may be."""
+    given = os.environ.get("KFAC_DIST_DATA")
+    return [*([Path(given)] if given else []), ROOT.parent / "shared" / "data"]
+
+
+def _holding(what: str, *patterns: str) -> Path:
+    """The first place with a file that fits one of `patterns`, in it or one folder below."""
+    places = _given()
+    for place in places:
+        if any(True for p in patterns for f in (p, f"*/{p}") for _ in place.glob(f)):
+            return place
+    pytest.skip(f"needs real {what} in KFAC_DIST_DATA or {places[-1]}")
+
+
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
     """A folder that holds the real MNIST, as one passes it to --data-dir; skips without one."""
-    given = os.environ.get("KFAC_DIST_DATA")
-    places = [Path(given)] if given else []
-    places.append(ROOT.parent / "shared" / "data")
-    name = "train-images-idx3-ubyte"
-    for place in places:
-        for folder in (place, place / "mnist"):
-            if (folder / name).is_file() or (folder / f"{name}.gz").is_file():
-                return place
-    pytest.skip(f"needs real MNIST in KFAC_DIST_DATA or {places[-1]}")
+    return _holding("MNIST", "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz")
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir() -> Path:
+    """A folder with real CIFAR-10, or part of it, for --data-dir; skips without one."""
+    return _holding("CIFAR-10", "data_batch_1.bin", "data_batch_1.bin.gz")
+
+
+@pytest.fixture(scope="session")
+def text_dir() -> Path:
+    """A folder with the text of Tiny Shakespeare, for --data-dir; skips without one."""
+    return _holding("Tiny Shakespeare", "input.txt")

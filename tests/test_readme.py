@@ -1,4 +1,4 @@
-"""The blocks of the README are what they say they are."""
+"""The blocks of the README, and the code of the docs, are what they say they are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from kfac_dist.config import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+OWN_LOOP = (ROOT / "docs/own_loop.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", blocks("python") + blocks("python", OWN_LOOP))
 def test_python_blocks_run(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -52,17 +52,22 @@ def _absolute(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
 
 
-def layers_report(spec: JobSpec, base_dir: Path) -> list[dict[str, Any]]:
+def layers_report(
+    spec: JobSpec, base_dir: Path, *, data_dir: Path | None, cache_dir: Path
+) -> list[dict[str, Any]]:
     """Return one row for each trainable parameter: its block, factor sizes and cost.
+
+    The data is looked for in `data_dir` and `cache_dir` when it shapes the model.
 
     Raises:
         InvalidSpecError: the optimizer has no blocks, or a parameter is in none.
         UserTaskError: the user's task raised.
+        DataNotFoundError: the model is shaped by data that are in none of the places.
     """
     if not isinstance(spec.optimizer, KFACSpec):
         raise InvalidSpecError(
             f"optimizer.name: {spec.optimizer.name} has no curvature blocks, only kfac has"
         )
-    task = load_task(spec, base_dir)
+    task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     return [row._asdict() for row in register(model).report]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kfac_dist.coordination.sampling import SamplerCursor
-from kfac_dist.errors import JobFailedError
+from kfac_dist.errors import InvalidSpecError, JobFailedError
 from kfac_dist.runs import RunFolder
 from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint
 from workers.crew import SERVER_ROLE, Crew
@@ -45,14 +45,25 @@ BEGINNING = ResumePoint(
 )
 
 
-def find_resume_point(folder: RunFolder) -> ResumePoint:
+def find_resume_point(folder: RunFolder, last_step: int) -> ResumePoint:
     """Return where the run in `folder` goes on; the beginning when it has no checkpoint.
+
+    At `last_step` itself there is nothing left to do but to evaluate.
 
     Raises:
         NotFoundError: there are checkpoints, but none is whole.
+        InvalidSpecError: the newest whole one is of a later step than `last_step`.
     """
     loaded = load_newest(folder.checkpoints_dir)
-    return BEGINNING if loaded is None else _resume_point(loaded)
+    if loaded is None:
+        return BEGINNING
+    if loaded.step > last_step:
+        raise InvalidSpecError(
+            f"steps: {last_step} is below the step of the newest checkpoint, {loaded.step} "
+            f"({loaded.path}), and a run does not go back; use at least {loaded.step}, or start a "
+            "new run with --run-dir"
+        )
+    return _resume_point(loaded)
 
 
 def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:

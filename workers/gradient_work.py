@@ -41,10 +41,12 @@ class GradientWork:
         self._rank = rank
         self._num_workers = spec.workers.gradient
         self._kfac = optimizer if isinstance(optimizer, KFACSpec) else None
-        self._task: Task = load_task(spec, job.base_dir, cache_dir=job.cache_dir)
+        self._task: Task = load_task(
+            spec, job.base_dir, data_dir=job.data_dir, cache_dir=job.cache_dir
+        )
         self._data = {
-            "train": self._task.train_data(job.data_dir),
-            "test": self._task.test_data(job.data_dir),
+            "train": self._task.train_data(),
+            "test": self._task.test_data(),
         }
         model = build_model(self._task, spec.seed, torch_dtype(spec.dtype)).to(device)
         registration = register(model) if self._kfac else None

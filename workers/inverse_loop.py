@@ -125,6 +125,8 @@ class InverseLoop:
                 self._wishes.append(letter)
 
     def _answer_wishes(self) -> None:
+        if not self._work.is_settled:
+            return
         due = [wish for wish in self._wishes if wish.step <= self._work.dealt_step]
         for wish in due:
             self._wishes.remove(wish)

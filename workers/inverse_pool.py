@@ -185,14 +185,13 @@ class InversePool:
     ) -> list[str]:
         """Return the orphaned layers that are not any more.
 
-        A successor has refreshed them and they are within the staleness bound; both by layer.
+        A successor has refreshed them and they are within the staleness bound.
         """
         back = [
             layer
             for layer, rank in self._orphaned.items()
             if (connected := self._workers[rank].connected_step) is not None
-            and layer in versions
-            and versions[layer] >= max(connected, oldest_admissible[layer])
+            and versions.get(layer, 0) >= max(connected, oldest_admissible.get(layer, 1))
         ]
         for layer in back:
             del self._orphaned[layer]

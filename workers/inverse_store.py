@@ -1,9 +1,7 @@
 """The inverses that the parameter server has been sent, and which of them a step may use.
 
 Inverse workers hand theirs in at any time from another thread; the newest version of a layer
-wins. The step waits here at the staleness bound and nowhere else. What the last applied step used
-belongs to the server's own thread: moments are taken into it, and a newer version is installed
-when a step first uses it.
+wins. The step waits here at the staleness bound and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,19 +13,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
-from kfac_dist.core.inverse import Inverted
+from kfac_dist.core.shelf import HeldInverses, InverseShelf, at_gamma
 from kfac_dist.core.structure import Structure
 from kfac_dist.errors import TimedOutError
-from workers.held_inverses import Admitted, Candidate, HeldInverses
+from workers.held_inverses import Admitted, Candidate
 from workers.messages import InverseHeader
 from workers.moments_exchange import Basis, Moments
 from workers.parcels import InverseParcel, pack_tensors, unpack_inverses, unpack_tensors
-from workers.transport import Array, section
+from workers.transport import Array
 
 
 @dataclass
@@ -43,28 +40,28 @@ class InverseStore:
     staleness: StalenessSpec
     patience_seconds: float
     device: torch.device
-    _held: dict[str, HeldInverses] = field(default_factory=dict)
-    _used: dict[str, HeldInverses] = field(default_factory=dict)
+    _shelf: InverseShelf = field(init=False)
     _orphaned: frozenset[str] = frozenset()
     _failed_step: dict[str, int] = field(default_factory=dict)
     _newest_statistics: int = 0
     _counts: Counter[str] = field(default_factory=Counter)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
+    def __post_init__(self) -> None:
+        self._shelf = InverseShelf(self.structure)
+
     def accept(self, header: InverseHeader, parcel: InverseParcel) -> None:
-        """Take in the inverses of a layer, unless newer ones are here; may be called any time."""
+        """Take in a version of a layer's inverses; may be called any time."""
         held = self._unpack(header, parcel) if parcel.own else None
         with self._changed:
             self._counts.update(header.rungs)
             if held is None:
                 self._failed_step[header.layer] = header.version_step
-                kept = header.layer in self._held
+                kept = header.layer in self._shelf
                 self._counts["kept_inverse" if kept else "no_inverse"] += 1
             else:
                 self._failed_step.pop(header.layer, None)
-                current = self._held.get(header.layer)
-                if current is None or current.version_step < held.version_step:
-                    self._held[header.layer] = held
+                self._shelf.put(header.layer, held)
             self._changed.notify_all()
 
     def _unpack(self, header: InverseHeader, parcel: InverseParcel) -> HeldInverses:
@@ -103,39 +100,28 @@ class InverseStore:
                     )
                 admission = self._decide(step)
             return Admitted(
-                held=dict(self._held),
+                held=self._shelf.take(self._only_admissible(step)),
                 admission=admission,
                 waited_seconds=time.perf_counter() - started,
             )
+
+    def _only_admissible(self, step: int) -> dict[str, int] | None:
+        """Return the one version of each layer that `step` may use, None where newer ones do."""
+        if not self.bound.is_exact(step):
+            return None
+        return {name: self.bound.oldest_admissible(step, name) for name in self.layers}
 
     def install(self, admitted: Admitted) -> Admitted:
         """Return them as a step uses them: newer ones with what they take over from those in use.
 
         Nothing is changed before `use`, so a step that is not applied leaves the next one to do it.
         """
-        held = {name: self._installed(name, one) for name, one in admitted.held.items()}
-        return replace(admitted, held=held)
-
-    def _installed(self, name: str, new: HeldInverses) -> HeldInverses:
-        """Return the inverses in use, or `new` if that is newer.
-
-        Where the inversion failed, the inverse used last is kept.
-        """
-        used = self._used.get(name)
-        if used is None or used.version_step == new.version_step:
-            return used or new
-        by_gamma = {}
-        for gamma, inverted in new.by_gamma.items():
-            current = used.nearest(gamma)
-            if inverted is not None:
-                current = self.structure.install(inverted, current)
-            by_gamma[gamma] = current
-        return replace(new, by_gamma=by_gamma)
+        return replace(admitted, held=self._shelf.installed(admitted.held))
 
     def _decide(self, step: int) -> Admission:
+        only = self._only_admissible(step)
         versions = {
-            name: held.version_step if (held := self._held.get(name)) else None
-            for name in self.layers
+            name: self._shelf.version(name, only[name] if only else None) for name in self.layers
         }
         return admit(
             step,
@@ -151,12 +137,10 @@ class InverseStore:
 
         Where exact versions are used the next scheduled refresh is waited for like any other.
         """
-        if not self.bound.is_exact(step):
-            return set(self._failed_step)
         return {
             name
             for name, failed in self._failed_step.items()
-            if failed >= self.bound.oldest_admissible(step, name)
+            if not self.bound.is_exact(step) or failed >= self.bound.oldest_admissible(step, name)
         }
 
     def candidate(self, step: int, admitted: Admitted, gamma: float) -> Candidate:
@@ -165,23 +149,16 @@ class InverseStore:
         A layer that is admitted only with heavier damping gets its gamma raised in proportion to
         its age over the bound.
         """
-        inverses: dict[str, Inverted[Any]] = {}
-        for name, held in admitted.held.items():
-            inverse = held.nearest(gamma)
-            if inverse is None:
-                continue
-            if name in admitted.admission.damp:
-                age = step - held.version_step
-                heavier = inverse.gamma * age / self.staleness.max_steps
-                inverse = self.structure.redamp(inverse, heavier)
-            inverses[name] = inverse
+        inverses = at_gamma(admitted.held, gamma)
+        for name in [name for name in admitted.admission.damp if name in inverses]:
+            age = step - admitted.held[name].version_step
+            heavier = inverses[name].gamma * age / self.staleness.max_steps
+            inverses[name] = self.structure.redamp(inverses[name], heavier)
         return Candidate(gamma=gamma, inverses=inverses)
 
     def use(self, admitted: Admitted, gamma: float, *, search_open: bool) -> None:
         """Remember the inverses of an applied step; those of other gammas only for a search."""
-        self._used = {
-            name: held if search_open else held.only(gamma) for name, held in admitted.held.items()
-        }
+        self._shelf.use(admitted.held, gamma, search_open=search_open)
 
     def observe(self, moments: Mapping[str, Moments], num_cases: int) -> None:
         """Take one step's sums of moments into the inverses in use, if all are finite."""
@@ -189,25 +166,15 @@ class InverseStore:
             self._counts["refused_moments"] += 1
             return
         for name, of in moments.items():
-            used = self._used[name]
-            assert used.version_step == of.version_step, "moments in the basis of the inverse"
-            by_gamma = {
-                gamma: inverted
-                and self.structure.observe({name: inverted}, {name: of.sums}, num_cases)[name]
-                for gamma, inverted in used.by_gamma.items()
-            }
-            self._used[name] = replace(used, by_gamma=by_gamma)
+            used = self._shelf.used_version(name)
+            assert used == of.version_step, "moments in the basis of the inverse"
+        self._shelf.observe({name: of.sums for name, of in moments.items()}, num_cases)
 
     def bases(self) -> dict[str, Basis]:
         """Return the bases in which moments are to be computed."""
-        in_use = {
-            name: inverted
-            for name, used in self._used.items()
-            if (inverted := used.in_use()) is not None
-        }
         return {
-            name: Basis(version_step=self._used[name].version_step, pair=pair)
-            for name, pair in self.structure.bases(in_use).items()
+            name: Basis(version_step=self._shelf.used_version(name), pair=pair)
+            for name, pair in self._shelf.bases().items()
         }
 
     def counts(self) -> Counter[str]:
@@ -215,30 +182,11 @@ class InverseStore:
         with self._changed:
             return Counter(self._counts)
 
-    def snapshot(self, gamma: float) -> dict[str, Array]:
-        """Return for each layer the inverse nearest to `gamma`, by flat names."""
+    def snapshot(self) -> dict[str, Array]:
+        """Return all inverses that a later step may use, by flat names."""
         with self._changed:
-            held = dict(self._held)
-        state: dict[str, Array] = {}
-        for name, one in held.items():
-            inverted = self._installed(name, one).nearest(gamma)
-            if inverted is not None:
-                arrays = pack_tensors(inverted.inverse.tensors())
-                state |= {f"{name}:tensor:{key}": array for key, array in arrays.items()}
-                state[f"{name}:pi"] = np.array(inverted.pi)
-                state[f"{name}:gamma"] = np.array(inverted.gamma)
-                state[f"{name}:version_step"] = np.array(one.version_step)
-        return state
+            return dict(pack_tensors(self._shelf.state_dict()))
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
         """Take over a snapshot."""
-        for name in self.layers:
-            state = section(snapshot, f"{name}:")
-            if not state:
-                continue
-            gamma = float(state["gamma"])
-            tensors = unpack_tensors(section(state, "tensor:"), self.device)
-            inverted = self.structure.restore(tensors, float(state["pi"]), gamma)
-            self._held[name] = self._used[name] = HeldInverses(
-                version_step=int(state["version_step"]), by_gamma={gamma: inverted}
-            )
+        self._shelf.load_state_dict(unpack_tensors(snapshot, self.device))

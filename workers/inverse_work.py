@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from workers.parcels import (
     pack_inverses,
     unpack_statistics,
 )
+from workers.planning import staleness_bound
 from workers.transport import Array, section, to_arrays, to_tensors
 
 # What one gradient worker sent for a step.
@@ -75,7 +76,10 @@ class InverseWork:
         self._versions: dict[str, int] = {}
         self._inverted_factors: dict[str, KroneckerPair] = {}
         self._drifts: dict[str, tuple[int, float]] = {}
-        self._request: RefreshRequest | None = None
+        self._requests: deque[RefreshRequest] = deque()
+        self._bound = staleness_bound(job.spec)
+        # Exact versions up to here are made. A successor does not know of its predecessor's.
+        self._exact_step = setup.applied_step if setup.assignment_epoch == 1 else None
         self._last_chosen: str | None = None
         self._counts: Counter[str] = Counter()
         self._inversion_seconds = 0.0
@@ -114,12 +118,30 @@ class InverseWork:
         )
 
     def request(self, request: RefreshRequest) -> None:
-        """Take over a refresh request; the newest one counts."""
-        self._request = request
+        """Take over a refresh request; the newest one counts, after those that are exact."""
+        if self._requests and not self._requests[-1].exact:
+            self._requests.pop()
+        self._requests.append(request)
+
+    @property
+    def _last_wanted_step(self) -> int | None:
+        """The step whose statistics may be the newest now, for an exact version; None is any."""
+        if self._exact_step is None:
+            return None
+        step = self._bound.schedule.next_refresh(self._exact_step)
+        return step if self._bound.is_exact(step) else None
+
+    @property
+    def is_settled(self) -> bool:
+        """Tell whether no exact version is still to be made."""
+        return not any(request.exact for request in self._requests)
 
     def apply_statistics(self) -> None:
-        """Update the averages with every step that has become whole, in order."""
-        for step in self._ledger.complete_steps():
+        """Update the averages with every step that has become whole, in order.
+
+        Those that an exact request must not see are left for later.
+        """
+        for step in self._ledger.complete_steps(self._last_wanted_step):
             messages = self._waiting.pop(step)
             self._update(step, [messages[rank] for rank in sorted(messages)])
             self._dealt_step = step
@@ -145,15 +167,18 @@ class InverseWork:
 
     def invert_next(self) -> InverseMessage | None:
         """Invert the one layer that the policy puts first; None when nothing is due."""
-        request = self._request
-        if request is None or self._dealt_step < request.min_statistics_step:
-            return None
-        states = [self._refresh_state(name) for name in self._averages]
-        name = choose_next(states, self._policy, request.step, self._last_chosen)
-        if name is None:
-            return None
-        self._last_chosen = name
-        return self._invert(name, request.gammas)
+        while self._requests and self._dealt_step >= self._requests[0].min_statistics_step:
+            request = self._requests[0]
+            states = [self._refresh_state(name) for name in self._averages]
+            name = choose_next(states, self._policy, request.step, self._last_chosen)
+            if name is not None:
+                self._last_chosen = name
+                return self._invert(name, request.gammas)
+            if not request.exact:
+                return None
+            self._exact_step = self._requests.popleft().step
+            self.apply_statistics()
+        return None
 
     def _refresh_state(self, name: str) -> LayerRefreshState:
         return LayerRefreshState(
@@ -205,7 +230,7 @@ class InverseWork:
 
     def status(self, queue_depth: int) -> InverseStatus:
         """Return the worker's health, `queue_depth` being the messages in its mailbox."""
-        request = self._request
+        request = self._requests[-1] if self._requests else None
         due = [
             name
             for name, averages in self._averages.items()

@@ -45,8 +45,8 @@ class KFACServer:
         self._settings = spec.optimizer
         self._schedule = schedule
         self._store = store
+        self._layers = registration.names  # in the order of the model, as reports show them
         self._update = KFACUpdate(spec.optimizer, registration, torch.zeros_like(state.parameters))
-        self._search: tuple[float, ...] | None = None
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
         observes = store.structure.observes_moments
@@ -106,15 +106,11 @@ class KFACServer:
 
         A search is decided in the first step in which every layer has all its gammas.
         """
-        if plan.search_gamma:
-            self._search = self._update.gammas(search=True)
         with phases("wait_inverse"):
             admitted = self._store.admit(plan.step)
         with phases("install"):
             admitted = self._store.install(admitted)
-        gammas: tuple[float, ...] = (self._update.gamma,)
-        if self._search is not None and admitted.carry(self._search):
-            gammas, self._search = self._search, None
+        gammas = self._update.tried_gammas(admitted.carry, search=plan.search_gamma)
         candidates = [self._store.candidate(plan.step, admitted, gamma) for gamma in gammas]
         return StepInverses(admitted=admitted, candidates=candidates)
 
@@ -156,7 +152,7 @@ class KFACServer:
         with phases("apply"):
             self.state.parameters.add_(self._update.advance(choice, directions))
             self.state.applied(plan.step)
-        self._store.use(inverses.admitted, choice.gamma, search_open=self._search is not None)
+        self._store.use(inverses.admitted, choice.gamma, search_open=self._update.search_open)
         self._stale_applied += len(inverses.admitted.admission.stale)
 
     def _send_bases(self, phases: Phases) -> None:
@@ -206,7 +202,7 @@ class KFACServer:
             damping=self._update.damping,
             gamma=self._update.gamma,
             next_gammas=self.next_gammas(order.plan.step + 1),
-            inverse_version_step={name: one.version_step for name, one in held.items()},
+            inverse_version_step={n: held[n].version_step for n in self._layers if n in held},
             stale_layers=inverses.admitted.admission.stale if inverses else (),
             stale_applied_total=self._stale_applied,
             numeric_events=dict(self._counts + self._store.counts()),
@@ -216,8 +212,7 @@ class KFACServer:
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`: those of the search that is open, if any."""
-        search = self._search is not None or self._schedule.plan(step).search_gamma
-        return self._update.gammas(search=search)
+        return self._update.requested_gammas(search=self._schedule.plan(step).search_gamma)
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""
@@ -225,7 +220,7 @@ class KFACServer:
         events = self._counts + self._store.counts()
         counts = {f"count:{k}": torch.tensor(v) for k, v in events.items()}
         counts["stale_applied"] = torch.tensor(self._stale_applied)
-        inverses = {f"inverse:{k}": v for k, v in self._store.snapshot(self._update.gamma).items()}
+        inverses = {f"inverse:{k}": v for k, v in self._store.snapshot().items()}
         return self.state.snapshot() | to_arrays(update | counts) | inverses
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:

@@ -68,6 +68,9 @@ def run_job(
     preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=home / "data")
     path = run_dir or home / "runs" / spec.name
     with (RunFolder.resume if resume else RunFolder.create)(path, spec) as folder:
+        point = find_resume_point(folder, spec.steps) if resume else None
+        if point is not None:
+            folder.begin_attempt(spec)  # only now: an error before leaves the run as it was
         job = JobContext(
             job=folder.read_job().job,
             attempt=folder.read_job().attempt,
@@ -78,7 +81,7 @@ def run_job(
             run_dir=folder.path,
         )
         journal = JobJournal(folder, job.attempt, on_record, on_event)
-        return _Run(job, folder, journal, preparation, resume).run(ray_address)
+        return _Run(job, folder, journal, preparation, point).run(ray_address)
 
 
 def _check_placement(spec: JobSpec, cluster: Cluster) -> None:
@@ -94,13 +97,13 @@ class _Run:
         folder: RunFolder,
         journal: JobJournal,
         preparation: Preparation,
-        resume: bool,
+        resume_point: ResumePoint | None,
     ) -> None:
         self._job = job
         self._folder = folder
         self._journal = journal
         self._preparation = preparation
-        self._resume = resume
+        self._resume_point = resume_point
         self._recorder = Recorder()
         self._started = time.monotonic()
 
@@ -145,9 +148,9 @@ class _Run:
                 crew.kill()
 
     def _find_start(self) -> ResumePoint:
-        if not self._resume:
+        point = self._resume_point
+        if point is None:
             return BEGINNING
-        point = find_resume_point(self._folder)
         self._journal.step = point.step
         for message in point.refused:
             self._journal.event("checkpoint_refused", message, severity="warning")

@@ -115,12 +115,15 @@ class StatisticsHeader:
 class RefreshRequest:
     """Invert every layer anew with each of `gammas`; a newer request replaces an older one.
 
-    A layer is not inverted before the statistics of `min_statistics_step` have been dealt with.
+    A layer is not inverted before the statistics of `min_statistics_step` have been dealt with. An
+    `exact` request is not replaced: statistics of later steps than its own wait until every layer
+    has been inverted for it.
     """
 
     step: int
     gammas: tuple[float, ...]
     min_statistics_step: int
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

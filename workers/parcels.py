@@ -1,7 +1,8 @@
 """What travels of layers: tensors by name, as arrays, symmetric ones as packed triangles.
 
-A matrix named A or G is symmetric (a factor, or its inverse): only its lower triangle goes, and its
-name says so. All else goes as it is, so a parcel can be opened without knowing the kind of layer.
+A matrix named A or G, after any path, is symmetric (a factor, or its inverse): only its lower
+triangle goes, and its name says so. All else goes as it is, so a parcel can be opened without
+knowing the kind of layer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def pack_tensors(tensors: Mapping[str, Tensor]) -> Arrays:
     """Return the tensors as arrays; those that are not packed share memory with theirs."""
     packed = {}
     for name, tensor in tensors.items():
-        if name in _SYMMETRIC and tensor.dim() == 2:
+        if name.rpartition("/")[2] in _SYMMETRIC and tensor.dim() == 2:
             packed[name + _LOWER] = to_array(pack(tensor))
         else:
             packed[name] = to_array(tensor)

@@ -49,6 +49,7 @@ def staleness_bound(spec: JobSpec) -> StalenessBound:
         max_steps=spec.staleness.max_steps,
         warmup_steps=spec.staleness.warmup_steps,
         schedule=step_schedule(spec),
+        delay_steps=spec.staleness.delay_steps,
     )
 
 

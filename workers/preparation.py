@@ -51,10 +51,10 @@ def prepare(
         DataNotFoundError: the data are in none of the places.
         UserTaskError: the user's task raised.
     """
-    task = load_task(spec, base_dir, cache_dir=cache_dir)
+    task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     registration = register(model) if isinstance(spec.optimizer, KFACSpec) else None
-    train, test = task.train_data(data_dir), task.test_data(data_dir)
+    train, test = task.train_data(), task.test_data()
     check_model(task, model, train)
     _check_batch_size(spec, len(train))
     has_buffers = next(model.buffers(), None) is not None

@@ -60,7 +60,7 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
         UserTaskError: the user's task raised.
     """
     spec = job.spec
-    task = load_task(spec, job.base_dir, cache_dir=job.cache_dir)
+    task = load_task(spec, job.base_dir, data_dir=job.data_dir, cache_dir=job.cache_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype)).to(device)
     parameters = flatten(list(trainable_parameters(model).values()))
     state = ServerState(parameters, spec.optimizer.l2, spec.optimizer.averaging)

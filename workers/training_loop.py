@@ -123,11 +123,13 @@ class TrainingLoop:
     def _request_inverses(self, crew: Crew, plan: StepPlan) -> None:
         if not plan.refresh_inverses:
             return
+        exact = self._bound.is_exact(plan.step)
         crew.inverse_pool.request(
             RefreshRequest(
                 step=plan.step,
                 gammas=self._gammas,
-                min_statistics_step=plan.step if self._bound.is_exact(plan.step) else 1,
+                min_statistics_step=plan.step if exact else 1,
+                exact=exact,
             )
         )
 
@@ -154,9 +156,9 @@ class TrainingLoop:
             )
 
     def _welcome_back(self, crew: Crew, report: ServerReport) -> None:
-        versions = report.inverse_version_step
-        oldest = {name: self._bound.oldest_admissible(report.step, name) for name in versions}
-        back = crew.inverse_pool.note_versions(versions, oldest)
+        layers = report.inverse_version_step
+        oldest = {name: self._bound.oldest_admissible(report.step, name) for name in layers}
+        back = crew.inverse_pool.note_versions(layers, oldest)
         if back and not crew.inverse_pool.orphaned:
             self._journal.state("RUNNING", reason=None, message=None)
             self._journal.event(

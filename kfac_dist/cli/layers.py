@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kfac_dist.cli.environment import absolute
-from kfac_dist.cli.options import OutputOption, SetOption, SpecArgument
+from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, make_table, write_result
 
 _COLUMNS = ("parameter", "module", "kind", "block", "dim_A", "dim_G", "num_parameters", "cost")
@@ -11,7 +11,10 @@ _NUMBERS = ("dim_A", "dim_G", "num_parameters", "cost")
 
 
 def layers(
-    spec: SpecArgument, overrides: SetOption = None, output: OutputOption = Format.table
+    spec: SpecArgument,
+    overrides: SetOption = None,
+    data: DataDirOption = None,
+    output: OutputOption = Format.table,
 ) -> None:
     """List each parameter with its block, its factor sizes and its cost.
 
@@ -23,7 +26,9 @@ def layers(
 
     from workers.api import layers_report
 
-    rows = layers_report(job, absolute(spec).parent)
+    rows = layers_report(
+        job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=home() / "data"
+    )
     total = sum(row["num_parameters"] for row in rows)
     lines = [[row[column] for column in _COLUMNS] for row in rows]
     lines.append(["total", "", "", "", "", "", total, ""])

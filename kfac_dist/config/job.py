@@ -171,8 +171,9 @@ class JobSpec(Section):
         for pattern, delay in self.staleness.delay_steps.items():
             if delay + period > self.staleness.max_steps:
                 yield (
-                    f"staleness.delay_steps.{pattern}: {delay} and optimizer.inverse_update_period, "
-                    f"{period}, make inverses up to {delay + period - 1} steps old; "
+                    f"staleness.delay_steps.{pattern}: {delay} and "
+                    f"optimizer.inverse_update_period, {period}, make inverses up to "
+                    f"{delay + period - 1} steps old; "
                     f"staleness.max_steps, {self.staleness.max_steps}, must be at least "
                     f"{delay + period}"
                 )

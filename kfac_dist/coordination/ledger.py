@@ -53,9 +53,13 @@ class StatisticsLedger:
             self._close(step)
         return "accepted"
 
-    def complete_steps(self) -> tuple[int, ...]:
-        """Return the steps that became whole since the last call, in order; each once."""
-        steps, self._whole = tuple(self._whole), []
+    def complete_steps(self, last_step: int | None = None) -> tuple[int, ...]:
+        """Return the steps that became whole since the last call, in order; each once.
+
+        Those after `last_step` are kept for a later call.
+        """
+        steps = tuple(step for step in self._whole if last_step is None or step <= last_step)
+        self._whole = self._whole[len(steps) :]
         if steps:
             self.applied_step = steps[-1]
         return steps

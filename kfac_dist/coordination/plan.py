@@ -48,6 +48,13 @@ class StepSchedule:
             measure=_due(step, self.damping_adapt_period),
         )
 
+    def next_refresh(self, step: int) -> int:
+        """Return the first step after `step` in which a refresh is due."""
+        step += 1
+        while not self.plan(step).refresh_inverses:
+            step += 1
+        return step
+
     def last_refresh(self, step: int) -> int:
         """Return the newest step up to `step` in which a refresh was due."""
         while not self.plan(step).refresh_inverses:

@@ -7,7 +7,7 @@ and the previous update, and knows nothing of who computed the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,7 @@ class KFACUpdate:
         self.damping = settings.damping.initial
         self.gamma = settings.gamma.initial or self._natural_gamma()
         self.previous_update = previous_update
+        self._search: tuple[float, ...] | None = None
         self._blocks = registration.blocks
         self._structure = structure_for(settings, registration.names, registration.links)
 
@@ -87,6 +88,30 @@ class KFACUpdate:
         factor = _OMEGA ** (period / 2)
         tried = (self.gamma, factor * self.gamma, self.gamma / factor)
         return tuple(dict.fromkeys(self._bounded_gamma(gamma) for gamma in tried))
+
+    @property
+    def search_open(self) -> bool:
+        """Tell whether a search for gamma is due that has not been decided."""
+        return self._search is not None
+
+    def requested_gammas(self, *, search: bool) -> tuple[float, ...]:
+        """Return the gammas to invert with in a step; those of an open search, too."""
+        return self.gammas(search=search or self.search_open)
+
+    def tried_gammas(
+        self, carried: Callable[[Sequence[float]], bool], *, search: bool
+    ) -> tuple[float, ...]:
+        """Return the gammas a step tries: more than the current one when a search is decided.
+
+        That is in the first step from which `search` is due on whose inverses carry all gammas
+        of the search, which `carried` tells.
+        """
+        if search:
+            self._search = self.gammas(search=True)
+        if self._search is None or not carried(self._search):
+            return (self.gamma,)
+        tried, self._search = self._search, None
+        return tried
 
     def directions(
         self,
@@ -238,6 +263,7 @@ class KFACUpdate:
         return {
             "damping": torch.tensor(self.damping, dtype=torch.float64),
             "gamma": torch.tensor(self.gamma, dtype=torch.float64),
+            "search": torch.tensor(self._search or (), dtype=torch.float64),
             "previous_update": self.previous_update.clone(),
         }
 
@@ -245,4 +271,5 @@ class KFACUpdate:
         """Take over a state."""
         self.damping = float(state["damping"])
         self.gamma = float(state["gamma"])
+        self._search = tuple(state["search"].tolist()) or None
         self.previous_update = state["previous_update"].clone()

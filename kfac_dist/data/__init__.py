@@ -13,18 +13,24 @@ from kfac_dist.data.dataset import (
     fetch,
     limit_cases,
 )
-from kfac_dist.data.sources import DATA_NAMES, ImageSource, image_source
+from kfac_dist.data.places import Places
+from kfac_dist.data.source import CaseSource
+from kfac_dist.data.sources import DATA_NAMES, case_source, text_source
+from kfac_dist.data.text import TextSource
 
 __all__ = [
     "DATA_NAMES",
     "ArrayDataset",
     "BatchedDataset",
+    "CaseSource",
     "ImageDataset",
-    "ImageSource",
     "MapDataset",
+    "Places",
     "Split",
+    "TextSource",
+    "case_source",
     "check_finite",
     "fetch",
-    "image_source",
     "limit_cases",
+    "text_source",
 ]

@@ -6,6 +6,7 @@ A data set is map-style: `len(dataset)` cases, `dataset[i]` the pair `(input, ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from kfac_dist.errors import DataError, InvalidSpecError
 
 Split = Literal["train", "test"]
 
-_WHITE = 255  # the value of a fully inked pixel in an 8-bit gray image
+_WHITE = 255  # the largest value in an 8-bit image
 _CHECK_CHUNK = 4096  # cases looked at together by `check_finite`: memory against calls
 
 
@@ -67,37 +68,60 @@ class ArrayDataset(BatchedDataset):
         return self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChannelScale:
+    """Mean and standard deviation of each channel, of pixel values in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class ImageDataset(BatchedDataset):
-    """Gray images kept as 8-bit values, scaled to [0, 1] in `dtype` when they are fetched.
+    """Images kept as 8-bit values, scaled to [0, 1] in `dtype` when they are fetched.
 
     Eight bits because each worker process holds the whole set: MNIST is 47 MB this way, 376 MB
     in float64, and scaling a batch costs under a millisecond.
 
-    `pixels` is uint8 `[N, num_pixels]`; `labels` int64 `[N]`, or None when the image is its own
-    target. In that case input and target of `take` are the same tensor.
+    `pixels` is uint8 `[N, ...]`; `labels` int64 `[N]`, or None when the image is its own target.
+    In that case input and target of `take` are the same tensor. With `scale`, images are
+    `[N, channels, height, width]` and each channel is standardised after the scaling to [0, 1].
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor | None,
+        dtype: torch.dtype,
+        scale: ChannelScale | None = None,
+    ) -> None:
         if labels is not None and len(pixels) != len(labels):
             raise DataError(f"{len(pixels)} images but {len(labels)} labels: one each is needed")
         self.pixels = pixels
         self.labels = labels
         self.dtype = dtype
+        self.scale = scale
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs = self._scale(self.pixels[index])
+        inputs = self._scaled(self.pixels[index])
         return inputs, inputs if self.labels is None else self.labels[index]
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled images `[n, num_pixels]` and their targets, in the order of `indices`."""
-        inputs = self._scale(self.pixels.index_select(0, indices))
+        """Scaled images `[n, ...]` and their targets, in the order of `indices`."""
+        inputs = self._scaled(self.pixels.index_select(0, indices))
         return inputs, inputs if self.labels is None else self.labels.index_select(0, indices)
 
-    def _scale(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.dtype).div_(_WHITE)
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        values = pixels.to(self.dtype).div_(_WHITE)
+        if self.scale is None:
+            return values
+        mean, std = (
+            torch.tensor(numbers, dtype=self.dtype).view(-1, 1, 1)
+            for numbers in (self.scale.mean, self.scale.std)
+        )
+        return values.sub_(mean).div_(std)
 
 
 def fetch(dataset: MapDataset, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 from kfac_dist.errors import DataError, DataNotFoundError
 
 _SILENCE_SECONDS = 20.0  # give a mirror up when it sends nothing for this long
-_MAX_BYTES = 64 * 1024 * 1024  # several times the largest file: an endless answer ends
+_MAX_BYTES = 512 * 1024 * 1024  # several times the largest file: an endless answer ends
 
 
 def download(urls: Iterable[str], target: Path, check: Callable[[bytes, str], None]) -> None:

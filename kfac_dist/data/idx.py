@@ -1,4 +1,4 @@
-"""The IDX file format of MNIST, plain or gzipped.
+"""The IDX file format of MNIST.
 
 Layout: two zero bytes, one byte element type (0x08: unsigned byte), one byte number of
 dimensions, each dimension as a big-endian 32-bit integer, then the elements, last index fastest.
@@ -6,41 +6,15 @@ dimensions, each dimension as a big-endian 32-bit integer, then the elements, la
 
 from __future__ import annotations
 
-import gzip
 import struct
-import zlib
 from math import prod
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kfac_dist.errors import DataError, DataNotFoundError
+from kfac_dist.errors import DataError
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _UNSIGNED_BYTE = 0x08
-
-
-def unpack(content: bytes, origin: object) -> bytes:
-    """`content`, decompressed if it is gzip; `origin` names it in errors.
-
-    Raises DataError when the gzip stream is cut off or damaged.
-    """
-    if not content.startswith(_GZIP_MAGIC):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{origin}: not a whole gzip file: {error}") from error
-
-
-def read_unpacked(path: Path) -> bytes:
-    """The decompressed content of `path`; DataNotFoundError when it cannot be read."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
-    return unpack(content, path)
 
 
 def parse_idx(content: bytes, origin: object, case_shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from kfac_dist.data.dataset import Split
 from kfac_dist.data.download import download
-from kfac_dist.data.idx import parse_idx, read_unpacked, unpack
+from kfac_dist.data.gzipped import read_unpacked, unpack
+from kfac_dist.data.idx import parse_idx
+from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, DataNotFoundError
 
 _SIDE = 28
@@ -43,14 +45,13 @@ MNIST = Archive(
 
 @dataclass(frozen=True, kw_only=True)
 class MnistReader:
-    """Finds the files in `data_dir`, then in `cache_dir`, and else downloads them to the cache.
+    """Finds the files in `places`, and else downloads them to the cache.
 
-    Each folder may hold the files itself or in a subfolder `mnist/`, gzipped or plain. Raises
+    Each place may hold the files itself or in a subfolder `mnist/`, gzipped or plain. Raises
     DataNotFoundError when a file is nowhere to be had, DataError when it is not MNIST's.
     """
 
-    data_dir: Path | None
-    cache_dir: Path
+    places: Places
     archive: Archive = MNIST
 
     def images(self, split: Split) -> NDArray[np.uint8]:
@@ -70,22 +71,14 @@ class MnistReader:
         return array.reshape(len(array), -1)
 
     def _find(self, name: str) -> Path:
-        if self.data_dir is not None and not self.data_dir.is_dir():
-            raise DataNotFoundError(
-                f"data folder {self.data_dir} (--data-dir or KFAC_DIST_DATA) is not a folder"
-            )
-        for folder in self._folders():
+        for folder in self.places.folders("mnist"):
             for path in (folder / name, folder / f"{name}.gz"):
                 if path.is_file():
                     return path
         return self._download(name)
 
-    def _folders(self) -> list[Path]:
-        roots = [self.cache_dir] if self.data_dir is None else [self.data_dir, self.cache_dir]
-        return [folder for root in roots for folder in (root, root / "mnist")]
-
     def _download(self, name: str) -> Path:
-        target = self.cache_dir / "mnist" / f"{name}.gz"
+        target = self.places.cache_dir / "mnist" / f"{name}.gz"
 
         def check(content: bytes, url: str) -> None:
             self._check_md5(name, unpack(content, url), url)
@@ -93,7 +86,11 @@ class MnistReader:
         try:
             download([f"{base}/{name}.gz" for base in self.archive.mirrors], target, check)
         except DataNotFoundError as error:
-            raise DataNotFoundError(self._three_ways(name, error.message)) from error
+            ways = self.places.ways("mnist", f"the file {name} (or {name}.gz)", "mnist")
+            raise DataNotFoundError(
+                f"{ways}\n  3. a download, which failed: {error.message}\n"
+                "The data set mnist-5k needs no files."
+            ) from error
         return target
 
     def _check_md5(self, name: str, content: bytes, origin: object) -> None:
@@ -105,14 +102,3 @@ class MnistReader:
                 f"{origin}: not MNIST's {name}: its md5 unpacked is {found}, "
                 f"it should be {expected}; put the right file there"
             )
-
-    def _three_ways(self, name: str, problem: str) -> str:
-        given = "not given" if self.data_dir is None else f"{self.data_dir}: not there"
-        return (
-            f"mnist: the file {name} (or {name}.gz) was not found. Three ways to provide it:\n"
-            f"  1. --data-dir DIR with the four IDX files in DIR or DIR/mnist ({given})\n"
-            f"  2. the same folder in KFAC_DIST_DATA, or the files in the cache "
-            f"{self.cache_dir / 'mnist'}\n"
-            f"  3. a download, which failed: {problem}\n"
-            "The data set mnist-5k needs no files."
-        )

@@ -61,7 +61,7 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, spec: JobSpec) -> RunFolder:
-        """Begin the next attempt of the run in `path`; `spec` may change what keeps the job.
+        """Take the run in `path` up again, so far without a change; `begin_attempt` comes next.
 
         Raises:
             NotFoundError: there is no run.
@@ -72,12 +72,6 @@ class RunFolder:
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
             check_same_job(folder.read_spec(), spec, path)
-            folder.write_spec(spec)
-            (path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
-            attempt = folder.read_job().attempt + 1
-            folder.update_job(
-                state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
-            )
         return folder
 
     @classmethod
@@ -118,6 +112,15 @@ class RunFolder:
         """The log of one worker; attempts are kept apart."""
         suffix = "" if attempt == 1 else f".a{attempt}"
         return self.path / "logs" / f"{role}-{rank}{suffix}.log"
+
+    def begin_attempt(self, spec: JobSpec) -> None:
+        """Begin the next attempt of a run taken up again; `spec` may change what keeps the job."""
+        self.write_spec(spec)
+        (self.path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
+        attempt = self.read_job().attempt + 1
+        self.update_job(
+            state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
+        )
 
     def write_spec(self, spec: JobSpec) -> None:
         """Write the resolved specification."""

@@ -53,11 +53,25 @@ def layer_sizes(key: str, value: object) -> tuple[int, ...]:
     """`value` as the sizes of one or more layers; InvalidSpecError otherwise."""
     if not isinstance(value, list | tuple) or not value:
         raise InvalidSpecError(
-            f"task_args.{key}: {value!r} is not a list of layer sizes such as [250, 30]"
+            f"task_args.{key}: {value!r} is not a list of sizes such as [250, 30]"
         )
     for size in value:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InvalidSpecError(
-                f"task_args.{key}: the layer size {size!r} is not a whole number above 0"
+                f"task_args.{key}: the size {size!r} is not a whole number above 0"
             )
     return tuple(value)
+
+
+def whole_number(key: str, value: object) -> int:
+    """`value` when it is a whole number above 0; InvalidSpecError otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise InvalidSpecError(f"task_args.{key}: {value!r} is not a whole number above 0")
+
+
+def true_or_false(key: str, value: object) -> bool:
+    """`value` when it is a truth value; InvalidSpecError otherwise."""
+    if isinstance(value, bool):
+        return value
+    raise InvalidSpecError(f"task_args.{key}: {value!r} is not true or false")

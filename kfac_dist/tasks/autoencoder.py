@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.data import ImageDataset, ImageSource
+from kfac_dist.data import CaseSource, MapDataset
+from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks.arguments import layer_sizes, one_of
 from kfac_dist.tasks.networks import ACTIVATIONS, INITIALIZATIONS, autoencoder_network
 
@@ -37,12 +38,12 @@ _NET_OF_DATA = {"mnist-5k": "mnist"}
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder:
-    """Reconstruct an image from its code.
+    """Reconstruct a case, mostly an image, from its code.
 
-    The outputs are logits (`bernoulli`) or pixel values (`gaussian`), `[N, num_pixels]`.
+    The outputs are logits (`bernoulli`) or values (`gaussian`), `[N, features]`.
     """
 
-    source: ImageSource
+    source: CaseSource
     hidden: tuple[int, ...]
     activation: str
     initialization: str
@@ -51,16 +52,16 @@ class Autoencoder:
     def model(self) -> nn.Module:
         """The network, float32, from torch's global generator."""
         return autoencoder_network(
-            self.source.num_pixels, self.hidden, self.activation, self.initialization
+            prod(self.source.case_shape()), self.hidden, self.activation, self.initialization
         )
 
-    def train_data(self, data_dir: Path | None) -> ImageDataset:
-        """Training images, each its own target."""
-        return self.source.reconstruction("train", data_dir)
+    def train_data(self) -> MapDataset:
+        """Training cases, each its own target."""
+        return self.source.reconstruction("train")
 
-    def test_data(self, data_dir: Path | None) -> ImageDataset:
-        """Test images, each its own target."""
-        return self.source.reconstruction("test", data_dir)
+    def test_data(self) -> MapDataset:
+        """Test cases, each its own target."""
+        return self.source.reconstruction("test")
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`squared_error`, the paper's reconstruction error: a sum over pixels, `[N]`."""
@@ -69,7 +70,7 @@ class Autoencoder:
 
 
 def autoencoder(
-    source: ImageSource,
+    source: CaseSource,
     *,
     hidden: object = None,
     activation: object = "tanh",
@@ -78,17 +79,24 @@ def autoencoder(
 ) -> Autoencoder:
     """The task from its `task_args`; `hidden` and `distribution` default to the paper's net.
 
-    `hidden` are the encoder's layers, the code last. Raises InvalidSpecError for a value that
-    is not allowed.
+    `hidden` are the encoder's layers, the code last. Data without a net of the paper need
+    `hidden`; their distribution is Gaussian unless it is given. Raises InvalidSpecError for a
+    value that is not allowed.
     """
-    paper = PAPER_NETS[_NET_OF_DATA.get(source.name, source.name)]
-    chosen = paper.distribution if distribution is None else distribution
+    paper = PAPER_NETS.get(_NET_OF_DATA.get(source.name, source.name))
+    if paper is None and hidden is None:
+        raise InvalidSpecError(
+            f"task_args.hidden: is missing; the paper has no net for {source.name} "
+            f"(only for {', '.join(PAPER_NETS)}), so give the encoder's sizes, the code last"
+        )
+    if distribution is None:
+        distribution = paper.distribution if paper else "gaussian"
     return Autoencoder(
         source=source,
-        hidden=paper.hidden if hidden is None else layer_sizes("hidden", hidden),
+        hidden=paper.hidden if paper and hidden is None else layer_sizes("hidden", hidden),
         activation=one_of("activation", activation, ACTIVATIONS),
         initialization=one_of("initialization", initialization, INITIALIZATIONS),
         distribution=cast(
-            "_Distribution", one_of("distribution", chosen, ("bernoulli", "gaussian"))
+            "_Distribution", one_of("distribution", distribution, ("bernoulli", "gaussian"))
         ),
     )

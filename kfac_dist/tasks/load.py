@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from kfac_dist.config import JobSpec
 from kfac_dist.config.wording import did_you_mean
-from kfac_dist.data import image_source
+from kfac_dist.data import Places, case_source, text_source
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks.arguments import check_arguments
 from kfac_dist.tasks.autoencoder import autoencoder
 from kfac_dist.tasks.blame import blame_user
+from kfac_dist.tasks.char_transformer import char_transformer
 from kfac_dist.tasks.classifier import classifier
 from kfac_dist.tasks.find import find_class
 from kfac_dist.tasks.task import Task
 from kfac_dist.tasks.user import UserTask, check_user_task
 
-BUILT_IN: Mapping[str, Callable[..., Task]] = {
-    "autoencoder": autoencoder,
-    "classifier": classifier,
+
+class BuiltIn(NamedTuple):
+    """A task of ours: `make` takes its data set, which `source` finds by name, and task_args."""
+
+    make: Callable[..., Task]
+    source: Callable[..., object]
+
+
+BUILT_IN: Mapping[str, BuiltIn] = {
+    "autoencoder": BuiltIn(autoencoder, case_source),
+    "classifier": BuiltIn(classifier, case_source),
+    "char_transformer": BuiltIn(char_transformer, text_source),
 }
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -33,33 +44,37 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load_task(spec: JobSpec, base_dir: Path, *, cache_dir: Path | None = None) -> Task:
+def load_task(
+    spec: JobSpec, base_dir: Path, *, data_dir: Path | None = None, cache_dir: Path | None = None
+) -> Task:
     """The task `spec` names, with its `task_args` and, if built in, its data set.
 
     `base_dir` is the folder of the specification, where the user's files are looked for.
-    `cache_dir` is where data sets are kept, by default `~/.kfac_dist/data`; reading or
-    downloading begins only with `train_data` and `test_data`. Raises InvalidSpecError when the
-    specification does not fit the task, UserTaskError when the user's code raises.
+    `data_dir` is where the data may be, `cache_dir` where data sets are kept, by default
+    `~/.kfac_dist/data`; reading or downloading begins only with `model`, `train_data` and
+    `test_data`. Raises InvalidSpecError when the specification does not fit the task,
+    UserTaskError when the user's code raises.
     """
     if ":" in spec.task or spec.task.endswith(".py"):
-        return _user_task(spec, base_dir)
+        return _user_task(spec, base_dir, data_dir)
     if spec.task not in BUILT_IN:
         raise InvalidSpecError(
             f"task: there is no built-in task {spec.task!r} ({', '.join(BUILT_IN)}). A task of "
             f"your own is file.py:Class or package.module:Class.{did_you_mean(spec.task, BUILT_IN)}"
         )
-    make = BUILT_IN[spec.task]
-    check_arguments(make, spec.task_args, f"task {spec.task}", supplied=("source",))
-    source = image_source(
+    built_in = BUILT_IN[spec.task]
+    check_arguments(built_in.make, spec.task_args, f"task {spec.task}", supplied=("source",))
+    cache = cache_dir or Path.home() / ".kfac_dist" / "data"
+    source = built_in.source(
         spec.data.name,
         limit=spec.data.limit,
-        cache_dir=cache_dir or Path.home() / ".kfac_dist" / "data",
+        places=Places(data_dir=data_dir, cache_dir=cache),
         dtype=torch_dtype(spec.dtype),
     )
-    return make(source, **spec.task_args)
+    return built_in.make(source, **spec.task_args)
 
 
-def _user_task(spec: JobSpec, base_dir: Path) -> UserTask:
+def _user_task(spec: JobSpec, base_dir: Path, data_dir: Path | None) -> UserTask:
     user_class, files = find_class(spec.task, base_dir)
     check_arguments(user_class, spec.task_args, f"task {spec.task}")
     with blame_user(files, f"{user_class.__name__}()", always=True):
@@ -68,6 +83,7 @@ def _user_task(spec: JobSpec, base_dir: Path) -> UserTask:
     return UserTask(
         files=files,
         instance=instance,
+        data_dir=data_dir,
         limit=spec.data.limit,
         dtype=torch_dtype(spec.dtype),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -89,13 +90,19 @@ def autoencoder_network(
 
 
 def classifier_network(
-    num_inputs: int,
+    case_shape: Sequence[int],
     hidden: Sequence[int],
     num_classes: int,
     activation: str,
     initialization: str,
 ) -> nn.Sequential:
-    """Hidden layers `hidden1`, `hidden2`, ..., and a linear layer `output` of class logits."""
+    """Hidden layers `hidden1`, `hidden2`, ..., and a linear layer `output` of class logits.
+
+    Inputs are `[N, *case_shape]`; images are flattened first.
+    """
     names = [*(f"hidden{i}" for i in range(1, len(hidden) + 1)), "output"]
-    sizes = [num_inputs, *hidden, num_classes]
-    return feed_forward(sizes, names, ("output",), activation, initialization)
+    sizes = [prod(case_shape), *hidden, num_classes]
+    layers = feed_forward(sizes, names, ("output",), activation, initialization)
+    if len(case_shape) == 1:
+        return layers
+    return nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *layers.named_children()]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
@@ -16,6 +15,8 @@ DISTRIBUTIONS: tuple[str, ...] = get_args(DistributionName)
 
 class Task(Protocol):
     """A loaded task. Each worker loads its own, so a task never crosses a process boundary.
+
+    It knows where its data is: `load_task` was told. A model may be shaped by the data.
 
     `distribution` is what the model's outputs parametrise: logits of independent Bernoulli
     variables, logits of one categorical variable (last dimension), or the mean of a Gaussian of
@@ -31,11 +32,11 @@ class Task(Protocol):
         """A new network; its random numbers come from torch's global generator."""
         ...
 
-    def train_data(self, data_dir: Path | None, /) -> MapDataset:
-        """The training cases, pairs of one input and one target; `data_dir` may hold files."""
+    def train_data(self) -> MapDataset:
+        """The training cases, pairs of one input and one target."""
         ...
 
-    def test_data(self, data_dir: Path | None, /) -> MapDataset:
+    def test_data(self) -> MapDataset:
         """The cases the job is judged on, never trained on."""
         ...
 

@@ -26,11 +26,13 @@ _OPTIONAL_METHODS = {"metrics": ("outputs", "targets")}
 class UserTask:
     """The user's `instance`; what it raises becomes UserTaskError.
 
-    Floating-point values of its data are cast to `dtype`, and `limit` keeps the first cases.
+    Its data methods are called with `data_dir`. Floating-point values of its data are cast to
+    `dtype`, and `limit` keeps the first cases.
     """
 
     files: UserFiles
     instance: Any
+    data_dir: Path | None
     limit: int | None
     dtype: torch.dtype
 
@@ -50,16 +52,16 @@ class UserTask:
             )
         return model
 
-    def train_data(self, data_dir: Path | None) -> MapDataset:
+    def train_data(self) -> MapDataset:
         """The user's training cases."""
         with self._blame("train_data()"):
-            dataset = self.instance.train_data(data_dir)
+            dataset = self.instance.train_data(self.data_dir)
         return self._wrap(dataset, "train")
 
-    def test_data(self, data_dir: Path | None) -> MapDataset:
+    def test_data(self) -> MapDataset:
         """The user's test cases."""
         with self._blame("test_data()"):
-            dataset = self.instance.test_data(data_dir)
+            dataset = self.instance.test_data(self.data_dir)
         return self._wrap(dataset, "test")
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:

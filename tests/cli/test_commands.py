@@ -68,12 +68,23 @@ def test_schema_is_json_schema_or_a_table_of_all_keys(kfac_dist: KfacDist) -> No
 
 
 def test_layers_shows_the_registration_report(
-    kfac_dist: KfacDist, spec: Path, monkeypatch: pytest.MonkeyPatch
+    kfac_dist: KfacDist, spec: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = ModuleType("workers.api")
-    vars(api)["layers_report"] = lambda job, base_dir: ROWS if base_dir == spec.parent else []
+    asked = {}
+
+    def layers_report(job: object, base_dir: Path, **places: Path | None) -> list[object]:
+        asked.update(base_dir=base_dir, **places)
+        return list(ROWS)
+
+    vars(api)["layers_report"] = layers_report
     monkeypatch.setitem(sys.modules, "workers.api", api)
-    table = kfac_dist("layers", spec).out
+    table = kfac_dist("layers", spec, "--data-dir", spec.parent).out
+    assert asked == {
+        "base_dir": spec.parent,
+        "data_dir": spec.parent,
+        "cache_dir": home / "data",
+    }
     assert "layers.0.weight" in table
     assert "total" in table
     result = json.loads(kfac_dist("layers", spec, "-o", "json").out)

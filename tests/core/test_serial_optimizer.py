@@ -47,6 +47,16 @@ def optimizer_for(model, distribution="bernoulli", rule="adaptive", **options):
     return KFAC(model, distribution=distribution, **chosen)
 
 
+def test_an_empty_batch_is_refused_and_counts_no_step():
+    model, (inputs, targets) = case_for("gaussian").model(), case_for("gaussian").data()
+    optimizer = optimizer_for(model, "gaussian")
+
+    with pytest.raises(InvalidSpecError, match="the batch has no cases"):
+        optimizer.step(inputs[:0], targets[:0])
+
+    assert optimizer.step(inputs, targets).step == 1
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_training_lowers_the_objective(distribution, rule):
@@ -99,11 +109,11 @@ def test_a_saved_state_does_not_change_with_later_steps():
     optimizer.step(inputs, targets)
     state = optimizer.state_dict()
     previous = state["update"]["previous_update"].clone()
-    inverse = state["inverses"]["0"]["A"].clone()
+    inverse = state["inverses"]["0/1/0/A"].clone()
     for _ in range(5):
         optimizer.step(inputs, targets)
     assert torch.equal(state["update"]["previous_update"], previous)
-    assert torch.equal(state["inverses"]["0"]["A"], inverse)
+    assert torch.equal(state["inverses"]["0/1/0/A"], inverse)
 
 
 def test_a_state_of_another_model_is_refused():

@@ -1,45 +1,15 @@
 import gzip
 import os
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from kfac_dist.data import Places
 from kfac_dist.data.mnist import MnistReader
 from kfac_dist.errors import DataNotFoundError
 from tests.data.idx_files import describe, small_archive
+from tests.data.serving import serving
 
 IMAGES = "train-images-idx3-ubyte"
-
-
-@contextmanager
-def serving(answers, *, cut=False):
-    """Serve `answers` (path: bytes) on the loopback; yields the base address and the requests."""
-    requests = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            body = answers.get(self.path)
-            self.send_response(200 if body is not None else 404)
-            body = body or b"not here"
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def packed(files):
@@ -47,7 +17,8 @@ def packed(files):
 
 
 def reader(files, cache_dir, *mirrors):
-    return MnistReader(data_dir=None, cache_dir=cache_dir, archive=describe(files, mirrors))
+    places = Places(data_dir=None, cache_dir=cache_dir)
+    return MnistReader(places=places, archive=describe(files, mirrors))
 
 
 def test_downloads_into_the_cache_once(tmp_path):

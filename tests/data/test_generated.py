@@ -1,20 +1,22 @@
 """The sets that need no files: mnist-5k and curves, and the door to all sets."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import label
 
-from kfac_dist.data import fetch, image_source
+from kfac_dist.data import Places, case_source, fetch
 from kfac_dist.data.curves import NUM_CASES, SIDE, control_points, load_curves
 from kfac_dist.data.digits import load_digits
 from kfac_dist.errors import InvalidSpecError
 
 
 def source(name, limit=None, dtype=torch.float32):
-    return image_source(name, limit=limit, cache_dir=None, dtype=dtype)
+    places = Places(data_dir=None, cache_dir=Path("absent"))
+    return case_source(name, limit=limit, places=places, dtype=dtype)
 
 
 def test_digits_are_split_evenly_and_take_turns():
@@ -77,12 +79,12 @@ def test_straight_strokes_have_full_ink_whatever_their_direction():
 
 def test_curves_have_the_papers_numbers_of_cases():
     assert NUM_CASES == {"train": 20_000, "test": 10_000}
-    assert len(source("curves", limit=12_000).reconstruction("test", None)) == 10_000
+    assert len(source("curves", limit=12_000).reconstruction("test")) == 10_000
 
 
 @pytest.mark.parametrize("name", ["mnist-5k", "curves"])
 def test_images_are_their_own_targets_in_the_dtype_of_the_job(name):
-    dataset = source(name, limit=20, dtype=torch.float64).reconstruction("train", None)
+    dataset = source(name, limit=20, dtype=torch.float64).reconstruction("train")
     inputs, targets = fetch(dataset, torch.arange(20))
 
     assert len(dataset) == 20
@@ -92,27 +94,31 @@ def test_images_are_their_own_targets_in_the_dtype_of_the_job(name):
 
 
 def test_labels_of_digits():
-    dataset = source("mnist-5k", limit=30).classification("test", None)
+    dataset = source("mnist-5k", limit=30).classification("test")
 
     assert fetch(dataset, torch.arange(30))[1].tolist() == list(range(10)) * 3
 
 
 def test_curves_have_no_labels():
     with pytest.raises(InvalidSpecError, match=r"data\.name: curves has no labels"):
-        source("curves").classification("train", None)
+        source("curves").classification("train")
 
 
 @pytest.mark.parametrize(("name", "size"), [("mnist-5k", 4500), ("curves", 20_000)])
 def test_a_limit_above_the_size_says_the_size(name, size):
     with pytest.raises(InvalidSpecError, match=rf"more than the {size} training cases of {name}"):
-        source(name, limit=size + 1).reconstruction("train", None)
+        source(name, limit=size + 1).reconstruction("train")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("minst", r"minst is not .* \(mnist, mnist-5k, curves\)\. Did you mean mnist\?"),
+        (
+            "minst",
+            r"minst is not .* \(mnist, mnist-5k, .*, text\)\. Did you mean mnist\?",
+        ),
         (None, "null is not a data set of built-in tasks"),
+        ("text", "text does not fit this task, which takes mnist, mnist-5k, "),
     ],
 )
 def test_an_unknown_name_gets_a_suggestion(name, message):

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from kfac_dist.data import check_finite, fetch, image_source
+from kfac_dist.data import Places, case_source, check_finite, fetch
 from kfac_dist.data.mnist import MnistReader
 from kfac_dist.errors import DataError, DataNotFoundError
 from tests.data.idx_files import describe, small_archive, write
 
 
 def reader(files, tmp_path, data_dir):
-    return MnistReader(data_dir=data_dir, cache_dir=tmp_path / "cache", archive=describe(files))
+    places = Places(data_dir=data_dir, cache_dir=tmp_path / "cache")
+    return MnistReader(places=places, archive=describe(files))
 
 
 @pytest.mark.parametrize("gz", [True, False], ids=["gzip", "plain"])
@@ -54,10 +55,7 @@ def test_without_files_the_message_names_the_three_ways(tmp_path):
 
     message = caught.value.message
     assert "train-images-idx3-ubyte" in message
-    assert (
-        f"--data-dir DIR with the four IDX files in DIR or DIR/mnist ({tmp_path / 'data'}"
-        in message
-    )
+    assert f"--data-dir DIR with it in DIR or DIR/mnist ({tmp_path / 'data'}" in message
     assert "KFAC_DIST_DATA" in message
     assert str(tmp_path / "cache" / "mnist") in message
     assert "a download, which failed: there is no address" in message
@@ -91,15 +89,17 @@ def test_a_file_cut_off_says_so(tmp_path):
 
 
 def test_real_mnist(mnist_dir, tmp_path):
-    source = image_source("mnist", limit=None, cache_dir=tmp_path, dtype=torch.float32)
+    places = Places(data_dir=mnist_dir, cache_dir=tmp_path)
+    source = case_source("mnist", limit=None, places=places, dtype=torch.float32)
 
-    train = source.classification("train", mnist_dir)
-    test = source.reconstruction("test", mnist_dir)
+    train = source.classification("train")
+    test = source.reconstruction("test")
 
     assert (len(train), len(test)) == (60_000, 10_000)
     inputs, labels = fetch(train, torch.arange(8))
     assert labels.tolist() == [5, 0, 4, 1, 9, 2, 1, 3]
-    assert inputs.shape == (8, 784)
+    assert inputs.shape == (8, 1, 28, 28)
+    assert test[0][0].shape == (784,)
     assert train.pixels.double().mean().item() / 255 == pytest.approx(0.1306604762738429)
     check_finite(test, "test")
     assert not list(tmp_path.iterdir())

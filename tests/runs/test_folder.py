@@ -71,6 +71,9 @@ def test_resume_counts_attempts_and_forgets_how_the_last_ended(tmp_path: Path) -
         job = folder.update_job(state="FAILED", reason="worker_died", message="x", step=120)
         folder.write_summary(_summary(job.job, tmp_path))
     with RunFolder.resume(tmp_path, sample_spec(steps=900)) as folder:
+        assert folder.read_job() == job
+        assert folder.read_summary() is not None
+        folder.begin_attempt(sample_spec(steps=900))
         resumed = folder.read_job()
         assert (resumed.job, resumed.attempt, resumed.state) == (job.job, 2, "STARTING")
         assert (resumed.reason, resumed.message) == (None, None)

@@ -1,11 +1,13 @@
 """The built-in tasks as a specification names them."""
 
+import numpy as np
 import pytest
 import torch
 
 from kfac_dist.data import fetch
 from kfac_dist.errors import DataNotFoundError, InvalidSpecError
 from kfac_dist.tasks import build_model, check_model, load_task
+from tests.data.small_sets import write_cifar10
 from tests.tasks.specs import spec
 
 
@@ -55,7 +57,7 @@ def test_model_and_data_fit_together(task_name, dtype, tmp_path):
     )
     model = build_model(task, 0, getattr(torch, dtype))
 
-    train, test = task.train_data(None), task.test_data(None)
+    train, test = task.train_data(), task.test_data()
 
     assert (len(train), len(test)) == (50, 50)
     check_model(task, model, train)
@@ -83,6 +85,69 @@ def test_accuracy_is_one_where_the_likeliest_digit_is_right(tmp_path):
     assert task.distribution == "categorical"
 
 
+NETWORKS = [
+    {"network": "mlp", "hidden": [10]},
+    {"network": "convnet", "channels": [4, 8], "normalization": "none"},
+    {"network": "convnet", "channels": [4, 8], "activation": "tanh"},
+    {"network": "resnet20"},
+    {"network": "resnet20", "normalization": "batch", "shortcut": "conv"},
+]
+
+
+@pytest.mark.parametrize("args", NETWORKS)
+@pytest.mark.parametrize("data", ["mnist-5k", "cifar10", "npz"])
+def test_each_network_classifies_each_kind_of_image(data, args, tmp_path):
+    write_cifar10(tmp_path)
+    images = np.zeros((5, 12, 12, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=np.arange(5), x_test=images[:2])
+    job = spec("classifier", task_args=args, data={"name": data})
+
+    task = load_task(job, tmp_path, data_dir=tmp_path, cache_dir=tmp_path)
+    model = build_model(task, 0, torch.float32)
+
+    check_model(task, model, task.train_data())
+    inputs, _ = fetch(task.train_data(), torch.arange(2))
+    assert model(inputs).shape == (2, 5 if data == "npz" else 10)
+
+
+def test_a_cifar10_autoencoder_reconstructs_plain_pixels(tmp_path):
+    write_cifar10(tmp_path)
+    args = {"hidden": [6, 3], "distribution": "bernoulli"}
+    job = spec(data={"name": "cifar10"}, task_args=args)
+
+    task = load_task(job, tmp_path, data_dir=tmp_path, cache_dir=tmp_path)
+
+    check_model(task, build_model(task, 0, torch.float32), task.train_data())
+
+
+def test_the_faces_net_of_the_paper_takes_the_faces_that_are_there(tmp_path):
+    np.savez(tmp_path / "faces.npz", faces=np.random.default_rng(0).normal(size=(40, 4096)))
+    task = load_task(spec(data={"name": "faces"}), tmp_path, data_dir=tmp_path)
+    model = build_model(task, 0, torch.float32)
+
+    assert task.distribution == "gaussian"
+    assert (model.encoder1.in_features, task.hidden) == (4096, (2000, 1000, 500, 30))
+    check_model(task, model, task.train_data())
+
+
+@pytest.mark.parametrize(
+    ("args", "shape", "message"),
+    [
+        ({"network": "convnet"}, (4, 30), r"task_args\.network: convnet takes images, .* \(30,\)"),
+        ({"network": "resnet20"}, (4, 30), "resnet20 takes images"),
+        ({"network": "convnet"}, (4, 5, 9), r"channels: each of the 3 .* only 5x9; use at most 2"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data(args, shape, message, tmp_path):
+    np.savez(tmp_path / "data.npz", x_train=np.ones(shape), y_train=np.zeros(4, int))
+    task = load_task(
+        spec("classifier", task_args=args, data={"name": "npz"}), tmp_path, data_dir=tmp_path
+    )
+
+    with pytest.raises(InvalidSpecError, match=message):
+        task.model()
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -93,11 +158,11 @@ def test_accuracy_is_one_where_the_likeliest_digit_is_right(tmp_path):
             r"activation, initialization, distribution\. Did you mean hidden\?",
         ),
         ({"task_args": {"source": "x"}}, r"task_args\.source: .* no such argument"),
-        ({"task_args": {"hidden": []}}, r"task_args\.hidden: \[\] is not a list of layer sizes"),
+        ({"task_args": {"hidden": []}}, r"task_args\.hidden: \[\] is not a list of sizes"),
         ({"task_args": {"hidden": 30}}, r"task_args\.hidden: 30 is not a list"),
-        ({"task_args": {"hidden": [30, 0]}}, "the layer size 0 is not a whole number above 0"),
-        ({"task_args": {"hidden": [30, 2.5]}}, r"the layer size 2\.5 is not"),
-        ({"task_args": {"hidden": [True]}}, "the layer size True is not"),
+        ({"task_args": {"hidden": [30, 0]}}, "the size 0 is not a whole number above 0"),
+        ({"task_args": {"hidden": [30, 2.5]}}, r"the size 2\.5 is not"),
+        ({"task_args": {"hidden": [True]}}, "the size True is not"),
         (
             {"task_args": {"activation": "tanhh"}},
             r"task_args\.activation: 'tanhh' is not one of sigmoid, tanh, relu\. "
@@ -105,8 +170,29 @@ def test_accuracy_is_one_where_the_likeliest_digit_is_right(tmp_path):
         ),
         ({"task_args": {"initialization": 3}}, r"task_args\.initialization: 3 is not one of"),
         ({"task_args": {"distribution": "categorical"}}, r"task_args\.distribution: 'categ"),
-        ({"task": "classifier", "task_args": {"code": 3}}, "task classifier has no such"),
+        (
+            {"task": "classifier", "task_args": {"code": 3}},
+            "task classifier with network mlp has no such",
+        ),
+        (
+            {"task": "classifier", "task_args": {"network": "convnet", "hidden": [3]}},
+            r"task_args\.hidden: task classifier with network convnet has no such argument; "
+            r"it accepts channels, activation, normalization",
+        ),
+        (
+            {"task": "classifier", "task_args": {"network": "resnet"}},
+            r"task_args\.network: 'resnet' is not one of mlp, convnet, resnet20\. Did you mean res",
+        ),
+        (
+            {"task": "classifier", "task_args": {"network": "resnet20", "normalization": "layer"}},
+            r"task_args\.normalization: 'layer' is not one of none, batch, group",
+        ),
+        (
+            {"data": {"name": "cifar10"}},
+            r"task_args\.hidden: is missing; the paper has no net for cifar10",
+        ),
         ({"data": {"name": None}}, r"data\.name: null is not a data set"),
+        ({"data": {"name": "text"}}, r"data\.name: text does not fit this task"),
     ],
 )
 def test_mistakes_in_the_specification(keys, message, tmp_path):
@@ -115,13 +201,13 @@ def test_mistakes_in_the_specification(keys, message, tmp_path):
 
 
 def test_loading_a_task_reads_no_data(tmp_path):
-    task = load(tmp_path, data={"name": "mnist"})
+    task = load_task(spec(data={"name": "mnist"}), tmp_path, data_dir=tmp_path / "absent")
 
     with pytest.raises(DataNotFoundError, match="absent"):
-        task.train_data(tmp_path / "absent")
+        task.train_data()
 
 
 def test_data_in_the_dtype_of_the_job(tmp_path):
     task = load(tmp_path, data={"name": "curves", "limit": 3}, dtype="float64")
 
-    assert fetch(task.train_data(None), torch.arange(3))[0].dtype == torch.float64
+    assert fetch(task.train_data(), torch.arange(3))[0].dtype == torch.float64

@@ -93,7 +93,7 @@ def test_the_papers_three_nets(net, sizes):
     ("activation", "module"), [("sigmoid", nn.Sigmoid), ("tanh", nn.Tanh), ("relu", nn.ReLU)]
 )
 def test_activations(activation, module):
-    model = classifier_network(5, (4, 3), 2, activation, "truncated_normal")
+    model = classifier_network((5,), (4, 3), 2, activation, "truncated_normal")
 
     assert [type(layer) for layer in model] == [
         nn.Linear, module, nn.Linear, module, nn.Linear

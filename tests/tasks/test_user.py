@@ -29,20 +29,20 @@ def load(folder, task="mine.py:Line", **keys):
 def use_all(folder):
     task = load(folder)
     task.model()
-    task.train_data(None)
+    task.train_data()
 
 
 def test_a_class_in_a_file_beside_the_specification(tmp_path):
     write_task(tmp_path)
     task = load(tmp_path, task_args={"num_cases": 5, "slope": 3.0}, dtype="float64")
 
-    inputs, targets = fetch(task.train_data(None), torch.tensor([4, 0]))
+    inputs, targets = fetch(task.train_data(), torch.tensor([4, 0]))
 
     assert (inputs.dtype, targets.tolist()) == (torch.float64, [[3.0], [0.0]])
     assert task.distribution == "gaussian"
     assert task.metrics(inputs, targets) == {}
-    check_model(task, build_model(task, 0, torch.float64), task.test_data(None))
-    check_finite(task.train_data(None), "train")
+    check_model(task, build_model(task, 0, torch.float64), task.test_data())
+    check_finite(task.train_data(), "train")
 
 
 def test_a_class_in_a_package_beside_the_specification(tmp_path):
@@ -50,7 +50,7 @@ def test_a_class_in_a_package_beside_the_specification(tmp_path):
 
     task = load(tmp_path, "their_package.tasks:Line")
 
-    assert len(task.train_data(None)) == 12
+    assert len(task.train_data()) == 12
 
 
 def test_a_file_may_import_its_neighbours(tmp_path):
@@ -63,16 +63,27 @@ def test_a_file_may_import_its_neighbours(tmp_path):
 def test_a_file_in_a_subfolder_and_by_its_absolute_path(tmp_path):
     write_task(tmp_path, name="sub/mine.py")
 
-    assert len(load(tmp_path, "sub/mine.py:Line").train_data(None)) == 12
-    assert len(load(tmp_path, f"{tmp_path}/sub/mine.py:Line").train_data(None)) == 12
+    assert len(load(tmp_path, "sub/mine.py:Line").train_data()) == 12
+    assert len(load(tmp_path, f"{tmp_path}/sub/mine.py:Line").train_data()) == 12
+
+
+def test_the_data_methods_are_told_where_data_may_be(tmp_path):
+    write_task(tmp_path, ("x = torch.linspace(0, 1, self.num_cases)[:, None]",
+                          "x = torch.zeros(len(list(data_dir.iterdir())), 1)"))  # fmt: skip
+    for name in "abc":
+        (tmp_path / "data" / name).mkdir(parents=True)
+
+    task = load_task(spec(task="mine.py:Line"), tmp_path, data_dir=tmp_path / "data")
+
+    assert (len(task.train_data()), len(task.test_data())) == (3, 3)
 
 
 def test_limit_keeps_the_first_cases(tmp_path):
     write_task(tmp_path)
 
-    assert len(load(tmp_path, data={"limit": 7}).train_data(None)) == 7
+    assert len(load(tmp_path, data={"limit": 7}).train_data()) == 7
     with pytest.raises(InvalidSpecError, match=r"more than the 12 training cases of task mine"):
-        load(tmp_path, data={"limit": 13}).train_data(None)
+        load(tmp_path, data={"limit": 13}).train_data()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ def test_a_data_set_without_cases(tmp_path):
     write_task(tmp_path)
 
     with pytest.raises(DataError, match=r"train_data\(\): returned a data set without cases"):
-        load(tmp_path, task_args={"num_cases": 0}).train_data(None)
+        load(tmp_path, task_args={"num_cases": 0}).train_data()
 
 
 ITEMS = """
@@ -222,7 +233,7 @@ class Items:
 def test_a_data_set_that_fails_when_it_is_read(item, error, message, tmp_path):
     change = ("return TensorDataset(x, self.slope * x)", "return Items()")
     write_task(tmp_path, change, more=ITEMS.format(item))
-    dataset = load(tmp_path).train_data(None)
+    dataset = load(tmp_path).train_data()
 
     with pytest.raises(error, match=message):
         fetch(dataset, torch.arange(2))
@@ -259,7 +270,7 @@ def test_user_code_leaves_built_in_tasks_alone(tmp_path):
 
 def test_loading_twice_runs_the_file_as_it_is_now(tmp_path):
     write_task(tmp_path)
-    assert len(load(tmp_path).train_data(None)) == 12
+    assert len(load(tmp_path).train_data()) == 12
 
     write_task(tmp_path, ("num_cases=12", "num_cases=1234"))
-    assert len(load(tmp_path).train_data(None)) == 1234
+    assert len(load(tmp_path).train_data()) == 1234

@@ -203,9 +203,10 @@ class LocalJob:
         window, self.cursor = next_window(self.cursor, size, self.num_cases)
         order = StepOrder(plan=plan, window=window)
         if plan.refresh_inverses:
-            minimum = plan.step if self.bound.is_exact(plan.step) else 1
+            exact = self.bound.is_exact(plan.step)
+            minimum = plan.step if exact else 1
             request = RefreshRequest(
-                step=plan.step, gammas=self.gammas, min_statistics_step=minimum
+                step=plan.step, gammas=self.gammas, min_statistics_step=minimum, exact=exact
             )
             for loop in self.loops.values():
                 loop.put_request(request)

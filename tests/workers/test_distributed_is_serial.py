@@ -18,14 +18,16 @@ from kfac_dist.tasks import build_model, load_task, torch_dtype
 from tests.workers.local_job import LocalJob, chain_spec, small_spec
 
 
-def serial_run(spec: JobSpec, folder: Path, num_steps: int) -> tuple[KFAC, list[object]]:
+def serial_run(
+    spec: JobSpec, folder: Path, num_steps: int, **more: object
+) -> tuple[KFAC, list[object]]:
     """Run the serial optimizer on the same batches."""
     torch.set_num_threads(1)
     task = load_task(spec, folder, cache_dir=folder)
-    data = task.train_data(None)
+    data = task.train_data()
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     options = spec.optimizer.model_dump(exclude={"name"})
-    optimizer = KFAC(model, distribution=task.distribution, seed=spec.seed, **options)
+    optimizer = KFAC(model, distribution=task.distribution, seed=spec.seed, **options, **more)
     cursor, results = SamplerCursor(epoch=0, offset=0), []
     for _ in range(num_steps):
         window, cursor = next_window(cursor, spec.batch_size, len(data))

@@ -19,6 +19,7 @@ LAYERS = (LayerCost(name="a", orders=(4, 3)), LayerCost(name="b", orders=(3, 2))
 @pytest.fixture
 def make(tmp_path):
     def build(**sections) -> InverseWork:
+        sections = {"staleness": {"max_steps": 40}} | sections
         spec = small_spec(workers={"gradient": 2, "inverse": 1}, **sections)
         setup = InverseSetup(
             rank=0,

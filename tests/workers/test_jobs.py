@@ -54,6 +54,11 @@ def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jo
     assert again.train == pytest.approx(resumed.train, rel=1e-12)
     assert ray.is_initialized()
 
+    with pytest.raises(InvalidSpecError, match=r"steps: 11 is below .* checkpoint, 12 \("):
+        jobs.run(parse_spec(line_spec(steps=11)), resume=True)
+    job = jobs.run_folder().read_job()
+    assert (job.state, job.attempt) == ("SUCCEEDED", 3)
+
 
 def test_buffers_are_shared_saved_and_restored(jobs: Jobs) -> None:
     def trained(gradient: int, *, resume: bool) -> JobSummary:

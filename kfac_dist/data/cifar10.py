@@ -1,0 +1,129 @@
+"""CIFAR-10 from its binary version: 50,000 training and 10,000 test images, 3x32x32, ten classes.
+
+A record has 3,073 bytes: the label, then 1,024 bytes of each colour plane, R, G, B, row by row.
+A file may hold any number of records, so that subsets are files of the same kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfac_dist.data.dataset import Split
+from kfac_dist.data.download import download
+from kfac_dist.data.gzipped import read_unpacked
+from kfac_dist.data.places import Places
+from kfac_dist.errors import DataError, DataNotFoundError
+
+SHAPE = (3, 32, 32)
+NUM_CLASSES = 10
+_RECORD_BYTES = 1 + 3 * 32 * 32
+_FILES: Mapping[Split, str] = {"train": "data_batch_*.bin", "test": "test_batch.bin"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """The packed files, where they can be downloaded, and their md5."""
+
+    name: str
+    mirrors: tuple[str, ...]
+    md5: str
+
+
+CIFAR10 = Archive(
+    name="cifar-10-binary.tar.gz",
+    mirrors=("https://www.cs.toronto.edu/~kriz",),
+    md5="c32a1d4ab5d03f1284b67883e8d87530",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10Reader:
+    """Finds the files, or the archive as it is, in `places`; else downloads it to the cache.
+
+    Each place may hold them itself or in a folder `cifar-10-batches-bin/` or `cifar10*/`; the
+    files may be gzipped. Raises DataNotFoundError when there are none, DataError when one is not
+    CIFAR-10's.
+    """
+
+    places: Places
+    archive: Archive = CIFAR10
+
+    def read(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Images `[N, 3, 32, 32]` and labels `[N]`, in the order of the files' names."""
+        records = [_parse(content, origin) for origin, content in self._contents(split).items()]
+        table = np.concatenate(records)
+        return np.ascontiguousarray(table[:, 1:]).reshape(-1, *SHAPE), table[:, 0].copy()
+
+    def _contents(self, split: Split) -> dict[str, bytes]:
+        for folder in self.places.folders("cifar-10-batches-bin", "cifar10*"):
+            plain = {path.name: path for path in folder.glob(_FILES[split])}
+            packed = {path.stem: path for path in folder.glob(f"{_FILES[split]}.gz")}
+            files = packed | plain
+            if files:
+                return {str(files[name]): read_unpacked(files[name]) for name in sorted(files)}
+            archive = folder / self.archive.name
+            if archive.is_file():
+                return self._members(archive, split)
+        return self._members(self._download(), split)
+
+    def _members(self, path: Path, split: Split) -> dict[str, bytes]:
+        content = path.read_bytes()
+        self._check_md5(content, path)
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
+            found = {
+                f"{path}, {member.name}": file.read()
+                for member in sorted(archive.getmembers(), key=lambda member: member.name)
+                if fnmatch(PurePosixPath(member.name).name, _FILES[split])
+                and (file := archive.extractfile(member)) is not None
+            }
+        if not found:
+            raise DataError(f"{path}: there is no {_FILES[split]} in it")
+        return found
+
+    def _download(self) -> Path:
+        target = self.places.cache_dir / "cifar10" / self.archive.name
+        urls = [f"{base}/{self.archive.name}" for base in self.archive.mirrors]
+        try:
+            download(urls, target, self._check_md5)
+        except DataNotFoundError as error:
+            wanted = f"{_FILES['train']} with test_batch.bin (or .gz), or {self.archive.name},"
+            ways = self.places.ways("cifar10", wanted, "cifar-10-batches-bin")
+            raise DataNotFoundError(
+                f"{ways}\n  3. a download, which failed: {error.message}"
+            ) from error
+        return target
+
+    def _check_md5(self, content: bytes, origin: object) -> None:
+        # Against damage, not against an attacker: md5 is what the archive is published with.
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != self.archive.md5:
+            raise DataError(
+                f"{origin}: not CIFAR-10's {self.archive.name}: its md5 is {found}, "
+                f"it should be {self.archive.md5}; put the right file there"
+            )
+
+
+def _parse(content: bytes, origin: str) -> NDArray[np.uint8]:
+    """The records of one file, `[N, 3073]`."""
+    if not content or len(content) % _RECORD_BYTES:
+        raise DataError(
+            f"{origin}: {len(content)} bytes unpacked, not a multiple of {_RECORD_BYTES}, "
+            "the bytes of a CIFAR-10 record"
+        )
+    table = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
+    wrong = np.flatnonzero(table[:, 0] >= NUM_CLASSES)
+    if len(wrong):
+        raise DataError(
+            f"{origin}: record {wrong[0]} has the label {table[wrong[0], 0]}, "
+            f"it should be 0 to {NUM_CLASSES - 1}; is this the binary version of CIFAR-10?"
+        )
+    return table

@@ -1,0 +1,148 @@
+"""`faces`: patches of the Olivetti faces, real-valued pixels for Gaussian outputs.
+
+Two files are in use. `newfaces_rot_single.mat` holds the 165,600 patches of 25x25 pixels of
+Hinton and Salakhutdinov (2006), variable `newfaces_single`, already standardised; its values are
+taken as they are and the split is that of Martens (2010), which the K-FAC paper follows: the
+first 103,500 train, the last 41,400 test. Any other array of 25x25 patches or 64x64 faces, such
+as `olivettifaces.mat`, has its last quarter (ten of forty people) as the test cases. It is
+standardised as Hinton and Salakhutdinov did: each pixel is shifted to zero mean, and all are
+divided by one number so that the mean variance of a pixel is 1; both come from the training cases.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.io import loadmat, whosmat
+from scipy.io.matlab import MatReadError
+
+from kfac_dist.data.dataset import ArrayDataset, Split, num_limited
+from kfac_dist.data.npz_file import NpzFile
+from kfac_dist.data.places import Places
+from kfac_dist.errors import DataError, InvalidSpecError
+
+_NAMES = ("newfaces_rot_single.mat", "olivettifaces.mat", "faces.mat", "faces.npz")
+_NUM_PIXELS = (25 * 25, 64 * 64)
+_STANDARDISED = "newfaces_single"
+_PEOPLE, _TRAIN_PEOPLE, _TEST_PEOPLE = 40, 25, 10
+_DAMAGED = (ValueError, TypeError, EOFError, OSError, MatReadError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FacesSource:
+    """The largest two-dimensional array of a .mat or .npz file in `places` or `faces/`."""
+
+    limit: int | None
+    places: Places
+    dtype: torch.dtype
+
+    name = "faces"
+
+    def case_shape(self) -> tuple[int, ...]:
+        """(625,) or (4096,)."""
+        path = self._path()
+        return (_num_pixels(_largest(path)[1], path),)
+
+    def num_classes(self) -> int:
+        """InvalidSpecError: the files do not say whose face it is."""
+        raise InvalidSpecError("data.name: faces has no labels to classify")
+
+    def reconstruction(self, split: Split) -> ArrayDataset:
+        """Faces `[N, num_pixels]` that are their own targets."""
+        path = self._path()
+        name, shape = _largest(path)
+        faces = _load(path, name)
+        if shape[1] != _num_pixels(shape, path):
+            faces = faces.T
+        train, test = _split(faces, name)
+        chosen = train if split == "train" else test
+        kept = num_limited(split, len(chosen), self.limit, self.name)
+        values = np.ascontiguousarray(chosen[:kept], dtype=np.float64)
+        if name != _STANDARDISED:
+            mean, std = _scale(train, path)
+            values = (values - mean) / std
+        cases = torch.from_numpy(values).to(self.dtype)
+        return ArrayDataset(cases, cases)
+
+    def classification(self, split: Split) -> ArrayDataset:
+        """InvalidSpecError: there are no labels."""
+        raise InvalidSpecError("data.name: faces has no labels to classify")
+
+    def _path(self) -> Path:
+        return self.places.find(
+            self.name, folders=["faces"], names=_NAMES, patterns=["*.mat", "*.npz"]
+        )
+
+
+def _split(faces: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Training and test cases of `[N, num_pixels]`; the faces of a person follow each other."""
+    num_test = len(faces) * _TEST_PEOPLE // _PEOPLE
+    is_martens = name == _STANDARDISED
+    num_train = len(faces) * _TRAIN_PEOPLE // _PEOPLE if is_martens else len(faces) - num_test
+    return faces[:num_train], faces[len(faces) - num_test :]
+
+
+def _scale(train: NDArray[Any], path: Path) -> tuple[NDArray[np.float64], float]:
+    mean = train.mean(axis=0, dtype=np.float64)
+    variance = float(train.var(axis=0, dtype=np.float64).mean())
+    if variance == 0:
+        raise DataError(f"{path}: all training faces are the same, they cannot be standardised")
+    return mean, variance**0.5
+
+
+def _largest(path: Path) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the largest two-dimensional array of numbers."""
+    arrays = _npz_arrays(path) if path.suffix == ".npz" else _mat_arrays(path)
+    tables = {name: shape for name, shape in arrays.items() if len(shape) == 2}
+    if not tables:
+        found = ", ".join(f"{name} {shape}" for name, shape in arrays.items()) or "none"
+        raise DataError(f"{path}: no two-dimensional array of numbers in it; arrays: {found}")
+    return max(tables.items(), key=lambda item: item[1][0] * item[1][1])
+
+
+def _npz_arrays(path: Path) -> dict[str, tuple[int, ...]]:
+    file = NpzFile(path=path)
+    headers = {name: file.header(name) for name in file.names()}
+    return {name: header.shape for name, header in headers.items() if header.dtype.kind in "fiu"}
+
+
+def _mat_arrays(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        return {
+            name: tuple(shape)
+            for name, shape, kind in whosmat(path)
+            if kind in ("double", "single") or kind.startswith(("int", "uint"))
+        }
+    except NotImplementedError as error:
+        raise DataError(
+            f"{path}: MATLAB's version 7.3 cannot be read; save it with -v7, or as npz"
+        ) from error
+    except _DAMAGED as error:
+        raise DataError(f"{path}: not a whole .mat file: {error}") from error
+
+
+def _load(path: Path, name: str) -> NDArray[Any]:
+    if path.suffix == ".npz":
+        return NpzFile(path=path).array(name)
+    try:
+        array: NDArray[Any] = loadmat(path, variable_names=[name])[name]
+    except _DAMAGED as error:
+        raise DataError(f"{path}: {name} cannot be read: {error}") from error
+    return array
+
+
+def _num_pixels(shape: tuple[int, ...], path: Path) -> int:
+    sides = [side for side in shape if side in _NUM_PIXELS]
+    if len(sides) != 1:
+        raise DataError(
+            f"{path}: an array of shape {shape}: exactly one side must be 625 (25x25 pixels) or "
+            "4096 (64x64)"
+        )
+    return sides[0]

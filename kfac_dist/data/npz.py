@@ -1,0 +1,141 @@
+"""`npz`: the user's own arrays `x_train`, `y_train`, `x_test`, `y_test` in one npz file.
+
+`x` is `[N, features]`, `[N, height, width]`, `[N, channels, height, width]` or, with one, three
+or four channels, `[N, height, width, channels]`. 8-bit values are scaled to [0, 1], others are
+taken as they are. `y` holds class indices `[N]`; without it the cases can be reconstructed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kfac_dist.data.dataset import ArrayDataset, BatchedDataset, ImageDataset, Split, num_limited
+from kfac_dist.data.npz_file import NpzFile
+from kfac_dist.data.places import Places
+from kfac_dist.errors import DataError, InvalidSpecError
+
+_CHANNELS = (1, 3, 4)  # gray, colours, colours and opacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpzSource:
+    """The arrays of `data.npz`, or of the only npz file, in `places` or a subfolder `npz/`."""
+
+    limit: int | None
+    places: Places
+    dtype: torch.dtype
+
+    name = "npz"
+
+    def case_shape(self) -> tuple[int, ...]:
+        """(features,) or (channels, height, width), of `x_train`."""
+        path = self._path()
+        return _case_shape(_header(path, "x_train").shape, f"{path}: x_train")
+
+    def num_classes(self) -> int:
+        """One more than the largest label of `y_train`."""
+        return int(self._labels(self._path(), "train").max()) + 1
+
+    def reconstruction(self, split: Split) -> BatchedDataset:
+        """Cases `[N, features]` that are their own targets."""
+        inputs = self._inputs(self._path(), split)
+        inputs = inputs.reshape(len(inputs), prod(inputs.shape[1:]))
+        if inputs.dtype == torch.uint8:
+            return ImageDataset(inputs, None, self.dtype)
+        values = inputs.to(self.dtype)
+        return ArrayDataset(values, values)
+
+    def classification(self, split: Split) -> BatchedDataset:
+        """Cases `[N, *case_shape]` and their labels."""
+        path = self._path()
+        inputs, labels = self._inputs(path, split), self._labels(path, split)
+        num_cases = _header(path, f"x_{split}").shape[0]
+        if len(labels) != num_cases:
+            raise DataError(
+                f"{path}: x_{split} has {num_cases} cases, y_{split} has {len(labels)}: "
+                "they must be the same"
+            )
+        if split == "test" and (num_classes := self.num_classes()) <= labels.max():
+            raise DataError(
+                f"{path}: y_test has the label {labels.max()}, y_train only 0 to {num_classes - 1}"
+            )
+        targets = torch.from_numpy(labels[: len(inputs)].astype(np.int64))
+        if inputs.dtype == torch.uint8:
+            return ImageDataset(inputs, targets, self.dtype)
+        return ArrayDataset(inputs.to(self.dtype), targets)
+
+    def _path(self) -> Path:
+        return self.places.find("npz", folders=["npz"], names=["data.npz"], patterns=["*.npz"])
+
+    def _inputs(self, path: Path, split: Split) -> Tensor:
+        """The first cases, in the file's type, channels first."""
+        name, shape = f"x_{split}", _header(path, f"x_{split}").shape
+        expected, found = self.case_shape(), _case_shape(shape, f"{path}: {name}")
+        if found != expected:
+            raise DataError(f"{path}: a case of {name} has shape {found}, of x_train {expected}")
+        kept = num_limited(split, shape[0], self.limit, str(path))
+        array = NpzFile(path=path).array(name)[:kept]
+        if array.dtype.kind not in "fiub":
+            raise DataError(f"{path}: {name} holds {array.dtype}, it must hold numbers")
+        if array.ndim == 4 and array.shape[1:] != expected:
+            array = np.moveaxis(array, 3, 1)
+        return torch.from_numpy(_readable(array).reshape(kept, *expected))
+
+    def _labels(self, path: Path, split: Split) -> NDArray[Any]:
+        name, file = f"y_{split}", NpzFile(path=path)
+        if name not in file.names():
+            raise InvalidSpecError(
+                f"task: {path} has no {name}, and a classifier needs labels; "
+                "task: autoencoder does without"
+            )
+        labels = file.array(name)
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.ndim != 1 or len(labels) == 0 or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{path}: {name} is an array of {labels.dtype} with shape {labels.shape}, "
+                "it must be class indices, integers of shape (N,)"
+            )
+        if labels.min() < 0:
+            raise DataError(f"{path}: {name} has the label {labels.min()}, classes count from 0")
+        return labels
+
+
+def _header(path: Path, name: str) -> Any:
+    file = NpzFile(path=path)
+    names = file.names()
+    if name not in names:
+        raise DataError(
+            f"{path}: there is no array {name} (only {', '.join(names) or 'nothing'}); "
+            "it must hold x_train and x_test, and y_train and y_test for a classifier"
+        )
+    return file.header(name)
+
+
+def _case_shape(shape: tuple[int, ...], what: str) -> tuple[int, ...]:
+    if len(shape) not in (2, 3, 4) or 0 in shape:
+        raise DataError(
+            f"{what} has shape {shape}, it must be (N, features), (N, height, width) or "
+            "(N, channels, height, width), none of them 0"
+        )
+    if len(shape) == 3:
+        return (1, *shape[1:])
+    if len(shape) == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
+        return (shape[3], *shape[1:3])
+    return shape[1:]
+
+
+def _readable(array: NDArray[Any]) -> NDArray[Any]:
+    """`array` in an element type that torch has, in the machine's byte order."""
+    is_wide_unsigned = array.dtype.kind == "u" and array.dtype.itemsize > 1
+    if is_wide_unsigned or array.dtype.itemsize > 8:
+        return array.astype(np.float64)
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))

@@ -1,0 +1,96 @@
+"""The arrays of an npz file: never unpickled, and mapped from the file where it is possible."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from kfac_dist.errors import DataError, DataNotFoundError
+
+_DAMAGED = (ValueError, EOFError, zlib.error, zipfile.BadZipFile)
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry; its end: lengths of name and extra
+
+
+class Header(NamedTuple):
+    """Shape and type of an array; `data_offset` is where its values begin in its npy stream."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[Any]
+    data_offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpzFile:
+    """The npz file at `path`. Raises DataError when it cannot be read as one."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """The names of the arrays, in the order of the file."""
+        with self._open() as archive:
+            return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
+
+    def header(self, name: str) -> Header:
+        """Shape and type of the array `name`, without reading its values."""
+        try:
+            with self._open() as archive, archive.open(f"{name}.npy") as stream:
+                version = npy.read_magic(stream)
+                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, is_fortran, dtype = read(stream)
+                offset = stream.tell()
+        except _DAMAGED as error:
+            raise DataError(f"{self.path}: {name} is not an array: {error}") from error
+        if dtype.hasobject:
+            raise DataError(
+                f"{self.path}: {name} holds Python objects, which are never unpickled; "
+                "save it as an array of numbers"
+            )
+        return Header(shape, is_fortran, dtype, offset)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The array `name`, writable without changing the file.
+
+        What `numpy.savez` wrote is mapped, so that the processes of a job share its memory;
+        `numpy.savez_compressed` makes each of them unpack a copy.
+        """
+        header = self.header(name)
+        with self._open() as archive:
+            entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type == zipfile.ZIP_STORED and 0 not in header.shape:
+            return np.memmap(
+                self.path,
+                dtype=header.dtype,
+                mode="c",
+                offset=self._start(entry) + header.data_offset,
+                shape=header.shape,
+                order="F" if header.is_fortran else "C",
+            )
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                array: NDArray[Any] = arrays[name]
+        except _DAMAGED as error:
+            raise DataError(f"{self.path}: {name} cannot be read: {error}") from error
+        return array
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        with self.path.open("rb") as file:
+            file.seek(entry.header_offset)
+            name_bytes, extra_bytes = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        return int(entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes)
+
+    def _open(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{self.path}: not an npz file: {error}") from error
+        except OSError as error:
+            raise DataNotFoundError(f"{self.path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,110 @@
+"""`text`: one plain text file as characters; the last tenth of it is the test split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kfac_dist.data.dataset import BatchedDataset, Split, num_limited
+from kfac_dist.data.places import Places
+from kfac_dist.errors import DataError, DataNotFoundError, InvalidSpecError
+
+_TEST_FRACTION = 10  # one character of so many is a test character
+
+
+class WindowDataset(BatchedDataset):
+    """Windows of a sequence: input `[context]`, target the same places one further on.
+
+    `codes` is int64 `[length]`; window i begins at `i * stride`.
+    """
+
+    def __init__(self, codes: Tensor, *, context: int, stride: int, num_windows: int) -> None:
+        self._codes = codes
+        self._offsets = torch.arange(context + 1)
+        self._stride = stride
+        self._num_windows = num_windows
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self._num_windows:
+            raise IndexError(index)  # ends an iteration, as in any sequence
+        inputs, targets = self.take(torch.tensor([index]))
+        return inputs[0], targets[0]
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets `[n, context]`, int64."""
+        windows = self._codes[(indices * self._stride)[:, None] + self._offsets]
+        return windows[:, :-1], windows[:, 1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """`input.txt`, or the only .txt file, in `places`, `text/` or `tinyshakespeare/`, in UTF-8.
+
+    `limit` keeps the first windows of each split.
+    """
+
+    limit: int | None
+    places: Places
+
+    name = "text"
+
+    def vocabulary(self) -> str:
+        """The characters of the whole file in the order of their code points, which is theirs."""
+        return "".join(map(chr, self._encode()[0]))
+
+    def windows(self, split: Split, *, context: int, stride: int) -> WindowDataset:
+        """Windows of `context` characters that begin `stride` apart, within the split.
+
+        Raises InvalidSpecError when the split is too short for one.
+        """
+        codes = self._encode()[1]
+        num_test = len(codes) // _TEST_FRACTION
+        num_train = len(codes) - num_test
+        part = codes[:num_train] if split == "train" else codes[num_train:]
+        if len(part) <= context:
+            raise InvalidSpecError(
+                f"task_args.context: {context} characters and the next one are more than the "
+                f"{split} split has, {len(part)} of the {len(codes)} characters of {self._path()}; "
+                "use a smaller context or a longer text"
+            )
+        num_windows = (len(part) - context - 1) // stride + 1
+        kept = num_limited(split, num_windows, self.limit, f"{self._path()} at context {context}")
+        return WindowDataset(
+            torch.from_numpy(part), context=context, stride=stride, num_windows=kept
+        )
+
+    def _encode(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """The distinct code points, ascending, and the place of each character among them."""
+        points = np.frombuffer(_read(self._path()).encode("utf-32-le"), np.uint32)
+        vocabulary, codes = np.unique(points, return_inverse=True)
+        return vocabulary, codes.astype(np.int64)
+
+    def _path(self) -> Path:
+        return self.places.find(
+            "text", folders=["text", "tinyshakespeare"], names=["input.txt"], patterns=["*.txt"]
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataNotFoundError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text: the byte {content[error.start]:#04x} at offset "
+            f"{error.start}; convert it, or remove what is no text"
+        ) from error
+    if not text:
+        raise DataError(f"{path}: the file is empty")
+    return text
