@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kfac_dist.optimizer import KFAC, StepResult
+    from kfac_dist.optimizer import KFAC
     from kfac_dist.preconditioner import KFACPreconditioner
+    from kfac_dist.step_result import StepResult
     from workers.api import train
 
 __version__ = "0.1.0"
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "KFAC": "kfac_dist.optimizer",
     "KFACPreconditioner": "kfac_dist.preconditioner",
-    "StepResult": "kfac_dist.optimizer",
+    "StepResult": "kfac_dist.step_result",
     "train": "workers.api",
 }
 

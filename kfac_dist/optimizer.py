@@ -7,17 +7,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac_dist.config import KFACSpec, kfac_settings
-from kfac_dist.coordination.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.averaging import ParameterAverage
@@ -27,42 +27,14 @@ from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.layers import ReportRow, register
 from kfac_dist.core.shelf import Held, all_carry, at_gamma
-from kfac_dist.core.update import Choice, KFACUpdate, searches_gamma
+from kfac_dist.core.update import Choice, KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.precision import choose_precondition_dtype
+from kfac_dist.schedules import kfac_schedule
+from kfac_dist.step_result import StepResult
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step did.
-
-    `loss` is the mean of -log r(y|z) over the batch before the update, in nats a case, `objective`
-    adds the l2 term. `predicted_change` is M(delta) - M(0); `reduction_ratio` (rho) is there every
-    `damping.adapt_period` steps. `damping` and `gamma` are the values after the step. `applied` is
-    False when a number was not finite and the parameters were left alone.
-    """
-
-    step: int
-    loss: float
-    objective: float
-    alpha: float
-    mu: float
-    damping: float
-    gamma: float
-    update_norm: float
-    predicted_change: float | None
-    reduction_ratio: float | None
-    applied: bool
-
-
-def step_schedule(settings: KFACSpec) -> StepSchedule:
-    """Return the periods of `settings`; gamma has none where it follows the damping."""
-    return StepSchedule(
-        factor_update_period=settings.factor_update_period,
-        inverse_update_period=settings.inverse_update_period,
-        gamma_adapt_period=settings.gamma.adapt_period if searches_gamma(settings) else None,
-        damping_adapt_period=settings.damping.adapt_period,
-    )
+_LOG = logging.getLogger(__name__)
 
 
 class KFAC(torch.optim.Optimizer):
@@ -71,14 +43,16 @@ class KFAC(torch.optim.Optimizer):
     `distribution` is the predictive distribution of the outputs: `"bernoulli"` (logits),
     `"categorical"` (logits) or `"gaussian"`. The remaining options are the fields of the job
     specification's `optimizer` section, by the same names and with the same defaults; `damping`
-    and `gamma` may be given as a number, their initial value.
+    and `gamma` may be given as a number, their initial value. `settings` has all of them, with
+    `precondition_dtype: auto` decided.
 
     `delay_steps` simulates an asynchronous run: by patterns of layer names, of which the last that
     matches counts, how many steps late a refresh of the inverses is used. A job with the same
     `staleness.delay_steps` takes the same steps.
 
     Raises:
-        InvalidSpecError: an option is unknown or out of range, or a parameter has no block.
+        InvalidSpecError: an option is unknown, out of range or not for the type of the parameters,
+            or a parameter has no block.
     """
 
     def __init__(
@@ -101,7 +75,12 @@ class KFAC(torch.optim.Optimizer):
         )
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
-        self._schedule = step_schedule(self.settings)
+        chosen = choose_precondition_dtype(
+            self.settings, self._registration.blocks, self._parameters[0]
+        )
+        self.settings = chosen.resolve(self.settings)
+        _LOG.info("%s", chosen)
+        self._schedule = kfac_schedule(self.settings)
         self._bound = StalenessBound(
             max_steps=0, warmup_steps=0, schedule=self._schedule, delay_steps=delay_steps or {}
         )
@@ -124,35 +103,24 @@ class KFAC(torch.optim.Optimizer):
             raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
         plan = self._schedule.plan(self.step_count + 1)
         self.step_count = plan.step
+        self._update.begin_step(plan.damping)
         loss, gradient = self._compute(inputs, targets)
         objective = loss + self._l2_term()
         if not self._is_finite(loss, gradient):
-            return self._skipped(loss, objective)
+            return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets)
         self._invert(plan)
         held = self._admit(plan)
         gammas = self._tried_gammas(plan, held)
         directions = self._precondition(gradient, held, gammas)
         gram = self._fisher_products(plan, inputs, directions)
-        choice = self._update.choose(gradient, directions, gammas, gram)
+        choice = self._update.choose(gradient, directions, gammas, gram, lr=plan.lr)
         if not choice.applied:
-            return self._skipped(loss, objective)
+            return self._skipped(plan, loss, objective)
         self._curvature.shelf.use(held, choice.gamma, search_open=self._update.search_open)
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
-        return StepResult(
-            step=plan.step,
-            loss=loss,
-            objective=objective,
-            alpha=choice.alpha,
-            mu=choice.mu,
-            damping=self._update.damping,
-            gamma=self._update.gamma,
-            update_norm=choice.update_norm,
-            predicted_change=choice.predicted_change,
-            reduction_ratio=ratio,
-            applied=True,
-        )
+        return self._result(plan, loss, objective, choice, ratio)
 
     def _compute(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         """Return the mean loss and the gradient [P] of the objective."""
@@ -169,20 +137,31 @@ class KFAC(torch.optim.Optimizer):
     def _is_finite(loss: float, gradient: Tensor) -> bool:
         return math.isfinite(loss) and bool(torch.isfinite(gradient).all())
 
-    def _skipped(self, loss: float, objective: float) -> StepResult:
+    def _skipped(self, plan: StepPlan, loss: float, objective: float) -> StepResult:
         self.numeric_events["bad_step"] += 1
+        return self._result(plan, loss, objective, None, None)
+
+    def _result(
+        self,
+        plan: StepPlan,
+        loss: float,
+        objective: float,
+        choice: Choice | None,
+        ratio: float | None,
+    ) -> StepResult:
         return StepResult(
-            step=self.step_count,
+            step=plan.step,
             loss=loss,
             objective=objective,
-            alpha=0.0,
-            mu=0.0,
+            alpha=choice.alpha if choice else 0.0,
+            mu=choice.mu if choice else 0.0,
             damping=self._update.damping,
             gamma=self._update.gamma,
-            update_norm=0.0,
-            predicted_change=None,
-            reduction_ratio=None,
-            applied=False,
+            update_norm=choice.update_norm if choice else 0.0,
+            predicted_change=choice.predicted_change if choice else None,
+            reduction_ratio=ratio,
+            lr=plan.lr,
+            applied=choice is not None,
         )
 
     def _update_factors(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: where the real data is."""
+"""What all tests share: where the real data is, and how properties are tried."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A shared machine is no reason for a property to fail, and CI tries the same examples each time.
+settings.register_profile("kfac_dist", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("kfac_dist")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -85,7 +85,7 @@ class Crew:
         """How long a member of the group, or an inverse worker, is waited for."""
         return self._plan.group_timeout_seconds
 
-    def build(self) -> None:
+    def build(self) -> ServerReady:
         """Let everybody load what they need, and form the process group.
 
         Raises:
@@ -94,6 +94,7 @@ class Crew:
         built = self.call_server("build", self._plan.server_snapshot)
         calls = self.call_workers("build", self._plan.buffers)
         started = self.inverse_pool.first_statuses()
+        ready: ServerReady
         ready, *rest = self.gather(built | calls | started, deadline_seconds=_START_SECONDS)
         self._note_pids(ready, rest[: len(calls)])
         self.inverse_pool.take_over(step=0)
@@ -106,6 +107,7 @@ class Crew:
         )
         self.gather(self.call_server("join", meet) | self.call_workers("join", meet))
         self.connect()
+        return ready
 
     def _note_pids(self, server: ServerReady, workers: Sequence[int]) -> None:
         self._pids = {(WORKER_ROLE, rank): pid for rank, pid in enumerate(workers)}

@@ -49,12 +49,18 @@ class FirstOrderServer:
             return self._report(order, mean, None, phases)
         before = self.state.parameters.clone()
         with phases("apply"):
+            self._set_lr(order.plan.lr)
             self.state.parameters.grad = mean.gradient
             self._optimizer.step()
             self.state.applied(order.plan.step)
             self._side.send_parameters(self.state.parameters)
         norm = float(torch.linalg.vector_norm(self.state.parameters - before))
         return self._report(order, mean, norm, phases)
+
+    def _set_lr(self, lr: float | None) -> None:
+        assert lr is not None, "a baseline has an lr in every step"
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
     def _report(
         self, order: StepOrder, mean: MeanGradient, update_norm: float | None, phases: Phases
@@ -73,6 +79,7 @@ class FirstOrderServer:
             reduction_ratio=None,
             damping=None,
             gamma=None,
+            lr=order.plan.lr,
             next_gammas=(),
             inverse_version_step={},
             stale_layers=(),
@@ -112,13 +119,11 @@ class FirstOrderServer:
 
 
 def _optimizer(settings: SGDSpec | AdamSpec, parameters: Tensor) -> torch.optim.Optimizer:
+    """Return the optimizer of a baseline; its lr comes with each step."""
     if isinstance(settings, AdamSpec):
-        return torch.optim.Adam(
-            [parameters], lr=settings.lr, betas=settings.betas, eps=settings.eps
-        )
+        return torch.optim.Adam([parameters], betas=settings.betas, eps=settings.eps)
     return torch.optim.SGD(
         [parameters],
-        lr=settings.lr,
         momentum=settings.momentum,
         nesterov=settings.nesterov and settings.momentum > 0,
     )

@@ -55,10 +55,10 @@ class InverseStore:
         held = self._unpack(header, parcel) if parcel.own else None
         with self._changed:
             self._counts.update(header.rungs)
+            kept = header.layer in self._shelf
+            self._counts["kept_inverse" if kept else "no_inverse"] += header.pis.count(None)
             if held is None:
                 self._failed_step[header.layer] = header.version_step
-                kept = header.layer in self._shelf
-                self._counts["kept_inverse" if kept else "no_inverse"] += 1
             else:
                 self._failed_step.pop(header.layer, None)
                 self._shelf.put(header.layer, held)

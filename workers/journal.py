@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kfac_dist.precision import PreconditionDtype
 from kfac_dist.runs import Event, JobState, RunFolder, StepRecord
 from kfac_dist.runs.records import Severity
 
@@ -56,6 +57,13 @@ class JobJournal:
         self._folder.append_event(event)
         if self._on_event is not None:
             self._on_event(event)
+
+    def started(self, precondition: PreconditionDtype | None) -> None:
+        """Write that all members are there, and what was measured for `precondition`."""
+        self.state("RUNNING")
+        self.event("started", f"attempt {self._attempt} trains")
+        if precondition is not None:
+            self.event("precondition_dtype", str(precondition), dtype=precondition.dtype)
 
     def state(self, state: JobState, **changes: Any) -> None:
         """Write the state of the job."""

@@ -70,6 +70,7 @@ class KFACServer:
         """
         assert self._side is not None, "join a group first"
         plan, side, phases = order.plan, self._side, Phases()
+        self._update.begin_step(plan.damping)
         mean = self._receive_gradient(order, side, phases)
         if not mean.is_finite():
             side.skip_step()
@@ -77,7 +78,7 @@ class KFACServer:
         inverses = self._wait_for_inverses(plan, phases)
         directions = self._precondition(mean.gradient, inverses, phases)
         gram = self._receive_fisher_products(order, side, directions, phases)
-        choice = self._choose(mean.gradient, inverses, directions, gram)
+        choice = self._choose(plan, mean.gradient, inverses, directions, gram)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
             return self._skipped(order, mean, phases)
@@ -137,9 +138,14 @@ class KFACServer:
             return side.receive_gram(len(directions) + 1) / num_rows
 
     def _choose(
-        self, gradient: Tensor, inverses: StepInverses, directions: Tensor, gram: Tensor | None
+        self,
+        plan: StepPlan,
+        gradient: Tensor,
+        inverses: StepInverses,
+        directions: Tensor,
+        gram: Tensor | None,
     ) -> Choice:
-        return self._update.choose(gradient, directions, inverses.gammas, gram)
+        return self._update.choose(gradient, directions, inverses.gammas, gram, lr=plan.lr)
 
     def _apply(
         self,
@@ -201,6 +207,7 @@ class KFACServer:
             reduction_ratio=ratio,
             damping=self._update.damping,
             gamma=self._update.gamma,
+            lr=order.plan.lr,
             next_gammas=self.next_gammas(order.plan.step + 1),
             inverse_version_step={n: held[n].version_step for n in self._layers if n in held},
             stale_layers=inverses.admitted.admission.stale if inverses else (),
@@ -212,7 +219,8 @@ class KFACServer:
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`: those of the search that is open, if any."""
-        return self._update.requested_gammas(search=self._schedule.plan(step).search_gamma)
+        plan = self._schedule.plan(step)
+        return self._update.requested_gammas(search=plan.search_gamma, damping=plan.damping)
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""

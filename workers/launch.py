@@ -140,9 +140,7 @@ class _Run:
             plan = self._plan_crew(cluster, point)
             crew = Crew(self._job, self._folder, plan, loop.on_inverse_worker_death, interrupts)
             try:
-                crew.build()
-                self._journal.state("RUNNING")
-                self._journal.event("started", f"attempt {self._job.attempt} trains")
+                self._journal.started(crew.build().precondition)
                 return loop.run(crew)
             finally:
                 crew.kill()

@@ -85,6 +85,7 @@ class ServerReport:
     reduction_ratio: float | None
     damping: float | None
     gamma: float | None
+    lr: float | None
     next_gammas: tuple[float, ...]
     inverse_version_step: Mapping[str, int]
     stale_layers: tuple[str, ...]

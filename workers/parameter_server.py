@@ -9,6 +9,7 @@ from typing import NamedTuple
 import ray
 import torch
 
+from kfac_dist.precision import PreconditionDtype
 from workers.actor import as_actor, logged, node_address, role_log, wait_forever
 from workers.device import DevicePlan
 from workers.messages import InverseHeader, JobContext, Rendezvous, ServerReport, StepOrder
@@ -19,11 +20,15 @@ from workers.transport import Array
 
 
 class ServerReady(NamedTuple):
-    """A parameter server that has been built, and where its store is."""
+    """A parameter server that has been built, and where its store is.
+
+    `precondition` is in which type it applies inverses, where that was left to a measurement.
+    """
 
     pid: int
     host: str
     port: int
+    precondition: PreconditionDtype | None
 
 
 class ParameterServer:
@@ -45,7 +50,12 @@ class ParameterServer:
         self._built = logged(self._log, "build", lambda: self._build(snapshot))
         self._tcp_store = host_store(self._host, self._timeout_seconds)
         self._log.info("built", device=self._devices.kind, backend=self._devices.backend)
-        return ServerReady(pid=os.getpid(), host=self._host, port=self._tcp_store.port)
+        return ServerReady(
+            pid=os.getpid(),
+            host=self._host,
+            port=self._tcp_store.port,
+            precondition=self._built.precondition,
+        )
 
     def _build(self, snapshot: Mapping[str, Array] | None) -> BuiltServer:
         built = build_server(self._job, self._devices.device(), self._timeout_seconds)

@@ -17,12 +17,12 @@ from kfac_dist.coordination.assignment import (
     fit_cost_model,
 )
 from kfac_dist.coordination.plan import StepSchedule
-from kfac_dist.coordination.schedule import batch_size_at
+from kfac_dist.coordination.schedule import GrowingBatch, batch_size_at
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
 from kfac_dist.core.layers import Registration
 from kfac_dist.core.structure import Structure, structure_for
-from kfac_dist.optimizer import step_schedule as kfac_schedule
+from kfac_dist.schedules import kfac_schedule, schedule_of
 from kfac_dist.tasks import torch_dtype
 from workers.messages import InverseSetup
 
@@ -32,7 +32,7 @@ _PROBE = Link("measured", "next")
 
 
 def step_schedule(spec: JobSpec) -> StepSchedule:
-    """Return the periods of a job; a baseline has none that matters."""
+    """Return the periods and given values of a job; a baseline has no period that matters."""
     if isinstance(spec.optimizer, KFACSpec):
         return kfac_schedule(spec.optimizer)
     return StepSchedule(
@@ -40,6 +40,7 @@ def step_schedule(spec: JobSpec) -> StepSchedule:
         inverse_update_period=1,
         gamma_adapt_period=None,
         damping_adapt_period=None,
+        lr=schedule_of(spec.optimizer.lr),
     )
 
 
@@ -57,7 +58,8 @@ def batch_size(spec: JobSpec, step: int, num_cases: int) -> int:
     """Return the number of cases in the batch of `step`."""
     size = spec.batch_size
     if isinstance(size, BatchSchedule):
-        return batch_size_at(step, (size.initial, size.full_at), num_cases)
+        growing = GrowingBatch(kind=size.schedule, initial=size.initial, full_at=size.full_at)
+        return batch_size_at(step, growing, num_cases)
     return batch_size_at(step, size, num_cases)
 
 

@@ -56,6 +56,7 @@ class Recorder:
             phase_seconds=self._phases(report, workers, statuses, step_seconds),
             damping=report.damping,
             gamma=report.gamma,
+            lr=report.lr,
             reduction_ratio=report.reduction_ratio,
             alpha=report.alpha,
             mu=report.mu,

@@ -10,6 +10,7 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.layers import register
 from kfac_dist.core.vector import flatten, trainable_parameters
+from kfac_dist.precision import PreconditionDtype, choose_precondition_dtype
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.first_order_server import FirstOrderServer
 from workers.inverse_store import InverseStore
@@ -46,10 +47,14 @@ class Server(Protocol):
 
 
 class BuiltServer(NamedTuple):
-    """A parameter server, and where its inverses arrive; None for a baseline."""
+    """A parameter server, and where its inverses arrive; None for a baseline.
+
+    `precondition` is in which type they are applied, where that was left to a measurement.
+    """
 
     server: Server
     store: InverseStore | None
+    precondition: PreconditionDtype | None
 
 
 def build_server(job: JobContext, device: torch.device, patience_seconds: float) -> BuiltServer:
@@ -65,15 +70,19 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
     parameters = flatten(list(trainable_parameters(model).values()))
     state = ServerState(parameters, spec.optimizer.l2, spec.optimizer.averaging)
     if not isinstance(spec.optimizer, KFACSpec):
-        return BuiltServer(FirstOrderServer(spec.optimizer, state), None)
+        return BuiltServer(FirstOrderServer(spec.optimizer, state), None, None)
     registration = register(model)
+    is_measured = spec.optimizer.precondition_dtype == "auto"
+    chosen = choose_precondition_dtype(spec.optimizer, registration.blocks, parameters)
+    settings = chosen.resolve(spec.optimizer)
+    spec = spec.model_copy(update={"optimizer": settings})
     store = InverseStore(
         layers=registration.names,
-        structure=structure_of(spec.optimizer, registration),
+        structure=structure_of(settings, registration),
         bound=staleness_bound(spec),
         staleness=spec.staleness,
         patience_seconds=patience_seconds,
         device=device,
     )
     server = KFACServer(spec, step_schedule(spec), registration, state, store)
-    return BuiltServer(server, store)
+    return BuiltServer(server, store, chosen if is_measured else None)

@@ -22,8 +22,10 @@ from kfac_dist.config.optimizers import (
     DampingSpec,
     GammaSpec,
     KFACSpec,
+    LearningRateSchedule,
     OptimizerSpec,
     SGDSpec,
+    ValueSchedule,
 )
 from kfac_dist.config.schema import job_schema
 
@@ -40,9 +42,11 @@ __all__ = [
     "JobSpec",
     "KFACSpec",
     "Key",
+    "LearningRateSchedule",
     "OptimizerSpec",
     "SGDSpec",
     "StalenessSpec",
+    "ValueSchedule",
     "WorkersSpec",
     "dump_spec",
     "job_keys",

@@ -24,10 +24,10 @@ class DataSpec(Section):
 
 
 class BatchSchedule(Section):
-    """A batch that grows exponentially to the whole training set (section 13)."""
+    """A batch that grows to the whole training set (section 13)."""
 
-    schedule: Literal["exponential"]
-    """The kind of growth."""
+    schedule: Literal["exponential", "cosine"]
+    """The kind of growth; the paper's is exponential."""
     initial: Count
     """Cases in the first step."""
     full_at: Annotated[int, Field(ge=2)]
@@ -100,11 +100,11 @@ class FaultSpec(Section):
 
 
 def _batch_size_kind(value: Any) -> str:
-    return "exponential" if isinstance(value, Mapping | BatchSchedule) else "constant"
+    return "scheduled" if isinstance(value, Mapping | BatchSchedule) else "constant"
 
 
 BatchSize = Annotated[
-    Annotated[Count, Tag("constant")] | Annotated[BatchSchedule, Tag("exponential")],
+    Annotated[Count, Tag("constant")] | Annotated[BatchSchedule, Tag("scheduled")],
     Discriminator(_batch_size_kind),
 ]
 
@@ -158,6 +158,12 @@ class JobSpec(Section):
                 f"enough; use 0 (synchronous) or at least {self.optimizer.inverse_update_period}"
             )
         yield from self._delay_problems()
+        rounded = isinstance(self.optimizer, KFACSpec) and self.optimizer.precondition_dtype
+        if self.dtype == "float64" and rounded == "bfloat16":
+            yield (
+                "optimizer.precondition_dtype: bfloat16 rounds float32, and dtype is float64; use "
+                "float32 or auto, which then apply inverses in float64"
+            )
         if self.faults.min_gradient_workers > self.workers.gradient:
             yield (
                 f"faults.min_gradient_workers: {self.faults.min_gradient_workers} is above "

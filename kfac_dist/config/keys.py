@@ -15,7 +15,8 @@ _NO_DEFAULT = "(required)"
 class Key(NamedTuple):
     """One key: its path, what it may be, its default as JSON, and what it means.
 
-    `choice` is what its section must be for the key to be there, such as `sgd`, or "".
+    `choice` is what its section must be for the key to be there, such as `sgd`, or `sgd,
+    scheduled` for a key of a schedule in it, or "".
     """
 
     path: str
@@ -36,11 +37,12 @@ def _below(schema: SchemaMap, place: Place, choice: str) -> Iterator[Key]:
     for option in options:
         sections = [inner for inner in options if "properties" in inner]
         own = schema.tag(option) if len(sections) > 1 or len(options) > len(sections) > 0 else ""
+        within = ", ".join(filter(None, (choice, own)))
         for name, inner in option.get("properties", {}).items():
             here = Place((*place.path, name), (inner,), ())
             if not _is_section(schema, here):
-                yield _key(schema, here, inner, own or choice, option)
-            yield from _below(schema, here, own or choice)
+                yield _key(schema, here, inner, within, option)
+            yield from _below(schema, here, within)
 
 
 def _is_section(schema: SchemaMap, place: Place) -> bool:

@@ -5,7 +5,7 @@ Equation and section numbers are those of Martens and Grosse, arXiv:1503.05671.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -22,17 +22,69 @@ from kfac_dist.config.section import (
 )
 
 
-def _outside(name: str, value: float | None, low: float, high: float) -> list[str]:
-    if value is None or low <= value <= high:
-        return []
-    return [f"{name}: {value:g} is not between min {low:g} and max {high:g}"]
+def _outside(name: str, value: float | None, low: float, high: float) -> Iterator[str]:
+    if value is not None and not low <= value <= high:
+        yield f"{name}: {value:g} is not between min {low:g} and max {high:g}"
+
+
+class ValueSchedule(Section):
+    """A value that goes from `initial` to `final` over the steps (section 13)."""
+
+    schedule: Literal["constant", "cosine", "exponential"]
+    """How it goes; constant stays at `initial` and takes neither `final` nor `steps`."""
+    initial: Positive
+    """The value before it begins to change."""
+    final: NonNegative | None = None
+    """The value that it ends at."""
+    steps: Annotated[int, Field(ge=2)] | None = None
+    """The step from which on the value is `final`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_problems(self._problems())
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        for name, value in (("final", self.final), ("steps", self.steps)):
+            if self.schedule == "constant" and value is not None:
+                yield f"{name}: {value:g} has no meaning for a constant schedule, leave it out"
+            if self.schedule != "constant" and value is None:
+                yield f"{name}: is missing; a schedule that is {self.schedule} needs it"
+        if self.schedule == "exponential" and self.final == 0:
+            yield "final: 0 is not above 0, which an exponential schedule never reaches; use cosine"
+
+
+class LearningRateSchedule(ValueSchedule):
+    """A learning rate that goes from `initial` to `final`, after a warm-up."""
+
+    warmup_steps: CountOrZero = 0
+    """The rate rises linearly from 0 to `initial` over so many steps, then goes its way."""
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            yield f"warmup_steps: {self.warmup_steps} is not below steps, {self.steps}"
+
+
+def _number_or_mapping(value: Any) -> str:
+    return "scheduled" if isinstance(value, Mapping | ValueSchedule) else "constant"
+
+
+LearningRate = Annotated[
+    Annotated[Positive, Tag("constant")] | Annotated[LearningRateSchedule, Tag("scheduled")],
+    Discriminator(_number_or_mapping),
+]
+Damping = Annotated[
+    Annotated[Positive, Tag("constant")] | Annotated[ValueSchedule, Tag("scheduled")],
+    Discriminator(_number_or_mapping),
+]
 
 
 class DampingSpec(Section):
     """Levenberg-Marquardt damping, lambda (section 6.5)."""
 
-    initial: Positive = 150.0
-    """lambda before the first step; the paper's value for its autoencoders."""
+    initial: Damping = 150.0
+    """lambda before the first step, the paper's value for its autoencoders; or its schedule."""
     adapt_period: Count | None = 5
     """Steps from one measurement of the reduction ratio to the next; null keeps lambda fixed."""
     min: Positive = 1e-8
@@ -44,8 +96,26 @@ class DampingSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        raise_problems(_outside("initial", self.initial, self.min, self.max))
+        raise_problems(self._problems())
         return self
+
+    def _problems(self) -> Iterator[str]:
+        if not isinstance(self.initial, ValueSchedule):
+            yield from _outside("initial", self.initial, self.min, self.max)
+            return
+        yield from _outside("initial.initial", self.initial.initial, self.min, self.max)
+        yield from _outside("initial.final", self.initial.final, self.min, self.max)
+        if self.adapt_period is not None:
+            yield (
+                f"adapt_period: {self.adapt_period} adapts lambda, which the schedule in initial "
+                "sets in each step; use null"
+            )
+
+    @property
+    def first(self) -> float:
+        """The damping of the first step."""
+        initial = self.initial
+        return initial.initial if isinstance(initial, ValueSchedule) else initial
 
 
 class GammaSpec(Section):
@@ -67,7 +137,7 @@ class GammaSpec(Section):
 
 
 class AveragingSpec(Section):
-    """Polyak average of the parameters (section 13)."""
+    """Polyak average of the parameters (section 13); running statistics of the model are not."""
 
     decay: Decay = 0.99
     """Weight of the old average, at most."""
@@ -104,10 +174,12 @@ class KFACSpec(Section):
     """Fraction of a batch that exact Fisher products are computed on, tau_2."""
     pi_norm: Literal["trace", "frobenius"] = "trace"
     """Norm that splits the damping between A and G."""
+    precondition_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Inverses are applied in the type of the parameters, rounded, or rounded if that is faster."""
     averaging: AveragingSpec | None = AveragingSpec()
     """Polyak average of the parameters; null is none."""
-    lr: Positive = 0.1
-    """Largest step of `norm_constraint`."""
+    lr: LearningRate = 0.1
+    """Largest step of `norm_constraint`, or its schedule."""
     momentum: Decay = 0.9
     """Heavy-ball momentum of `norm_constraint`."""
     norm_constraint: Positive = 1e-3
@@ -119,8 +191,8 @@ class SGDSpec(Section):
 
     name: Literal["sgd"]
     """The optimizer."""
-    lr: Positive = 0.01
-    """Learning rate."""
+    lr: LearningRate = 0.01
+    """Learning rate, or its schedule."""
     momentum: Decay = 0.9
     """Weight of the last update in the next."""
     nesterov: bool = True
@@ -136,8 +208,8 @@ class AdamSpec(Section):
 
     name: Literal["adam"]
     """The optimizer."""
-    lr: Positive = 1e-3
-    """Learning rate."""
+    lr: LearningRate = 1e-3
+    """Learning rate, or its schedule."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
     """Decay of the first and the second moment."""
     eps: Positive = 1e-8

@@ -92,7 +92,9 @@ def _properties(schema: Schema) -> dict[str, Schema]:
 
 
 def _tags(schema: Schema) -> list[str]:
-    """What pydantic calls this choice: the constant in its properties, else `constant`."""
+    """What pydantic calls this choice: the constant in its properties, or these two words."""
     if "properties" not in schema:
         return ["constant"]
+    if "schedule" in schema["properties"]:
+        return ["scheduled"]
     return [inner["const"] for inner in _properties(schema).values() if "const" in inner]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kfac_dist.coordination.schedule import Schedule
+
 # The paper refreshes the inverses in each of the first three steps (algorithm.md section 11).
 _FIRST_STEPS = 3
 
@@ -17,7 +19,8 @@ class StepPlan:
 
     `update_factors`: statistics are computed and averaged. `refresh_inverses`: the factors are
     inverted anew. `search_gamma`: with three candidates for gamma. `measure`: the objective is
-    computed again after the update, for the reduction ratio.
+    computed again after the update, for the reduction ratio. `lr` is None where the optimizer has
+    none, `damping` where no schedule gives it.
     """
 
     step: int
@@ -25,16 +28,23 @@ class StepPlan:
     refresh_inverses: bool
     search_gamma: bool
     measure: bool
+    lr: float | None = None
+    damping: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSchedule:
-    """The periods, in steps; None where an adaptation is off."""
+    """The periods, in steps, None where an adaptation is off, and the values that a step is given.
+
+    `lr` and `damping` are None where there is none to give.
+    """
 
     factor_update_period: int
     inverse_update_period: int
     gamma_adapt_period: int | None
     damping_adapt_period: int | None
+    lr: float | Schedule | None = None
+    damping: float | Schedule | None = None
 
     def plan(self, step: int) -> StepPlan:
         """Return what is due in `step`, counted from 1."""
@@ -46,6 +56,8 @@ class StepSchedule:
             refresh_inverses=refresh,
             search_gamma=search,
             measure=_due(step, self.damping_adapt_period),
+            lr=_given(step, self.lr),
+            damping=_given(step, self.damping),
         )
 
     def next_refresh(self, step: int) -> int:
@@ -64,3 +76,7 @@ class StepSchedule:
 
 def _due(step: int, period: int | None) -> bool:
     return period is not None and step % period == 0
+
+
+def _given(step: int, value: float | Schedule | None) -> float | None:
+    return value.value(step) if isinstance(value, Schedule) else value

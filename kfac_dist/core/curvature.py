@@ -54,8 +54,9 @@ class Curvature:
             prepared = self.structure.prepare(self.averages.snapshot(name), gammas)
             made = [one for one in prepared if one is not None]
             self._events.update(rung for one in made for rung in one.rungs)
+            kept = "kept_inverse" if name in self.shelf else "no_inverse"
+            self._events[kept] += prepared.count(None)
             if not made:
-                self._events["kept_inverse" if name in self.shelf else "no_inverse"] += 1
                 continue
             by_gamma = dict(zip(gammas, prepared, strict=True))
             self.shelf.put(name, HeldInverses(version_step=self.averages.step, by_gamma=by_gamma))

@@ -8,7 +8,7 @@ exact block in the Frobenius norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import InversionFailedError, Inverted, PiNorm, damping_split
 from kfac_dist.core.kronecker_sum import eigendecompose
+from kfac_dist.core.products import two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,12 @@ class EigenInverse:
     def apply(self, matrix: Tensor) -> Tensor:
         """Return `Q_G [(Q_G^T V Q_A) / (moments + gamma^2)] Q_A^T`."""
         Q_A, Q_G = self.basis.A, self.basis.G
-        inner = Q_G.T @ matrix @ Q_A
-        return Q_G @ (inner / (self.moments + self.gamma**2)) @ Q_A.T
+        inner = two_sided(Q_G.T, matrix, Q_A)
+        return two_sided(Q_G, inner / (self.moments + self.gamma**2), Q_A.T)
+
+    def map_matrices(self, change: Callable[[Tensor], Tensor]) -> EigenInverse:
+        """Return it with the basis changed."""
+        return replace(self, basis=self.basis.map_matrices(change))
 
     def updated(self, sums: Tensor, num_cases: int, decay: float) -> EigenInverse:
         """Return it with the moments of one step averaged in, by the rule of the factors.

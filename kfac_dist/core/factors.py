@@ -8,7 +8,7 @@ quantities.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.core.packing import mirror_lower
+from kfac_dist.core.products import two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,11 @@ class KroneckerPair:
 
     def apply(self, matrix: Tensor) -> Tensor:
         """Return `G V A`: the product of the symmetric `A (x) G` with V [dim_G, dim_A]."""
-        return self.G @ matrix @ self.A
+        return two_sided(self.G, matrix, self.A)
+
+    def map_matrices(self, change: Callable[[Tensor], Tensor]) -> KroneckerPair:
+        """Return the pair of the changed matrices."""
+        return KroneckerPair(A=change(self.A), G=change(self.G))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, not copied."""

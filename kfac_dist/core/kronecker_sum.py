@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kfac_dist.core.inverse import InversionFailedError
+from kfac_dist.core.products import two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,12 @@ class KroneckerSumInverse:
 
     def apply(self, matrix: Tensor) -> Tensor:
         """Return `K2 [(K2^T V K1) / (1 1^T +/- s2 s1^T)] K1^T`."""
-        inner = self.K2.T @ matrix @ self.K1
-        return self.K2 @ (inner / self.denominators) @ self.K1.T
+        inner = two_sided(self.K2.T, matrix, self.K1)
+        return two_sided(self.K2, inner / self.denominators, self.K1.T)
+
+    def map_matrices(self, change: Callable[[Tensor], Tensor]) -> KroneckerSumInverse:
+        """Return it with K1 and K2 changed."""
+        return replace(self, K1=change(self.K1), K2=change(self.K2))
 
 
 def invert_kronecker_sum(

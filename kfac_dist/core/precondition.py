@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.layers import LayerBlock
+from kfac_dist.core.products import HasMatrices
 
 
-class LayerInverse(Protocol):
+class LayerInverse(HasMatrices, Protocol):
     """The inverse of one layer's curvature, prepared to be applied."""
 
     def apply(self, matrix: Tensor) -> Tensor:

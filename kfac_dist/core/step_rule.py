@@ -11,7 +11,11 @@ is a quadratic in (alpha, mu), with F the exact Fisher on the current batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 # Below this relative determinant the two vectors are parallel to working precision.
 _PARALLEL = 1e-12
@@ -53,6 +57,40 @@ class PlaneModel:
 
 def _form(matrix: tuple[float, float, float], x: float, y: float) -> float:
     return matrix[0] * x * x + 2 * matrix[1] * x * y + matrix[2] * y * y
+
+
+def plane_models(
+    gradient: Tensor, directions: Iterable[Tensor], previous_update: Tensor, gram: Tensor | None
+) -> list[PlaneModel]:
+    """Return the model on the plane of each direction and the previous update, all [P].
+
+    `gram` [C + 1, C + 1] holds the Fisher products of the C directions and, last, the previous
+    update, means over cases; None leaves them out.
+    """
+    slope_previous = torch.dot(gradient, previous_update)
+    square_previous = torch.dot(previous_update, previous_update)
+    rows = [
+        torch.stack(
+            (
+                -torch.dot(gradient, direction),
+                slope_previous,
+                torch.dot(direction, direction),
+                -torch.dot(direction, previous_update),
+                square_previous,
+            )
+        )
+        for direction in directions
+    ]
+    numbers = torch.stack(rows).double().tolist()
+    products = [[0.0] * (len(rows) + 1)] * (len(rows) + 1) if gram is None else gram.tolist()
+    return [
+        PlaneModel(
+            slopes=(row[0], row[1]),
+            squares=(row[2], row[3], row[4]),
+            fisher=(products[c][c], -products[c][-1], products[-1][-1]),
+        )
+        for c, row in enumerate(numbers)
+    ]
 
 
 def adaptive_coefficients(model: PlaneModel, ridge: float) -> tuple[float, float]:

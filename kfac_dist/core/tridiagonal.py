@@ -8,7 +8,7 @@ the parts of other layers: those may be of other steps without making the produc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from kfac_dist.core.inverse import (
 )
 from kfac_dist.core.kronecker_sum import KroneckerSumInverse, invert_kronecker_sum
 from kfac_dist.core.precondition import solve_layers
+from kfac_dist.core.products import two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,11 @@ class ChainInverse:
     def apply(self, matrix: Tensor) -> Tensor:
         """Return `Sigma_{i|i+1}^{-1}` times V [dim_G, dim_A]."""
         return self.conditional.apply(matrix)
+
+    def map_matrices(self, change: Callable[[Tensor], Tensor]) -> ChainInverse:
+        """Return the part with the matrices of `conditional` and `psi` changed."""
+        psi = None if self.psi is None else self.psi.map_matrices(change)
+        return ChainInverse(conditional=self.conditional.map_matrices(change), psi=psi)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, not copied: A and G, or K1, K2, denominators and psi."""
@@ -208,9 +214,9 @@ def solve_chain(
     ]
     first = dict(matrices)
     for (name, next_name), psi in psis:
-        first[name] = matrices[name] - psi.G @ matrices[next_name] @ psi.A.T
+        first[name] = matrices[name] - two_sided(psi.G, matrices[next_name], psi.A.T)
     second, fallen = solve_layers(first, inverses, gamma)
     third = dict(second)
     for (name, next_name), psi in psis:
-        third[next_name] = second[next_name] - psi.G.T @ second[name] @ psi.A
+        third[next_name] = second[next_name] - two_sided(psi.G.T, second[name], psi.A)
     return third, fallen

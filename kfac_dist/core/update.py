@@ -16,7 +16,13 @@ from torch import Tensor
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.layers import Registration
 from kfac_dist.core.precondition import LayerInverse, matrices_of, vector_of
-from kfac_dist.core.step_rule import PlaneModel, adaptive_coefficients, constrained_step
+from kfac_dist.core.products import RoundedCopies
+from kfac_dist.core.step_rule import (
+    PlaneModel,
+    adaptive_coefficients,
+    constrained_step,
+    plane_models,
+)
 from kfac_dist.core.structure import structure_for
 
 _OMEGA = 19 / 20  # the paper's decay a step, of damping (section 6.5) and gamma (section 6.6)
@@ -57,31 +63,44 @@ class KFACUpdate:
 
     `gamma` is the strength of the factored damping; it starts at sqrt(damping + l2) unless given,
     is searched for under the adaptive rule, and follows damping where it is not searched for.
+    Damping is adapted, stays, or is given step by step by a schedule.
     """
 
     def __init__(
         self, settings: KFACSpec, registration: Registration, previous_update: Tensor
     ) -> None:
         self.settings = settings
-        self.damping = settings.damping.initial
-        self.gamma = settings.gamma.initial or self._natural_gamma()
+        self.damping = settings.damping.first
+        self.gamma = self._gamma_for(self.damping)
         self.previous_update = previous_update
         self._search: tuple[float, ...] | None = None
         self._blocks = registration.blocks
+        self._copies = RoundedCopies() if settings.precondition_dtype == "bfloat16" else None
         self._structure = structure_for(settings, registration.names, registration.links)
 
-    def _natural_gamma(self) -> float:
-        return self._bounded_gamma(math.sqrt(self.damping + self.settings.l2))
+    def _gamma_for(self, damping: float) -> float:
+        """Return the gamma that goes with a damping where none is searched for."""
+        return self.settings.gamma.initial or self._bounded_gamma(
+            math.sqrt(damping + self.settings.l2)
+        )
 
     def _bounded_gamma(self, gamma: float) -> float:
         return min(max(gamma, self.settings.gamma.min), self.settings.gamma.max)
 
-    def gammas(self, *, search: bool) -> tuple[float, ...]:
+    def begin_step(self, damping: float | None) -> None:
+        """Take over the damping that a schedule gives for a step; None where none does."""
+        if damping is not None:
+            self._set_damping(damping)
+
+    def gammas(self, *, search: bool, damping: float | None = None) -> tuple[float, ...]:
         """Return the gammas to invert with: the current one, then one below and one above it.
 
         The other two only when `search` is due (every T2 steps, `w2 = (19/20)^(T2/2)`), and only
-        where the bounds leave them different.
+        where the bounds leave them different. `damping` is what a schedule gives for a step that
+        has not begun.
         """
+        if damping is not None and not searches_gamma(self.settings):
+            return (self._gamma_for(self._bounded_damping(damping)),)
         period = self.settings.gamma.adapt_period
         if not (search and searches_gamma(self.settings) and period is not None):
             return (self.gamma,)
@@ -94,9 +113,9 @@ class KFACUpdate:
         """Tell whether a search for gamma is due that has not been decided."""
         return self._search is not None
 
-    def requested_gammas(self, *, search: bool) -> tuple[float, ...]:
+    def requested_gammas(self, *, search: bool, damping: float | None = None) -> tuple[float, ...]:
         """Return the gammas to invert with in a step; those of an open search, too."""
-        return self.gammas(search=search or self.search_open)
+        return self.gammas(search=search or self.search_open, damping=damping)
 
     def tried_gammas(
         self, carried: Callable[[Sequence[float]], bool], *, search: bool
@@ -124,6 +143,8 @@ class KFACUpdate:
         Also the layers that fell back to the gradient in any of them.
         """
         matrices = matrices_of(gradient, self._blocks)
+        if self._copies is not None:
+            inverses = self._copies.of(inverses)
         tried = [
             self._structure.solve(matrices, by_layer, gamma)
             for by_layer, gamma in zip(inverses, gammas, strict=True)
@@ -142,15 +163,18 @@ class KFACUpdate:
         directions: Tensor,
         gammas: Sequence[float],
         gram: Tensor | None,
+        *,
+        lr: float | None,
     ) -> Choice:
         """Choose the finite candidate with the lowest model value, its alpha and its mu.
 
         `gram` [C + 1, C + 1] holds the Fisher products, means over cases, of the directions and,
-        last, the previous update; None where `needs_gram` said so. Moves gamma to the candidate's.
+        last, the previous update; None where `needs_gram` said so. `lr` bounds alpha; None under
+        the adaptive rule. Moves gamma to the candidate's.
         """
-        models = self._plane_models(gradient, directions, gram)
+        models = plane_models(gradient, directions, self.previous_update, gram)
         tried = [
-            self._choice(number, gamma, model, gram is not None)
+            self._choice(number, gamma, model, lr, has_fisher=gram is not None)
             for number, (gamma, model) in enumerate(zip(gammas, models, strict=True))
             if model.is_finite()
         ]
@@ -171,43 +195,16 @@ class KFACUpdate:
             self.gamma = best.gamma
         return best
 
-    def _plane_models(
-        self, gradient: Tensor, directions: Tensor, gram: Tensor | None
-    ) -> list[PlaneModel]:
-        previous = self.previous_update
-        slope_previous = torch.dot(gradient, previous)
-        square_previous = torch.dot(previous, previous)
-        rows = [
-            torch.stack(
-                (
-                    -torch.dot(gradient, vector),
-                    slope_previous,
-                    torch.dot(vector, vector),
-                    -torch.dot(vector, previous),
-                    square_previous,
-                )
-            )
-            for vector in directions
-        ]
-        numbers = torch.stack(rows).double().tolist()
-        products = [[0.0] * (len(rows) + 1)] * (len(rows) + 1) if gram is None else gram.tolist()
-        return [
-            PlaneModel(
-                slopes=(row[0], row[1]),
-                squares=(row[2], row[3], row[4]),
-                fisher=(products[c][c], -products[c][-1], products[-1][-1]),
-            )
-            for c, row in enumerate(numbers)
-        ]
-
-    def _choice(self, number: int, gamma: float, model: PlaneModel, has_fisher: bool) -> Choice:
+    def _choice(
+        self, number: int, gamma: float, model: PlaneModel, lr: float | None, *, has_fisher: bool
+    ) -> Choice:
         settings = self.settings
         ridge = self.damping + settings.l2
         if settings.step_rule == "adaptive":
             alpha, mu = adaptive_coefficients(model, ridge)
         else:
-            slope = -model.slopes[0]
-            alpha = constrained_step(settings.lr, settings.norm_constraint, slope)
+            assert lr is not None, "the norm constraint needs an lr"
+            alpha = constrained_step(lr, settings.norm_constraint, -model.slopes[0])
             mu = settings.momentum
         included = ridge if settings.damping.rho_includes_damping else settings.l2
         return Choice(
@@ -253,10 +250,12 @@ class KFACUpdate:
             self._set_damping(self.damping / _OMEGA**period)
 
     def _set_damping(self, damping: float) -> None:
-        bounds = self.settings.damping
-        self.damping = min(max(damping, bounds.min), bounds.max)
+        self.damping = self._bounded_damping(damping)
         if not searches_gamma(self.settings):
-            self.gamma = self.settings.gamma.initial or self._natural_gamma()
+            self.gamma = self._gamma_for(self.damping)
+
+    def _bounded_damping(self, damping: float) -> float:
+        return min(max(damping, self.settings.damping.min), self.settings.damping.max)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the state, by flat names."""

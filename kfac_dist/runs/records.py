@@ -57,10 +57,11 @@ class StepRecord(_Record):
     """One training step.
 
     `time` is in Unix seconds, `loss` the batch mean before the update in nats a case, `objective`
-    adds the l2 term. `reduction_ratio` is rho where it was measured. `predicted_change` is
-    M(delta) - M(0). `inverse_version_step` maps a layer to the step of the newest statistics in
-    the inverse that was used for it. `numeric_events` and `stale_applied_total` count from the
-    start of the job; `waited_seconds` is the time spent at the staleness bound in this step.
+    adds the l2 term. `lr` is that of the step. `reduction_ratio` is rho where it was measured.
+    `predicted_change` is M(delta) - M(0). `inverse_version_step` maps a layer to the step of the
+    newest statistics in the inverse that was used for it. `numeric_events` and
+    `stale_applied_total` count from the start of the job; `waited_seconds` is the time spent at
+    the staleness bound in this step.
     What an optimizer does not have, such as the damping of SGD, is null or empty.
     """
 
@@ -74,6 +75,7 @@ class StepRecord(_Record):
     phase_seconds: dict[str, float] = Field(default_factory=dict)
     damping: float | None = None
     gamma: float | None = None
+    lr: float | None = None
     reduction_ratio: float | None = None
     alpha: float | None = None
     mu: float | None = None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kfac_dist.config import JobSpec, KFACSpec
-from kfac_dist.runs.records import Event, StepRecord
+from kfac_dist.runs.records import Event, Metrics, StepRecord
 
 MOST_COLUMNS = 600
 _DIGITS = 6
@@ -38,6 +38,7 @@ CHARTS = (
     Chart(key="objective", title="Objective", unit="nats a case, mean of the batch"),
     Chart(key="damping", title="Damping λ", unit="", log=True),
     Chart(key="gamma", title="Factored damping γ", unit="", log=True),
+    Chart(key="lr", title="Learning rate", unit="largest step of the norm constraint", log=True),
     Chart(
         key="reduction_ratio",
         title="Reduction ratio ρ",
@@ -120,14 +121,21 @@ def _staleness(column: Column, layer: str) -> int | None:
 
 
 def _evaluation(record: StepRecord) -> dict[str, Any]:
+    """The objective on each set, of the last iterate and of the averaged parameters."""
     evaluation = record.evaluation
-    train = evaluation.train.get("objective") if evaluation else None
-    test = evaluation.test.get("objective") if evaluation else None
+    assert evaluation is not None, "the caller leaves out the steps without one"
     return {
         "step": record.step,
-        "train": None if train is None else _finite(train),
-        "test": None if test is None else _finite(test),
+        "train": _objective(evaluation.train),
+        "test": _objective(evaluation.test),
+        "train_averaged": _objective(evaluation.train_averaged),
+        "test_averaged": _objective(evaluation.test_averaged),
     }
+
+
+def _objective(metrics: Metrics | None) -> float | None:
+    value = metrics.get("objective") if metrics else None
+    return None if value is None else _finite(value)
 
 
 def _event(event: Event) -> dict[str, Any]:

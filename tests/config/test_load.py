@@ -10,7 +10,9 @@ from kfac_dist.config import (
     BatchSchedule,
     JobSpec,
     KFACSpec,
+    LearningRateSchedule,
     SGDSpec,
+    ValueSchedule,
     dump_spec,
     kfac_settings,
     load_spec,
@@ -97,6 +99,19 @@ def test_sections_are_chosen_by_their_name() -> None:
         schedule="exponential", initial=10, full_at=50
     )
     assert parse_spec(SMALL | {"optimizer": {"averaging": None}}).optimizer.averaging is None
+
+
+def test_a_number_may_be_a_schedule(tmp_path: Path) -> None:
+    lr = {"schedule": "cosine", "initial": 1, "final": 0, "steps": 9, "warmup_steps": 3}
+    damping = {"schedule": "exponential", "initial": 9, "final": 1, "steps": 9}
+    optimizer = {"lr": lr, "damping": {"initial": damping, "adapt_period": None}}
+    spec = parse_spec(SMALL | {"optimizer": optimizer})
+    assert isinstance(spec.optimizer, KFACSpec)
+    assert spec.optimizer.lr == LearningRateSchedule(**lr)
+    assert spec.optimizer.damping.initial == ValueSchedule(**damping)
+    assert spec.optimizer.damping.first == 9.0
+    assert load_spec(_file(tmp_path, dump_spec(spec))) == spec
+    assert kfac_settings(spec.optimizer.model_dump()) == spec.optimizer
 
 
 def test_overrides_are_yaml_and_later_ones_win() -> None:

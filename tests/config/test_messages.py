@@ -13,6 +13,9 @@ from kfac_dist.errors import InvalidSpecError
 SMALL: dict[str, Any] = {"name": "a", "task": "autoencoder", "steps": 3, "batch_size": 10}
 
 
+COSINE: dict[str, Any] = {"schedule": "cosine", "initial": 2, "final": 0, "steps": 9}
+
+
 def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
     with pytest.raises(InvalidSpecError) as caught:
         parse_spec(SMALL | values, overrides=overrides, label="job.yaml")
@@ -56,6 +59,11 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
             {"optimizer": {"inverse": "ekfca"}},
             'optimizer.inverse: "ekfca" is not one of block_diagonal, block_tridiagonal, ekfac. '
             "Did you mean ekfac?",
+        ),
+        (
+            {"dtype": "float64", "optimizer": {"precondition_dtype": "bfloat16"}},
+            "optimizer.precondition_dtype: bfloat16 rounds float32, and dtype is float64; use "
+            "float32 or auto, which then apply inverses in float64",
         ),
         ({"dtype": 32}, "dtype: 32 is not one of float32, float64"),
         ({"steps": 0}, "steps: 0 is not a whole number of at least 1"),
@@ -108,6 +116,52 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
         (
             {"batch_size": {"schedule": "exponential", "initial": 3, "full_at": 1}},
             "batch_size.full_at: 1 is not a whole number of at least 2",
+        ),
+        (
+            {"batch_size": {"schedule": "linear", "initial": 3, "full_at": 9}},
+            'batch_size.schedule: "linear" is not one of exponential, cosine',
+        ),
+        (
+            {"optimizer": {"lr": {"schedule": "cosine", "initial": 0, "final": 0, "steps": 9}}},
+            "optimizer.lr.initial: 0 is not a number above 0",
+        ),
+        (
+            {"optimizer": {"name": "sgd", "lr": {"schedule": "cosine", "initial": 1, "steps": 9}}},
+            "optimizer.lr.final: is missing; a schedule that is cosine needs it",
+        ),
+        (
+            {
+                "optimizer": {
+                    "name": "adam",
+                    "lr": {"schedule": "constant", "initial": 1, "final": 2},
+                }
+            },
+            "optimizer.lr.final: 2 has no meaning for a constant schedule, leave it out",
+        ),
+        (
+            {"optimizer": {"lr": {**COSINE, "schedule": "exponential"}}},
+            "optimizer.lr.final: 0 is not above 0, which an exponential schedule never reaches",
+        ),
+        (
+            {"optimizer": {"lr": COSINE | {"warmup_steps": 9}}},
+            "optimizer.lr.warmup_steps: 9 is not below steps, 9",
+        ),
+        (
+            {"optimizer": {"lr": COSINE | {"warmup": 3}}},
+            "optimizer.lr.warmup: unknown key. Did you mean optimizer.lr.warmup_steps?",
+        ),
+        (
+            {"optimizer": {"lr": "high"}},
+            'optimizer.lr: "high" is not a number above 0',
+        ),
+        (
+            {"optimizer": {"damping": {"initial": COSINE | {"final": 1}}}},
+            "optimizer.damping.adapt_period: 5 adapts lambda, which the schedule in initial sets "
+            "in each step; use null",
+        ),
+        (
+            {"optimizer": {"damping": {"initial": COSINE, "adapt_period": None}}},
+            "optimizer.damping.initial.final: 0 is not between min 1e-08 and max 1e+08",
         ),
         ({"batch_size": "many"}, 'batch_size: "many" is not a whole number of at least 1'),
         (

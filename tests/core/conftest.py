@@ -2,11 +2,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import settings
-
-# A shared machine is no reason for a property to fail, and CI tries the same examples each time.
-settings.register_profile("core", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("core")
 
 
 @pytest.fixture(autouse=True, scope="package")

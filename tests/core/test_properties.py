@@ -5,10 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from kfac_dist import KFAC
 from kfac_dist.core.factors import FactorAverages, KroneckerPair
 from kfac_dist.core.inverse import invert_pair, redamp
 from kfac_dist.core.layers import register
 from kfac_dist.core.precondition import direction, precondition
+from tests.core.layers_of_a_chain import STRUCTURES
 from tests.oracles.cases import DISTRIBUTIONS, Case
 from tests.oracles.library import computer_for
 
@@ -138,3 +140,49 @@ def test_direction_is_linear_in_the_gradient(seed, gamma, scale):
     many, _ = direction(scale * gradient, registration.blocks, inverses, gamma)
     assert fallen == ()
     assert (many - scale * one).norm() <= 1e-10 * scale * one.norm()
+
+
+@st.composite
+def kfac_options(draw):
+    """Options that the state has to carry: structures, rules, adaptations, schedules, periods."""
+    period = st.none() | st.integers(1, 4)
+    adapt_period = draw(period)
+    falling = {"schedule": "exponential", "initial": 3.0, "final": 0.5, "steps": 6}
+    cosine = {"schedule": "cosine", "initial": 0.3, "final": 0.0, "steps": 5, "warmup_steps": 2}
+    return {
+        "inverse": draw(st.sampled_from(STRUCTURES)),
+        "fisher_type": draw(st.sampled_from(["mc", "exact", "empirical"])),
+        "step_rule": draw(st.sampled_from(["adaptive", "norm_constraint"])),
+        "damping": {
+            "initial": draw(st.just(2.0) if adapt_period else st.sampled_from([2.0, falling])),
+            "adapt_period": adapt_period,
+        },
+        "gamma": {"adapt_period": draw(period)},
+        "lr": draw(st.sampled_from([0.2, cosine])),
+        "factor_update_period": draw(st.integers(1, 3)),
+        "inverse_update_period": draw(st.integers(1, 4)),
+        "averaging": draw(st.sampled_from([None, {"decay": 0.9, "start": 3}])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@settings(max_examples=40)
+@given(
+    distribution=st.sampled_from(DISTRIBUTIONS),
+    options=kfac_options(),
+    saved_after=st.integers(0, 6),
+)
+def test_a_saved_state_gives_the_same_next_steps(distribution, options, saved_after):
+    case = Case(widths=(3, 4, 3), activation="tanh", distribution=distribution, num_cases=8)
+    inputs, targets = case.data()
+    model, other_model = case.model(), case.model()
+    optimizer = KFAC(model, distribution=distribution, **options)
+    for _ in range(saved_after):
+        optimizer.step(inputs, targets)
+    other_model.load_state_dict(model.state_dict())
+    other = KFAC(other_model, distribution=distribution, **options)
+    other.load_state_dict(optimizer.state_dict())
+    for _ in range(3):
+        assert other.step(inputs, targets) == optimizer.step(inputs, targets)
+    for mine, its in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(mine, its)

@@ -102,6 +102,35 @@ def test_state_round_trip_gives_the_same_next_steps_bitwise(saved_after, rule, f
     assert torch.equal(other.averaged_parameters, optimizer.averaged_parameters)
 
 
+FALLING = {"schedule": "exponential", "initial": 4.0, "final": 1.0, "steps": 5}
+WARMED = {"schedule": "cosine", "initial": 0.5, "final": 0.1, "steps": 6, "warmup_steps": 2}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_schedules_go_on_where_a_state_was_saved(rule):
+    case = case_for("categorical")
+    inputs, targets = case.data()
+    options = {"damping": {"initial": FALLING, "adapt_period": None}, "lr": WARMED}
+    options["gamma"] = {"adapt_period": None}
+    model, other_model = case.model(), case.model()
+    optimizer = optimizer_for(model, "categorical", rule, **options)
+    results = [optimizer.step(inputs, targets) for _ in range(3)]
+    other = optimizer_for(other_model, "categorical", rule, **options)
+    other.load_state_dict(optimizer.state_dict())
+    other_model.load_state_dict(model.state_dict())
+    rest = [optimizer.step(inputs, targets) for _ in range(4)]
+    assert [other.step(inputs, targets) for _ in range(4)] == rest
+    results += rest
+    dampings = [4.0, 4 / 2**0.5, 2.0, 2**0.5, 1.0, 1.0, 1.0]
+    assert [r.damping for r in results] == pytest.approx(dampings)
+    assert [r.gamma for r in results] == pytest.approx([(d + 1e-5) ** 0.5 for d in dampings])
+    lrs = [0.25, 0.5, 0.1 + 0.4 * (2 + 2**0.5) / 4, 0.3, 0.1 + 0.4 * (2 - 2**0.5) / 4, 0.1, 0.1]
+    expected = [None] * 7 if rule == "adaptive" else pytest.approx(lrs)
+    assert [r.lr for r in results] == expected
+    if rule == "norm_constraint":
+        assert all(r.alpha <= r.lr for r in results)
+
+
 def test_a_saved_state_does_not_change_with_later_steps():
     case = case_for("bernoulli")
     inputs, targets = case.data()

@@ -54,7 +54,7 @@ def test_the_candidate_with_the_lowest_model_wins(winner):
     update = update_for(damping={"initial": 1.0})
     gammas = update.gammas(search=True)
     directions = torch.stack([ALONG if c == winner else ASKEW for c in range(3)])
-    choice = update.choose(GRADIENT, directions, gammas, flat_gram(3))
+    choice = update.choose(GRADIENT, directions, gammas, flat_gram(3), lr=None)
     assert choice.applied
     assert choice.candidate == winner
     assert update.gamma == choice.gamma == gammas[winner]
@@ -75,7 +75,7 @@ def test_gamma_moves_both_ways_up_to_its_bounds(winner, bound):
             winner if len(gammas) == 3 else gammas.index(min(gammas, key=lambda g: abs(g - bound)))
         )
         directions = torch.stack([ALONG if c == best else ASKEW for c in range(len(gammas))])
-        update.choose(GRADIENT, directions, gammas, flat_gram(len(gammas)))
+        update.choose(GRADIENT, directions, gammas, flat_gram(len(gammas)), lr=None)
         seen.append(update.gamma)
     assert seen[-1] == bound
     assert seen == sorted(seen, reverse=winner == 1)
@@ -128,6 +128,21 @@ def test_gamma_follows_damping_where_it_is_not_searched_for():
     assert searched.gamma == 2.0
 
 
+def test_a_given_damping_takes_gamma_along_where_it_is_not_searched_for():
+    fixed = {"initial": 3.0, "adapt_period": None, "min": 0.5}
+    update = update_for(damping=fixed, l2=1.0, gamma={"adapt_period": None})
+    assert update.gammas(search=False, damping=8.0) == (3.0,)
+    update.begin_step(8.0)
+    assert (update.damping, update.gamma) == (8.0, 3.0)
+    update.begin_step(None)
+    update.begin_step(0.1)
+    assert update.damping == 0.5
+    searched = update_for(damping=fixed, l2=1.0)
+    searched.begin_step(8.0)
+    assert (searched.damping, searched.gamma) == (8.0, 2.0)
+    assert searched.gammas(search=False, damping=99.0) == (2.0,)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["gradient", "directions", "gram"])
 def test_a_number_that_is_not_finite_is_not_applied(where, bad):
@@ -135,7 +150,7 @@ def test_a_number_that_is_not_finite_is_not_applied(where, bad):
     gradient, directions, gram = GRADIENT.clone(), ALONG.unsqueeze(0).clone(), flat_gram(1)
     {"gradient": gradient, "directions": directions, "gram": gram}[where].view(-1)[0] = bad
     before = update.gamma
-    choice = update.choose(gradient, directions, (before,), gram)
+    choice = update.choose(gradient, directions, (before,), gram, lr=None)
     assert not choice.applied
     assert (choice.alpha, choice.mu, choice.update_norm) == (0.0, 0.0, 0.0)
     assert update.damping == pytest.approx(8.0 / W1**5)
@@ -151,7 +166,7 @@ def test_a_candidate_that_is_not_finite_leaves_the_choice_to_the_others(spoiled,
     directions[spoiled, 0] = bad
     gram = flat_gram(3)
     gram[spoiled, :] = gram[:, spoiled] = bad
-    choice = update.choose(GRADIENT, directions, gammas, gram)
+    choice = update.choose(GRADIENT, directions, gammas, gram, lr=None)
     assert choice.applied
     assert choice.candidate == winner
     assert update.gamma == gammas[winner]
@@ -161,7 +176,7 @@ def test_a_candidate_that_is_not_finite_leaves_the_choice_to_the_others(spoiled,
 def test_update_is_alpha_and_mu_times_the_two_vectors():
     update = update_for(damping={"initial": 1.0})
     update.previous_update = torch.ones_like(GRADIENT)
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), flat_gram(1))
+    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), flat_gram(1), lr=None)
     delta = update.advance(choice, ALONG.unsqueeze(0))
     torch.testing.assert_close(delta, choice.mu * torch.ones(3).double() - choice.alpha * ALONG)
     assert update.previous_update is delta or torch.equal(update.previous_update, delta)
@@ -180,12 +195,12 @@ def test_norm_constraint_bounds_the_step():
     update = update_for(norm_constraint=0.01, **options)
     assert not update.needs_gram(measure=False)
     assert update.needs_gram(measure=True)
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), None)
+    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), None, lr=10.0)
     assert choice.alpha == pytest.approx(math.sqrt(0.01 / 50.0))
     assert choice.mu == 0.9
     assert choice.predicted_change is None
     free = update_for(norm_constraint=1e6, **options)
-    assert free.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), None).alpha == 10.0
+    assert free.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), None, lr=10.0).alpha == 10.0
 
 
 def test_the_adaptive_rule_always_needs_fisher_products():
@@ -194,7 +209,7 @@ def test_the_adaptive_rule_always_needs_fisher_products():
 
 def test_state_round_trip():
     update = update_for(damping={"initial": 2.0, "adapt_period": 1})
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (update.gamma,), flat_gram(1))
+    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (update.gamma,), flat_gram(1), lr=None)
     update.advance(choice, ALONG.unsqueeze(0))
     update.adapt_damping(choice, -1.0)
     other = update_for(damping={"initial": 9.0})

@@ -83,7 +83,12 @@ def sample_records(steps: int) -> Iterator[StepRecord]:
 
 
 def _evaluation(objective: float) -> Evaluation:
-    return Evaluation(train={"objective": objective - 6}, test={"objective": objective + 1.5})
+    return Evaluation(
+        train={"objective": objective - 6},
+        test={"objective": objective + 1.5},
+        train_averaged={"objective": objective - 7},
+        test_averaged={"objective": objective + 0.5},
+    )
 
 
 def sample_run(path: Path, steps: int = 300, **changes: object) -> RunFolder:

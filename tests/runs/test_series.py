@@ -5,6 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kfac_dist.runs import Evaluation
 from kfac_dist.runs.series import MOST_COLUMNS, report_series, staleness_bound, thin_out
 
 from .samples import sample_record, sample_spec
@@ -45,6 +46,25 @@ def test_what_was_not_measured_or_not_finite_is_a_gap() -> None:
     assert series["series"]["reduction_ratio"] == [None, 0.5]
     assert series["series"]["damping"] == [None, None]
     assert series["staleness"] == [[None, 0]]
+
+
+def test_evaluations_have_the_averaged_parameters_beside_the_last_iterate() -> None:
+    last = {"train": {"objective": 3.0}, "test": {"objective": 4.0}}
+    averaged = {"train_averaged": {"objective": 2.0}, "test_averaged": {"objective": math.nan}}
+    records = [
+        sample_record(1),
+        sample_record(2, evaluation=Evaluation(**last)),
+        sample_record(3, evaluation=Evaluation(**last, **averaged)),
+    ]
+    first, second = report_series(sample_spec(), records, [])["evaluations"]
+    assert first == {
+        "step": 2,
+        "train": 3.0,
+        "test": 4.0,
+        "train_averaged": None,
+        "test_averaged": None,
+    }
+    assert second == first | {"step": 3, "train_averaged": 2.0}
 
 
 def test_the_bound_of_a_synchronous_job_is_its_refresh_period() -> None:

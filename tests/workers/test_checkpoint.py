@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -25,8 +25,6 @@ ROLES = {
     "inverse_worker": {"fc/A": np.eye(3, dtype=np.float32), "num_updates": np.array(4)},
 }
 STATE = {"cursor": {"epoch": 1, "offset": 250}, "versions": {"fc": 95, "out": None}, "x": 0.1}
-
-on_disk = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def save(folder: Path, step: int, keep: int = 3, **state: Any) -> Path:
@@ -107,7 +105,6 @@ def test_arrays_of_all_kinds_come_back_bit_for_bit(tmp_path: Path, array: np.nda
     assert found.tobytes() == array.tobytes()
 
 
-@on_disk
 @given(
     st.dictionaries(
         st.text("abc_-", min_size=1, max_size=5),
@@ -203,7 +200,6 @@ def test_leftovers_of_a_crash_are_removed_at_the_next_write(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000200"]
 
 
-@on_disk
 @given(st.data())
 def test_torn_or_altered_at_any_byte_the_one_before_is_taken(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -53,6 +53,14 @@ RULES = {
     "adaptive": {"step_rule": "adaptive"},
     "norm_constraint": {"step_rule": "norm_constraint", "norm_constraint": 0.01},
     "no_search": {"gamma": {"adapt_period": None}},
+    "schedules": {
+        "step_rule": "norm_constraint",
+        "lr": {"schedule": "cosine", "initial": 0.3, "final": 0.0, "steps": 15, "warmup_steps": 3},
+        "damping": {
+            "initial": {"schedule": "exponential", "initial": 30, "final": 3, "steps": 12},
+            "adapt_period": None,
+        },
+    },
 }
 CHAIN = {"inverse": "block_tridiagonal"}
 EIGEN = {"inverse": "ekfac"}
@@ -70,7 +78,15 @@ def assert_bitwise_serial(job: LocalJob, spec: JobSpec, folder: Path) -> None:
     reports = job.steps(20)
     serial, results = serial_run(spec, folder, 20)
     for report, result in zip(reports, results, strict=True):
-        for name in ("loss", "objective", "damping", "gamma", "reduction_ratio", "update_norm"):
+        for name in (
+            "loss",
+            "objective",
+            "damping",
+            "gamma",
+            "lr",
+            "reduction_ratio",
+            "update_norm",
+        ):
             assert getattr(report, name) == getattr(result, name), (report.step, name)
     theta = flatten(serial._parameters)
     assert torch.equal(job.parameters, theta)
@@ -90,6 +106,14 @@ def test_so_it_is_with_any_structure_of_the_inverse_on_two_inverse_workers(
 ):
     spec = chain_spec(tmp_path, optimizer=STRUCTURES[structure], workers={"inverse": 2})
     assert_bitwise_serial(run(spec), spec, tmp_path)
+
+
+def test_rounded_products_are_those_of_the_serial_optimizer(run, tmp_path):
+    spec = small_spec(dtype="float32", optimizer={"precondition_dtype": "bfloat16"})
+    job = run(spec)
+    job.steps(8)
+    serial, _ = serial_run(spec, tmp_path, 8)
+    assert torch.equal(job.parameters, flatten(serial._parameters))
 
 
 @pytest.mark.parametrize(("gradient", "inverse"), [(2, 1), (3, 2)])

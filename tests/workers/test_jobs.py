@@ -200,8 +200,10 @@ def test_an_asynchronous_job_uses_old_inverses_and_learns(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(jobs.folder)
+    base = line_spec()["optimizer"]
     spec = line_spec(
         steps=40,
+        optimizer=base | {"averaging": {"decay": 0.9, "start": 25}},
         staleness={"max_steps": 8},
         workers={"gradient": 2, "inverse": 2},
         evaluation={"every_steps": 20},
@@ -215,7 +217,13 @@ def test_an_asynchronous_job_uses_old_inverses_and_learns(
     assert summary.initial_objective is not None
     assert summary.train["objective"] < summary.initial_objective / 2
     records = jobs.run_folder().read_metrics()
-    assert [record.step for record in records if record.evaluation] == [20, 40]
+    evaluations = {record.step: record.evaluation for record in records if record.evaluation}
+    assert set(evaluations) == {20, 40}
+    assert evaluations[20].train_averaged is evaluations[20].test_averaged is None
+    assert summary.train_averaged == evaluations[40].train_averaged
+    assert summary.test_averaged == evaluations[40].test_averaged
+    assert summary.train_averaged is not None
+    assert summary.train_averaged.keys() == summary.train.keys()
     assert set(records[-1].phase_seconds) >= {"compute", "statistics", "reduce", "inversion"}
 
 

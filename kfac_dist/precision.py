@@ -1,0 +1,95 @@
+"""In which type the inverses are applied, where the settings leave it to a measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.layers import LayerBlock
+from kfac_dist.errors import InvalidSpecError
+
+_NUM_LARGEST = 2  # layers
+# Wide layers are cut so that it takes tenths of a second; where bfloat16 is emulated it is tens of
+# times slower, which small matrices show.
+_ORDERS = (192, 1024)
+_HOPELESS = 0.25
+_WORTHWHILE = 1.2  # above what one measurement differs from the next by
+_REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreconditionDtype:
+    """The type, and a sentence that says why."""
+
+    dtype: Literal["float32", "bfloat16"]
+    reason: str
+
+    def __str__(self) -> str:
+        """The choice, as one says it in a log."""
+        return f"inverses are applied in {self.dtype}: {self.reason}"
+
+    def resolve(self, settings: KFACSpec) -> KFACSpec:
+        """Return the settings with the choice made."""
+        return settings.model_copy(update={"precondition_dtype": self.dtype})
+
+
+def choose_precondition_dtype(
+    settings: KFACSpec, blocks: Sequence[LayerBlock], like: Tensor
+) -> PreconditionDtype:
+    """Choose for parameters of the type and on the device of `like`; `auto` takes a measurement.
+
+    Raises:
+        InvalidSpecError: bfloat16 is asked for, and the parameters are not float32.
+    """
+    wanted = settings.precondition_dtype
+    if wanted == "bfloat16" and like.dtype != torch.float32:
+        raise InvalidSpecError(
+            f"precondition_dtype: bfloat16 needs parameters in float32; these are {like.dtype}"
+        )
+    if wanted != "auto":
+        return PreconditionDtype(dtype=wanted, reason="as the specification says")
+    if like.dtype != torch.float32 or not blocks:
+        return PreconditionDtype(dtype="float32", reason=f"the parameters are {like.dtype}")
+    return _measure(blocks, like)
+
+
+def _measure(blocks: Sequence[LayerBlock], like: Tensor) -> PreconditionDtype:
+    largest = sorted(blocks, key=lambda b: b.dim_G * b.dim_A * (b.dim_G + b.dim_A))[-_NUM_LARGEST:]
+    for most in _ORDERS:
+        sizes = [(min(block.dim_G, most), min(block.dim_A, most)) for block in largest]
+        speedup = _speedup([like.new_ones(size) for size in sizes])
+        if speedup < _HOPELESS:
+            break
+    products = " and ".join(f"{dim_G} x {dim_A}" for dim_G, dim_A in sizes)
+    return PreconditionDtype(
+        dtype="bfloat16" if speedup >= _WORTHWHILE else "float32",
+        reason=f"bfloat16 takes {1 / speedup:.2g} times as long as float32 on {like.device.type} "
+        f"(products with {products})",
+    )
+
+
+def _speedup(matrices: Sequence[Tensor]) -> float:
+    exact = [KroneckerPair(A=m.T @ m, G=m @ m.T) for m in matrices]
+    rounded = [pair.map_matrices(lambda factor: factor.to(torch.bfloat16)) for pair in exact]
+    return _seconds(exact, matrices) / _seconds(rounded, matrices)
+
+
+def _seconds(pairs: Sequence[KroneckerPair], matrices: Sequence[Tensor]) -> float:
+    """Return the least of a few times to apply `pairs`."""
+    return min(_time(pairs, matrices) for _ in range(_REPEATS))
+
+
+def _time(pairs: Sequence[KroneckerPair], matrices: Sequence[Tensor]) -> float:
+    started = time.perf_counter()
+    for pair, matrix in zip(pairs, matrices, strict=True):
+        pair.apply(matrix)
+    if matrices[0].is_cuda:
+        torch.cuda.synchronize(matrices[0].device)
+    return time.perf_counter() - started

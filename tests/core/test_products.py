@@ -1,0 +1,95 @@
+"""Inverses that are applied in bfloat16."""
+
+import pytest
+import torch
+
+from kfac_dist.config import kfac_settings
+from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.layers import register
+from kfac_dist.core.products import RoundedCopies, two_sided
+from kfac_dist.core.update import KFACUpdate
+from tests.core.layers_of_a_chain import STRUCTURES, at, gradients, prepared, structure_of
+from tests.oracles.cases import Case
+
+UNIT = 2.0**-8  # the relative error of rounding to bfloat16 is at most half of it
+
+
+def as_vector(matrices):
+    return torch.cat([matrix.reshape(-1) for matrix in matrices.values()])
+
+
+def test_the_product_is_in_the_type_of_the_matrix():
+    generator = torch.Generator().manual_seed(0)
+    left, V, right = (torch.randn(8, 8, generator=generator) for _ in range(3))
+    assert torch.equal(two_sided(left, V, right), left @ V @ right)
+    rounded = two_sided(left.bfloat16(), V, right.bfloat16())
+    assert rounded.dtype == torch.float32
+    error = torch.linalg.matrix_norm(rounded - left @ V @ right)
+    bound = 5 * UNIT / 2 * left.norm() * V.norm() * right.norm()
+    assert 0 < error <= bound
+
+
+@pytest.mark.parametrize("inverse", STRUCTURES)
+def test_directions_agree_to_the_precision_of_bfloat16_and_descend(inverse):
+    structure = structure_of(inverse)
+    inverses = at(prepared(structure, dtype=torch.float32), 0)
+    matrices = gradients(dtype=torch.float32)
+    (rounded,) = RoundedCopies().of([inverses])
+    expected, _ = structure.solve(matrices, inverses, 0.3)
+    directions, fallen = structure.solve(matrices, rounded, 0.3)
+    assert fallen == ()
+    assert all(direction.dtype == torch.float32 for direction in directions.values())
+    error = as_vector(directions) - as_vector(expected)
+    assert 0 < error.norm() <= 8 * UNIT * as_vector(expected).norm()
+    assert torch.dot(as_vector(directions), as_vector(matrices)) > 0
+
+
+@pytest.mark.parametrize("inverse", STRUCTURES)
+def test_a_matrix_is_rounded_once_while_it_is_in_use(inverse):
+    structure = structure_of(inverse)
+    inverted = {name: one[0] for name, one in prepared(structure, dtype=torch.float32).items()}
+    inverses = {name: one.inverse for name, one in inverted.items()}
+    copies = RoundedCopies()
+    (first,), (again,) = copies.of([inverses]), copies.of([inverses])
+    for name in inverses:
+        before, after = first[name].tensors(), again[name].tensors()
+        half = [key for key, tensor in before.items() if tensor.dtype == torch.bfloat16]
+        assert half
+        assert all(before[key] is after[key] for key in half)
+    copies.of([])
+    (anew,) = copies.of([inverses])
+    assert anew["third"].tensors()[half[0]] is not first["third"].tensors()[half[0]]
+
+
+def test_moments_that_are_observed_leave_the_rounded_basis():
+    structure = structure_of("ekfac")
+    inverted = {name: one[0] for name, one in prepared(structure, dtype=torch.float32).items()}
+    moments = {name: torch.ones_like(one.inverse.moments) for name, one in inverted.items()}
+    copies = RoundedCopies()
+    later = structure.observe(inverted, moments, 10)
+    (before,) = copies.of([{name: one.inverse for name, one in inverted.items()}])
+    (after,) = copies.of([{name: one.inverse for name, one in later.items()}])
+    assert before["first"].basis.A is after["first"].basis.A
+    assert after["first"].moments.dtype == torch.float32
+
+
+def test_the_update_applies_what_the_settings_say():
+    case = Case(widths=(6, 5, 4), activation="tanh", distribution="bernoulli")
+    registration = register(case.model().float())
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(registration.num_parameters, generator=generator)
+    inverses = {
+        block.name: KroneckerPair(
+            A=torch.linspace(1, 2, block.dim_A).diag(), G=torch.linspace(2, 4, block.dim_G).diag()
+        )
+        for block in registration.blocks
+    }
+    directions = {}
+    for dtype in ("float32", "bfloat16"):
+        update = KFACUpdate(
+            kfac_settings({"precondition_dtype": dtype}), registration, torch.zeros_like(gradient)
+        )
+        directions[dtype], fallen = update.directions(gradient, [inverses], [1.0])
+        assert fallen == ()
+    error = (directions["float32"] - directions["bfloat16"]).norm()
+    assert 0 < error <= 4 * UNIT * directions["float32"].norm()
