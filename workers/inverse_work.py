@@ -193,7 +193,7 @@ class InverseWork:
         prepared = self._structure.prepare(snapshot, gammas)
         self._versions[name] = snapshot.step
         if self._policy == "largest_drift":
-            self._drift.start_from(name, snapshot.pair)
+            self._drift.start_from(name, snapshot.pair.tensors())
         seconds = time.perf_counter() - started
         self._counts["inversions"] += 1
         self._inversion_seconds += seconds
