@@ -24,8 +24,9 @@ from kfac_dist.core.averaging import ParameterAverage
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
-from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.layers import ReportRow, register
+from kfac_dist.core.factors import LayerFactors
+from kfac_dist.core.registration import register
+from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.shelf import Held, all_carry, at_gamma
 from kfac_dist.core.update import Choice, KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten
@@ -38,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class KFAC(torch.optim.Optimizer):
-    """K-FAC for models of linear layers, on one process.
+    """K-FAC on one process.
 
     `distribution` is the predictive distribution of the outputs: `"bernoulli"` (logits),
     `"categorical"` (logits) or `"gaussian"`. The remaining options are the fields of the job
@@ -51,8 +52,8 @@ class KFAC(torch.optim.Optimizer):
     `staleness.delay_steps` takes the same steps.
 
     Raises:
-        InvalidSpecError: an option is unknown, out of range or not for the type of the parameters,
-            or a parameter has no block.
+        InvalidSpecError: an option is unknown, out of range, not for the type of the parameters,
+            or does not fit the model.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class KFAC(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         self.settings: KFACSpec = kfac_settings(options)
-        self._registration = register(model)
+        self._registration = register(model, self.settings)
         self._computer = BatchComputer(
             model,
             distribution=get_distribution(distribution),
@@ -223,8 +224,8 @@ class KFAC(torch.optim.Optimizer):
         return self._update.adapt_damping(choice, after - before)
 
     @property
-    def factors(self) -> dict[str, KroneckerPair]:
-        """The averaged factors A and G of each layer, as new tensors."""
+    def factors(self) -> dict[str, LayerFactors]:
+        """The averaged factors of each layer, as new tensors."""
         averages = self._curvature.averages
         return {name: averages.pair(name) for name in averages.names}
 
@@ -241,7 +242,7 @@ class KFAC(torch.optim.Optimizer):
         return self._curvature.solve(gradients, self._update.gamma)
 
     def registration_report(self) -> tuple[ReportRow, ...]:
-        """Return one row for each trainable parameter: its block, factor sizes and cost."""
+        """Return one row for each parameter: its block, factor sizes and cost."""
         return self._registration.report
 
     def state_dict(self) -> dict[str, Any]:

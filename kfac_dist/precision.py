@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
+from kfac_dist.core.blocks import LayerBlock
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.layers import LayerBlock
 from kfac_dist.errors import InvalidSpecError
 
 _NUM_LARGEST = 2  # layers
@@ -55,9 +55,12 @@ def choose_precondition_dtype(
         )
     if wanted != "auto":
         return PreconditionDtype(dtype=wanted, reason="as the specification says")
-    if like.dtype != torch.float32 or not blocks:
+    if like.dtype != torch.float32:
         return PreconditionDtype(dtype="float32", reason=f"the parameters are {like.dtype}")
-    return _measure(blocks, like)
+    dense = [block for block in blocks if block.kind == "kronecker"]
+    if not dense:
+        return PreconditionDtype(dtype="float32", reason="no layer has two dense factors")
+    return _measure(dense, like)
 
 
 def _measure(blocks: Sequence[LayerBlock], like: Tensor) -> PreconditionDtype:

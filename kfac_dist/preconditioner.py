@@ -27,8 +27,9 @@ from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
-from kfac_dist.core.layers import ReportRow, register
 from kfac_dist.core.precondition import matrices_of, vector_of
+from kfac_dist.core.registration import register
+from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.step_rule import constrained_step
 from kfac_dist.core.vector import unflatten
@@ -91,7 +92,7 @@ class KFACPreconditioner:
         self._lr = lr
         self._group = process_group or _group_of(model)
         plain = _plain(model)
-        self._registration = register(plain)
+        self._registration = register(plain, self.settings)
         self._computer = BatchComputer(
             plain,
             distribution=get_distribution(distribution),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kfac_dist import KFAC, precision
-from kfac_dist.config import kfac_settings
-from kfac_dist.core.layers import register
+from kfac_dist.config import KFACSpec, kfac_settings
+from kfac_dist.core.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.precision import choose_precondition_dtype
 from tests.oracles.cases import Case
@@ -14,7 +14,7 @@ CASE = Case(widths=(6, 5, 4), activation="tanh", distribution="bernoulli", num_c
 
 
 def choice(wanted, dtype=torch.float32):
-    blocks = register(CASE.model()).blocks
+    blocks = register(CASE.model(), KFACSpec()).blocks
     settings = kfac_settings({"precondition_dtype": wanted})
     return choose_precondition_dtype(settings, blocks, torch.zeros(3, dtype=dtype))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kfac_dist.config import JobSpec, KFACSpec, load_spec, parse_spec
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.runs import JobSummary
 from kfac_dist.tasks import build_model, load_task, torch_dtype
@@ -70,4 +70,4 @@ def layers_report(
         )
     task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
-    return [row._asdict() for row in register(model).report]
+    return [row._asdict() for row in register(model, spec.optimizer).report]

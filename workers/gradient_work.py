@@ -14,7 +14,7 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.core.update import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten
 from kfac_dist.data import Split
@@ -49,7 +49,7 @@ class GradientWork:
             "test": self._task.test_data(),
         }
         model = build_model(self._task, spec.seed, torch_dtype(spec.dtype)).to(device)
-        registration = register(model) if self._kfac else None
+        registration = register(model, self._kfac) if self._kfac else None
         self._computer = BatchComputer(
             model,
             distribution=get_distribution(self._task.distribution),

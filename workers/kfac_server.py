@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
-from kfac_dist.core.layers import Registration
+from kfac_dist.core.registration import Registration
 from kfac_dist.core.update import Choice, KFACUpdate
 from workers.checksum import checksum
 from workers.exchange import Directions, ServerSide
@@ -78,7 +78,8 @@ class KFACServer:
         inverses = self._wait_for_inverses(plan, phases)
         directions = self._precondition(mean.gradient, inverses, phases)
         gram = self._receive_fisher_products(order, side, directions, phases)
-        choice = self._choose(plan, mean.gradient, inverses, directions, gram)
+        gammas = inverses.gammas
+        choice = self._update.choose(mean.gradient, directions, gammas, gram, lr=plan.lr)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
             return self._skipped(order, mean, phases)
@@ -136,16 +137,6 @@ class KFACServer:
         with phases("fisher_products"):
             num_rows = len(subset_positions(order.window.size, self._settings.fisher_fraction))
             return side.receive_gram(len(directions) + 1) / num_rows
-
-    def _choose(
-        self,
-        plan: StepPlan,
-        gradient: Tensor,
-        inverses: StepInverses,
-        directions: Tensor,
-        gram: Tensor | None,
-    ) -> Choice:
-        return self._update.choose(gradient, directions, inverses.gammas, gram, lr=plan.lr)
 
     def _apply(
         self,

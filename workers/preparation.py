@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
-from kfac_dist.core.layers import Registration, register
+from kfac_dist.core.registration import Registration, register
 from kfac_dist.data import MapDataset, check_finite
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype
@@ -53,7 +53,8 @@ def prepare(
     """
     task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
-    registration = register(model) if isinstance(spec.optimizer, KFACSpec) else None
+    settings = spec.optimizer
+    registration = register(model, settings) if isinstance(settings, KFACSpec) else None
     train, test = task.train_data(), task.test_data()
     check_model(task, model, train)
     _check_batch_size(spec, len(train))

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.core.vector import flatten, trainable_parameters
 from kfac_dist.precision import PreconditionDtype, choose_precondition_dtype
 from kfac_dist.tasks import build_model, load_task, torch_dtype
@@ -71,7 +71,7 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
     state = ServerState(parameters, spec.optimizer.l2, spec.optimizer.averaging)
     if not isinstance(spec.optimizer, KFACSpec):
         return BuiltServer(FirstOrderServer(spec.optimizer, state), None, None)
-    registration = register(model)
+    registration = register(model, spec.optimizer)
     is_measured = spec.optimizer.precondition_dtype == "auto"
     chosen = choose_precondition_dtype(spec.optimizer, registration.blocks, parameters)
     settings = chosen.resolve(spec.optimizer)

@@ -6,8 +6,19 @@ from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, make_table, write_result
 
-_COLUMNS = ("parameter", "module", "kind", "block", "dim_A", "dim_G", "num_parameters", "cost")
-_NUMBERS = ("dim_A", "dim_G", "num_parameters", "cost")
+_COLUMNS = (
+    "parameter",
+    "module",
+    "kind",
+    "block",
+    "num_blocks",
+    "dim_A",
+    "dim_G",
+    "num_parameters",
+    "cost",
+    "why",
+)
+_NUMBERS = ("num_blocks", "dim_A", "dim_G", "num_parameters", "cost")
 
 
 def layers(
@@ -18,7 +29,8 @@ def layers(
 ) -> None:
     """List each parameter with its block, its factor sizes and its cost.
 
-    The cost is that of one refresh of the block's inverses, dim_A^3 + dim_G^3.
+    The cost is that of one refresh of the blocks' inverses, dim_A^3 + dim_G^3 of each. The total
+    is of the parameters that are trained.
     """
     from kfac_dist.config import load_spec
 
@@ -29,8 +41,8 @@ def layers(
     rows = layers_report(
         job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=home() / "data"
     )
-    total = sum(row["num_parameters"] for row in rows)
+    total = sum(row["num_parameters"] for row in rows if row["block"] != "frozen")
     lines = [[row[column] for column in _COLUMNS] for row in rows]
-    lines.append(["total", "", "", "", "", "", total, ""])
+    lines.append(["total", "", "", "", "", "", "", total, "", ""])
     table = make_table(_COLUMNS, lines, right=_NUMBERS)
     write_result({"num_parameters": total, "layers": list(rows)}, output, table)

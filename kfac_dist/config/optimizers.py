@@ -176,6 +176,14 @@ class KFACSpec(Section):
     """Norm that splits the damping between A and G."""
     precondition_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Inverses are applied in the type of the parameters, rounded, or rounded if that is faster."""
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    """Positions of one case: each counts for itself, or inputs averaged and gradients summed."""
+    fused_outputs: dict[str, Count] = Field(default={"*qkv": 3, "*c_attn": 3, "*in_proj": 3})
+    """Linear layers, by pattern of name, whose outputs are so many equal parts, a block each."""
+    max_factor_dim: Count | None = None
+    """Factors of a larger order are split into diagonal sub-blocks; null is never."""
+    diagonal: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Modules or parameters, by pattern of the name, that get a diagonal block."""
     averaging: AveragingSpec | None = AveragingSpec()
     """Polyak average of the parameters; null is none."""
     lr: LearningRate = 0.1

@@ -126,7 +126,8 @@ def _describe(schema: Schema) -> str:
         keys = ", ".join(schema.get("properties", {}))
         return f"a mapping with keys among {keys}" if keys else "a mapping of names to values"
     if kind == "array":
-        return f"a list of {len(schema['prefixItems'])} numbers"
+        prefix = schema.get("prefixItems")
+        return f"a list of {len(prefix)} numbers" if prefix else "a list of text"
     return {"boolean": "true or false", "null": "null"}.get(str(kind), "a plain value")
 
 

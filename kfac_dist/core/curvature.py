@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.factors import FactorAverages
-from kfac_dist.core.layers import Registration
+from kfac_dist.core.registration import Registration
 from kfac_dist.core.shelf import HeldInverses, InverseShelf
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.structure import structure_for

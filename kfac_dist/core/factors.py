@@ -1,9 +1,9 @@
-"""Kronecker factors and their running averages (algorithm.md sections 2 and 3).
+"""Factors of curvature blocks and their running averages (algorithm.md sections 2 and 3).
 
 The curvature block of a layer with weight matrix W [dim_G, dim_A], the bias its last column, is
 `A (x) G`: A [dim_A, dim_A] the second moment of its homogeneous inputs, G [dim_G, dim_G] the
 second moment of the derivatives with respect to its outputs, both means over cases of per-case
-quantities.
+quantities. Layers whose units share no parameters have the Fisher of each unit instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from kfac_dist.core.products import two_sided
 class KroneckerPair:
     """Two matrices that belong together: factors, their inverses, bases or cross factors.
 
-    Symmetric but for bases and cross factors. Together they stand for `A (x) G`.
+    Symmetric but for bases and cross factors. Together they stand for `A (x) G`. A diagonal A is
+    the vector [dim_A] of its diagonal.
     """
 
     A: Tensor
@@ -46,8 +47,40 @@ class KroneckerPair:
         return bool(torch.isfinite(self.A).all() and torch.isfinite(self.G).all())
 
 
-def factors_from_tensors(tensors: Mapping[str, Tensor]) -> KroneckerPair:
-    """Return the factors of a layer that have these tensors; they are kept."""
+@dataclass(frozen=True, kw_only=True)
+class UnitMoments:
+    """One symmetric matrix for each unit of a layer: its Fisher, or the inverse of that.
+
+    M [units, k, k] is about the k parameters that only that unit has, a mean over cases.
+    """
+
+    M: Tensor
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """Return `M_u v_u` for every unit's row of V [units, k]."""
+        return (self.M @ matrix.unsqueeze(2)).squeeze(2)
+
+    def map_matrices(self, change: Callable[[Tensor], Tensor]) -> UnitMoments:
+        """Return them unchanged: products with matrices this small gain nothing from rounding."""
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensor by its name, not copied."""
+        return {"M": self.M}
+
+    def is_finite(self) -> bool:
+        """Tell whether no element is NaN or infinite."""
+        return bool(torch.isfinite(self.M).all())
+
+
+LayerFactors = KroneckerPair | UnitMoments
+_KEYS = ("A", "G", "M")
+
+
+def factors_from_tensors(tensors: Mapping[str, Tensor]) -> LayerFactors:
+    """Return the factors, or inverses, that have these tensors: A and G, or M; they are kept."""
+    if "M" in tensors:
+        return UnitMoments(M=tensors["M"])
     return KroneckerPair(A=tensors["A"], G=tensors["G"])
 
 
@@ -71,7 +104,7 @@ class LayerSnapshot:
     """
 
     step: int
-    pair: KroneckerPair
+    pair: LayerFactors
     next_pair: KroneckerPair | None = None
     cross: KroneckerPair | None = None
 
@@ -95,13 +128,13 @@ class FactorAverages:
         self.step = 0
         self._next_names = {link.name: link.next_name for link in self.links}
         self._num_updates = dict.fromkeys(self.names, 0)
-        self._averages: dict[str, KroneckerPair] = {}
-        self._crosses: dict[str, KroneckerPair] = {}
+        self._averages: dict[str, LayerFactors] = {}
+        self._crosses: dict[str, LayerFactors] = {}
 
     def update(
         self,
         step: int,
-        sums: Mapping[str, KroneckerPair],
+        sums: Mapping[str, LayerFactors],
         num_cases: int,
         crosses: Mapping[str, KroneckerPair] | None = None,
     ) -> None:
@@ -119,14 +152,14 @@ class FactorAverages:
                 assert crosses is not None, "a link needs cross factors"
                 _average_in(self._crosses, name, crosses[name], keep, weight)
 
-    def pair(self, name: str) -> KroneckerPair:
+    def pair(self, name: str) -> LayerFactors:
         """Return the averaged factors of a layer, symmetrised, as new tensors.
 
         A product X^T X is symmetric only to rounding; its lower triangle is taken to be the truth,
         so that a matrix that travelled as a packed triangle is the same matrix.
         """
-        average = self._averages[name]
-        return KroneckerPair(A=mirror_lower(average.A), G=mirror_lower(average.G))
+        tensors = self._averages[name].tensors()
+        return factors_from_tensors({key: _symmetric(value) for key, value in tensors.items()})
 
     def snapshot(self, name: str) -> LayerSnapshot:
         """Return what the inverse of a layer is prepared from, as new tensors.
@@ -143,25 +176,21 @@ class FactorAverages:
                 f"layers {name!r} and {next_name!r} have averaged {counts[0]} and {counts[1]} "
                 "batches; a chain needs factors of one snapshot"
             )
-        cross = self._crosses[name]
-        return LayerSnapshot(
-            step=self.step,
-            pair=self.pair(name),
-            next_pair=self.pair(next_name),
-            cross=KroneckerPair(A=cross.A.clone(), G=cross.G.clone()),
-        )
+        next_pair, cross = self.pair(next_name), _copy(self._crosses[name].tensors())
+        assert isinstance(next_pair, KroneckerPair)
+        assert isinstance(cross, KroneckerPair)
+        return LayerSnapshot(step=self.step, pair=self.pair(name), next_pair=next_pair, cross=cross)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the averages and counters, by flat names."""
         state = {"step": torch.tensor(self.step)}
         for name in self._averages:
-            pair = self.pair(name)
             state[f"{name}/num_updates"] = torch.tensor(self._num_updates[name])
-            state[f"{name}/A"] = pair.A
-            state[f"{name}/G"] = pair.G
+            for key, value in self.pair(name).tensors().items():
+                state[f"{name}/{key}"] = value
             if name in self._crosses:
-                state[f"{name}/cross_A"] = self._crosses[name].A.clone()
-                state[f"{name}/cross_G"] = self._crosses[name].G.clone()
+                for key, value in self._crosses[name].tensors().items():
+                    state[f"{name}/cross_{key}"] = value.clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -173,14 +202,9 @@ class FactorAverages:
         known = self._restorable(state)
         self._num_updates = dict.fromkeys(self.names, 0)
         self._num_updates |= {name: int(state[f"{name}/num_updates"]) for name in known}
-        self._averages = {
-            name: KroneckerPair(A=state[f"{name}/A"].clone(), G=state[f"{name}/G"].clone())
-            for name in known
-        }
+        self._averages = {name: _copy(_saved(state, f"{name}/", _KEYS)) for name in known}
         self._crosses = {
-            name: KroneckerPair(
-                A=state[f"{name}/cross_A"].clone(), G=state[f"{name}/cross_G"].clone()
-            )
+            name: _copy(_saved(state, f"{name}/cross_", _KEYS))
             for name in known
             if name in self._next_names
         }
@@ -188,7 +212,9 @@ class FactorAverages:
     def _restorable(self, state: Mapping[str, Tensor]) -> list[str]:
         """Return the layers of a state that, with all they are linked to, are of one snapshot."""
         counts = {
-            name: int(state[f"{name}/num_updates"]) for name in self.names if f"{name}/A" in state
+            name: int(state[f"{name}/num_updates"])
+            for name in self.names
+            if f"{name}/num_updates" in state
         }
         left = len(counts) + 1
         while left > len(counts):
@@ -201,11 +227,24 @@ class FactorAverages:
         return [name for name in self.names if name in counts]
 
 
+def _saved(state: Mapping[str, Tensor], prefix: str, keys: Iterable[str]) -> dict[str, Tensor]:
+    return {key: state[prefix + key] for key in keys if prefix + key in state}
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> LayerFactors:
+    return factors_from_tensors({key: value.clone() for key, value in tensors.items()})
+
+
+def _symmetric(value: Tensor) -> Tensor:
+    return value.clone() if value.dim() == 1 else mirror_lower(value)
+
+
 def _average_in(
-    averages: dict[str, KroneckerPair], name: str, new: KroneckerPair, keep: float, weight: float
+    averages: dict[str, LayerFactors], name: str, new: LayerFactors, keep: float, weight: float
 ) -> None:
+    batch = new.tensors()
     if name not in averages:
-        averages[name] = KroneckerPair(A=torch.zeros_like(new.A), G=torch.zeros_like(new.G))
-    old = averages[name]
-    for average, batch in ((old.A, new.A), (old.G, new.G)):
-        average.mul_(keep).add_(batch, alpha=weight)
+        zeros = {key: torch.zeros_like(value) for key, value in batch.items()}
+        averages[name] = factors_from_tensors(zeros)
+    for key, average in averages[name].tensors().items():
+        average.mul_(keep).add_(batch[key], alpha=weight)

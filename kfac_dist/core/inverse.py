@@ -7,13 +7,13 @@ Factored Tikhonov damping replaces `A (x) G + gamma^2 I` by
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.factors import KroneckerPair, LayerFactors, UnitMoments
 
 PiNorm = Literal["trace", "frobenius"]
 T_co = TypeVar("T_co", covariant=True)
@@ -47,6 +47,37 @@ InvertedPair = Inverted[KroneckerPair]
 """`inverse.A` is `(A + pi gamma I)^-1` and `inverse.G` is `(G + gamma / pi I)^-1`."""
 
 
+def invert_layer(
+    factors: LayerFactors, gamma: float, pi_norm: PiNorm = "trace"
+) -> Inverted[LayerFactors]:
+    """Invert the curvature of a layer under damping of strength `gamma`, whatever its kind.
+
+    Raises:
+        InversionFailedError: a factor is not finite, or no amount of damping helped.
+    """
+    if isinstance(factors, UnitMoments):
+        # One factor only: nothing to split the damping between.
+        inverse, rungs = _invert_factor(factors.M, gamma**2)
+        return Inverted(inverse=UnitMoments(M=inverse), pi=1.0, gamma=gamma, rungs=rungs)
+    pair = invert_pair(factors, gamma, pi_norm)
+    return Inverted(inverse=pair.inverse, pi=pair.pi, gamma=gamma, rungs=pair.rungs)
+
+
+def redamp_layer(inverted: Inverted[LayerFactors], gamma: float) -> Inverted[LayerFactors]:
+    """Return the inverse of a layer at a larger `gamma`, from the inverse alone; pi stays.
+
+    Raises:
+        ValueError: `gamma` is smaller.
+    """
+    inverse = inverted.inverse
+    if isinstance(inverse, UnitMoments):
+        _check_raised(inverted.gamma, gamma)
+        shifted = _shift_inverse(inverse.M, gamma**2 - inverted.gamma**2)
+        return replace(inverted, inverse=UnitMoments(M=shifted), gamma=gamma)
+    own = InvertedPair(inverse=inverse, pi=inverted.pi, gamma=inverted.gamma, rungs=inverted.rungs)
+    return replace(inverted, inverse=redamp(own, gamma).inverse, gamma=gamma)
+
+
 def damping_split(pair: KroneckerPair, norm: PiNorm) -> float:
     """Return pi, which splits the damping between A and G by their mean size.
 
@@ -61,6 +92,8 @@ def damping_split(pair: KroneckerPair, norm: PiNorm) -> float:
 
 
 def _mean_size(factor: Tensor, norm: PiNorm) -> float:
+    if factor.dim() == 1:
+        return float(factor.mean() if norm == "trace" else factor.square().mean().sqrt())
     if norm == "trace":
         return float(factor.diagonal().mean())
     return float(torch.linalg.matrix_norm(factor)) / math.sqrt(factor.shape[0])
@@ -84,34 +117,43 @@ def invert_pair(pair: KroneckerPair, gamma: float, pi_norm: PiNorm = "trace") ->
 
 
 def _invert_factor(factor: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
-    """Climb the ladder: as it is, in float64, then with more and more damping."""
+    """Climb the ladder: as it is, in float64, then with more and more damping.
+
+    A factor is a matrix, several [units, k, k], or the vector of a diagonal.
+    """
     if not torch.isfinite(factor).all():
         raise InversionFailedError("the factor has elements that are not finite")
-    inverse = _cholesky_inverse(factor, damping)
+    attempt = _reciprocal if factor.dim() == 1 or factor.shape[-1] == 1 else _cholesky_inverse
+    inverse = attempt(factor, damping)
     if inverse is not None:
         return inverse, ()
     rungs = ["float64"]
     wide = factor.double()
     for _ in range(NUM_RAISES + 1):
-        inverse = _cholesky_inverse(wide, damping)
+        inverse = attempt(wide, damping)
         if inverse is not None and torch.isfinite(inverse.to(factor.dtype)).all():
             return inverse.to(factor.dtype), tuple(rungs)
         damping = max(damping * RAISE_BY, torch.finfo(factor.dtype).tiny)
         rungs.append("raised_damping")
     raise InversionFailedError(
-        f"a factor of order {factor.shape[0]} has no Cholesky factor up to a damping of {damping:g}"
+        f"a factor of order {factor.shape[-1]} is not positive up to a damping of {damping:g}"
     )
+
+
+def _reciprocal(factor: Tensor, damping: float) -> Tensor | None:
+    damped = factor + damping
+    return damped.reciprocal() if bool((damped > 0).all()) else None
 
 
 def _cholesky_inverse(factor: Tensor, damping: float) -> Tensor | None:
     damped = factor.clone()
-    damped.diagonal().add_(damping)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     root, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
+    if failed.any():
         return None
     # By rows, as a matrix that has travelled: BLAS rounds the two layouts differently.
     inverse = torch.cholesky_inverse(root).contiguous()
-    inverse = (inverse + inverse.T) / 2
+    inverse = (inverse + inverse.mT) / 2
     return inverse if bool(torch.isfinite(inverse).all()) else None
 
 
@@ -120,9 +162,8 @@ def redamp(inverted: InvertedPair, gamma: float) -> InvertedPair:
 
     With P = (M + a I)^-1, `(M + b I)^-1 = (I + (b - a) P)^-1 P`; pi stays.
     """
+    _check_raised(inverted.gamma, gamma)
     extra = gamma - inverted.gamma
-    if extra < 0:
-        raise ValueError(f"gamma can only be raised from {inverted.gamma:g}; got {gamma:g}")
     inverse = KroneckerPair(
         A=_shift_inverse(inverted.inverse.A, inverted.pi * extra),
         G=_shift_inverse(inverted.inverse.G, extra / inverted.pi),
@@ -130,8 +171,15 @@ def redamp(inverted: InvertedPair, gamma: float) -> InvertedPair:
     return InvertedPair(inverse=inverse, pi=inverted.pi, gamma=gamma, rungs=inverted.rungs)
 
 
+def _check_raised(old: float, new: float) -> None:
+    if new < old:
+        raise ValueError(f"gamma can only be raised from {old:g}; got {new:g}")
+
+
 def _shift_inverse(inverse: Tensor, shift: float) -> Tensor:
+    if inverse.dim() == 1 or inverse.shape[-1] == 1:
+        return inverse / (1 + shift * inverse)
     system = shift * inverse
-    system.diagonal().add_(1.0)
+    system.diagonal(dim1=-2, dim2=-1).add_(1.0)
     shifted: Tensor = torch.linalg.solve(system, inverse)
-    return (shifted + shifted.T) / 2
+    return (shifted + shifted.mT) / 2

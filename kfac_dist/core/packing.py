@@ -49,6 +49,6 @@ def unpack(triangle: Tensor) -> Tensor:
 
 
 def mirror_lower(matrix: Tensor) -> Tensor:
-    """Return the symmetric matrix that has the lower triangle of `matrix` [d, d]."""
+    """Return the symmetric matrix that has the lower triangle of `matrix` [..., d, d]."""
     lower = matrix.tril()
-    return lower + lower.tril(-1).T
+    return lower + lower.tril(-1).mT

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kfac_dist.core.blocks import LayerBlock
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.layers import LayerBlock
 from kfac_dist.core.products import HasMatrices
 
 

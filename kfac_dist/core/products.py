@@ -16,10 +16,11 @@ from torch import Tensor
 def two_sided(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """Return `left V right` in the type of V, computed in the type of the two sides.
 
-    With sides in bfloat16, V and the product that is between are rounded to it; sums are
-    accumulated in float32.
+    A diagonal `right` is a vector. With sides in bfloat16, V and the product that is between are
+    rounded to it; sums are accumulated in float32.
     """
-    return (left @ matrix.to(left.dtype) @ right).to(matrix.dtype)
+    product = left @ matrix.to(left.dtype)
+    return (product * right if right.dim() == 1 else product @ right).to(matrix.dtype)
 
 
 class HasMatrices(Protocol):

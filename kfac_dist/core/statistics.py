@@ -5,14 +5,22 @@ Sums over cases of per-case quantities, as everything in `compute`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kfac_dist.core.factors import KroneckerPair, Link
-from kfac_dist.core.layers import LayerBlock
+from kfac_dist.core.blocks import LayerBlock
+from kfac_dist.core.capture import Captures, Gradients
+from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
+from kfac_dist.core.layer_rules import has_case_axis
+from kfac_dist.core.registration import Registration
+from kfac_dist.core.site_sums import DiagonalSums, KroneckerSums, SiteCall, SiteSums, sums_for
+from kfac_dist.errors import InvalidSpecError
+
+FisherType = Literal["mc", "exact", "empirical"]
 
 # Elements of the per-case gradients [cases, dim_G, dim_A] of shared layers held at a time.
 _CHUNK_ELEMENTS = 1 << 22
@@ -22,20 +30,22 @@ _CHUNK_ELEMENTS = 1 << 22
 class BatchStatistics:
     """Sums over the statistics cases of a part of a batch, by layer.
 
-    `factors` has A and G of every layer. `crosses` has, by the first layer of each link, the cross
-    factors with the next. `moments` has, for each layer whose basis was given, the squares of the
-    gradient of each case in that basis, [dim_G, dim_A].
+    `factors` has those of every block; blocks of one layer may have tensors in common. `crosses`
+    has, by the first layer of each link, the cross factors with the next. `moments` has, for each
+    layer whose basis was given, the squares of the gradient of each case in that basis, [dim_G,
+    dim_A].
     """
 
-    factors: dict[str, KroneckerPair]
+    factors: dict[str, LayerFactors]
     crosses: dict[str, KroneckerPair]
     moments: dict[str, Tensor]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield all tensors, not copied, in an order that depends on the layers alone."""
-        for pair in (*self.factors.values(), *self.crosses.values()):
-            yield from pair.tensors().values()
-        yield from self.moments.values()
+        """Yield every tensor once, not copied, in an order that depends on the layers alone."""
+        by_layer = (*self.factors.values(), *self.crosses.values())
+        tensors = [tensor for pair in by_layer for tensor in pair.tensors().values()]
+        tensors += self.moments.values()
+        yield from {id(tensor): tensor for tensor in tensors}.values()
 
     def add_(self, other: BatchStatistics) -> None:
         """Add the sums of other cases, in place."""
@@ -53,93 +63,119 @@ class BatchStatistics:
 class StatisticsSums:
     """Adds up the statistics of `num_cases` cases: inputs once, then each derivative.
 
-    A layer that is applied at R positions a case is treated by *expand*: A is the mean and G the
-    sum over positions; several calls of a module are so many more positions. Linked layers that
-    are applied at different numbers of positions are taken to be uncorrelated.
+    Linked layers that are applied at different numbers of positions are taken to be uncorrelated.
+    `like` has the dtype and the device of the parameters.
     """
 
     def __init__(
         self,
-        blocks: Sequence[LayerBlock],
+        registration: Registration,
+        fisher_type: FisherType,
         num_cases: int,
+        like: Tensor,
         links: Iterable[Link],
         bases: Mapping[str, KroneckerPair],
     ) -> None:
-        self._blocks = blocks
         self._num_cases = num_cases
+        self._fisher_type = fisher_type
         self._links = tuple(links)
         self._bases = bases
-        self._inputs: dict[str, list[Tensor]] = {}
-        self.sums = _zeros(blocks, self._links, bases)
-
-    def add_inputs(self, inputs: Mapping[str, Sequence[Tensor]]) -> None:
-        """Take in the inputs of each layer, one entry a call of its module, [cases, ..., in]."""
-        self._inputs = {
-            block.name: [_homogeneous(block, call) for call in inputs[block.name]]
-            for block in self._blocks
+        self._sites = [
+            sums_for(site, num_cases, like, registration.weight_sharing)
+            for site in registration.sites
+        ]
+        self._blocks: dict[str, tuple[SiteSums, LayerBlock]] = {
+            block.name: (sums, block) for sums in self._sites for block in sums.site.blocks
         }
-        rows = {name: torch.cat(calls) for name, calls in self._inputs.items()}
-        for name, pair in self.sums.factors.items():
-            moment, positions = rows[name].T @ rows[name], len(rows[name]) // self._num_cases
-            pair.A.add_(moment if positions == 1 else moment / positions)
-        for name, next_name in self._links:
-            if len(rows[name]) == len(rows[next_name]):
-                positions = len(rows[name]) // self._num_cases
-                self.sums.crosses[name].A.add_(rows[name].T @ rows[next_name] / positions)
-
-    def add_gradients(self, gradients: Mapping[str, Sequence[Tensor]]) -> None:
-        """Add derivatives with respect to the outputs, in the order of the inputs' calls."""
-        calls = {
-            block.name: [call.reshape(-1, block.dim_G) for call in gradients[block.name]]
-            for block in self._blocks
-        }
-        for name, pair in self.sums.factors.items():
-            for call in calls[name]:
-                pair.G.addmm_(call.T, call)
-        for name, next_name in self._links:
-            rows, next_rows = torch.cat(calls[name]), torch.cat(calls[next_name])
-            if len(rows) == len(next_rows):
-                self.sums.crosses[name].G.addmm_(rows.T, next_rows)
-        for name, basis in self._bases.items():
-            moments = case_moments(
-                self._by_case(self._inputs[name]), self._by_case(calls[name]), basis
-            )
-            self.sums.moments[name].add_(moments)
-
-    def _by_case(self, calls: Sequence[Tensor]) -> Tensor:
-        """Return the rows of all calls as [cases, positions, features]."""
-        return torch.cat(
-            [call.reshape(self._num_cases, -1, call.shape[-1]) for call in calls], dim=1
+        self.sums = BatchStatistics(
+            factors={name: sums.factors[name] for name, (sums, _) in self._blocks.items()},
+            crosses={name: self._no_cross(name, following, like) for name, following in links},
+            moments={
+                name: like.new_zeros((len(basis.G), len(basis.A))) for name, basis in bases.items()
+            },
         )
 
-
-def _zeros(
-    blocks: Sequence[LayerBlock], links: Iterable[Link], bases: Mapping[str, KroneckerPair]
-) -> BatchStatistics:
-    by_name = {block.name: block for block in blocks}
-
-    def pair(name: str, other: str) -> KroneckerPair:
-        like, left, right = by_name[name].module.weight, by_name[name], by_name[other]
+    def _no_cross(self, name: str, next_name: str, like: Tensor) -> KroneckerPair:
+        left, right = self._blocks[name][1], self._blocks[next_name][1]
         return KroneckerPair(
             A=like.new_zeros((left.dim_A, right.dim_A)),
             G=like.new_zeros((left.dim_G, right.dim_G)),
         )
 
-    return BatchStatistics(
-        factors={name: pair(name, name) for name in by_name},
-        crosses={name: pair(name, next_name) for name, next_name in links},
-        moments={
-            name: basis.A.new_zeros((len(basis.G), len(basis.A))) for name, basis in bases.items()
-        },
-    )
+    def add_inputs(self, captures: Captures, without_cases: frozenset[nn.Module]) -> None:
+        """Take in the calls of each module; those `without_cases` have no axis of cases.
 
+        Raises:
+            InvalidSpecError: a call has no axis of cases, and the gradients of cases are needed.
+        """
+        for sums in self._sites:
+            sums.add_inputs(
+                [
+                    SiteCall(module, call.inputs, self._cases_of(owner, module, call.inputs, known))
+                    for owner, module in zip(sums.site.owners, sums.site.modules, strict=False)
+                    for known in [module not in without_cases]
+                    for call in captures[module]
+                ]
+            )
+        for name, next_name in self._links:
+            left, right = self._kronecker(name), self._kronecker(next_name)
+            rows, next_rows = left.averaged_inputs, right.averaged_inputs
+            if self._linked(left, rows, right, next_rows):
+                positions = len(torch.cat(rows)) // self._num_cases
+                cross = torch.cat(rows).T @ torch.cat(next_rows)
+                self.sums.crosses[name].A.add_(cross / positions)
 
-def _homogeneous(block: LayerBlock, inputs: Tensor) -> Tensor:
-    """Return the inputs of one call as rows, with a 1 for the bias, [rows, dim_A]."""
-    rows = inputs.reshape(-1, block.module.in_features)
-    if block.bias_offset is None:
-        return rows
-    return torch.cat([rows, rows.new_ones((len(rows), 1))], dim=1)
+    def _cases_of(self, owner: str, module: nn.Module, inputs: Tensor, known: bool) -> int:
+        if known and has_case_axis(module, inputs, self._num_cases):
+            return self._num_cases
+        if self._fisher_type == "mc":
+            return 1
+        raise InvalidSpecError(
+            f"layer {owner}: its input {tuple(inputs.shape)} has no axis of the {self._num_cases} "
+            f"cases, which fisher_type: {self._fisher_type} needs; expand it over the cases, such "
+            "as positions.expand(len(inputs), -1), or use fisher_type: mc"
+        )
+
+    def _kronecker(self, name: str) -> KroneckerSums:
+        sums = self._blocks[name][0]
+        assert isinstance(sums, KroneckerSums)
+        return sums
+
+    @staticmethod
+    def _linked(
+        left: KroneckerSums, rows: list[Tensor], right: KroneckerSums, next_rows: list[Tensor]
+    ) -> bool:
+        """Tell whether two layers have rows that belong together, one to one."""
+        if not (rows and next_rows and left.has_cases and right.has_cases):
+            return False
+        return sum(map(len, rows)) == sum(map(len, next_rows))
+
+    def add_gradients(self, gradients: Gradients) -> None:
+        """Add derivatives with respect to the outputs of the calls whose inputs were added."""
+        for sums in self._sites:
+            sums.add_gradients([g for module in sums.site.modules for g in gradients[module]])
+        for name, next_name in self._links:
+            left, right = self._kronecker(name), self._kronecker(next_name)
+            rows, next_rows = left.added_gradients, right.added_gradients
+            if self._linked(left, rows, right, next_rows):
+                self.sums.crosses[name].G.addmm_(torch.cat(rows).T, torch.cat(next_rows))
+        for name, basis in self._bases.items():
+            self._add_moments(name, basis)
+
+    def _add_moments(self, name: str, basis: KroneckerPair) -> None:
+        sums, block = self._kronecker(name), self._blocks[name][1]
+        if not sums.calls:
+            return
+        first = sums.site.first_row
+        rows = slice(block.rows[0] - first, block.rows[1] - first)
+        inputs = sums.case_inputs()[..., slice(*block.columns)]
+        self.sums.moments[name].add_(case_moments(inputs, sums.case_gradients()[..., rows], basis))
+
+    def add_squares(self, squares: Mapping[str, Tensor]) -> None:
+        """Add the squares of the gradients of cases, by parameter, of the diagonal blocks."""
+        for sums in self._sites:
+            if isinstance(sums, DiagonalSums):
+                sums.add_squares(squares[sums.site.parameters[0]])
 
 
 def case_moments(inputs: Tensor, gradients: Tensor, basis: KroneckerPair) -> Tensor:

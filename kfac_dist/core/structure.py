@@ -20,8 +20,15 @@ from torch import Tensor
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.eigenbasis import EigenInverse, at_gamma, eigen_inverse
-from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
-from kfac_dist.core.inverse import InversionFailedError, Inverted, invert_pair, redamp
+from kfac_dist.core.factors import (
+    KroneckerPair,
+    LayerFactors,
+    LayerSnapshot,
+    Link,
+    UnitMoments,
+    factors_from_tensors,
+)
+from kfac_dist.core.inverse import InversionFailedError, Inverted, invert_layer, redamp_layer
 from kfac_dist.core.precondition import LayerInverse, solve_layers
 from kfac_dist.core.tridiagonal import (
     ChainInverse,
@@ -31,17 +38,16 @@ from kfac_dist.core.tridiagonal import (
 )
 
 T = TypeVar("T", bound=LayerInverse)
+EigenOrFactors = EigenInverse | LayerFactors
 
 
 class Structure(ABC, Generic[T]):
     """A structure of the inverse for layers `names`, in the order of the model; it has no state.
 
-    `links` are the pairs of neighbours whose cross factors are averaged. With `depends_on_gamma`
-    False, the tensors of an inverse are the same whatever its gamma. With `observes_moments` there
-    are `bases`, and moments in them to `observe`.
+    `links` are the pairs of neighbours whose cross factors are averaged. With `observes_moments`
+    there are `bases`, and moments in them to `observe`.
     """
 
-    depends_on_gamma = True
     observes_moments = False
 
     def __init__(
@@ -101,23 +107,22 @@ class Structure(ABC, Generic[T]):
         return solve_layers(matrices, inverses, gamma)
 
 
-class BlockDiagonal(Structure[KroneckerPair]):
-    """`U_i = G_i^{-1} V_i A_i^{-1}` (section 4)."""
+class BlockDiagonal(Structure[LayerFactors]):
+    """`U_i = G_i^{-1} V_i A_i^{-1}` (section 4), or unit by unit."""
 
-    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[KroneckerPair]:
-        """Invert both damped factors."""
-        return invert_pair(snapshot.pair, gamma, self._settings.pi_norm)
+    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[LayerFactors]:
+        """Invert the damped factors."""
+        return invert_layer(snapshot.pair, gamma, self._settings.pi_norm)
 
     def restore(
         self, tensors: Mapping[str, Tensor], pi: float, gamma: float
-    ) -> Inverted[KroneckerPair]:
-        """Return the inverse with tensors A and G."""
-        inverse = KroneckerPair(A=tensors["A"], G=tensors["G"])
-        return Inverted(inverse=inverse, pi=pi, gamma=gamma, rungs=())
+    ) -> Inverted[LayerFactors]:
+        """Return the inverse with tensors A and G, or M."""
+        return Inverted(inverse=factors_from_tensors(tensors), pi=pi, gamma=gamma, rungs=())
 
-    def redamp(self, inverted: Inverted[KroneckerPair], gamma: float) -> Inverted[KroneckerPair]:
-        """Return both inverses at a larger gamma."""
-        return redamp(inverted, gamma)
+    def redamp(self, inverted: Inverted[LayerFactors], gamma: float) -> Inverted[LayerFactors]:
+        """Return the inverse at a larger gamma."""
+        return redamp_layer(inverted, gamma)
 
 
 class BlockTridiagonal(Structure[ChainInverse]):
@@ -151,61 +156,89 @@ class BlockTridiagonal(Structure[ChainInverse]):
         return solve_chain(matrices, inverses, self.links, gamma)
 
 
-class EKFAC(Structure[EigenInverse]):
-    """The basis is prepared; the moments in it are observed by the owner of the inverses."""
+class EKFAC(Structure[EigenOrFactors]):
+    """The basis is prepared; the moments in it are observed by the owner of the inverses.
 
-    depends_on_gamma = False
+    Only two dense factors have a basis that is not known beforehand: layers with a diagonal A or
+    with the Fisher of each unit are inverted as `BlockDiagonal` does.
+    """
+
     observes_moments = True
 
-    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[EigenInverse]:
-        """Decompose both factors."""
-        return eigen_inverse(snapshot.pair, gamma, self._settings.pi_norm)
+    def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[EigenOrFactors]:
+        """Decompose both factors, if both are dense."""
+        factors = snapshot.pair
+        if isinstance(factors, UnitMoments) or factors.A.dim() == 1:
+            return invert_layer(factors, gamma, self._settings.pi_norm)
+        return eigen_inverse(factors, gamma, self._settings.pi_norm)
 
     def prepare(
         self, snapshot: LayerSnapshot, gammas: Sequence[float]
-    ) -> list[Inverted[EigenInverse] | None]:
+    ) -> list[Inverted[EigenOrFactors] | None]:
         """Decompose both factors once for all gammas."""
         (first,) = super().prepare(snapshot, gammas[:1])
         if first is None:
             return [None] * len(gammas)
-        others = replace(first, rungs=())  # the ladder was climbed once
+        if not isinstance(first.inverse, EigenInverse):
+            return [first, *super().prepare(snapshot, gammas[1:])]
+        eigen = first.inverse
+        # The ladder was climbed once.
+        others = Inverted(inverse=eigen, pi=first.pi, gamma=first.gamma, rungs=())
         return [first, *(at_gamma(others, gamma) for gamma in gammas[1:])]
 
     def restore(
         self, tensors: Mapping[str, Tensor], pi: float, gamma: float
-    ) -> Inverted[EigenInverse]:
-        """Return the inverse with this basis and these moments."""
-        inverse = EigenInverse.from_tensors(tensors, gamma)
+    ) -> Inverted[EigenOrFactors]:
+        """Return the inverse with this basis and these moments, or these inverted factors."""
+        inverse = (
+            EigenInverse.from_tensors(tensors, gamma)
+            if "Q_A" in tensors
+            else factors_from_tensors(tensors)
+        )
         return Inverted(inverse=inverse, pi=pi, gamma=gamma, rungs=())
 
-    def redamp(self, inverted: Inverted[EigenInverse], gamma: float) -> Inverted[EigenInverse]:
-        """Return the same tensors under a larger gamma."""
-        return at_gamma(inverted, gamma)
+    def redamp(self, inverted: Inverted[EigenOrFactors], gamma: float) -> Inverted[EigenOrFactors]:
+        """Return the same tensors under a larger gamma, where there is a basis."""
+        inverse, pi, rungs = inverted.inverse, inverted.pi, inverted.rungs
+        if isinstance(inverse, EigenInverse):
+            eigen = Inverted(inverse=inverse, pi=pi, gamma=inverted.gamma, rungs=rungs)
+            return at_gamma(eigen, gamma)
+        factors = Inverted[LayerFactors](inverse=inverse, pi=pi, gamma=inverted.gamma, rungs=rungs)
+        return redamp_layer(factors, gamma)
 
-    def bases(self, inverses: Mapping[str, Inverted[EigenInverse]]) -> dict[str, KroneckerPair]:
+    def bases(self, inverses: Mapping[str, Inverted[EigenOrFactors]]) -> dict[str, KroneckerPair]:
         """Return the basis of every layer that has one."""
-        return {name: inverted.inverse.basis for name, inverted in inverses.items()}
+        return {
+            name: inverted.inverse.basis
+            for name, inverted in inverses.items()
+            if isinstance(inverted.inverse, EigenInverse)
+        }
 
     def install(
-        self, new: Inverted[EigenInverse], current: Inverted[EigenInverse] | None
-    ) -> Inverted[EigenInverse]:
+        self,
+        new: Inverted[EigenOrFactors],
+        current: Inverted[EigenOrFactors] | None,
+    ) -> Inverted[EigenOrFactors]:
         """Carry the moments over to the new basis."""
-        if current is None:
+        if current is None or not isinstance(new.inverse, EigenInverse):
             return new
+        assert isinstance(current.inverse, EigenInverse), "a layer stays of its kind"
         return replace(new, inverse=new.inverse.carrying(current.inverse))
 
     def observe(
         self,
-        inverses: Mapping[str, Inverted[EigenInverse]],
+        inverses: Mapping[str, Inverted[EigenOrFactors]],
         moments: Mapping[str, Tensor],
         num_cases: int,
-    ) -> dict[str, Inverted[EigenInverse]]:
-        """Average the moments in."""
+    ) -> dict[str, Inverted[EigenOrFactors]]:
+        """Average the moments in, where there is a basis."""
         decay = self._settings.factor_decay
         return {
             name: replace(
                 inverted, inverse=inverted.inverse.updated(moments[name], num_cases, decay)
             )
+            if isinstance(inverted.inverse, EigenInverse)
+            else inverted
             for name, inverted in inverses.items()
         }
 

@@ -15,17 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
+from kfac_dist.core.factors import (
+    KroneckerPair,
+    LayerFactors,
+    LayerSnapshot,
+    Link,
+    factors_from_tensors,
+)
 from kfac_dist.core.inverse import (
     NUM_RAISES,
     RAISE_BY,
     InversionFailedError,
     Inverted,
-    InvertedPair,
     PiNorm,
     damping_split,
-    invert_pair,
-    redamp,
+    invert_layer,
+    redamp_layer,
 )
 from kfac_dist.core.kronecker_sum import KroneckerSumInverse, invert_kronecker_sum
 from kfac_dist.core.precondition import solve_layers
@@ -37,10 +42,10 @@ class ChainInverse:
     """One layer's part of the inverse.
 
     `conditional` applies `Sigma_{i|i+1}^{-1}`. `psi` has PsiA_{i-1,i} [dim_A, next dim_A] and
-    PsiG_{i,i+1} [dim_G, next dim_G], None for the last layer of a chain.
+    PsiG_{i,i+1} [dim_G, next dim_G], None for a layer that is linked with no next one.
     """
 
-    conditional: KroneckerPair | KroneckerSumInverse
+    conditional: LayerFactors | KroneckerSumInverse
     psi: KroneckerPair | None
 
     def apply(self, matrix: Tensor) -> Tensor:
@@ -53,10 +58,10 @@ class ChainInverse:
         return ChainInverse(conditional=self.conditional.map_matrices(change), psi=psi)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, not copied: A and G, or K1, K2, denominators and psi."""
-        if self.psi is None or isinstance(self.conditional, KroneckerPair):
-            assert isinstance(self.conditional, KroneckerPair), "only a last layer has no psi"
+        """Return the tensors by name, not copied: those of factors, or K1, K2, ... and psi."""
+        if not isinstance(self.conditional, KroneckerSumInverse):
             return self.conditional.tensors()
+        assert self.psi is not None, "only a linked layer has a sum to invert"
         return {
             "K1": self.conditional.K1,
             "K2": self.conditional.K2,
@@ -69,7 +74,7 @@ class ChainInverse:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ChainInverse:
         """Return the part that has these tensors; they are kept."""
         if "K1" not in tensors:
-            return cls(conditional=KroneckerPair(A=tensors["A"], G=tensors["G"]), psi=None)
+            return cls(conditional=factors_from_tensors(tensors), psi=None)
         return cls(
             conditional=KroneckerSumInverse(
                 K1=tensors["K1"], K2=tensors["K2"], denominators=tensors["denominators"]
@@ -90,23 +95,19 @@ def invert_conditional(
     Raises:
         InversionFailedError: a factor is not finite, or no amount of damping helped.
     """
+    pair = snapshot.pair
     if snapshot.next_pair is None or snapshot.cross is None:
-        return _invert_last(snapshot.pair, gamma, pi_norm)
-    linked = _Linked(snapshot.pair, snapshot.next_pair, snapshot.cross)
-    if not all(pair.is_finite() for pair in linked):
+        own = invert_layer(pair, gamma, pi_norm)
+        last = ChainInverse(conditional=own.inverse, psi=None)
+        return Inverted(inverse=last, pi=own.pi, gamma=gamma, rungs=own.rungs)
+    assert isinstance(pair, KroneckerPair), "only layers with two factors are linked"
+    linked = _Linked(pair, snapshot.next_pair, snapshot.cross)
+    if not all(factors.is_finite() for factors in linked):
         raise InversionFailedError("a factor has elements that are not finite")
     inverse, rungs = _climb(linked, gamma, pi_norm)
     return Inverted(
         inverse=inverse, pi=damping_split(linked.own, pi_norm), gamma=gamma, rungs=rungs
     )
-
-
-def _invert_last(pair: KroneckerPair, gamma: float, pi_norm: PiNorm) -> Inverted[ChainInverse]:
-    last = invert_pair(pair, gamma, pi_norm)
-    # By rows, as it arrives where it is sent: BLAS rounds the two layouts differently.
-    own = KroneckerPair(A=last.inverse.A.contiguous(), G=last.inverse.G.contiguous())
-    inverse = ChainInverse(conditional=own, psi=None)
-    return Inverted(inverse=inverse, pi=last.pi, gamma=gamma, rungs=last.rungs)
 
 
 class _Linked(NamedTuple):
@@ -179,10 +180,10 @@ def redamp_conditional(inverted: Inverted[ChainInverse], gamma: float) -> Invert
     if isinstance(conditional, KroneckerSumInverse):
         K1, K2 = conditional.K1, conditional.K2
         conditional = KroneckerPair(A=K1 @ K1.T, G=K2 @ K2.T)
-    own = InvertedPair(
+    own = Inverted[LayerFactors](
         inverse=conditional, pi=inverted.pi, gamma=inverted.gamma, rungs=inverted.rungs
     )
-    heavier = redamp(own, gamma)
+    heavier = redamp_layer(own, gamma)
     return Inverted(
         inverse=ChainInverse(conditional=heavier.inverse, psi=None),
         pi=heavier.pi,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.layers import Registration
 from kfac_dist.core.precondition import LayerInverse, matrices_of, vector_of
 from kfac_dist.core.products import RoundedCopies
+from kfac_dist.core.registration import Registration
 from kfac_dist.core.step_rule import (
     PlaneModel,
     adaptive_coefficients,

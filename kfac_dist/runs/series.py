@@ -22,7 +22,8 @@ class Chart:
     """One curve over the steps; `guides` are levels drawn across it.
 
     `log` is whether it opens with a logarithmic axis, `joined` whether missing points are bridged
-    (a value that is only measured now and then), `clip` the range that is drawn.
+    (a value that is only measured now and then), `clip` the range that is drawn. An `optional` one
+    is left out where there is nothing to draw.
     """
 
     key: str
@@ -32,13 +33,14 @@ class Chart:
     joined: bool = False
     guides: tuple[float, ...] = ()
     clip: tuple[float, float] | None = None
+    optional: bool = False
 
 
 CHARTS = (
     Chart(key="objective", title="Objective", unit="nats a case, mean of the batch"),
     Chart(key="damping", title="Damping λ", unit="", log=True),
     Chart(key="gamma", title="Factored damping γ", unit="", log=True),
-    Chart(key="lr", title="Learning rate", unit="largest step of the norm constraint", log=True),
+    Chart(key="lr", title="Learning rate", unit="", optional=True),
     Chart(
         key="reduction_ratio",
         title="Reduction ratio ρ",
@@ -61,12 +63,14 @@ def report_series(
     is never averaged away.
     """
     columns = thin_out(records)
+    series = {chart.key: _series(chart.key, columns) for chart in CHARTS}
+    charts = [chart for chart in CHARTS if not chart.optional or any(series[chart.key])]
     layers = list(dict.fromkeys(name for r in records for name in r.inverse_version_step))
     return {
         "steps": [column[-1].step for column in columns],
         "steps_a_column": max((len(column) for column in columns), default=1),
-        "charts": [asdict(chart) for chart in CHARTS],
-        "series": {chart.key: _series(chart.key, columns) for chart in CHARTS},
+        "charts": [asdict(chart) for chart in charts],
+        "series": series,
         "evaluations": [_evaluation(record) for record in records if record.evaluation],
         "layers": layers,
         "staleness": [[_staleness(column, layer) for column in columns] for layer in layers],

@@ -14,7 +14,7 @@ from kfac_dist import KFACPreconditioner
 from kfac_dist.config import kfac_settings
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.errors import InvalidSpecError
 
 JOB = Path(__file__).parent / "ddp_job.py"
@@ -49,7 +49,7 @@ def test_the_direction_is_the_damped_inverse_of_the_factors_times_the_gradient()
         model,
         distribution=get_distribution("categorical"),
         seed=0,
-        registration=register(model),
+        registration=register(model, kfac_settings({})),
         fisher_type="exact",
     )
     sums = computer.statistics(inputs, targets, step=1)

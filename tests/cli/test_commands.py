@@ -21,11 +21,25 @@ ROWS = [
         "module": "layers.0",
         "kind": "Linear",
         "block": "kronecker",
+        "num_blocks": 1,
         "dim_A": 785,
         "dim_G": 30,
         "num_parameters": 23520,
         "cost": 483763625,
-    }
+        "why": "",
+    },
+    {
+        "parameter": "layers.0.bias",
+        "module": "layers.0",
+        "kind": "Linear",
+        "block": "frozen",
+        "num_blocks": 0,
+        "dim_A": 0,
+        "dim_G": 0,
+        "num_parameters": 30,
+        "cost": 0,
+        "why": "",
+    },
 ]
 
 

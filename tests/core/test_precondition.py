@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_dist.config import kfac_settings
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.layers import register
 from kfac_dist.core.precondition import direction, precondition
+from kfac_dist.core.registration import register
 
 GAMMA = 0.5
 
@@ -14,7 +15,7 @@ GAMMA = 0.5
 @pytest.fixture
 def blocks():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False)).double()
-    return register(model).blocks
+    return register(model, kfac_settings({})).blocks
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kfac_dist.config import kfac_settings
+from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.layers import register
 from kfac_dist.core.products import RoundedCopies, two_sided
+from kfac_dist.core.registration import register
 from kfac_dist.core.update import KFACUpdate
 from tests.core.layers_of_a_chain import STRUCTURES, at, gradients, prepared, structure_of
 from tests.oracles.cases import Case
@@ -75,7 +75,7 @@ def test_moments_that_are_observed_leave_the_rounded_basis():
 
 def test_the_update_applies_what_the_settings_say():
     case = Case(widths=(6, 5, 4), activation="tanh", distribution="bernoulli")
-    registration = register(case.model().float())
+    registration = register(case.model().float(), KFACSpec())
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(registration.num_parameters, generator=generator)
     inverses = {

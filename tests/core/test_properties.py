@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kfac_dist import KFAC
+from kfac_dist.config import kfac_settings
 from kfac_dist.core.factors import FactorAverages, KroneckerPair
 from kfac_dist.core.inverse import invert_pair, redamp
-from kfac_dist.core.layers import register
 from kfac_dist.core.precondition import direction, precondition
+from kfac_dist.core.registration import register
 from tests.core.layers_of_a_chain import STRUCTURES
 from tests.oracles.cases import DISTRIBUTIONS, Case
 from tests.oracles.library import computer_for
@@ -103,7 +104,7 @@ def test_averaged_factors_are_symmetric_and_positive_semidefinite(
 ):
     model = Case(widths=(3, 4, 3), activation="tanh", distribution=distribution, seed=seed).model()
     computer = computer_for(distribution, model, fisher_type, seed)
-    averages = FactorAverages(register(model).names, decay)
+    averages = FactorAverages(register(model, kfac_settings({})).names, decay)
     for step, count in enumerate(num_cases, start=1):
         case = Case(
             widths=(3, 3),
@@ -124,7 +125,7 @@ def test_averaged_factors_are_symmetric_and_positive_semidefinite(
 @given(seed=SEEDS, gamma=log_uniform(-3, 1), scale=log_uniform(-3, 3))
 def test_direction_is_linear_in_the_gradient(seed, gamma, scale):
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
-    registration = register(model)
+    registration = register(model, kfac_settings({}))
     generator = torch.Generator().manual_seed(seed)
     inverses = {
         block.name: invert_pair(

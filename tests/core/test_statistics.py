@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_dist.config import kfac_settings
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.distributions import get_distribution
 from kfac_dist.core.factors import KroneckerPair, Link
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from tests.oracles import dense
 from tests.oracles.cases import DISTRIBUTIONS, Case, layer_names
 from tests.oracles.library import computer_for
@@ -42,7 +43,7 @@ def links_of(model):
 
 
 def everything(computer, model, inputs, targets, **more):
-    bases = {block.name: random_basis(block) for block in register(model).blocks}
+    bases = {block.name: random_basis(block) for block in register(model, kfac_settings({})).blocks}
     return computer.batch_statistics(
         inputs, targets, step=2, links=links_of(model), bases=bases, **more
     )
@@ -71,7 +72,7 @@ def test_moments_are_squares_of_the_gradients_of_single_cases(distribution, shar
     computer = computer_for(distribution, model, "empirical")
     moments = everything(computer, model, inputs, targets).moments
     gradients = dense.per_case_gradients(distribution, model, inputs, targets)
-    for block in register(model).blocks:
+    for block in register(model, kfac_settings({})).blocks:
         basis = random_basis(block)
         expected = torch.zeros(block.dim_G, block.dim_A, dtype=torch.float64)
         for gradient in gradients:
@@ -98,7 +99,9 @@ def test_a_module_that_is_called_twice_has_the_moments_of_its_whole_gradient():
     computer = computer_for("gaussian", model, "empirical")
     statistics = everything(computer, model, inputs, targets)
     gradients = dense.per_case_gradients("gaussian", model, inputs, targets)
-    basis = random_basis(next(b for b in register(model).blocks if b.name == "again"))
+    basis = random_basis(
+        next(b for b in register(model, kfac_settings({})).blocks if b.name == "again")
+    )
     expected = sum(
         (basis.G.T @ dense.homogeneous_matrix(gradient, model, "again") @ basis.A) ** 2
         for gradient in gradients
@@ -154,7 +157,7 @@ def test_shared_layers_are_worked_through_in_chunks(monkeypatch):
 def test_statistics_tell_whether_they_are_finite(spoil):
     case = case_of("gaussian")
     model, (inputs, targets) = case.model(), case.data()
-    registration = register(model)
+    registration = register(model, kfac_settings({}))
     computer = BatchComputer(
         model, distribution=get_distribution("gaussian"), seed=0, registration=registration
     )

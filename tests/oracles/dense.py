@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def reference_loss(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def output_jacobian(model: nn.Module, case: Tensor) -> Tensor:
     def outputs_of(parameters: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, parameters, (case,)).flatten()
 
-    jacobians = torch.func.jacrev(outputs_of)(values)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
+        jacobians = torch.func.jacrev(outputs_of)(values)
     return torch.cat([jacobians[k].flatten(start_dim=1) for k in values], dim=1)
 
 
@@ -90,7 +92,7 @@ def output_hessian(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def fisher(name: str, model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the exact Fisher of all parameters, mean over cases of J^T H J, [P, P]."""
-    total = torch.zeros(num_parameters(model), num_parameters(model), dtype=inputs.dtype)
+    total = torch.zeros(num_parameters(model), num_parameters(model), dtype=torch.float64)
     for n in range(len(inputs)):
         case = inputs[n : n + 1]
         jacobian = output_jacobian(model, case)
@@ -101,7 +103,7 @@ def fisher(name: str, model: nn.Module, inputs: Tensor) -> Tensor:
 def empirical_fisher(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the mean over cases of the outer product of each gradient, [P, P]."""
     gradients = per_case_gradients(name, model, inputs, targets)
-    total = torch.zeros(gradients.shape[1], gradients.shape[1], dtype=inputs.dtype)
+    total = torch.zeros(gradients.shape[1], gradients.shape[1], dtype=gradients.dtype)
     for gradient in gradients:
         total += torch.outer(gradient, gradient)
     return total / len(inputs)

@@ -2,19 +2,39 @@
 
 from torch import Tensor, nn
 
+from kfac_dist.config import kfac_settings
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 
 
-def computer_for(distribution: str, model: nn.Module, fisher_type: str = "exact", seed: int = 0):
+def computer_for(
+    distribution: str, model: nn.Module, fisher_type: str = "exact", seed: int = 0, **options
+):
     return BatchComputer(
         model,
         distribution=get_distribution(distribution),
         seed=seed,
-        registration=register(model),
+        registration=register(model, kfac_settings(options)),
         fisher_type=fisher_type,
     )
+
+
+def mean_tensors(
+    distribution: str,
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    fisher_type: str = "exact",
+    **options,
+) -> dict[str, dict[str, Tensor]]:
+    """Return the factors of every block by their names, means over the cases."""
+    computer = computer_for(distribution, model, fisher_type, **options)
+    sums = computer.statistics(inputs, targets, step=1)
+    return {
+        name: {key: value / len(inputs) for key, value in factors.tensors().items()}
+        for name, factors in sums.items()
+    }
 
 
 def mean_factors(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kfac_dist.core.factors import FactorAverages
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.core.structure import structure_for
 from kfac_dist.optimizer import kfac_settings
 from tests.oracles import dense
@@ -88,7 +88,7 @@ def two_nets(seed):
 
 def undamped_step(model, distribution, inputs, targets, inverse, gamma=0.0):
     """Return the direction of every layer, from exact-type factors of the whole batch."""
-    registration = register(model)
+    registration = register(model, kfac_settings({}))
     names = registration.names
     structure = structure_for(kfac_settings({"inverse": inverse}), names, registration.links)
     computer = computer_for(distribution, model, "exact")

@@ -48,6 +48,12 @@ def test_what_was_not_measured_or_not_finite_is_a_gap() -> None:
     assert series["staleness"] == [[None, 0]]
 
 
+def test_the_learning_rate_is_drawn_where_there_is_one() -> None:
+    for lr in (None, 0.1):
+        series = report_series(sample_spec(), [sample_record(1, lr=lr)], [])
+        assert ("lr" in [chart["key"] for chart in series["charts"]]) is (lr is not None)
+
+
 def test_evaluations_have_the_averaged_parameters_beside_the_last_iterate() -> None:
     last = {"train": {"objective": 3.0}, "test": {"objective": 4.0}}
     averaged = {"train_averaged": {"objective": 2.0}, "test_averaged": {"objective": math.nan}}

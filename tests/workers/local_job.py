@@ -16,7 +16,7 @@ import torch
 
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from tests.workers.jobs import TASK
 from workers.gradient_work import GradientWork
@@ -174,7 +174,8 @@ class LocalJob:
             return {}
         spec = self.spec
         task = load_task(spec, self.context.base_dir, cache_dir=self.context.cache_dir)
-        registration = register(build_model(task, spec.seed, torch_dtype(spec.dtype)))
+        model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+        registration = register(model, spec.optimizer)
         setups = inverse_setups(
             spec, registration, applied_step=self.saved.step if self.saved else 0
         )

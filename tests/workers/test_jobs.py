@@ -203,7 +203,7 @@ def test_an_asynchronous_job_uses_old_inverses_and_learns(
     base = line_spec()["optimizer"]
     spec = line_spec(
         steps=40,
-        optimizer=base | {"averaging": {"decay": 0.9, "start": 25}},
+        optimizer=base | {"averaging": {"decay": 0.9, "start": 25}, "precondition_dtype": "auto"},
         staleness={"max_steps": 8},
         workers={"gradient": 2, "inverse": 2},
         evaluation={"every_steps": 20},
@@ -216,6 +216,8 @@ def test_an_asynchronous_job_uses_old_inverses_and_learns(
     assert summary.train is not None
     assert summary.initial_objective is not None
     assert summary.train["objective"] < summary.initial_objective / 2
+    told = [e.message for e in jobs.run_folder().read_events() if e.kind == "precondition_dtype"]
+    assert told == ["inverses are applied in float32: the parameters are torch.float64"]
     records = jobs.run_folder().read_metrics()
     evaluations = {record.step: record.evaluation for record in records if record.evaluation}
     assert set(evaluations) == {20, 40}

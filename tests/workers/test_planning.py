@@ -7,7 +7,7 @@ import torch
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.factors import Link
-from kfac_dist.core.layers import register
+from kfac_dist.core.registration import register
 from kfac_dist.core.structure import structure_for
 from tests.workers.local_job import chain_spec
 from workers.planning import inverse_setups, measure_cost_model, probe_snapshot
@@ -19,7 +19,7 @@ MODEL = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(5)])
 def test_a_chain_is_cut_into_runs_each_with_its_links(num_workers, tmp_path):
     options = {"inverse": "block_tridiagonal"}
     spec = chain_spec(tmp_path, optimizer=options, workers={"inverse": num_workers})
-    setups = inverse_setups(spec, register(MODEL), applied_step=3)
+    setups = inverse_setups(spec, register(MODEL, spec.optimizer), applied_step=3)
     names = [[layer.name for layer in setup.layers] for setup in setups]
     assert [name for own in names for name in own] == ["0", "1", "2", "3", "4"]
     assert all(names)

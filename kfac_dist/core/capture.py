@@ -1,0 +1,89 @@
+"""Observing the calls of modules in a forward pass, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its input, and its output's shape and place in the graph.
+
+    The place is taken at the call: what later overwrites the output in place does not change it.
+    It is None where the output needs no gradient.
+    """
+
+    inputs: Tensor
+    shape: torch.Size
+    edge: GradientEdge | None
+
+
+Captures = dict[nn.Module, list[Call]]
+
+
+@contextmanager
+def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
+    """Collect the calls of `modules` in the passes inside this context."""
+    captures: Captures = {module: [] for module in modules}
+
+    def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        edge = get_gradient_edge(out) if out.requires_grad else None
+        captures[module].append(Call(inputs.detach(), out.shape, edge))
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in captures]
+    try:
+        yield captures
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Gradients = dict[nn.Module, list[Tensor]]
+
+
+def output_gradients(outputs: Tensor, derivative: Tensor, captures: Captures) -> Gradients:
+    """Return the derivatives with respect to the outputs of all calls, shaped like them.
+
+    `derivative` is that with respect to `outputs`. A call that they do not depend on has zeros.
+    """
+    edges = [call.edge for calls in captures.values() for call in calls if call.edge is not None]
+    values: Sequence[Tensor | None] = ()
+    if edges and outputs.requires_grad:
+        values = torch.autograd.grad(
+            outputs, edges, derivative, retain_graph=True, allow_unused=True
+        )
+    by_edge = dict(zip(map(id, edges), values, strict=False))
+    return {
+        module: [_or_zeros(by_edge.get(id(call.edge)), call, derivative) for call in calls]
+        for module, calls in captures.items()
+    }
+
+
+def _or_zeros(gradient: Tensor | None, call: Call, like: Tensor) -> Tensor:
+    return like.new_zeros(call.shape) if gradient is None else gradient
+
+
+def modules_without_cases(
+    model: nn.Module, inputs: Tensor, modules: Iterable[nn.Module]
+) -> frozenset[nn.Module]:
+    """Return the modules whose input is as long for two cases as for three.
+
+    A position embedding of arange(T) is one; its length alone does not tell when T is a multiple
+    of the number of cases.
+    """
+    lengths: list[Mapping[nn.Module, list[int]]] = []
+    cpu_and_device = [inputs.device] if inputs.is_cuda else []
+    with torch.random.fork_rng(cpu_and_device), torch.no_grad():
+        for num_cases in (2, 3):
+            with capturing(modules) as captures:
+                model(inputs[:1].expand(num_cases, *inputs.shape[1:]))
+            lengths.append({m: [c.inputs.shape[0] for c in calls] for m, calls in captures.items()})
+    return frozenset(m for m, calls in lengths[0].items() if calls and calls == lengths[1][m])
