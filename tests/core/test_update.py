@@ -15,9 +15,7 @@ ASKEW = torch.tensor([4.0, 0.0, 3.0], dtype=torch.float64)
 
 def update_for(**options):
     settings = kfac_settings({"fisher_type": "exact", **options})
-    nothing = Registration(
-        sites=(), weight_sharing="expand", report=(), num_parameters=len(GRADIENT)
-    )
+    nothing = Registration(blocks=(), report=(), num_parameters=len(GRADIENT))
     return KFACUpdate(settings, nothing, torch.zeros_like(GRADIENT))
 
 
