@@ -6,21 +6,19 @@ factors and their averages; the inverses belong to the parameter server once pub
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.ledger import StatisticsLedger
 from kfac_dist.coordination.refresh import LayerRefreshState, choose_next
-from kfac_dist.core.factors import FactorAverages, LayerFactors
+from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.structure import structure_for
+from workers.factor_drift import FactorDrift
 from workers.messages import (
     InverseHeader,
     InverseSetup,
@@ -74,8 +72,7 @@ class InverseWork:
         self._averages = {name: self._averages_of(name) for name in self._layers}
         self._restore(averages or {})
         self._versions: dict[str, int] = {}
-        self._inverted_factors: dict[str, LayerFactors] = {}
-        self._drifts: dict[str, tuple[int, float]] = {}
+        self._drift = FactorDrift()
         self._requests: deque[RefreshRequest] = deque()
         self._bound = staleness_bound(job.spec)
         # Exact versions up to here are made. A successor does not know of its predecessor's.
@@ -181,23 +178,14 @@ class InverseWork:
         return None
 
     def _refresh_state(self, name: str) -> LayerRefreshState:
+        needs_drift = self._policy == "largest_drift"
         return LayerRefreshState(
             name=name,
             version=self._versions.get(name),
             statistics_step=self._averages[name].step,
-            drift=self._drift(name),
+            drift=self._drift.of(name, self._averages[name]) if needs_drift else 0.0,
             cost=self._setup.cost_model.layer_seconds(self._layers[name]),
         )
-
-    def _drift(self, name: str) -> float:
-        """Return the relative change of a layer's factors since they were last inverted."""
-        step = self._averages[name].step
-        if self._policy != "largest_drift" or name not in self._inverted_factors or step == 0:
-            return 0.0
-        if self._drifts.get(name, (0, 0.0))[0] != step:
-            drift = _relative_change(self._inverted_factors[name], self._averages[name].pair(name))
-            self._drifts[name] = (step, drift)
-        return self._drifts[name][1]
 
     def _invert(self, name: str, gammas: tuple[float, ...]) -> InverseMessage:
         started = time.perf_counter()
@@ -205,7 +193,7 @@ class InverseWork:
         prepared = self._structure.prepare(snapshot, gammas)
         self._versions[name] = snapshot.step
         if self._policy == "largest_drift":
-            self._inverted_factors[name] = snapshot.pair
+            self._drift.start_from(name, snapshot.pair.tensors())
         seconds = time.perf_counter() - started
         self._counts["inversions"] += 1
         self._inversion_seconds += seconds
@@ -250,14 +238,3 @@ class InverseWork:
             dropped=self._ledger.dropped,
             refused=self._counts["refused"],
         )
-
-
-def _relative_change(old: LayerFactors, new: LayerFactors) -> float:
-    changes, after = [], new.tensors()
-    for name, before in old.tensors().items():
-        size = float(torch.linalg.vector_norm(before))
-        change = float(torch.linalg.vector_norm(after[name] - before))
-        relative = change / size if size > 0 else float("inf") if change > 0 else 0.0
-        # Norms that overflow leave inf / inf.
-        changes.append(float("inf") if math.isnan(relative) else relative)
-    return max(changes)

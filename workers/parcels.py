@@ -60,9 +60,23 @@ class StatisticsParcel(NamedTuple):
 
 
 def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
-    """Pack factors and cross factors."""
+    """Pack factors and cross factors; a tensor that layers share is packed, and travels, once."""
+    packed: dict[int, Arrays] = {}
+
+    def pack_once(name: str, tensor: Tensor) -> Arrays:
+        if id(tensor) not in packed:
+            packed[id(tensor)] = pack_tensors({name: tensor})
+        return packed[id(tensor)]
+
     return StatisticsParcel(
-        factors={name: pack_tensors(of.tensors()) for name, of in statistics.factors.items()},
+        factors={
+            layer: dict(
+                item
+                for name, tensor in of.tensors().items()
+                for item in pack_once(name, tensor).items()
+            )
+            for layer, of in statistics.factors.items()
+        },
         # By other names: cross factors are not symmetric.
         crosses={
             name: {f"cross_{key}": to_array(tensor) for key, tensor in pair.tensors().items()}

@@ -51,10 +51,15 @@ def small_spec(**changes: Any) -> JobSpec:
 
 def chain_spec(folder: Path, **changes: Any) -> JobSpec:
     """A chain of four layers whose factors have full rank, on a task of milliseconds a step."""
-    (folder / "line.py").write_text(TASK)
+    spec = {"task_args": {"depth": 3}} | changes
+    return user_spec(folder, TASK, "Line", **spec)
+
+
+def user_spec(folder: Path, source: str, name: str, **changes: Any) -> JobSpec:
+    """A job on the task `name` of this source."""
+    (folder / "task.py").write_text(source)
     task = {
-        "task": "line.py:Line",
-        "task_args": {"depth": 3},
+        "task": f"task.py:{name}",
         "data": {"name": None},
         "batch_size": 40,
         "optimizer": {"damping": {"initial": 1.0}, "statistics_fraction": 1.0},

@@ -12,27 +12,21 @@ from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.structure import structure_for
 from tests.core.troubled_factors import EVENTS, FACTORS, GAMMA, LADDER
-from tests.workers.local_job import LocalJob, small_spec
+from tests.workers.local_job import LocalJob, job_context, small_spec
 from workers.inverse_store import InverseStore
 from workers.inverse_work import InverseWork
-from workers.messages import InverseSetup, JobContext, RefreshRequest, StatisticsHeader
+from workers.messages import InverseSetup, RefreshRequest, StatisticsHeader
+from workers.parcels import pack_statistics, unpack_statistics
 from workers.planning import step_schedule
-from workers.transport import pack_pairs
 
-LAYER = LayerCost(name="0", dim_A=4, dim_G=2)
+LAYER = LayerCost(name="0", orders=(4, 2))
 
 
-def context(spec, folder):
-    return JobContext(
-        job="local",
-        attempt=1,
-        spec=spec,
-        base_dir=folder,
-        data_dir=None,
-        cache_dir=folder,
-        run_dir=folder,
-    )
+def pack(factors):
+    return pack_statistics(BatchStatistics(factors=factors, crosses={}, moments={}))
 
 
 def message(step, pair):
@@ -45,23 +39,26 @@ def message(step, pair):
         assignment_epoch=1,
         usable=pair.is_finite(),
     )
-    return header, pack_pairs([pair]) if header.usable else None
+    return header, pack({"0": pair}) if header.usable else None
 
 
 def both_sides(spec, folder):
     setup = InverseSetup(
         rank=0,
         layers=(LAYER,),
+        links=(),
         cost_model=DEFAULT_COST_MODEL,
         assignment_epoch=1,
         applied_step=0,
     )
-    work = InverseWork(context(spec, folder), setup)
+    work = InverseWork(job_context(spec, folder), setup)
     store = InverseStore(
-        layers=[LAYER],
+        layers=["0"],
+        structure=structure_for(spec.optimizer, ["0"], []),
         bound=StalenessBound(max_steps=0, warmup_steps=0, schedule=step_schedule(spec)),
         staleness=StalenessSpec(max_steps=0),
         patience_seconds=1.0,
+        device=torch.device("cpu"),
     )
     return work, store
 
@@ -72,7 +69,9 @@ def test_an_inverse_worker_and_the_store_climb_it_like_the_serial_optimizer(tmp_
     for step, (trouble, rungs) in enumerate(LADDER, start=1):
         work.receive(*message(step, FACTORS[trouble]))
         work.apply_statistics()
-        work.request(RefreshRequest(step=step, gammas=(GAMMA,), min_statistics_step=step))
+        work.request(
+            RefreshRequest(step=step, gammas=(GAMMA,), min_statistics_step=step, exact=True)
+        )
         if (inverse := work.invert_next()) is not None:
             store.accept(*inverse)
         expected.update(rungs)
@@ -86,7 +85,7 @@ def test_a_failure_counts_once_for_each_gamma(failing, tmp_path):
     work, store = both_sides(small_spec(), tmp_path)
     work.receive(*message(1, FACTORS["hopeless"]))
     work.apply_statistics()
-    work.request(RefreshRequest(step=1, gammas=(*failing, 1e12), min_statistics_step=1))
+    work.request(RefreshRequest(step=1, gammas=(*failing, 1e12), min_statistics_step=1, exact=True))
     store.accept(*work.invert_next())
     assert store.counts()["no_inverse"] == len(failing)
 
@@ -94,16 +93,15 @@ def test_a_failure_counts_once_for_each_gamma(failing, tmp_path):
 class Spoiled(LocalJob):
     """Its inverse workers receive factors that no damping helps."""
 
-    def _send(self, worker, header, array):
-        layers = [layer for layer in self.store.layers if layer.name in header.layers]
-        pairs = [
-            KroneckerPair(
-                A=-1e12 * torch.eye(layer.dim_A, dtype=torch.float64),
-                G=torch.eye(layer.dim_G, dtype=torch.float64),
-            )
-            for layer in layers
-        ]
-        super()._send(worker, header, pack_pairs(pairs))
+    def _send(self, worker, header, parcel):
+        if not header.usable:
+            super()._send(worker, header, None)
+            return
+        factors = {
+            name: KroneckerPair(A=-1e12 * torch.eye(len(pair.A)), G=torch.eye(len(pair.G)))
+            for name, pair in unpack_statistics(parcel).factors.items()
+        }
+        super()._send(worker, header, pack(factors))
 
 
 def test_the_server_counts_what_falls_back_and_what_is_skipped(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import torch
 
 from kfac_dist.core.factors import KroneckerPair, Link
@@ -66,6 +68,19 @@ def test_an_owner_gets_its_layers_and_those_they_are_linked_to():
     assert set(parcel.part(["b", "c"], links).factors) == {"b", "c"}
     assert set(parcel.part(["c"], links).crosses) == set()
     assert set(parcel.part(["a"], []).factors) == {"a"}
+
+
+def test_factors_that_layers_share_are_packed_once():
+    shared, own = pair(3, 2, 0), pair(3, 2, 10)
+    factors = {"q": shared, "k": KroneckerPair(A=shared.A, G=own.G), "v": own}
+    parcel = pack_statistics(BatchStatistics(factors=factors, crosses={}, moments={}))
+    assert parcel.factors["q"]["A:lower"] is parcel.factors["k"]["A:lower"]
+    assert parcel.factors["q"]["G:lower"] is not parcel.factors["k"]["G:lower"]
+    received = pickle.loads(pickle.dumps(parcel))
+    assert received.factors["q"]["A:lower"] is received.factors["k"]["A:lower"]
+    for name, found in unpack_statistics(received).factors.items():
+        assert torch.equal(found.A, factors[name].A)
+        assert torch.equal(found.G, factors[name].G)
 
 
 def test_statistics_add_up():

@@ -1,0 +1,45 @@
+"""How far the factors of layers have moved since they were last inverted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kfac_dist.core.factors import FactorAverages
+
+
+class FactorDrift:
+    """Relative changes of averaged factors, by layer, each computed once a step of statistics."""
+
+    def __init__(self) -> None:
+        self._inverted: dict[str, Mapping[str, Tensor]] = {}
+        self._known: dict[str, tuple[int, float]] = {}
+
+    def start_from(self, name: str, inverted: Mapping[str, Tensor]) -> None:
+        """Note the factors that a layer's newest inverse was made from; they are kept."""
+        self._inverted[name] = inverted
+        self._known.pop(name, None)
+
+    def of(self, name: str, averages: FactorAverages) -> float:
+        """Return the change of a layer's factors, 0 before they were first inverted."""
+        if name not in self._inverted:
+            return 0.0
+        if self._known.get(name, (0, 0.0))[0] != averages.step:
+            drift = relative_change(self._inverted[name], averages.pair(name).tensors())
+            self._known[name] = (averages.step, drift)
+        return self._known[name][1]
+
+
+def relative_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
+    """Return the largest change of a tensor, relative to its Frobenius norm before."""
+    changes = []
+    for name, before in old.items():
+        size = float(torch.linalg.vector_norm(before))
+        change = float(torch.linalg.vector_norm(new[name] - before))
+        relative = change / size if size > 0 else float("inf") if change > 0 else 0.0
+        # Norms that overflow leave inf / inf.
+        changes.append(float("inf") if math.isnan(relative) else relative)
+    return max(changes)
