@@ -54,13 +54,19 @@ class SchemaMap:
     def _step(self, place: Place, key: str | int) -> Place:
         options = [deep for option in place.options for deep in self._resolve(option)]
         if isinstance(key, int):
-            inner = [item for option in options for item in option.get("prefixItems", [])[key:][:1]]
+            inner = [item for option in options for item in _items(option, key)]
             return Place((*place.path, str(key)), tuple(inner), ())
         keys = tuple(name for option in options for name in option.get("properties", {}))
         chosen = [option for option in options if key in _tags(option)]
         if chosen and key not in keys:
             return place._replace(options=tuple(chosen))
         inner = [option["properties"][key] for option in options if key in _properties(option)]
+        # A mapping of names that the user chooses has one schema for all its values.
+        inner += [
+            values
+            for option in options
+            if isinstance(values := option.get("additionalProperties"), dict)
+        ]
         return Place((*place.path, key), tuple(inner), keys)
 
     def _resolve(self, schema: Schema) -> list[Schema]:
@@ -89,6 +95,12 @@ class SchemaMap:
 def _properties(schema: Schema) -> dict[str, Schema]:
     properties: dict[str, Schema] = schema.get("properties", {})
     return properties
+
+
+def _items(schema: Schema, index: int) -> list[Schema]:
+    """The schema of an element of a list: its own, or that of all."""
+    own: list[Schema] = schema.get("prefixItems", [])[index:][:1]
+    return own or [schema["items"]] if "items" in schema else own
 
 
 def _tags(schema: Schema) -> list[str]:

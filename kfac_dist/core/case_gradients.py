@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.core.attention import unfused_attention
+from kfac_dist.core.kernels import plain_kernels
 
 # Elements of the per-case gradients held at a time.
 _CHUNK_ELEMENTS = 1 << 22
@@ -60,7 +60,7 @@ class CaseGradients:
             return gradients
 
         per_case = torch.func.vmap(gradient, randomness="different")
-        with unfused_attention():
+        with plain_kernels(self._model):
             return self._sums(per_case, inputs, derivatives)
 
     def _sums(

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.core.attention import unfused_attention
 from kfac_dist.core.distributions import Distribution
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
+from kfac_dist.core.jacobian_products import JacobianProducts
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.running_statistics import running_statistics_kept
 from kfac_dist.core.statistics import BatchStatistics, FisherType
 from kfac_dist.core.statistics_pass import StatisticsPass
-from kfac_dist.core.vector import flatten, trainable_parameters, unflatten
+from kfac_dist.core.vector import flatten, trainable_parameters
 
 
 class GradientSums(NamedTuple):
@@ -54,6 +54,7 @@ class BatchComputer:
         named = trainable_parameters(model)
         self.parameter_names = tuple(named)
         self.parameters = list(named.values())
+        self._products = JacobianProducts(model)
         self._statistics: StatisticsPass | None = None
         if registration is not None:
             self._statistics = StatisticsPass(model, distribution, seed, registration, fisher_type)
@@ -112,31 +113,15 @@ class BatchComputer:
         """Return the sums over cases of `(B^T J u) . (B^T J v)` for all pairs of `vectors` [m, P].
 
         The exact Fisher of the predictive distribution (algorithm.md section 8), [m, m] float64,
-        by one forward-mode pass a vector; no reverse pass.
+        by one forward-mode pass a vector where the model permits it.
         """
         if len(inputs) == 0:
             return vectors.new_zeros((len(vectors), len(vectors)), dtype=torch.float64)
-        primals = {
-            name: parameter.detach()
-            for name, parameter in zip(self.parameter_names, self.parameters, strict=True)
-        }
-
-        def forward(parameters: dict[str, Tensor]) -> Tensor:
-            outputs: Tensor = torch.func.functional_call(self.model, parameters, (inputs,))
-            return outputs
-
-        def product(vector: Tensor) -> tuple[Tensor, Tensor]:
-            tangents = dict(
-                zip(self.parameter_names, unflatten(vector, self.parameters), strict=True)
-            )
-            result = torch.func.jvp(forward, (primals,), (tangents,))
-            return result[0], result[1]
-
-        with torch.no_grad(), running_statistics_kept(self.model), unfused_attention():
-            outputs, derivatives = torch.func.vmap(product)(vectors)
+        outputs, derivatives = self._products.of(inputs, vectors)
+        with torch.no_grad():
             roots = torch.stack(
                 [
-                    self.distribution.root_transpose_product(outputs[0], derivative)
+                    self.distribution.root_transpose_product(outputs, derivative)
                     for derivative in derivatives
                 ]
             )

@@ -17,7 +17,8 @@ from kfac_dist.core.capture import Captures, Gradients
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
 from kfac_dist.core.layer_rules import has_case_axis
 from kfac_dist.core.registration import Registration
-from kfac_dist.core.site_sums import DiagonalSums, KroneckerSums, SiteCall, SiteSums, sums_for
+from kfac_dist.core.site_sums import KroneckerSums, SiteCall, SiteSums
+from kfac_dist.core.unit_sums import DiagonalSums, sums_for
 from kfac_dist.errors import InvalidSpecError
 
 FisherType = Literal["mc", "exact", "empirical"]

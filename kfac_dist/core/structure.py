@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
@@ -181,10 +181,8 @@ class EKFAC(Structure[EigenOrFactors]):
             return [None] * len(gammas)
         if not isinstance(first.inverse, EigenInverse):
             return [first, *super().prepare(snapshot, gammas[1:])]
-        eigen = first.inverse
-        # The ladder was climbed once.
-        others = Inverted(inverse=eigen, pi=first.pi, gamma=first.gamma, rungs=())
-        return [first, *(at_gamma(others, gamma) for gamma in gammas[1:])]
+        others = replace(first, rungs=())  # the ladder was climbed once
+        return [first, *(self.redamp(others, gamma) for gamma in gammas[1:])]
 
     def restore(
         self, tensors: Mapping[str, Tensor], pi: float, gamma: float
@@ -199,12 +197,9 @@ class EKFAC(Structure[EigenOrFactors]):
 
     def redamp(self, inverted: Inverted[EigenOrFactors], gamma: float) -> Inverted[EigenOrFactors]:
         """Return the same tensors under a larger gamma, where there is a basis."""
-        inverse, pi, rungs = inverted.inverse, inverted.pi, inverted.rungs
-        if isinstance(inverse, EigenInverse):
-            eigen = Inverted(inverse=inverse, pi=pi, gamma=inverted.gamma, rungs=rungs)
-            return at_gamma(eigen, gamma)
-        factors = Inverted[LayerFactors](inverse=inverse, pi=pi, gamma=inverted.gamma, rungs=rungs)
-        return redamp_layer(factors, gamma)
+        if isinstance(inverted.inverse, EigenInverse):
+            return at_gamma(cast(Inverted[EigenInverse], inverted), gamma)
+        return redamp_layer(cast(Inverted[LayerFactors], inverted), gamma)
 
     def bases(self, inverses: Mapping[str, Inverted[EigenOrFactors]]) -> dict[str, KroneckerPair]:
         """Return the basis of every layer that has one."""

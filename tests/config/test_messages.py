@@ -105,6 +105,12 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
             {"optimizer": {"damping": {"rho_includes_damping": "yes"}}},
             'optimizer.damping.rho_includes_damping: "yes" is not true or false',
         ),
+        ({"optimizer": {"diagonal": 3}}, "optimizer.diagonal: 3 is not a list of text"),
+        ({"optimizer": {"diagonal": [3]}}, "optimizer.diagonal.0: 3 is not text"),
+        (
+            {"optimizer": {"fused_outputs": {"qkv": 0}}},
+            "optimizer.fused_outputs.qkv: 0 is not a whole number of at least 1",
+        ),
         (
             {"optimizer": {"name": "adam", "betas": [0.9, 1.0]}},
             "optimizer.betas.1: 1.0 is not a number of at least 0 and below 1",

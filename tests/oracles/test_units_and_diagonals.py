@@ -1,4 +1,4 @@
-"""Unit-wise blocks are the dense Fisher's, and so are the diagonals: exact, for any number of cases."""
+"""Unit-wise blocks and diagonals are the dense Fisher's: exact, for any number of cases."""
 
 import pytest
 import torch

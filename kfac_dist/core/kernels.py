@@ -1,0 +1,49 @@
+"""Kernels for passes that differentiate in ways for which the fused ones have no rule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Compute attention and recurrences of `model` from plain operations.
+
+    Their fused kernels know no vmap and no forward mode.
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with _no_fast_path(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        # Vmap loops over an operation that it has no rule for: slower, and nothing to act on.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        if not recurrent:
+            yield
+            return
+        with _no_mkldnn(), torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _no_mkldnn() -> Iterator[None]:
+    # torch.backends.mkldnn.flags also sets what only Intel's GPUs have, and warns.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
