@@ -12,6 +12,7 @@ from kfac_dist.errors import InvalidSpecError
 from kfac_dist.runs import JobSummary
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.launch import run_job
+from workers.metrics_server import metrics_server
 
 _HOME = Path("~/.kfac_dist")
 
@@ -22,12 +23,15 @@ def train(
     data_dir: str | Path | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    metrics_port: int | None = None,
 ) -> JobSummary:
     """Run a job in the foreground and return its summary.
 
     `spec` is a specification, a mapping with its keys, or the path of its file. Files of a user's
     task are looked for beside the specification's file, else in the working folder. Without
     `run_dir` the run is in `~/.kfac_dist/runs`. A Ray that is initialised already is used.
+    `metrics_port` serves metrics to this machine while the job runs; 0 takes a free port, and the
+    event `metrics_served` has the address.
 
     Raises:
         KfacDistError: the specification is wrong, or the job failed.
@@ -38,14 +42,16 @@ def train(
         spec = load_spec(Path(spec))
     elif not isinstance(spec, JobSpec):
         spec = parse_spec(spec)
-    return run_job(
-        spec,
-        base_dir=base_dir,
-        data_dir=_absolute(data_dir),
-        home=_HOME.expanduser(),
-        run_dir=_absolute(run_dir),
-        resume=resume,
-    )
+    with metrics_server(metrics_port) as metrics:
+        return run_job(
+            spec,
+            base_dir=base_dir,
+            data_dir=_absolute(data_dir),
+            home=_HOME.expanduser(),
+            run_dir=_absolute(run_dir),
+            resume=resume,
+            metrics=metrics,
+        )
 
 
 def _absolute(path: str | Path | None) -> Path | None:

@@ -83,6 +83,7 @@ class FirstOrderServer:
             next_gammas=(),
             inverse_version_step={},
             stale_layers=(),
+            accepted=(),
             stale_applied_total=0,
             numeric_events=dict(self._counts),
             waited_seconds=0.0,

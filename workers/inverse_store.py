@@ -45,6 +45,7 @@ class InverseStore:
     _failed_step: dict[str, int] = field(default_factory=dict)
     _newest_statistics: int = 0
     _counts: Counter[str] = field(default_factory=Counter)
+    _accepted: list[InverseHeader] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
@@ -54,6 +55,7 @@ class InverseStore:
         """Take in a version of a layer's inverses; may be called any time."""
         held = self._unpack(header, parcel) if parcel.own else None
         with self._changed:
+            self._accepted.append(header)
             self._counts.update(header.rungs)
             kept = header.layer in self._shelf
             self._counts["kept_inverse" if kept else "no_inverse"] += header.pis.count(None)
@@ -176,6 +178,13 @@ class InverseStore:
             name: Basis(version_step=self._shelf.used_version(name), pair=pair)
             for name, pair in self._shelf.bases().items()
         }
+
+    def take_accepted(self) -> tuple[InverseHeader, ...]:
+        """Return what has come in since the last call, each once."""
+        with self._changed:
+            taken = tuple(self._accepted)
+            self._accepted.clear()
+            return taken
 
     def counts(self) -> Counter[str]:
         """Return how often each rung of the ladder of numeric trouble was climbed, by name."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kfac_dist.precision import PreconditionDtype
 from kfac_dist.runs import Event, JobState, RunFolder, StepRecord
 from kfac_dist.runs.records import Severity
+from workers.metrics_server import MetricsServer
 
 OnRecord = Callable[[StepRecord], None]
 OnEvent = Callable[[Event], None]
@@ -17,20 +19,34 @@ OnEvent = Callable[[Event], None]
 class JobJournal:
     """Writes to the run folder, which the driver alone does, and calls whoever watches."""
 
-    def __init__(
-        self, folder: RunFolder, attempt: int, on_record: OnRecord | None, on_event: OnEvent | None
-    ) -> None:
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
         self._folder = folder
         self._attempt = attempt
-        self._on_record = on_record
-        self._on_event = on_event
+        self._on_record: list[OnRecord] = []
+        self._on_event: list[OnEvent] = []
         self.step = 0
+
+    def watch(self, on_record: OnRecord | None, on_event: OnEvent | None) -> None:
+        """Call these from now on, after those that watch already."""
+        self._on_record += [on_record] if on_record else []
+        self._on_event += [on_event] if on_event else []
+
+    @contextmanager
+    def served(self, server: MetricsServer | None, job: str) -> Iterator[None]:
+        """Let the metrics of `job` be served inside the block, if there is a server."""
+        if server is None:
+            yield
+            return
+        with server.series(job) as series:
+            self.watch(series.on_record, series.on_event)
+            self.event("metrics_served", f"metrics at {server.url}", url=server.url)
+            yield
 
     def record(self, record: StepRecord) -> None:
         """Write a step."""
         self._folder.append_metrics(record)
-        if self._on_record is not None:
-            self._on_record(record)
+        for on_record in self._on_record:
+            on_record(record)
 
     def event(
         self,
@@ -55,8 +71,8 @@ class JobJournal:
             details=details,
         )
         self._folder.append_event(event)
-        if self._on_event is not None:
-            self._on_event(event)
+        for on_event in self._on_event:
+            on_event(event)
 
     def started(self, precondition: PreconditionDtype | None) -> None:
         """Write that all members are there, and what was measured for `precondition`."""

@@ -202,6 +202,7 @@ class KFACServer:
             next_gammas=self.next_gammas(order.plan.step + 1),
             inverse_version_step={n: held[n].version_step for n in self._layers if n in held},
             stale_layers=inverses.admitted.admission.stale if inverses else (),
+            accepted=self._store.take_accepted(),
             stale_applied_total=self._stale_applied,
             numeric_events=dict(self._counts + self._store.counts()),
             waited_seconds=inverses.admitted.waited_seconds if inverses else 0.0,

@@ -24,6 +24,7 @@ from workers.device import plan_devices
 from workers.interrupts import Interrupts
 from workers.journal import JobJournal, OnEvent, OnRecord
 from workers.messages import InverseSetup, JobContext
+from workers.metrics_server import MetricsServer
 from workers.planning import inverse_setups
 from workers.preparation import Preparation, prepare
 from workers.recording import Recorder
@@ -51,14 +52,15 @@ def run_job(
     resume: bool,
     on_record: OnRecord | None = None,
     on_event: OnEvent | None = None,
+    metrics: MetricsServer | None = None,
     ray_address: str | None = None,
 ) -> JobSummary:
     """Run `spec` to its end and return the summary, which is also in the run folder.
 
     User files of a task are looked for in `base_dir`; `home` has the data cache and, without
     `run_dir`, the run folders. `resume` goes on with the run in the folder at its newest whole
-    checkpoint. An interrupt ends everything within seconds, leaves a checkpoint where the step
-    in hand ends in time, and is raised again.
+    checkpoint. `metrics` serves the job's while it runs. An interrupt ends everything within
+    seconds, leaves a checkpoint where the step in hand ends in time, and is raised again.
 
     Raises:
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
@@ -80,8 +82,10 @@ def run_job(
             cache_dir=home / "data",
             run_dir=folder.path,
         )
-        journal = JobJournal(folder, job.attempt, on_record, on_event)
-        return _Run(job, folder, journal, preparation, point).run(ray_address)
+        journal = JobJournal(folder, job.attempt)
+        with journal.served(metrics, job.job):
+            journal.watch(on_record, on_event)
+            return _Run(job, folder, journal, preparation, point).run(ray_address)
 
 
 def _check_placement(spec: JobSpec, cluster: Cluster) -> None:

@@ -68,8 +68,9 @@ class ServerReport:
     `loss` is the mean over the batch before the update, in nats a case; `objective` adds the l2
     term. What first-order optimizers do not have is None or empty. `next_gammas` are those to
     invert with in the next step. `inverse_version_step` maps each layer to the step of the newest
-    statistics in the inverse that was used; `stale_layers` went beyond the bound. `numeric_events`,
-    `stale_applied_total` and `parameter_version` grow over the job; the seconds are of this step.
+    statistics in the inverse that was used; `stale_layers` went beyond the bound. `accepted` are
+    the inverses that came in since the last report. `numeric_events`, `stale_applied_total` and
+    `parameter_version` grow over the job; the seconds are of this step.
     """
 
     step: int
@@ -89,6 +90,7 @@ class ServerReport:
     next_gammas: tuple[float, ...]
     inverse_version_step: Mapping[str, int]
     stale_layers: tuple[str, ...]
+    accepted: tuple[InverseHeader, ...]
     stale_applied_total: int
     numeric_events: Mapping[str, int]
     waited_seconds: float

@@ -6,8 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from kfac_dist.runs import StalenessSummary, StepRecord
-from workers.messages import InverseStatus, ServerReport, WorkerReport
+from kfac_dist.runs import Inversion, StalenessSummary, StepRecord
+from kfac_dist.runs.records import InversionResult
+from workers.messages import InverseHeader, InverseStatus, ServerReport, WorkerReport
 
 # Where each phase of a record comes from: the slowest gradient worker, or the server. Waiting for
 # the other side is part of what the one that waits measures, and is left out.
@@ -68,6 +69,7 @@ class Recorder:
             stale_applied_total=report.stale_applied_total,
             waited_seconds=report.waited_seconds,
             inverse_queue_depth={str(rank): s.queue_depth for rank, s in statuses.items()},
+            inversions=[_inversion(header) for header in report.accepted],
         )
         self._remember(record)
         return record
@@ -137,6 +139,14 @@ class Recorder:
             mean=sum(one.mean for one in self._staleness) / len(self._staleness),
             max=max(one.max for one in self._staleness),
         )
+
+
+def _inversion(header: InverseHeader) -> Inversion:
+    if None in header.pis:
+        result: InversionResult = "failed"
+    else:
+        result = "rescued" if header.rungs else "ok"
+    return Inversion(layer=header.layer, seconds=round(header.inversion_seconds, 6), result=result)
 
 
 def _staleness(report: ServerReport) -> StalenessSummary | None:

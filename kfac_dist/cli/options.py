@@ -28,6 +28,17 @@ DataDirOption = Annotated[
         help="Where data sets are; else $KFAC_DIST_DATA, the cache, a download.",
     ),
 ]
+MetricsPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help="Serve Prometheus metrics on this port while the job runs, to this machine only "
+        "(127.0.0.1); 0 takes a free one and says which.",
+    ),
+]
 OutputOption = Annotated[
     Format, typer.Option("-o", "--output", help="How the result is written to stdout.")
 ]

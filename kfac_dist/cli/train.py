@@ -15,7 +15,13 @@ import typer
 
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.failure import Interrupted
-from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
+from kfac_dist.cli.options import (
+    DataDirOption,
+    MetricsPortOption,
+    OutputOption,
+    SetOption,
+    SpecArgument,
+)
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.cli.progress import make_progress
 from kfac_dist.errors import JobFailedError
@@ -23,6 +29,7 @@ from kfac_dist.errors import JobFailedError
 if TYPE_CHECKING:
     from kfac_dist.config import JobSpec
     from kfac_dist.runs import JobSummary
+    from workers.metrics_server import MetricsServer
 
 
 def train(
@@ -43,6 +50,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop.")
     ] = False,
+    metrics_port: MetricsPortOption = None,
     output: OutputOption = Format.table,
 ) -> None:
     """Train a job in the foreground, with workers on this machine.
@@ -55,11 +63,12 @@ def train(
     folder = absolute(run_dir) if run_dir else home() / "runs" / job.name
     base_dir = absolute(spec).parent
     if dry_run:
-        _check(job, base_dir, data_dir(data), folder, resume)
+        with _metrics(metrics_port):
+            _check(job, base_dir, data_dir(data), folder, resume)
         write_result({"run_dir": str(folder), "spec": job.model_dump(mode="json")}, output)
         return
     try:
-        summary = _run(job, base_dir, data_dir(data), folder, resume, output)
+        summary = _run(job, base_dir, data_dir(data), folder, resume, metrics_port, output)
     except JobFailedError as error:
         _write_failed_summary(folder, error, output)
         raise
@@ -86,6 +95,7 @@ def _run(
     data: Path | None,
     folder: Path,
     resume: bool,
+    metrics_port: int | None,
     output: Format,
 ) -> JobSummary:
     from kfac_dist.runs import check_folder
@@ -93,7 +103,7 @@ def _run(
     check_folder(folder, job, resume=resume)  # before torch and Ray take their seconds
     progress = make_progress(job.steps, plain=output is Format.table)
     try:
-        with _terminate_is_interrupt(), progress:
+        with _terminate_is_interrupt(), _metrics(metrics_port) as metrics, progress:
             from workers.launch import run_job
 
             return run_job(
@@ -105,9 +115,21 @@ def _run(
                 resume=resume,
                 on_record=progress.on_record,
                 on_event=progress.on_event,
+                metrics=metrics,
             )
     except KeyboardInterrupt as error:
         raise Interrupted(f"the run is in {folder}, --resume goes on with it") from error
+
+
+@contextmanager
+def _metrics(port: int | None) -> Iterator[MetricsServer | None]:
+    """Serve metrics inside the block, and say where."""
+    from workers.metrics_server import metrics_server
+
+    with metrics_server(port) as server:
+        if server is not None:
+            typer.echo(f"metrics at {server.url}", err=True)
+        yield server
 
 
 @contextmanager

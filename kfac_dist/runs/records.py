@@ -25,6 +25,7 @@ Measured = Annotated[float, BeforeValidator(_nan_for_null)]
 JobState = Literal["STARTING", "RUNNING", "DEGRADED", "SUCCEEDED", "FAILED", "CANCELLED"]
 ENDED: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 Severity = Literal["info", "warning", "error"]
+InversionResult = Literal["ok", "rescued", "failed"]
 
 Metrics = dict[str, Measured]
 """`objective` (nats a case) and the task's own, such as `squared_error` or `accuracy`; means."""
@@ -39,6 +40,17 @@ class StalenessSummary(_Record):
 
     mean: float
     max: float
+
+
+class Inversion(_Record):
+    """One inversion of a layer, for all gammas that were tried; `seconds` is what it took.
+
+    "rescued": float64 or more damping was needed; "failed": there is none for some gamma.
+    """
+
+    layer: str
+    seconds: float
+    result: InversionResult
 
 
 class Evaluation(_Record):
@@ -61,7 +73,7 @@ class StepRecord(_Record):
     `predicted_change` is M(delta) - M(0). `inverse_version_step` maps a layer to the step of the
     newest statistics in the inverse that was used for it. `numeric_events` and
     `stale_applied_total` count from the start of the job; `waited_seconds` is the time spent at
-    the staleness bound in this step.
+    the staleness bound in this step. `inversions` are those that came in since the last record.
     What an optimizer does not have, such as the damping of SGD, is null or empty.
     """
 
@@ -87,6 +99,7 @@ class StepRecord(_Record):
     stale_applied_total: int = 0
     waited_seconds: float = 0.0
     inverse_queue_depth: dict[str, int] = Field(default_factory=dict)
+    inversions: list[Inversion] = Field(default_factory=list)
     evaluation: Evaluation | None = None
 
 

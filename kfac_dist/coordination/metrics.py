@@ -1,0 +1,168 @@
+"""The catalogue of metrics: their names and labels are a contract with whoever watches a job.
+
+The exporter serves these and nothing else; the table in `docs/operations.md` is checked against
+them. There is no gauge of an age: one that is not updated any more would go on looking young.
+Subtract `kfac_inverse_version_step` from `kfac_step`, or a timestamp from now.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+Kind = Literal["gauge", "counter", "histogram"]
+Unit = Literal["", "step", "nats", "seconds", "cases"]
+
+_NAME = re.compile(r"kfac(_[a-z]+)+")
+_LABEL = re.compile(r"[a-z]+(_[a-z]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A metric; `unit` is empty for a count or a pure number.
+
+    `buckets` are the upper bounds of a histogram's, in its unit, without the infinite one.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    unit: Unit = ""
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert _NAME.fullmatch(self.name), f"{self.name}: a name is kfac_ and words"
+        self._check_suffix()
+        for label in self.labels:
+            assert _LABEL.fullmatch(label), f"{self.name}: {label!r} is no label"
+            assert label not in ("le", "quantile"), f"{self.name}: {label} is Prometheus' own label"
+        assert len(set(self.labels)) == len(self.labels), f"{self.name}: a label comes twice"
+        assert self.help.endswith("."), f"{self.name}: the help is a sentence; got {self.help!r}"
+        has_buckets = self.kind == "histogram"
+        assert has_buckets == bool(self.buckets), f"{self.name}: a histogram has buckets, no other"
+        rising = all(low < high for low, high in pairwise(self.buckets))
+        assert rising, f"{self.name}: buckets must rise; got {self.buckets}"
+
+    def _check_suffix(self) -> None:
+        counts = self.kind == "counter"
+        assert counts == self.name.endswith("_total"), f"{self.name}: _total ends a counter's name"
+        timed = self.unit == "seconds"
+        assert timed == self.name.endswith("_seconds"), f"{self.name}: _seconds says the unit"
+
+
+STEP = Metric(
+    name="kfac_step",
+    kind="gauge",
+    unit="step",
+    help="The last step that was recorded, counted from 1.",
+)
+LOSS = Metric(
+    name="kfac_loss",
+    kind="gauge",
+    unit="nats",
+    help="Mean loss a case of the last batch before its update, without the l2 term.",
+)
+INVERSE_VERSION_STEP = Metric(
+    name="kfac_inverse_version_step",
+    kind="gauge",
+    unit="step",
+    labels=("job", "layer"),
+    help="Step of the newest statistics in the inverse that was last used for the layer.",
+)
+INVERSE_REFRESH_TIMESTAMP = Metric(
+    name="kfac_inverse_refresh_timestamp_seconds",
+    kind="gauge",
+    unit="seconds",
+    labels=("job", "layer"),
+    help="Unix time at which a step first used the present version of the layer's inverse.",
+)
+INVERSE_QUEUE_DEPTH = Metric(
+    name="kfac_inverse_queue_depth",
+    kind="gauge",
+    labels=("job", "worker"),
+    help="Messages not dealt with and layers not refreshed, of an inverse worker by its rank.",
+)
+INVERSION_DURATION = Metric(
+    name="kfac_inversion_duration_seconds",
+    kind="histogram",
+    unit="seconds",
+    help="Time to invert one layer, for all gammas tried.",
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+)
+INVERSIONS = Metric(
+    name="kfac_inversions_total",
+    kind="counter",
+    labels=("result",),
+    help="Inversions of a layer: ok, rescued by float64 or more damping, or failed for some gamma.",
+)
+DAMPING = Metric(name="kfac_damping", kind="gauge", help="The damping lambda.")
+GAMMA = Metric(name="kfac_gamma", kind="gauge", help="The factored damping gamma.")
+REDUCTION_RATIO = Metric(
+    name="kfac_reduction_ratio",
+    kind="gauge",
+    help="The reduction ratio rho when it was last measured.",
+)
+UPDATE_NORM = Metric(
+    name="kfac_update_norm",
+    kind="gauge",
+    help="Euclidean norm of the last update; 0 where the step was skipped.",
+)
+SAMPLES = Metric(
+    name="kfac_samples_total",
+    kind="counter",
+    unit="cases",
+    help="Training cases in the steps of this attempt.",
+)
+STEP_DURATION = Metric(
+    name="kfac_step_duration_seconds",
+    kind="gauge",
+    unit="seconds",
+    labels=("phase",),
+    help="Time of the last step: the whole, which is phase step, and its phases.",
+)
+NUMERIC_EVENTS = Metric(
+    name="kfac_numeric_events_total",
+    kind="counter",
+    labels=("rung",),
+    help="Numeric events since the start of the job, by rung of the ladder.",
+)
+STALE_APPLIED = Metric(
+    name="kfac_stale_applied_total",
+    kind="counter",
+    help="Inverses applied beyond the staleness bound since the start of the job.",
+)
+WORKER_RESTARTS = Metric(
+    name="kfac_worker_restarts_total",
+    kind="counter",
+    labels=("role",),
+    help="Workers that were replaced in this attempt, by role.",
+)
+BUILD_INFO = Metric(
+    name="kfac_build_info",
+    kind="gauge",
+    labels=("version",),
+    help="Always 1; the label has the version of kfac_dist.",
+)
+
+CATALOGUE = (
+    STEP,
+    LOSS,
+    INVERSE_VERSION_STEP,
+    INVERSE_REFRESH_TIMESTAMP,
+    INVERSE_QUEUE_DEPTH,
+    INVERSION_DURATION,
+    INVERSIONS,
+    DAMPING,
+    GAMMA,
+    REDUCTION_RATIO,
+    UPDATE_NORM,
+    SAMPLES,
+    STEP_DURATION,
+    NUMERIC_EVENTS,
+    STALE_APPLIED,
+    WORKER_RESTARTS,
+    BUILD_INFO,
+)

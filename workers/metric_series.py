@@ -1,0 +1,118 @@
+"""From the records and events of a job to the series that Prometheus scrapes.
+
+Every number is one that a record has, or a sum over records; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import get_args
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+import kfac_dist
+from kfac_dist.coordination import metrics
+from kfac_dist.coordination.metrics import Metric
+from kfac_dist.runs import Event, StepRecord
+from kfac_dist.runs.records import InversionResult
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+_Values = dict[tuple[str, ...], float]  # by the values of the labels
+
+
+class JobSeries(Collector):
+    """The series of one job: told by the driver's thread, collected in those of the server."""
+
+    def __init__(self, job: str) -> None:
+        self._job = job
+        self._lock = threading.Lock()
+        self._durations = _Distribution(metrics.INVERSION_DURATION.buckets)
+        # What is only counted up is there from the start, so that its first increase is one.
+        self._values: dict[Metric, _Values] = {
+            metrics.BUILD_INFO: {(kfac_dist.__version__,): 1},
+            metrics.INVERSIONS: {(result,): 0 for result in get_args(InversionResult)},
+            metrics.SAMPLES: {(): 0},
+            metrics.WORKER_RESTARTS: {("inverse_worker",): 0},
+        }
+
+    def on_record(self, record: StepRecord) -> None:
+        """Take in a step."""
+        with self._lock:
+            self._take_step(record)
+            self._take_inverses(record)
+
+    def on_event(self, event: Event) -> None:
+        """Take in an event."""
+        if event.kind == "inverse_worker_replaced" and event.role is not None:
+            with self._lock:
+                self._values[metrics.WORKER_RESTARTS][(event.role,)] += 1
+
+    def collect(self) -> list[Family]:
+        """Return all metrics that have a value by now."""
+        with self._lock:
+            return [*self._valued(), _histogram(metrics.INVERSION_DURATION, self._durations)]
+
+    def _take_step(self, record: StepRecord) -> None:
+        for metric, value in (
+            (metrics.STEP, record.step),
+            (metrics.LOSS, record.loss),
+            (metrics.DAMPING, record.damping),
+            (metrics.GAMMA, record.gamma),
+            (metrics.REDUCTION_RATIO, record.reduction_ratio),
+            (metrics.UPDATE_NORM, record.update_norm),
+            (metrics.STALE_APPLIED, record.stale_applied_total),
+        ):
+            if value is not None:
+                self._values[metric] = {(): value}
+        self._values[metrics.SAMPLES][()] += record.num_cases
+        phases = {"step": record.step_seconds, **record.phase_seconds}
+        self._values[metrics.STEP_DURATION] = {(phase,): s for phase, s in phases.items()}
+        events = record.numeric_events
+        self._values[metrics.NUMERIC_EVENTS] = {(rung,): n for rung, n in events.items()}
+
+    def _take_inverses(self, record: StepRecord) -> None:
+        versions = self._values.setdefault(metrics.INVERSE_VERSION_STEP, {})
+        refreshed = self._values.setdefault(metrics.INVERSE_REFRESH_TIMESTAMP, {})
+        for layer, version in record.inverse_version_step.items():  # none in a skipped step
+            labels = (self._job, layer)
+            if versions.get(labels) != version:
+                versions[labels], refreshed[labels] = version, record.time
+        depths = record.inverse_queue_depth
+        self._values[metrics.INVERSE_QUEUE_DEPTH] = {(self._job, w): n for w, n in depths.items()}
+        for inversion in record.inversions:
+            self._values[metrics.INVERSIONS][(inversion.result,)] += 1
+            self._durations.add(inversion.seconds)
+
+    def _valued(self) -> Iterator[Family]:
+        for metric in metrics.CATALOGUE:
+            if values := self._values.get(metric):
+                kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+                family = kind(metric.name, metric.help, labels=metric.labels)
+                for labels, value in values.items():
+                    family.add_metric(labels, value)
+                yield family
+
+
+class _Distribution:
+    """Counts of values by bucket, the last of which has no bound, and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = (*bounds, math.inf)
+        self.counts = [0] * len(self.bounds)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+def _histogram(metric: Metric, values: _Distribution) -> Family:
+    bounds = map(floatToGoString, values.bounds)
+    buckets = list(zip(bounds, accumulate(values.counts), strict=True))
+    return HistogramMetricFamily(metric.name, metric.help, buckets=buckets, sum_value=values.sum)
