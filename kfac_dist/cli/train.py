@@ -63,8 +63,7 @@ def train(
     folder = absolute(run_dir) if run_dir else home() / "runs" / job.name
     base_dir = absolute(spec).parent
     if dry_run:
-        with _metrics(metrics_port):
-            _check(job, base_dir, data_dir(data), folder, resume)
+        _check(job, base_dir, data_dir(data), folder, resume, metrics_port)
         write_result({"run_dir": str(folder), "spec": job.model_dump(mode="json")}, output)
         return
     try:
@@ -75,12 +74,22 @@ def train(
     _write_summary(summary, output)
 
 
-def _check(job: JobSpec, base_dir: Path, data: Path | None, folder: Path, resume: bool) -> None:
+def _check(
+    job: JobSpec,
+    base_dir: Path,
+    data: Path | None,
+    folder: Path,
+    resume: bool,
+    metrics_port: int | None,
+) -> None:
     """Raise what would keep the job from starting; data sets are read, too."""
     from kfac_dist.coordination.placement import check_placement
     from kfac_dist.runs import check_folder
+    from workers.metrics_server import metrics_server
 
     check_folder(folder, job, resume=resume)
+    with metrics_server(metrics_port):
+        pass  # the port is free
     num_cpus = len(os.sched_getaffinity(0))
     check_placement(job.workers, num_cpus, num_cpus)
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 
 from kfac_dist.config import JobSpec
 from kfac_dist.errors import WorkerDiedError
 from kfac_dist.runs import Event, JobSummary, RunFolder, StepRecord, WorkerCounts
+from tests.workers.scraping import scrape
 
 from .conftest import KfacDist
 
@@ -126,6 +129,44 @@ def test_options_reach_the_runner(
     done = kfac_dist("train", spec, "--run-dir", "there", "--data-dir", "data")
     assert done.code == 0
     assert seen["data_dir"] == tmp_path / "data"
+
+
+def test_metrics_are_served_while_the_runner_runs_and_stderr_says_where(
+    kfac_dist: KfacDist, runner: Callable[[Runner], None], spec: Path
+) -> None:
+    served: list[str] = []
+
+    def look(job: JobSpec, **options: Any) -> JobSummary:
+        served.append(options["metrics"].url)
+        assert scrape(served[0]) == {}
+        return _succeeds(job, **options)
+
+    runner(look)
+    done = kfac_dist("train", spec, "--metrics-port", "0", "-o", "json")
+    assert done.code == 0
+    assert done.err == f"metrics at {served[0]}\n"
+    assert len(done.out.splitlines()) == 1
+    with pytest.raises(URLError):
+        scrape(served[0])
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_port_in_use_is_one_message_and_leaves_no_run(
+    kfac_dist: KfacDist,
+    runner: Callable[[Runner], None],
+    spec: Path,
+    home: Path,
+    options: list[str],
+) -> None:
+    runner(_succeeds)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = kfac_dist("train", spec, "--metrics-port", port, *options)
+    assert (done.code, done.out) == (9, "")
+    assert done.err == (
+        f"error: metrics port: {port} on 127.0.0.1 is in use; name another, or 0 for a free one\n"
+    )
+    assert not (home / "runs").exists()
 
 
 def test_an_occupied_folder_is_refused_before_anything_is_loaded(

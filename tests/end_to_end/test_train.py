@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from urllib.error import URLError
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from kfac_dist.config import load_spec
 from kfac_dist.core.vector import flatten
 from tests.end_to_end.command import SPEC, CommandLine
 from tests.waiting import wait_until
+from tests.workers.scraping import by_label, scrape, value
 from tests.workers.test_distributed_is_serial import serial_run
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -97,6 +99,29 @@ def test_ctrl_c_ends_everything_within_five_seconds(command: CommandLine) -> Non
     assert not alive
     assert set(SHARED_MEMORY.iterdir()) <= before
     assert json.loads((running.run_dir / "job.json").read_text())["state"] == "CANCELLED"
+
+
+def test_a_job_is_scraped_while_it_runs(command: CommandLine) -> None:
+    running = command.train(command.spec(), "--set", "steps=100000", "--metrics-port", "0")
+    assert running.process.stderr is not None
+    said = running.process.stderr.readline()
+    url = said.removeprefix("metrics at ").strip()
+    assert url.startswith("http://127.0.0.1:"), said
+    running.wait_for_step(5)
+    found = scrape(url)
+    step = int(value(found, "kfac_step"))
+    running.wait_for_step(step)
+    records = running.lines("metrics.jsonl")[:step]
+    assert value(found, "kfac_loss") == records[-1]["loss"]
+    assert value(found, "kfac_samples_total") == sum(r["num_cases"] for r in records)
+    versions = by_label(found, "kfac_inverse_version_step", "layer")
+    assert versions == records[-1]["inverse_version_step"]
+    inverted = sum(len(record["inversions"]) for record in records)
+    assert value(found, "kfac_inversion_duration_seconds_count") == inverted > 0
+    running.process.send_signal(signal.SIGINT)
+    assert running.finish(seconds=20)[0] == 130
+    with pytest.raises(URLError):
+        scrape(url)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])

@@ -101,7 +101,9 @@ class Jobs:
     def __post_init__(self) -> None:
         (self.folder / "line.py").write_text(TASK)
 
-    def run(self, spec: JobSpec, *, run_dir: str = "run", resume: bool = False) -> JobSummary:
+    def run(
+        self, spec: JobSpec, *, run_dir: str = "run", resume: bool = False, **options: Any
+    ) -> JobSummary:
         from workers.launch import run_job
 
         return run_job(
@@ -113,6 +115,7 @@ class Jobs:
             resume=resume,
             on_record=self._record,
             on_event=self.events.append,
+            **options,
         )
 
     def _record(self, record: StepRecord) -> None:

@@ -73,6 +73,15 @@ def publish_all(store: InverseStore, version: int) -> None:
         publish(store, layer, version)
 
 
+def test_what_came_in_is_told_once_and_in_order():
+    store = make_store(max_steps=8)
+    publish_all(store, 4)
+    publish(store, "a", 8, fails=True)
+    told = [(one.layer, one.version_step, one.pis.count(None)) for one in store.take_accepted()]
+    assert told == [("a", 4, 0), ("b", 4, 0), ("a", 8, 1)]
+    assert store.take_accepted() == ()
+
+
 def versions(store: InverseStore, step: int) -> dict[str, int]:
     return {name: held.version_step for name, held in store.admit(step).held.items()}
 

@@ -1,0 +1,34 @@
+"""Metrics as Prometheus reads them."""
+
+from __future__ import annotations
+
+from urllib.request import ProxyHandler, build_opener
+
+from prometheus_client.parser import text_string_to_metric_families
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+_DIRECT = build_opener(ProxyHandler({}))
+
+
+def scrape(url: str) -> Samples:
+    """Every sample at `url`, by name and labels."""
+    with _DIRECT.open(url, timeout=10) as answer:
+        return samples(answer.read().decode())
+
+
+def samples(text: str) -> Samples:
+    """Every sample of a text, each of which has its own name and labels."""
+    found = [one for family in text_string_to_metric_families(text) for one in family.samples]
+    by_name = {(one.name, frozenset(one.labels.items())): one.value for one in found}
+    assert len(by_name) == len(found)
+    return by_name
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    """One sample."""
+    return found[name, frozenset(labels.items())]
+
+
+def by_label(found: Samples, name: str, label: str) -> dict[str, float]:
+    """The samples of a name, by the value of one of their labels."""
+    return {dict(labels)[label]: v for (own, labels), v in found.items() if own == name}
