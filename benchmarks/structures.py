@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluate-every", type=int, default=10)
+    parser.add_argument("--set", action="append", default=[], help="an override, as of the CLI")
     parser.add_argument("--short", action="store_true", help="the demo's job, 40 steps, one seed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,7 +83,7 @@ def main() -> None:
     for path in paths:
         runs = []
         for seed in range(seeds):
-            overrides = [f"steps={steps}", f"seed={seed}", "batch_size=1000"]
+            overrides = [f"steps={steps}", f"seed={seed}", "batch_size=1000", *arguments.set]
             spec = load_spec(path, overrides=overrides)
             field = race(spec, contestants(spec), arguments.data_dir, arguments.evaluate_every)
             runs.append(compare(seed, field))

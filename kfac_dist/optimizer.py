@@ -21,6 +21,7 @@ from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.averaging import ParameterAverage
+from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
@@ -28,7 +29,7 @@ from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.shelf import Held, all_carry, at_gamma
-from kfac_dist.core.update import Choice, KFACUpdate
+from kfac_dist.core.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.precision import choose_precondition_dtype

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import GradientSums
-from kfac_dist.core.update import Choice
 from workers.process_group import Group
 
 _SKIP = (0.0, 0.0)

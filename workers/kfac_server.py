@@ -15,8 +15,9 @@ from torch import Tensor
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.core.choice import Choice
 from kfac_dist.core.registration import Registration
-from kfac_dist.core.update import Choice, KFACUpdate
+from kfac_dist.core.update import KFACUpdate
 from workers.checksum import checksum
 from workers.exchange import Directions, ServerSide
 from workers.held_inverses import StepInverses

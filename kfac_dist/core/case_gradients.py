@@ -39,6 +39,8 @@ class CaseGradients:
             return self._one_by_one(inputs, derivatives)
         try:
             return self._in_chunks(inputs, derivatives)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError):
             # What vmap cannot do (control flow on values, in-place changes) it refuses with any
             # of these; a model that is itself wrong raises the same again below.

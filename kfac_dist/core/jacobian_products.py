@@ -35,6 +35,8 @@ class JacobianProducts:
             if self._forward_mode:
                 try:
                     return self.by_forward_mode(inputs, vectors)
+                except torch.OutOfMemoryError:
+                    raise
                 except (RuntimeError, ValueError, TypeError):
                     # As for single cases: what is wrong with the model itself is raised below.
                     self._forward_mode = False

@@ -25,16 +25,17 @@ from kfac_dist.errors import InvalidSpecError
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """All blocks of a model, in the order of its parameters, and the report on these.
+    """All blocks of a model, in the order of its parameters, and the report on these."""
 
-    The blocks are those of the `sites`, from which their statistics come.
-    """
-
-    blocks: tuple[LayerBlock, ...]
+    sites: tuple[Site, ...]
+    weight_sharing: WeightSharing
     report: tuple[ReportRow, ...]
     num_parameters: int
-    sites: tuple[Site, ...] = ()
-    weight_sharing: WeightSharing = "expand"
+
+    @property
+    def blocks(self) -> tuple[LayerBlock, ...]:
+        """The blocks of all sites."""
+        return tuple(block for site in self.sites for block in site.blocks)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,7 +74,6 @@ def register(model: nn.Module, settings: KFACSpec) -> Registration:
     finder = _SiteFinder(model, settings)
     sites = tuple(site for name in parameters for site in finder.sites_of(name))
     return Registration(
-        blocks=tuple(block for site in sites for block in site.blocks),
         sites=sites,
         weight_sharing=settings.weight_sharing,
         report=tuple(report_rows(model, sites)),

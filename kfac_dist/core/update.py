@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
+from kfac_dist.core.choice import Choice, combine
 from kfac_dist.core.precondition import LayerInverse, matrices_of, vector_of
 from kfac_dist.core.products import RoundedCopies
 from kfac_dist.core.registration import Registration
@@ -27,30 +27,6 @@ from kfac_dist.core.structure import structure_for
 
 _OMEGA = 19 / 20  # the paper's decay a step, of damping (section 6.5) and gamma (section 6.6)
 _RATIO_GOOD, _RATIO_BAD = 3 / 4, 1 / 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What a step does: `update = mu previous_update - alpha directions[candidate]`.
-
-    `predicted_change` is M(delta) - M(0) on the batch, None when the Fisher products were not
-    computed; `prediction_for_ratio` is the part of it that the reduction ratio compares with.
-    `applied` is False when a number was not finite: nothing may be applied.
-    """
-
-    candidate: int
-    gamma: float
-    alpha: float
-    mu: float
-    update_norm: float
-    predicted_change: float | None
-    prediction_for_ratio: float | None
-    applied: bool = True
-
-
-def combine(direction: Tensor, previous_update: Tensor, alpha: float, mu: float) -> Tensor:
-    """Return the update [P]; every holder of the parameters does this same arithmetic."""
-    return (previous_update * mu).add_(direction, alpha=-alpha)
 
 
 def searches_gamma(settings: KFACSpec) -> bool:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kfac_dist.config import kfac_settings
+from kfac_dist.core.choice import Choice, combine
 from kfac_dist.core.registration import Registration
-from kfac_dist.core.update import Choice, KFACUpdate, combine
+from kfac_dist.core.update import KFACUpdate
 
 W1 = 19 / 20
 GRADIENT = torch.tensor([3.0, -4.0, 0.0], dtype=torch.float64)
@@ -15,7 +16,9 @@ ASKEW = torch.tensor([4.0, 0.0, 3.0], dtype=torch.float64)
 
 def update_for(**options):
     settings = kfac_settings({"fisher_type": "exact", **options})
-    nothing = Registration(blocks=(), report=(), num_parameters=len(GRADIENT))
+    nothing = Registration(
+        sites=(), weight_sharing="expand", report=(), num_parameters=len(GRADIENT)
+    )
     return KFACUpdate(settings, nothing, torch.zeros_like(GRADIENT))
 
 
