@@ -25,6 +25,7 @@ from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import LayerFactors
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.shelf import Held, all_carry, at_gamma
@@ -136,7 +137,7 @@ class KFAC(torch.optim.Optimizer):
 
     @staticmethod
     def _is_finite(loss: float, gradient: Tensor) -> bool:
-        return math.isfinite(loss) and bool(torch.isfinite(gradient).all())
+        return math.isfinite(loss) and is_finite(gradient)
 
     def _skipped(self, plan: StepPlan, loss: float, objective: float) -> StepResult:
         self.numeric_events["bad_step"] += 1

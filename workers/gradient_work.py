@@ -14,6 +14,7 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.registration import register
 from kfac_dist.core.update import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten
@@ -222,4 +223,4 @@ class GradientWork:
 
 
 def _is_finite(sums: GradientSums) -> bool:
-    return bool(torch.isfinite(sums.loss) and torch.isfinite(sums.gradient).all())
+    return is_finite(sums.loss) and is_finite(sums.gradient)
