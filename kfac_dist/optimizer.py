@@ -106,8 +106,7 @@ class KFAC(torch.optim.Optimizer):
         plan = self._schedule.plan(self.step_count + 1)
         self.step_count = plan.step
         self._update.begin_step(plan.damping)
-        loss, gradient = self._compute(inputs, targets)
-        objective = loss + self._l2_term()
+        loss, objective, gradient = self._compute(inputs, targets)
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets)
@@ -124,15 +123,15 @@ class KFAC(torch.optim.Optimizer):
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
         return self._result(plan, loss, objective, choice, ratio)
 
-    def _compute(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-        """Return the mean loss and the gradient [P] of the objective."""
+    def _compute(self, inputs: Tensor, targets: Tensor) -> tuple[float, float, Tensor]:
+        """Return the mean loss, the objective and its gradient [P]."""
         sums = self._computer.gradient(inputs, targets)
-        gradient = sums.gradient.div_(len(inputs))
-        gradient.add_(flatten(self._parameters), alpha=self.settings.l2)
-        return float(sums.loss) / len(inputs), gradient
-
-    def _l2_term(self) -> float:
         theta = flatten(self._parameters)
+        gradient = sums.gradient.div_(len(inputs)).add_(theta, alpha=self.settings.l2)
+        loss = float(sums.loss) / len(inputs)
+        return loss, loss + self._l2_term(theta), gradient
+
+    def _l2_term(self, theta: Tensor) -> float:
         return 0.5 * self.settings.l2 * float(torch.dot(theta, theta))
 
     @staticmethod
@@ -221,7 +220,8 @@ class KFAC(torch.optim.Optimizer):
     ) -> float | None:
         if not plan.measure:
             return None
-        after = float(self._computer.loss(inputs, targets)) / len(inputs) + self._l2_term()
+        loss = float(self._computer.loss(inputs, targets)) / len(inputs)
+        after = loss + self._l2_term(flatten(self._parameters))
         return self._update.adapt_damping(choice, after - before)
 
     @property
