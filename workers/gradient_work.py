@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from kfac_dist.config import KFACSpec
+from kfac_dist.core.chain_products import Trace
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
 from kfac_dist.core.finite import is_finite
@@ -112,7 +113,7 @@ class GradientWork:
         if self._kfac is None:
             self._receive_parameters(self._side, phases)
         else:
-            self._take_part_in_choice(self._kfac, self._side, part, phases)
+            self._take_part_in_choice(self._kfac, self._side, part, sums.trace, phases)
         return WorkerReport(rank=self._rank, step=order.plan.step, phase_seconds=phases.seconds)
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
@@ -136,14 +137,19 @@ class GradientWork:
             return self._statistics.send(order.plan.step, part, bases, usable=usable)
 
     def _take_part_in_choice(
-        self, settings: KFACSpec, side: WorkerSide, part: BatchPart, phases: Phases
+        self,
+        settings: KFACSpec,
+        side: WorkerSide,
+        part: BatchPart,
+        trace: Trace | None,
+        phases: Phases,
     ) -> None:
         with phases("precondition"):
             directions = side.receive_directions()
         if directions is None:
             return
         if directions.wants_gram:
-            self._send_fisher_products(settings, side, part, directions, phases)
+            self._send_fisher_products(settings, side, part, trace, directions, phases)
         with phases("choose"):
             choice = side.receive_choice()
         if choice is None:
@@ -159,14 +165,16 @@ class GradientWork:
         settings: KFACSpec,
         side: WorkerSide,
         part: BatchPart,
+        trace: Trace | None,
         directions: Directions,
         phases: Phases,
     ) -> None:
         with phases("fisher_products"):
             rows = part.subset(settings.fisher_fraction)
-            vectors = torch.cat([directions.vectors, self._previous_update.unsqueeze(0)])
+            vectors = [*directions.vectors, self._previous_update]
+            traced = trace and trace.take(rows.positions)
             with self._user_code("the Fisher products"):
-                gram = self._computer.fisher_gram(rows.take(part.inputs), vectors)
+                gram = self._computer.fisher_gram(rows.take(part.inputs), vectors, traced)
             side.send_gram(gram)
 
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
