@@ -27,3 +27,4 @@ format: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/autoencoder_progress.py --short
+	$(BIN)/python benchmarks/step_cost.py --short
