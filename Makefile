@@ -28,3 +28,4 @@ format: .venv
 bench: .venv
 	$(BIN)/python benchmarks/autoencoder_progress.py --short
 	$(BIN)/python benchmarks/structures.py --short
+	$(BIN)/python benchmarks/step_cost.py --short

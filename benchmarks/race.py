@@ -105,4 +105,5 @@ def conditions(spec: JobSpec) -> dict[str, Any]:
         "batch_size": spec.batch_size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

@@ -21,11 +21,13 @@ from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.averaging import ParameterAverage
+from kfac_dist.core.chain_products import Trace
 from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import LayerFactors
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.shelf import Held, all_carry, at_gamma
@@ -106,8 +108,7 @@ class KFAC(torch.optim.Optimizer):
         plan = self._schedule.plan(self.step_count + 1)
         self.step_count = plan.step
         self._update.begin_step(plan.damping)
-        loss, gradient = self._compute(inputs, targets)
-        objective = loss + self._l2_term()
+        loss, objective, gradient, trace = self._compute(inputs, targets)
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets)
@@ -115,7 +116,7 @@ class KFAC(torch.optim.Optimizer):
         held = self._admit(plan)
         gammas = self._tried_gammas(plan, held)
         directions = self._precondition(gradient, held, gammas)
-        gram = self._fisher_products(plan, inputs, directions)
+        gram = self._fisher_products(plan, inputs, directions, trace)
         choice = self._update.choose(gradient, directions, gammas, gram, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
@@ -124,20 +125,22 @@ class KFAC(torch.optim.Optimizer):
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
         return self._result(plan, loss, objective, choice, ratio)
 
-    def _compute(self, inputs: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-        """Return the mean loss and the gradient [P] of the objective."""
+    def _compute(
+        self, inputs: Tensor, targets: Tensor
+    ) -> tuple[float, float, Tensor, Trace | None]:
+        """Return the mean loss, the objective, its gradient [P], and the trace of the pass."""
         sums = self._computer.gradient(inputs, targets)
-        gradient = sums.gradient.div_(len(inputs))
-        gradient.add_(flatten(self._parameters), alpha=self.settings.l2)
-        return float(sums.loss) / len(inputs), gradient
-
-    def _l2_term(self) -> float:
         theta = flatten(self._parameters)
+        gradient = sums.gradient.div_(len(inputs)).add_(theta, alpha=self.settings.l2)
+        loss = float(sums.loss) / len(inputs)
+        return loss, loss + self._l2_term(theta), gradient, sums.trace
+
+    def _l2_term(self, theta: Tensor) -> float:
         return 0.5 * self.settings.l2 * float(torch.dot(theta, theta))
 
     @staticmethod
     def _is_finite(loss: float, gradient: Tensor) -> bool:
-        return math.isfinite(loss) and bool(torch.isfinite(gradient).all())
+        return math.isfinite(loss) and is_finite(gradient)
 
     def _skipped(self, plan: StepPlan, loss: float, objective: float) -> StepResult:
         self.numeric_events["bad_step"] += 1
@@ -204,12 +207,15 @@ class KFAC(torch.optim.Optimizer):
         self.numeric_events["gradient_fallback"] += len(fallen)
         return directions
 
-    def _fisher_products(self, plan: StepPlan, inputs: Tensor, directions: Tensor) -> Tensor | None:
+    def _fisher_products(
+        self, plan: StepPlan, inputs: Tensor, directions: Tensor, trace: Trace | None
+    ) -> Tensor | None:
         if not self._update.needs_gram(measure=plan.measure):
             return None
         rows = subset_positions(len(inputs), self.settings.fisher_fraction)
-        vectors = torch.cat([directions, self._update.previous_update.unsqueeze(0)])
-        return self._computer.fisher_gram(_take(inputs, rows), vectors) / len(rows)
+        vectors = [*directions, self._update.previous_update]
+        traced = trace and trace.take(rows)
+        return self._computer.fisher_gram(_take(inputs, rows), vectors, traced) / len(rows)
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))
@@ -221,7 +227,8 @@ class KFAC(torch.optim.Optimizer):
     ) -> float | None:
         if not plan.measure:
             return None
-        after = float(self._computer.loss(inputs, targets)) / len(inputs) + self._l2_term()
+        loss = float(self._computer.loss(inputs, targets)) / len(inputs)
+        after = loss + self._l2_term(flatten(self._parameters))
         return self._update.adapt_damping(choice, after - before)
 
     @property

@@ -26,6 +26,7 @@ from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.precondition import matrices_of, vector_of
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
@@ -216,7 +217,7 @@ class KFACPreconditioner:
         parameters = self._computer.parameters
         gradients = [p.new_zeros(p.shape) if p.grad is None else _dense(p.grad) for p in parameters]
         vector = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        if not bool(torch.isfinite(vector).all()):
+        if not is_finite(vector):
             self.numeric_events["bad_step"] += 1
             return
         blocks = self._registration.blocks

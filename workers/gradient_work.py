@@ -12,9 +12,11 @@ from contextlib import AbstractContextManager
 import torch
 
 from kfac_dist.config import KFACSpec
+from kfac_dist.core.chain_products import Trace
 from kfac_dist.core.choice import combine
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.registration import register
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten
 from kfac_dist.data import Split
@@ -111,7 +113,7 @@ class GradientWork:
         if self._kfac is None:
             self._receive_parameters(self._side, phases)
         else:
-            self._take_part_in_choice(self._kfac, self._side, part, phases)
+            self._take_part_in_choice(self._kfac, self._side, part, sums.trace, phases)
         return WorkerReport(rank=self._rank, step=order.plan.step, phase_seconds=phases.seconds)
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
@@ -135,14 +137,19 @@ class GradientWork:
             return self._statistics.send(order.plan.step, part, bases, usable=usable)
 
     def _take_part_in_choice(
-        self, settings: KFACSpec, side: WorkerSide, part: BatchPart, phases: Phases
+        self,
+        settings: KFACSpec,
+        side: WorkerSide,
+        part: BatchPart,
+        trace: Trace | None,
+        phases: Phases,
     ) -> None:
         with phases("precondition"):
             directions = side.receive_directions()
         if directions is None:
             return
         if directions.wants_gram:
-            self._send_fisher_products(settings, side, part, directions, phases)
+            self._send_fisher_products(settings, side, part, trace, directions, phases)
         with phases("choose"):
             choice = side.receive_choice()
         if choice is None:
@@ -158,14 +165,16 @@ class GradientWork:
         settings: KFACSpec,
         side: WorkerSide,
         part: BatchPart,
+        trace: Trace | None,
         directions: Directions,
         phases: Phases,
     ) -> None:
         with phases("fisher_products"):
             rows = part.subset(settings.fisher_fraction)
-            vectors = torch.cat([directions.vectors, self._previous_update.unsqueeze(0)])
+            vectors = [*directions.vectors, self._previous_update]
+            traced = trace and trace.take(rows.positions)
             with self._user_code("the Fisher products"):
-                gram = self._computer.fisher_gram(rows.take(part.inputs), vectors)
+                gram = self._computer.fisher_gram(rows.take(part.inputs), vectors, traced)
             side.send_gram(gram)
 
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
@@ -222,4 +231,4 @@ class GradientWork:
 
 
 def _is_finite(sums: GradientSums) -> bool:
-    return bool(torch.isfinite(sums.loss) and torch.isfinite(sums.gradient).all())
+    return is_finite(sums.loss) and is_finite(sums.gradient)

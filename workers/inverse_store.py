@@ -17,6 +17,7 @@ import torch
 
 from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.shelf import HeldInverses, InverseShelf, at_gamma
 from kfac_dist.core.structure import Structure
 from kfac_dist.errors import TimedOutError
@@ -164,7 +165,7 @@ class InverseStore:
 
     def observe(self, moments: Mapping[str, Moments], num_cases: int) -> None:
         """Take one step's sums of moments into the inverses in use, if all are finite."""
-        if not all(bool(torch.isfinite(of.sums).all()) for of in moments.values()):
+        if not all(is_finite(of.sums) for of in moments.values()):
             self._counts["refused_moments"] += 1
             return
         for name, of in moments.items():

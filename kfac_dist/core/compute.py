@@ -6,12 +6,14 @@ neither the reduction of a loss nor the number of workers can leave a factor 1/N
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.core.capture import capturing
+from kfac_dist.core.chain_products import ChainProducts, Trace, chain_of
 from kfac_dist.core.distributions import Distribution
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
 from kfac_dist.core.jacobian_products import JacobianProducts
@@ -25,11 +27,13 @@ from kfac_dist.core.vector import flatten, trainable_parameters
 class GradientSums(NamedTuple):
     """Sums over the cases of a part of a batch.
 
-    `loss` is float64, shape []; `gradient` [P] has the dtype of the parameters.
+    `loss` is float64, shape []; `gradient` [P] has the dtype of the parameters. `trace` is what
+    the pass has seen, where Fisher products can make use of it.
     """
 
     loss: Tensor
     gradient: Tensor
+    trace: Trace | None = None
 
 
 class BatchComputer:
@@ -55,6 +59,8 @@ class BatchComputer:
         self.parameter_names = tuple(named)
         self.parameters = list(named.values())
         self._products = JacobianProducts(model)
+        chain = chain_of(model)
+        self._chain = ChainProducts(model, chain) if chain else None
         self._statistics: StatisticsPass | None = None
         if registration is not None:
             self._statistics = StatisticsPass(model, distribution, seed, registration, fisher_type)
@@ -76,10 +82,18 @@ class BatchComputer:
             zero = self.parameters[0].new_zeros((), dtype=torch.float64)
             return GradientSums(zero, torch.zeros_like(flatten(self.parameters)))
         with torch.enable_grad():
-            losses = self.distribution.loss(self.model(inputs), targets)
+            outputs, trace = self._forward(inputs)
+            losses = self.distribution.loss(outputs, targets)
             gradients = torch.autograd.grad(losses.sum(), self.parameters, materialize_grads=True)
         dense = [g.to_dense() if g.is_sparse else g for g in gradients]
-        return GradientSums(losses.detach().double().sum(), flatten(dense))
+        return GradientSums(losses.detach().double().sum(), flatten(dense), trace)
+
+    def _forward(self, inputs: Tensor) -> tuple[Tensor, Trace | None]:
+        if self._chain is None:
+            return self.model(inputs), None
+        with capturing(self._chain.modules) as captures:
+            outputs: Tensor = self.model(inputs)
+        return outputs, self._chain.trace(captures, outputs)
 
     def statistics(
         self, inputs: Tensor, targets: Tensor, *, step: int, first_row: int = 0
@@ -109,15 +123,19 @@ class BatchComputer:
             inputs, targets, step=step, first_row=first_row, links=links, bases=bases or {}
         )
 
-    def fisher_gram(self, inputs: Tensor, vectors: Tensor) -> Tensor:
-        """Return the sums over cases of `(B^T J u) . (B^T J v)` for all pairs of `vectors` [m, P].
+    def fisher_gram(
+        self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None = None
+    ) -> Tensor:
+        """Return the sums over cases of `(B^T J u) . (B^T J v)` for all pairs of `vectors` [P].
 
         The exact Fisher of the predictive distribution (algorithm.md section 8), [m, m] float64,
-        by one forward-mode pass a vector where the model permits it.
+        by one forward-mode pass a vector where the model permits it. `trace` is of the same cases
+        and the same parameters.
         """
         if len(inputs) == 0:
-            return vectors.new_zeros((len(vectors), len(vectors)), dtype=torch.float64)
-        outputs, derivatives = self._products.of(inputs, vectors)
+            size = (len(vectors), len(vectors))
+            return self.parameters[0].new_zeros(size, dtype=torch.float64)
+        outputs, derivatives = self._derivatives(inputs, vectors, trace)
         with torch.no_grad():
             roots = torch.stack(
                 [
@@ -127,3 +145,12 @@ class BatchComputer:
             )
         flat = roots.reshape(len(vectors), -1).double()
         return flat @ flat.T
+
+    def _derivatives(
+        self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the outputs, and `J v` for each of `vectors`."""
+        if trace is None:
+            return self._products.of(inputs, torch.stack(tuple(vectors)))
+        assert self._chain is not None, "only a chain has a trace"
+        return trace.outputs, self._chain.of(trace, vectors)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.packing import mirror_lower
 from kfac_dist.core.products import two_sided
 
@@ -44,7 +45,7 @@ class KroneckerPair:
 
     def is_finite(self) -> bool:
         """Tell whether no element is NaN or infinite."""
-        return bool(torch.isfinite(self.A).all() and torch.isfinite(self.G).all())
+        return is_finite(self.A) and is_finite(self.G)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class UnitMoments:
 
     def is_finite(self) -> bool:
         """Tell whether no element is NaN or infinite."""
-        return bool(torch.isfinite(self.M).all())
+        return is_finite(self.M)
 
 
 LayerFactors = KroneckerPair | UnitMoments

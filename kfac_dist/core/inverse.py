@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, UnitMoments
+from kfac_dist.core.finite import is_finite
 
 PiNorm = Literal["trace", "frobenius"]
 T_co = TypeVar("T_co", covariant=True)
@@ -121,7 +122,7 @@ def _invert_factor(factor: Tensor, damping: float) -> tuple[Tensor, tuple[str, .
 
     A factor is a matrix, several [units, k, k], or the vector of a diagonal.
     """
-    if not torch.isfinite(factor).all():
+    if not is_finite(factor):
         raise InversionFailedError("the factor has elements that are not finite")
     attempt = _reciprocal if factor.dim() == 1 or factor.shape[-1] == 1 else _cholesky_inverse
     inverse = attempt(factor, damping)
@@ -131,7 +132,7 @@ def _invert_factor(factor: Tensor, damping: float) -> tuple[Tensor, tuple[str, .
     wide = factor.double()
     for _ in range(NUM_RAISES + 1):
         inverse = attempt(wide, damping)
-        if inverse is not None and torch.isfinite(inverse.to(factor.dtype)).all():
+        if inverse is not None and is_finite(inverse.to(factor.dtype)):
             return inverse.to(factor.dtype), tuple(rungs)
         damping = max(damping * RAISE_BY, torch.finfo(factor.dtype).tiny)
         rungs.append("raised_damping")
@@ -154,7 +155,7 @@ def _cholesky_inverse(factor: Tensor, damping: float) -> Tensor | None:
     # By rows, as a matrix that has travelled: BLAS rounds the two layouts differently.
     inverse = torch.cholesky_inverse(root).contiguous()
     inverse = (inverse + inverse.mT) / 2
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    return inverse if is_finite(inverse) else None
 
 
 def redamp(inverted: InvertedPair, gamma: float) -> InvertedPair:

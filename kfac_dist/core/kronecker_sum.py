@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.inverse import InversionFailedError
 from kfac_dist.core.products import two_sided
 
@@ -78,7 +79,7 @@ def eigendecompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InversionFailedError: a number is not finite, or the iteration did not converge.
     """
-    if not torch.isfinite(matrix).all():
+    if not is_finite(matrix):
         raise InversionFailedError("the matrix has elements that are not finite")
     try:
         values, vectors = torch.linalg.eigh(matrix)

@@ -47,9 +47,16 @@ def matrices_of(vector: Tensor, blocks: Sequence[LayerBlock]) -> dict[str, Tenso
 def vector_of(matrices: Mapping[str, Tensor], blocks: Sequence[LayerBlock], like: Tensor) -> Tensor:
     """Return the vector [P] whose parts are `matrices`."""
     vector = torch.empty_like(like)
+    write_matrices(matrices, blocks, vector)
+    return vector
+
+
+def write_matrices(
+    matrices: Mapping[str, Tensor], blocks: Sequence[LayerBlock], vector: Tensor
+) -> None:
+    """Write the parts of `vector` [P], in place."""
     for block in blocks:
         block.write(matrices[block.name], vector)
-    return vector
 
 
 def solve_layers(

@@ -24,6 +24,7 @@ from kfac_dist.core.layer_rules import (
     input_rows,
     output_rows,
 )
+from kfac_dist.core.second_moment import add_second_moment
 from kfac_dist.core.sites import Site, WeightSharing
 
 
@@ -115,9 +116,7 @@ class KroneckerSums(SiteSums):
     def _add_moments(self, rows: Tensor, num_cases: int, positions: int) -> None:
         divisor = positions * num_cases / self.num_cases
         for columns, A in self._A.items():
-            part = _columns(rows, columns)
-            moment = part.T @ part
-            A.add_(moment if divisor == 1 else moment / divisor)
+            add_second_moment(A, _columns(rows, columns), weight=1 / divisor)
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Add to G."""
@@ -131,8 +130,7 @@ class KroneckerSums(SiteSums):
         first = self.site.first_row
         for (start, end), G in self._G.items():
             for call in self.added_gradients:
-                part = _columns(call, (start - first, end - first))
-                G.addmm_(part.T, part)
+                add_second_moment(G, _columns(call, (start - first, end - first)))
 
     def case_inputs(self) -> Tensor:
         """Return the inputs of all calls as [cases, positions, dim_A]."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kfac_dist.core.blocks import LayerBlock
 from kfac_dist.core.capture import Captures, Gradients
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.layer_rules import has_case_axis
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.site_sums import KroneckerSums, SiteCall, SiteSums
@@ -57,7 +58,7 @@ class BatchStatistics:
         """Tell whether no element is NaN or infinite."""
         pairs = (*self.factors.values(), *self.crosses.values())
         return all(pair.is_finite() for pair in pairs) and all(
-            bool(torch.isfinite(moments).all()) for moments in self.moments.values()
+            is_finite(moments) for moments in self.moments.values()
         )
 
 

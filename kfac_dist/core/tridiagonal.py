@@ -22,6 +22,7 @@ from kfac_dist.core.factors import (
     Link,
     factors_from_tensors,
 )
+from kfac_dist.core.finite import is_finite
 from kfac_dist.core.inverse import (
     NUM_RAISES,
     RAISE_BY,
@@ -149,7 +150,7 @@ def _attempt(linked: _Linked, gamma: float, pi_norm: PiNorm, dtype: torch.dtype)
     )
     tensors = ChainInverse(conditional=conditional, psi=psi).tensors()
     tensors = {name: value.to(dtype) for name, value in tensors.items()}
-    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+    if not all(map(is_finite, tensors.values())):
         raise InversionFailedError("the inverse has elements that are not finite")
     return ChainInverse.from_tensors(tensors)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.choice import Choice, combine
-from kfac_dist.core.precondition import LayerInverse, matrices_of, vector_of
+from kfac_dist.core.precondition import LayerInverse, matrices_of, write_matrices
 from kfac_dist.core.products import RoundedCopies
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.step_rule import (
@@ -125,9 +125,11 @@ class KFACUpdate:
             self._structure.solve(matrices, by_layer, gamma)
             for by_layer, gamma in zip(inverses, gammas, strict=True)
         ]
-        vectors = [vector_of(solved, self._blocks, gradient) for solved, _ in tried]
+        directions = gradient.new_empty((len(tried), len(gradient)))
+        for direction, (solved, _) in zip(directions, tried, strict=True):
+            write_matrices(solved, self._blocks, direction)
         fallen = dict.fromkeys(name for _, names in tried for name in names)
-        return torch.stack(vectors), tuple(fallen)
+        return directions, tuple(fallen)
 
     def needs_gram(self, *, measure: bool) -> bool:
         """Tell whether a step needs the exact Fisher products."""

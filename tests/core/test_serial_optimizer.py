@@ -196,7 +196,9 @@ def test_fisher_products_that_are_not_finite_skip_the_step_once(monkeypatch):
     monkeypatch.setattr(
         optimizer._computer,
         "fisher_gram",
-        lambda _inputs, vectors: torch.full((len(vectors),) * 2, math.nan, dtype=torch.float64),
+        lambda _inputs, vectors, _trace: torch.full(
+            (len(vectors),) * 2, math.nan, dtype=torch.float64
+        ),
     )
     result = optimizer.step(inputs, targets)
     assert not result.applied

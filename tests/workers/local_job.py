@@ -247,8 +247,8 @@ def _take_turns(worker: GradientWork) -> None:
     computer = worker._computer
     alone = computer.fisher_gram
 
-    def fisher_gram(inputs: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    def fisher_gram(*arguments: Any) -> torch.Tensor:
         with _FORWARD_MODE:
-            return alone(inputs, vectors)
+            return alone(*arguments)
 
     computer.fisher_gram = fisher_gram  # type: ignore[method-assign]
