@@ -62,7 +62,8 @@ class CaseGradients:
             return gradients
 
         per_case = torch.func.vmap(gradient, randomness="different")
-        with plain_kernels(self._model):
+        # The other parameters of the model would make a graph of the sums, which averages keep.
+        with torch.no_grad(), plain_kernels(self._model):
             return self._sums(per_case, inputs, derivatives)
 
     def _sums(

@@ -15,7 +15,7 @@ from kfac_dist.core.capture import Captures
 from kfac_dist.core.vector import trainable_parameters, unflatten
 
 _ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU)
-Tangents = Mapping[nn.Parameter, Tensor]
+Tangents = Mapping[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ChainProducts:
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
-        self._parameters = list(trainable_parameters(model).values())
+        self._parameters: list[Tensor] = list(trainable_parameters(model).values())
 
     def trace(self, captures: Captures, outputs: Tensor) -> Trace:
         """Return the trace of a pass in which the modules were observed."""

@@ -175,6 +175,15 @@ def test_no_cases_give_zeros(which):
     assert all(not v.any() for factors in sums.values() for v in factors.tensors().values())
 
 
+@pytest.mark.parametrize("which", MODELS)
+def test_statistics_have_no_graph(which):
+    model, inputs, targets = MODELS[which]()
+    first = next(name for name, _ in model.named_parameters())
+    computer = computer_for("categorical", model, diagonal=(first,))
+    sums = computer.statistics(inputs, targets, step=1)
+    assert not any(v.requires_grad for f in sums.values() for v in f.tensors().values())
+
+
 def test_parts_of_a_fused_projection_share_one_factor():
     model, inputs, targets = MODELS["attention"]()
     computer = computer_for("categorical", model)
