@@ -30,7 +30,7 @@ from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.finite import is_finite
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
-from kfac_dist.core.shelf import Held, all_carry, at_gamma
+from kfac_dist.core.shelf import Held, all_carry, at_gamma, ready
 from kfac_dist.core.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten
 from kfac_dist.errors import InvalidSpecError
@@ -199,10 +199,7 @@ class KFAC(torch.optim.Optimizer):
         )
 
     def _precondition(self, gradient: Tensor, held: Held, gammas: tuple[float, ...]) -> Tensor:
-        inverses = [
-            {name: inverted.inverse for name, inverted in at_gamma(held, gamma).items()}
-            for gamma in gammas
-        ]
+        inverses = [ready(at_gamma(held, gamma)) for gamma in gammas]
         directions, fallen = self._update.directions(gradient, inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
         return directions

@@ -9,7 +9,7 @@ from typing import Any
 from kfac_dist.coordination.staleness import Admission
 from kfac_dist.core.inverse import Inverted
 from kfac_dist.core.precondition import LayerInverse
-from kfac_dist.core.shelf import Held, all_carry
+from kfac_dist.core.shelf import Held, all_carry, ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Candidate:
     @property
     def by_layer(self) -> dict[str, LayerInverse]:
         """The inverses, ready to be applied."""
-        return {name: inverted.inverse for name, inverted in self.inverses.items()}
+        return ready(self.inverses)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,13 +48,12 @@ class StepSchedule:
 
     def plan(self, step: int) -> StepPlan:
         """Return what is due in `step`, counted from 1."""
-        search = _due(step, self.gamma_adapt_period)
-        refresh = step <= _FIRST_STEPS or _due(step, self.inverse_update_period) or search
+        refresh = self._refreshes(step)
         return StepPlan(
             step=step,
             update_factors=refresh or (step - 1) % self.factor_update_period == 0,
             refresh_inverses=refresh,
-            search_gamma=search,
+            search_gamma=_due(step, self.gamma_adapt_period),
             measure=_due(step, self.damping_adapt_period),
             lr=_given(step, self.lr),
             damping=_given(step, self.damping),
@@ -63,15 +62,22 @@ class StepSchedule:
     def next_refresh(self, step: int) -> int:
         """Return the first step after `step` in which a refresh is due."""
         step += 1
-        while not self.plan(step).refresh_inverses:
+        while not self._refreshes(step):
             step += 1
         return step
 
     def last_refresh(self, step: int) -> int:
         """Return the newest step up to `step` in which a refresh was due."""
-        while not self.plan(step).refresh_inverses:
+        while not self._refreshes(step):
             step -= 1
         return step
+
+    def _refreshes(self, step: int) -> bool:
+        return (
+            step <= _FIRST_STEPS
+            or _due(step, self.inverse_update_period)
+            or _due(step, self.gamma_adapt_period)
+        )
 
 
 def _due(step: int, period: int | None) -> bool:

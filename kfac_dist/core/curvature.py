@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.registration import Registration
-from kfac_dist.core.shelf import HeldInverses, InverseShelf
+from kfac_dist.core.shelf import HeldInverses, InverseShelf, ready
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.core.structure import structure_for
 from kfac_dist.errors import InvalidSpecError
@@ -63,8 +63,7 @@ class Curvature:
 
     def solve(self, matrices: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
         """Return the direction of each layer [dim_G, dim_A] by the inverses in use."""
-        inverses = {name: inverted.inverse for name, inverted in self.shelf.in_use().items()}
-        return self.structure.solve(matrices, inverses, gamma)[0]
+        return self.structure.solve(matrices, ready(self.shelf.in_use()), gamma)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the structure, the averages and the shelf."""

@@ -60,8 +60,7 @@ def invert_layer(
         # One factor only: nothing to split the damping between.
         inverse, rungs = _invert_factor(factors.M, gamma**2)
         return Inverted(inverse=UnitMoments(M=inverse), pi=1.0, gamma=gamma, rungs=rungs)
-    pair = invert_pair(factors, gamma, pi_norm)
-    return Inverted(inverse=pair.inverse, pi=pair.pi, gamma=gamma, rungs=pair.rungs)
+    return invert_pair(factors, gamma, pi_norm)
 
 
 def redamp_layer(inverted: Inverted[LayerFactors], gamma: float) -> Inverted[LayerFactors]:
@@ -76,7 +75,7 @@ def redamp_layer(inverted: Inverted[LayerFactors], gamma: float) -> Inverted[Lay
         shifted = _shift_inverse(inverse.M, gamma**2 - inverted.gamma**2)
         return replace(inverted, inverse=UnitMoments(M=shifted), gamma=gamma)
     own = InvertedPair(inverse=inverse, pi=inverted.pi, gamma=inverted.gamma, rungs=inverted.rungs)
-    return replace(inverted, inverse=redamp(own, gamma).inverse, gamma=gamma)
+    return redamp(own, gamma)
 
 
 def damping_split(pair: KroneckerPair, norm: PiNorm) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse import Inverted
+from kfac_dist.core.precondition import LayerInverse
 from kfac_dist.core.structure import Structure
 
 InvertedLayers = dict[str, Inverted[Any]]
@@ -52,6 +53,11 @@ def at_gamma(held: Mapping[str, HeldInverses], gamma: float) -> InvertedLayers:
     """Return the inverse nearest to `gamma` of each layer that has one."""
     nearest = {name: one.nearest(gamma) for name, one in held.items()}
     return {name: inverted for name, inverted in nearest.items() if inverted is not None}
+
+
+def ready(inverted: Mapping[str, Inverted[Any]]) -> dict[str, LayerInverse]:
+    """Return the inverses themselves, to be applied."""
+    return {name: one.inverse for name, one in inverted.items()}
 
 
 def all_carry(held: Mapping[str, HeldInverses], gammas: Sequence[float]) -> bool:
