@@ -137,9 +137,9 @@ class KFACPreconditioner:
             InvalidSpecError: there was no forward pass in training mode since the last step.
         """
         plan = self._schedule.plan(self.step_count + 1)
-        self.step_count = plan.step
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             self._update_factors(plan)
+            self.step_count = plan.step  # a step that was refused is none
             self._invert(plan)
             self._precondition()
 

@@ -269,9 +269,10 @@ def test_evaluation_is_not_observed_and_frozen_parameters_stay_out():
         model.train()(job.data(0)[0])
     with pytest.raises(InvalidSpecError, match="no forward pass in training mode"):
         preconditioner.step()
-    preconditioner = preconditioner_for(model)
+    assert preconditioner.step_count == 0
     backward(model)
     preconditioner.step()
+    assert preconditioner.step_count == 1
     assert model[0].weight.grad is None
     assert model[2].weight.grad is not None
 
