@@ -52,7 +52,8 @@ class KFAC(torch.optim.Optimizer):
 
     `delay_steps` simulates an asynchronous run: by patterns of layer names, of which the last that
     matches counts, how many steps late a refresh of the inverses is used. A job with the same
-    `staleness.delay_steps` takes the same steps.
+    `staleness.delay_steps` takes the same steps. The first `warmup_steps` steps are synchronous
+    all the same, as with `staleness.warmup_steps`.
 
     Raises:
         InvalidSpecError: an option is unknown, out of range, not for the type of the parameters,
@@ -66,6 +67,7 @@ class KFAC(torch.optim.Optimizer):
         distribution: DistributionName,
         seed: int = 0,
         delay_steps: Mapping[str, int] | None = None,
+        warmup_steps: int = 0,
         **options: Any,
     ) -> None:
         self.settings: KFACSpec = kfac_settings(options)
@@ -86,7 +88,10 @@ class KFAC(torch.optim.Optimizer):
         _LOG.info("%s", chosen)
         self._schedule = kfac_schedule(self.settings)
         self._bound = StalenessBound(
-            max_steps=0, warmup_steps=0, schedule=self._schedule, delay_steps=delay_steps or {}
+            max_steps=0,
+            warmup_steps=warmup_steps,
+            schedule=self._schedule,
+            delay_steps=delay_steps or {},
         )
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
