@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from kfac_dist.core.factors import FactorAverages, KroneckerPair, Link
+from kfac_dist.core.factors import (
+    FactorAverages,
+    KroneckerPair,
+    Link,
+    PackedFactors,
+    UnitMoments,
+)
+from kfac_dist.core.packing import pack_symmetric
 
 
 def pair_of(value, size_A=3, size_G=2):
@@ -68,6 +75,35 @@ def test_state_round_trip_gives_the_same_next_averages():
         assert torch.equal(averages.pair(name).A, other.pair(name).A)
         assert torch.equal(averages.pair(name).G, other.pair(name).G)
     assert other.step == 9
+
+
+@pytest.mark.parametrize("restored_after", [0, 3])
+def test_averages_of_packed_triangles_are_those_of_matrices_to_the_last_bit(restored_after):
+    """Sizes that fill vector registers, and leave some over."""
+    sums = [
+        {
+            "pair": KroneckerPair(A=gram(37, 2 * k), G=gram(64, 2 * k + 1)),
+            "embedding": KroneckerPair(A=gram(9, k).diagonal().clone(), G=gram(5, k)),
+            "norm": UnitMoments(M=torch.stack([gram(2, k + unit) for unit in range(7)])),
+        }
+        for k in range(8)
+    ]
+    whole, packed = FactorAverages(sums[0], 0.9), FactorAverages(sums[0], 0.9)
+    for step, batch in enumerate(sums):
+        if step == restored_after:
+            packed.load_state_dict(pack_symmetric(packed.state_dict()))
+        whole.update(step, batch, 3)
+        triangles = {n: PackedFactors(packed=pack_symmetric(f.tensors())) for n, f in batch.items()}
+        packed.update(step, triangles, 3)
+    for name in whole.names:
+        expected, found = whole.pair(name).tensors(), packed.pair(name).tensors()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def gram(order, seed):
+    rows = torch.randn(order, order, generator=torch.Generator().manual_seed(seed))
+    return rows.T @ rows
 
 
 def test_a_layer_without_a_state_starts_anew():
