@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from race import ROOT, batches, conditions
-from report import add_output_options, deliver, surroundings, table
+from report import add_output_options, deliver, document, surroundings, table
 from turns import WITHOUT_EXTRAS, Turns, on_cores, run_turns
 
 from kfac_dist import KFAC
@@ -144,16 +144,29 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for phase in phases
     ]
-    return f"""# A distributed step on one host next to a serial one
+    return document(
+        "A distributed step on one host next to a serial one",
+        "`python benchmarks/distributed_cost.py --data-dir DIR --out benchmarks/results`: "
+        f"{result['job']}, batch {result['batch_size']}, one gradient worker, one asynchronous "
+        f"inverse worker, the parameter server, float32, torch {result['versions']['torch']}, "
+        f"Ray {result['versions']['ray']}, {result['hardware']['cores']} cores. Wall time of a "
+        f"step, driver included, in turns of {PERIOD} steps with the serial optimizer on as many "
+        "cores and threads.",
+        table(header, rows),
+        "Phases, serial / distributed, as shares of a serial step. `precondition` of a "
+        "distributed run is beside `statistics`; `wait_direction` is what of it the gradient "
+        "worker waits for. `inversion` is the inverse worker's and beside the step. `reduce` and "
+        "`broadcast` are what sending takes, waiting for the other side left out.",
+        table(["phase", *runs], cells),
+        "CPU seconds by process, as shares of a serial step's wall time.",
+        table(["process", *runs], _cpu_cells(runs)),
+    )
 
-`python benchmarks/distributed_cost.py --data-dir DIR --out benchmarks/results`: {result["job"]}, batch {result["batch_size"]}, one gradient worker, one asynchronous inverse worker, the parameter server, float32, torch {result["versions"]["torch"]}, Ray {result["versions"]["ray"]}, {result["hardware"]["cores"]} cores. Wall time of a step, driver included, in turns of {PERIOD} steps with the serial optimizer on as many cores and threads.
 
-{table(header, rows)}
-
-Phases, serial / distributed, as shares of a serial step. `inversion` of a distributed run is the inverse worker's and beside the step; `reduce` and `broadcast` are what sending takes, waiting for the other side left out.
-
-{table(["phase", *runs], cells)}
-"""
+def _cpu_cells(runs: dict[str, Any]) -> list[list[object]]:
+    name = "distributed_cpu_over_serial_step"
+    roles = dict.fromkeys(role for run in runs.values() for role in run[name])
+    return [[role, *(run[name].get(role, 0) for run in runs.values())] for role in roles]
 
 
 def main() -> None:

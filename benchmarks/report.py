@@ -65,3 +65,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; floats as they are given, so round them before."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def document(title: str, *paragraphs: str) -> str:
+    """Return a Markdown document."""
+    return "\n\n".join([f"# {title}", *paragraphs]) + "\n"

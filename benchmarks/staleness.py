@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from race import ROOT, Contestant, MakeStep, Step, conditions, race
-from report import add_output_options, deliver, surroundings, table
+from report import add_output_options, deliver, document, surroundings, table
 from torch import nn
 
 from kfac_dist import KFAC
@@ -119,7 +119,9 @@ def summary(
         rows.append(
             {
                 "variant": variant.name,
-                "mean_staleness_steps": round(variant.mean_staleness(spec.optimizer, spec.steps), 1),
+                "mean_staleness_steps": round(
+                    variant.mean_staleness(spec.optimizer, spec.steps), 1
+                ),
                 "objective": round(mean(run["objective"][variant.name] for run in runs), 3),
                 "over_synchronous": {
                     "mean": round(mean(ratios), 4),
@@ -143,12 +145,17 @@ def markdown(result: dict[str, Any]) -> str:
         for row in result["variants"]
     ]
     header = ["run", "mean staleness, steps", "objective", "over synchronous", "seeds"]
-    return f"""# What staleness of the inverses costs in progress
-
-`python benchmarks/staleness.py --data-dir DIR --out benchmarks/results`: {result["job"]}, batch {result["batch_size"]}, {result["steps"]} steps, {len(result["runs"])} seeds, refresh every {result["inverse_update_period"]} steps, float32, torch {result["versions"]["torch"]}. Objective on the whole training set, l2 term included, nats a case. Each refresh is used exactly so many steps late, after the warm-up; a run without delay is synchronous, its inverses 0 to {result["inverse_update_period"] - 1} steps old.
-
-{table(header, rows)}
-"""
+    return document(
+        "What staleness of the inverses costs in progress",
+        f"`python benchmarks/staleness.py --data-dir DIR --out benchmarks/results`: "
+        f"{result['job']}, data {result['data']['name']}, batch {result['batch_size']}, "
+        f"{result['steps']} steps, {len(result['runs'])} seeds, refresh every "
+        f"{result['inverse_update_period']} steps, float32, torch {result['versions']['torch']}. "
+        "Objective on the whole training set, l2 term included, nats a case. Each refresh is used "
+        "exactly so many steps late, after the warm-up; a run without delay is synchronous. The "
+        "age of its inverses, 0 in the step of a refresh, counts as staleness too.",
+        table(header, rows),
+    )
 
 
 def main() -> None:

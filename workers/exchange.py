@@ -1,14 +1,18 @@
 """The collective protocol of one step; both sides, message by message.
 
     gradient workers                              parameter server
-    1  send_gradient      -- reduce [P], [3] -->  receive_gradient
-    1b send               -- reduce [moments] -->  receive              (when statistics are due)
+    1  send_gradient      -- sum [P], [2] -->     receive_gradient
+    1a send_usable        -- sum [1] -->          receive_usable       (when statistics are due)
+    1b send               -- sum [moments] -->    receive              (when statistics are due)
     2  receive_directions <-- broadcast [2], [C, P] --  send_directions, or skip_step
-    3  send_gram          -- reduce [C+1, C+1] -> receive_gram         (when the rule needs it)
+    3  send_gram          -- sum [C+1, C+1] -->   receive_gram         (when the rule needs it)
     4  receive_choice     <-- broadcast [5] --    send_choice
     5  both apply update = mu previous - alpha directions[candidate]
     5b receive_bases      <-- broadcast [L, 2], [bases that changed] --  send_bases
-    6  send_loss          -- reduce [1] -->       receive_loss         (when a measure is due)
+    6  send_loss          -- sum [1] -->          receive_loss         (when a measure is due)
+
+Between 1 and 1a the workers compute their statistics, while the server preconditions if it has all
+inverses that the step may use.
 
 1b and 5b are EKFAC's (`moments_exchange`): the second moments of the gradients of single cases, in
 the bases of the inverses in use. The server takes them into those inverses before it looks for
@@ -35,15 +39,11 @@ _SKIP = (0.0, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSums:
-    """Sums over the batch, at the server: `loss` float64, `gradient` [P].
-
-    `statistics_usable` tells whether the statistics of every worker were finite.
-    """
+    """Sums over the batch, at the server: `loss` float64, `gradient` [P]."""
 
     loss: float
     num_cases: int
     gradient: Tensor
-    statistics_usable: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,14 @@ class WorkerSide:
         self._num_parameters = num_parameters
         self._like = like
 
-    def send_gradient(self, sums: GradientSums, num_cases: int, statistics_usable: bool) -> None:
-        """Send the sums of this part of the batch; the gradient's memory is given up."""
-        self._group.reduce(sums.gradient)
-        self._group.reduce(_numbers(float(sums.loss), num_cases, float(statistics_usable)))
+    def send_gradient(self, sums: GradientSums, num_cases: int) -> None:
+        """Send the sums of this part of the batch."""
+        self._group.send(sums.gradient)
+        self._group.send(_numbers(float(sums.loss), num_cases))
+
+    def send_usable(self, usable: bool) -> None:
+        """Tell whether the statistics of this part were finite."""
+        self._group.send(_numbers(usable))
 
     def receive_directions(self) -> Directions | None:
         """Return the directions; None when the step is skipped."""
@@ -90,7 +94,7 @@ class WorkerSide:
 
     def send_gram(self, gram: Tensor) -> None:
         """Send the Fisher products [C + 1, C + 1], float64, summed over this part's cases."""
-        self._group.reduce(gram)
+        self._group.send(gram)
 
     def receive_choice(self) -> Coefficients | None:
         """Return what was chosen; None when the step is not applied."""
@@ -102,7 +106,7 @@ class WorkerSide:
 
     def send_loss(self, loss_sum: Tensor) -> None:
         """Send the sum of the losses at the new parameters, float64 []."""
-        self._group.reduce(loss_sum.reshape(1))
+        self._group.send(loss_sum.reshape(1))
 
     def receive_parameters(self) -> Tensor | None:
         """Return the new parameters [P]; None when the step is skipped."""
@@ -131,17 +135,19 @@ class ServerSide:
         self._num_workers = group.size - 1
         self._num_parameters = num_parameters
         self._like = like
+        self._gradients = group.new_parts(like.new_empty(num_parameters))
 
     def receive_gradient(self) -> BatchSums:
-        """Return the sums over the batch."""
-        gradient = self._group.reduce(self._like.new_zeros(self._num_parameters))
-        numbers = self._group.reduce(_numbers(0.0, 0.0, 0.0)).tolist()
+        """Return the sums over the batch; the next step's take the same memory."""
+        gradient = self._group.receive_sum_into(self._gradients)
+        loss, num_cases = self._group.receive_sum(_numbers(0.0, 0.0)).tolist()
         return BatchSums(
-            loss=numbers[0],
-            num_cases=int(numbers[1]),
-            gradient=gradient.to(self._like.device),
-            statistics_usable=numbers[2] == self._num_workers,
+            loss=loss, num_cases=int(num_cases), gradient=gradient.to(self._like.device)
         )
+
+    def receive_usable(self) -> bool:
+        """Return whether the statistics of every worker were finite."""
+        return self._group.receive_sum(_numbers(0.0)).item() == self._num_workers
 
     def skip_step(self) -> None:
         """Tell the workers that nothing comes of this step."""
@@ -155,7 +161,7 @@ class ServerSide:
     def receive_gram(self, order: int) -> Tensor:
         """Return the Fisher products [order, order], float64, summed over the Fisher cases."""
         gram = self._like.new_zeros((order, order), dtype=torch.float64)
-        return self._group.reduce(gram).to(self._like.device)
+        return self._group.receive_sum(gram).to(self._like.device)
 
     def send_choice(self, choice: Choice, *, measure: bool) -> None:
         """Send the coefficients, or that nothing is applied."""
@@ -165,7 +171,7 @@ class ServerSide:
 
     def receive_loss(self) -> float:
         """Return the sum of the losses at the new parameters."""
-        return float(self._group.reduce(_numbers(0.0)).item())
+        return float(self._group.receive_sum(_numbers(0.0)).item())
 
     def send_parameters(self, parameters: Tensor) -> None:
         """Send the new parameters [P]."""

@@ -72,12 +72,17 @@ class KFACServer:
         assert self._side is not None, "join a group first"
         plan, side, phases = order.plan, self._side, Phases()
         self._update.begin_step(plan.damping)
-        mean = self._receive_gradient(order, side, phases)
-        if not mean.is_finite():
+        mean = self._receive_gradient(side, phases)
+        finite = mean.is_finite()
+        ahead = finite and not self._needs_statistics(plan)
+        if ahead:  # while the workers compute their statistics
+            inverses, directions = self._precondition(plan, mean, phases)
+        self._receive_statistics(order, side, phases)
+        if not finite:
             side.skip_step()
             return self._skipped(order, mean, phases)
-        inverses = self._wait_for_inverses(plan, phases)
-        directions = self._precondition(mean.gradient, inverses, phases)
+        if not ahead:
+            inverses, directions = self._precondition(plan, mean, phases)
         gram = self._receive_fisher_products(order, side, directions, phases)
         gammas = inverses.gammas
         choice = self._update.choose(mean.gradient, directions, gammas, gram, lr=plan.lr)
@@ -89,20 +94,43 @@ class KFACServer:
         ratio = self._adapt_damping(order, side, choice, mean, phases)
         return self._report(order, mean, inverses, choice, ratio, phases)
 
-    def _receive_gradient(self, order: StepOrder, side: ServerSide, phases: Phases) -> MeanGradient:
+    def _receive_gradient(self, side: ServerSide, phases: Phases) -> MeanGradient:
         with phases("reduce"):
-            sums = side.receive_gradient()
-            if order.plan.update_factors:
-                self._observe(order, usable=sums.statistics_usable)
-            return self.state.mean(sums)
+            return self.state.mean(side.receive_gradient())
 
-    def _observe(self, order: StepOrder, *, usable: bool) -> None:
+    def _needs_statistics(self, plan: StepPlan) -> bool:
+        """Tell whether the direction of a step depends on its statistics.
+
+        Moments go into the inverses in use, and an inverse that is waited for may be made of them.
+        """
+        return plan.update_factors and (
+            self._store.structure.observes_moments or not self._store.is_ready(plan.step)
+        )
+
+    def _receive_statistics(self, order: StepOrder, side: ServerSide, phases: Phases) -> None:
         """Take in the moments of a step, unless its statistics were refused."""
-        moments = self._moments.receive()
+        if not order.plan.update_factors:
+            return
+        with phases("wait_statistics"):
+            usable = side.receive_usable()
+            moments = self._moments.receive()
         if usable:
             self._store.note_statistics(order.plan.step)
             rows = subset_positions(order.window.size, self._settings.statistics_fraction)
             self._store.observe(moments, len(rows))
+
+    def _precondition(
+        self, plan: StepPlan, mean: MeanGradient, phases: Phases
+    ) -> tuple[StepInverses, Tensor]:
+        inverses = self._wait_for_inverses(plan, phases)
+        with phases("precondition"):
+            directions, fallen = self._update.directions(
+                mean.gradient,
+                [candidate.by_layer for candidate in inverses.candidates],
+                inverses.gammas,
+            )
+        self._counts["gradient_fallback"] += len(fallen)
+        return inverses, directions
 
     def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> StepInverses:
         """Choose the inverses: one set, or one for each gamma when a search can be decided.
@@ -116,16 +144,6 @@ class KFACServer:
         gammas = self._update.tried_gammas(admitted.carry, search=plan.search_gamma)
         candidates = [self._store.candidate(plan.step, admitted, gamma) for gamma in gammas]
         return StepInverses(admitted=admitted, candidates=candidates)
-
-    def _precondition(self, gradient: Tensor, inverses: StepInverses, phases: Phases) -> Tensor:
-        with phases("precondition"):
-            directions, fallen = self._update.directions(
-                gradient,
-                [candidate.by_layer for candidate in inverses.candidates],
-                inverses.gammas,
-            )
-            self._counts["gradient_fallback"] += len(fallen)
-            return directions
 
     def _receive_fisher_products(
         self, order: StepOrder, side: ServerSide, directions: Tensor, phases: Phases

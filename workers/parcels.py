@@ -92,9 +92,7 @@ def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
             for name, arrays in parcel.factors.items()
         },
         crosses={
-            name: KroneckerPair(
-                A=to_tensor(arrays["cross_A"]), G=to_tensor(arrays["cross_G"])
-            )
+            name: KroneckerPair(A=to_tensor(arrays["cross_A"]), G=to_tensor(arrays["cross_G"]))
             for name, arrays in parcel.crosses.items()
         },
     )
