@@ -46,6 +46,14 @@ def cpu_seconds_by_role() -> Counter[str]:
     return seconds
 
 
+def private_bytes(pid: int) -> int:
+    """Return the anonymous memory of a process; 0 if it is gone."""
+    for line in _read(pid, "status").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def _stat(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat after the name, from the state on; none if it is gone."""
     return _read(pid, "stat").rpartition(")")[2].split()

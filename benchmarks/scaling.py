@@ -33,6 +33,7 @@ from kfac_dist.core.distributions import get_distribution
 from kfac_dist.core.packing import packed_size
 from kfac_dist.core.registration import Registration, register
 from kfac_dist.tasks import build_model, load_task, torch_dtype
+from workers.cluster import ray_cluster
 
 PERIOD = 20
 ALONE_STEPS = 5
@@ -205,10 +206,11 @@ def main() -> None:
     registration = register(build_model(task, spec.seed, torch_dtype(spec.dtype)), spec.optimizer)
     started = surroundings()
     measured = [Measured(job(path, count, size, arguments.set)) for count in arguments.workers]
-    for _ in range(rounds):
-        for one in measured:
-            one.take_round(spec, arguments.data_dir)
-            print(one.spec.workers.gradient, one.seconds, one.alone_seconds, file=sys.stderr)
+    with ray_cluster(None):
+        for _ in range(rounds):
+            for one in measured:
+                one.take_round(spec, arguments.data_dir)
+                print(one.spec.workers.gradient, one.seconds, one.alone_seconds, file=sys.stderr)
     result = {
         "question": "step of one gradient worker over the step of several, same batch a worker",
         **conditions(spec),
