@@ -19,7 +19,8 @@ def _scripts_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_variants_are_compared_with_the_synchronous_run(tmp_path: Path) -> None:
-    small = ("data.limit=200", "batch_size=50", "task_args.hidden=[20,5]")
+    damping = "optimizer.damping.initial=150"
+    small = ("data.limit=200", "batch_size=100", "task_args.hidden=[20,5]", damping)
     overrides = [word for override in small for word in ("--set", override)]
     script = str(ROOT / "benchmarks/staleness.py")
     done = subprocess.run(
