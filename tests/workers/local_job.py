@@ -28,6 +28,7 @@ from workers.messages import (
     Rendezvous,
     ServerReport,
     StepOrder,
+    WorkerReport,
 )
 from workers.planning import batch_size, inverse_setups, staleness_bound, step_schedule
 from workers.process_group import Group, host_store, join_group, join_store
@@ -171,6 +172,7 @@ class LocalJob:
         self.cursor = saved.cursor if saved else SamplerCursor(epoch=0, offset=0)
         self.num_cases = len(self.workers[0]._data["train"])
         self.step_count = saved.step if saved else 0
+        self.worker_reports: list[WorkerReport] = []
         self.gammas = self.server.next_gammas(self.step_count + 1)
 
     def _inverse_loops(self) -> dict[int, InverseLoop]:
@@ -217,8 +219,9 @@ class LocalJob:
             for loop in self.loops.values():
                 loop.put_request(request)
         calls: list[Callable[[], Any]] = [lambda w=w: w.step(order) for w in self.workers]
-        report: ServerReport = in_threads([*calls, lambda: self.server.step(order)])[-1]
+        *self.worker_reports, report = in_threads([*calls, lambda: self.server.step(order)])
         self.gammas = report.next_gammas
+        assert isinstance(report, ServerReport)
         return report
 
     def save(self) -> Saved:
