@@ -21,7 +21,7 @@ from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.averaging import ParameterAverage
-from kfac_dist.core.chain_products import Trace
+from kfac_dist.core.chain import Trace
 from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
@@ -111,7 +111,7 @@ class KFAC(torch.optim.Optimizer):
         loss, objective, gradient, trace = self._compute(inputs, targets)
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
-        self._update_factors(plan, inputs, targets)
+        self._update_factors(plan, inputs, targets, trace)
         self._invert(plan)
         held = self._admit(plan)
         gammas = self._tried_gammas(plan, held)
@@ -169,7 +169,9 @@ class KFAC(torch.optim.Optimizer):
             applied=choice is not None,
         )
 
-    def _update_factors(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> None:
+    def _update_factors(
+        self, plan: StepPlan, inputs: Tensor, targets: Tensor, trace: Trace | None
+    ) -> None:
         if not plan.update_factors:
             return
         rows = subset_positions(len(inputs), self.settings.statistics_fraction)
@@ -179,6 +181,7 @@ class KFAC(torch.optim.Optimizer):
             step=plan.step,
             links=self._curvature.structure.links,
             bases=self._curvature.shelf.bases(),
+            trace=trace and trace.take(rows),
         )
         self._curvature.update(plan.step, statistics, len(rows))
 

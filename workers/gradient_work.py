@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.chain_products import Trace
+from kfac_dist.core.chain import Trace
 from kfac_dist.core.choice import combine
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
@@ -134,7 +134,7 @@ class GradientWork:
             return SentStatistics(usable=True, moments=None)
         bases, usable = self._moments.bases, _is_finite(sums)
         with phases("statistics"), self._user_code("the statistics"):
-            return self._statistics.send(order.plan.step, part, bases, usable=usable)
+            return self._statistics.send(order.plan.step, part, sums.trace, bases, usable=usable)
 
     def _take_part_in_choice(
         self,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.capture import capturing
-from kfac_dist.core.chain_products import ChainProducts, Trace, chain_of
+from kfac_dist.core.chain import Trace, chain_of
+from kfac_dist.core.chain_products import ChainProducts
 from kfac_dist.core.distributions import Distribution
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
 from kfac_dist.core.jacobian_products import JacobianProducts
@@ -28,7 +29,7 @@ class GradientSums(NamedTuple):
     """Sums over the cases of a part of a batch.
 
     `loss` is float64, shape []; `gradient` [P] has the dtype of the parameters. `trace` is what
-    the pass has seen, where Fisher products can make use of it.
+    the pass has seen, where statistics and Fisher products can make use of it.
     """
 
     loss: Tensor
@@ -63,7 +64,9 @@ class BatchComputer:
         self._chain = ChainProducts(model, chain) if chain else None
         self._statistics: StatisticsPass | None = None
         if registration is not None:
-            self._statistics = StatisticsPass(model, distribution, seed, registration, fisher_type)
+            self._statistics = StatisticsPass(
+                model, distribution, seed, registration, fisher_type, self._chain
+            )
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the losses of the cases, float64, shape []."""
@@ -93,7 +96,7 @@ class BatchComputer:
             return self.model(inputs), None
         with capturing(self._chain.modules) as captures:
             outputs: Tensor = self.model(inputs)
-        return outputs, self._chain.trace(captures, outputs)
+        return outputs, Trace.of(self._chain.modules, captures, outputs)
 
     def statistics(
         self, inputs: Tensor, targets: Tensor, *, step: int, first_row: int = 0
@@ -113,14 +116,21 @@ class BatchComputer:
         first_row: int = 0,
         links: Iterable[Link] = (),
         bases: Mapping[str, KroneckerPair] | None = None,
+        trace: Trace | None = None,
     ) -> BatchStatistics:
         """Return the factors, the cross factors of `links` and moments in `bases`.
 
-        See `StatisticsPass.run`.
+        `trace` is of the same cases and the same parameters. See `StatisticsPass.run`.
         """
         assert self._statistics is not None, "statistics need the registration of the model"
         return self._statistics.run(
-            inputs, targets, step=step, first_row=first_row, links=links, bases=bases or {}
+            inputs,
+            targets,
+            step=step,
+            first_row=first_row,
+            links=links,
+            bases=bases or {},
+            trace=trace,
         )
 
     def fisher_gram(
