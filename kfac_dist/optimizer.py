@@ -28,6 +28,7 @@ from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.finite import is_finite
+from kfac_dist.core.fisher import FisherMeans
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.shelf import Held, all_carry, at_gamma, ready
@@ -116,8 +117,8 @@ class KFAC(torch.optim.Optimizer):
         held = self._admit(plan)
         gammas = self._tried_gammas(plan, held)
         directions = self._precondition(gradient, held, gammas)
-        gram = self._fisher_products(plan, inputs, directions, trace)
-        choice = self._update.choose(gradient, directions, gammas, gram, lr=plan.lr)
+        fisher = self._fisher_products(plan, inputs, directions, trace)
+        choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
         self._curvature.shelf.use(held, choice.gamma, search_open=self._update.search_open)
@@ -209,13 +210,14 @@ class KFAC(torch.optim.Optimizer):
 
     def _fisher_products(
         self, plan: StepPlan, inputs: Tensor, directions: Tensor, trace: Trace | None
-    ) -> Tensor | None:
-        if not self._update.needs_gram(measure=plan.measure):
+    ) -> FisherMeans | None:
+        fraction = self._update.fisher_fraction(len(inputs), measure=plan.measure)
+        if fraction is None:
             return None
-        rows = subset_positions(len(inputs), self.settings.fisher_fraction)
+        rows = subset_positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
         traced = trace and trace.take(rows)
-        return self._computer.fisher_gram(_take(inputs, rows), vectors, traced) / len(rows)
+        return self._computer.fisher_sums(_take(inputs, rows), vectors, traced).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))

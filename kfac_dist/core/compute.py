@@ -17,6 +17,7 @@ from kfac_dist.core.chain import Trace, chain_of
 from kfac_dist.core.chain_products import ChainProducts
 from kfac_dist.core.distributions import Distribution
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
+from kfac_dist.core.fisher import FisherSums
 from kfac_dist.core.jacobian_products import JacobianProducts
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.running_statistics import running_statistics_kept
@@ -133,18 +134,17 @@ class BatchComputer:
             trace=trace,
         )
 
-    def fisher_gram(
+    def fisher_sums(
         self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None = None
-    ) -> Tensor:
+    ) -> FisherSums:
         """Return the sums over cases of `(B^T J u) . (B^T J v)` for all pairs of `vectors` [P].
 
-        The exact Fisher of the predictive distribution (algorithm.md section 8), [m, m] float64,
-        by one forward-mode pass a vector where the model permits it. `trace` is of the same cases
-        and the same parameters.
+        The exact Fisher of the predictive distribution (algorithm.md section 8), by one
+        forward-mode pass a vector where the model permits it. `trace` is of the same cases and
+        the same parameters.
         """
         if len(inputs) == 0:
-            size = (len(vectors), len(vectors))
-            return self.parameters[0].new_zeros(size, dtype=torch.float64)
+            return FisherSums.zero(len(vectors), self.parameters[0])
         outputs, derivatives = self._derivatives(inputs, vectors, trace)
         with torch.no_grad():
             roots = torch.stack(
@@ -153,8 +153,7 @@ class BatchComputer:
                     for derivative in derivatives
                 ]
             )
-        flat = roots.reshape(len(vectors), -1).double()
-        return flat @ flat.T
+        return FisherSums.of(roots)
 
     def _derivatives(
         self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None
