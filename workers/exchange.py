@@ -114,9 +114,12 @@ class WorkerSide:
         return None if count == 0 else self._receive(self._num_parameters)
 
     def receive_state(self) -> tuple[Tensor, Tensor]:
-        """Return parameters and previous update, [P] each: at the start, and after a restore."""
+        """Return parameters and previous update, [P] each: at the start, and after a restore.
+
+        Each in memory of its own, as the server's: products round by where a vector begins.
+        """
         parameters, previous = self._receive(2, self._num_parameters)
-        return parameters, previous
+        return parameters.clone(), previous.clone()
 
     def _receive_header(self) -> tuple[int, float]:
         count, fraction = self._group.broadcast(_numbers(*_SKIP)).tolist()
