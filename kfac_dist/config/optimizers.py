@@ -100,7 +100,7 @@ _AUTO_FACTOR_DIM = 640
 class DampingSpec(Section):
     """Levenberg-Marquardt damping, lambda (section 6.5)."""
 
-    initial: Damping = 3.0
+    initial: Damping = 0.3
     """lambda before the first step, or its schedule; the paper's autoencoders had 150."""
     adapt_period: Count | None = 5
     """Steps from one measurement of the reduction ratio to the next; null keeps lambda fixed."""

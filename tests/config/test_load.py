@@ -32,7 +32,7 @@ optimizer:
   step_rule: adaptive
   inverse: block_diagonal
   fisher_type: mc
-  damping: {initial: 3, adapt_period: 5}
+  damping: {initial: 0.3, adapt_period: 5}
   gamma: {adapt_period: 20}
   l2: 1.0e-5
   factor_update_period: 1
