@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 _FRACTIONS = (0.125, 0.25, 0.5)
-# The relative error that a curvature may have: one hundredth of the decrease is given away.
-_TOLERANCE = 0.1
+# The relative error that a curvature may have: two hundredths of the decrease are given away.
+_TOLERANCE = 0.15
 # On fewer cases of the gradient's own batch the quadratic model fits the gradient's noise, the
 # reduction ratio does not tell, and damping collapses.
 _MIN_CASES = 100
@@ -80,7 +80,7 @@ def fisher_fraction(setting: float | Literal["auto"], noise: float, num_cases: i
     """Return on which fraction of a batch of `num_cases` the products of a step are computed.
 
     `auto` is the least of 1/8, 1/4, 1/2 and 1 that keeps the relative error of the curvature
-    below a tenth, with the `noise` of the last step, and that has a hundred cases.
+    below 0.15, with the `noise` of the last step, and that has a hundred cases.
     """
     if setting != "auto":
         return setting

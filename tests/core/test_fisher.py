@@ -40,11 +40,11 @@ def test_products_that_tell_nothing_have_infinite_noise(value):
     [
         (math.inf, 1000, 1.0),  # before the first products
         (0.0, 1000, 0.125),
-        (1.2, 1000, 0.125),
-        (1.3, 1000, 0.25),
-        (4.9, 1000, 0.5),
-        (6.0, 1000, 1.0),
-        (1.3, 4000, 0.125),  # of a larger batch a smaller part
+        (2.8, 1000, 0.125),
+        (2.9, 1000, 0.25),
+        (11.0, 1000, 0.5),
+        (12.0, 1000, 1.0),
+        (2.9, 4000, 0.125),  # of a larger batch a smaller part
         (0.0, 400, 0.25),  # a hundred cases at least
         (0.0, 64, 1.0),
     ],
