@@ -41,15 +41,14 @@ PHASES = {
     "reduction_ratio": "_adapt_damping",
 }
 FIXED_DAMPING = {"initial": 30, "adapt_period": None}
-PAPER_FRACTIONS = {"statistics_fraction": 0.125, "fisher_fraction": 0.25}
+CONSTRAINED = {"step_rule": "norm_constraint", "damping": FIXED_DAMPING}
+WHOLE = {"max_factor_dim": None}
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
-    "adaptive, the paper's fractions": PAPER_FRACTIONS,
-    "norm_constraint": {
-        **PAPER_FRACTIONS,
-        "step_rule": "norm_constraint",
-        "damping": FIXED_DAMPING,
-    },
+    "adaptive, products on half of the batch": {"fisher_fraction": 0.5},
+    "adaptive, whole factors, products on a quarter": {**WHOLE, "fisher_fraction": 0.25},
+    "norm_constraint": CONSTRAINED,
+    "norm_constraint, whole factors": {**CONSTRAINED, **WHOLE},
 }
 
 
@@ -102,11 +101,13 @@ def _model(spec: JobSpec, task: Task) -> torch.nn.Module:
     return build_model(task, spec.seed, torch_dtype(spec.dtype))
 
 
-def measure(spec: JobSpec, data_dir: Path | None, num_steps: int) -> dict[str, Any]:
-    """Return the mean cost of `num_steps` steps after the warm-up."""
+def measure(
+    spec: JobSpec, data_dir: Path | None, num_steps: int, variants: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the mean cost of `num_steps` steps of the variants after the warm-up."""
     task = load_task(spec, ROOT / "examples", data_dir=data_dir)
     costs = {"sgd": baseline(spec, task, first_order(sgd))}
-    costs |= {name: kfac(spec, task, changes) for name, changes in VARIANTS.items()}
+    costs |= {name: kfac(spec, task, changes) for name, changes in variants.items()}
     source = batches(spec, task.train_data())
     warm_up = [next(source) for _ in range(WARM_UP_STEPS)]
     for cost in costs.values():
@@ -142,7 +143,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, action="append", help="1000 and 4000")
     parser.add_argument("--steps", type=int, default=40, help="a multiple of 20, the periods")
     parser.add_argument("--short", action="store_true", help="the demo's job, 20 steps of 500")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="one of several")
     arguments = parser.parse_args()
+    variants = {name: VARIANTS[name] for name in arguments.variant or VARIANTS}
     torch.set_num_threads(1)
     path = ROOT / f"examples/{'mnist_5k' if arguments.short else 'mnist_autoencoder'}.yaml"
     sizes = [500] if arguments.short else arguments.batch_size or [1000, 4000]
@@ -150,7 +153,7 @@ def main() -> None:
     runs = []
     for size in sizes:
         spec = load_spec(path, overrides=[f"batch_size={size}"])
-        runs.append(measure(spec, arguments.data_dir, num_steps))
+        runs.append(measure(spec, arguments.data_dir, num_steps, variants))
     result = {
         "question": "CPU seconds of a step next to one of SGD, one thread, by phase",
         "load_average": os.getloadavg(),

@@ -21,13 +21,14 @@ from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.averaging import ParameterAverage
-from kfac_dist.core.chain_products import Trace
+from kfac_dist.core.chain import Trace
 from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.finite import is_finite
+from kfac_dist.core.fisher import FisherMeans
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.shelf import Held, all_carry, at_gamma, ready
@@ -52,7 +53,8 @@ class KFAC(torch.optim.Optimizer):
 
     `delay_steps` simulates an asynchronous run: by patterns of layer names, of which the last that
     matches counts, how many steps late a refresh of the inverses is used. A job with the same
-    `staleness.delay_steps` takes the same steps.
+    `staleness.delay_steps` takes the same steps. The first `warmup_steps` steps are synchronous
+    all the same, as with `staleness.warmup_steps`.
 
     Raises:
         InvalidSpecError: an option is unknown, out of range, not for the type of the parameters,
@@ -66,6 +68,7 @@ class KFAC(torch.optim.Optimizer):
         distribution: DistributionName,
         seed: int = 0,
         delay_steps: Mapping[str, int] | None = None,
+        warmup_steps: int = 0,
         **options: Any,
     ) -> None:
         self.settings: KFACSpec = kfac_settings(options)
@@ -86,13 +89,16 @@ class KFAC(torch.optim.Optimizer):
         _LOG.info("%s", chosen)
         self._schedule = kfac_schedule(self.settings)
         self._bound = StalenessBound(
-            max_steps=0, warmup_steps=0, schedule=self._schedule, delay_steps=delay_steps or {}
+            max_steps=0,
+            warmup_steps=warmup_steps,
+            schedule=self._schedule,
+            delay_steps=delay_steps or {},
         )
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
-        self._update = KFACUpdate(
-            self.settings, self._registration, torch.zeros_like(flatten(self._parameters))
-        )
+        self._theta = flatten(self._parameters)
+        self._gradient = torch.empty_like(self._theta)
+        self._update = KFACUpdate(self.settings, self._registration, torch.zeros_like(self._theta))
         averaging = self.settings.averaging
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
         self.step_count = 0
@@ -111,13 +117,13 @@ class KFAC(torch.optim.Optimizer):
         loss, objective, gradient, trace = self._compute(inputs, targets)
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
-        self._update_factors(plan, inputs, targets)
+        self._update_factors(plan, inputs, targets, trace)
         self._invert(plan)
         held = self._admit(plan)
         gammas = self._tried_gammas(plan, held)
         directions = self._precondition(gradient, held, gammas)
-        gram = self._fisher_products(plan, inputs, directions, trace)
-        choice = self._update.choose(gradient, directions, gammas, gram, lr=plan.lr)
+        fisher = self._fisher_products(plan, inputs, directions, trace)
+        choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
         self._curvature.shelf.use(held, choice.gamma, search_open=self._update.search_open)
@@ -129,11 +135,15 @@ class KFAC(torch.optim.Optimizer):
         self, inputs: Tensor, targets: Tensor
     ) -> tuple[float, float, Tensor, Trace | None]:
         """Return the mean loss, the objective, its gradient [P], and the trace of the pass."""
-        sums = self._computer.gradient(inputs, targets)
-        theta = flatten(self._parameters)
+        sums = self._computer.gradient(inputs, targets, self._gradient)
+        theta = self._flat_parameters()
         gradient = sums.gradient.div_(len(inputs)).add_(theta, alpha=self.settings.l2)
         loss = float(sums.loss) / len(inputs)
         return loss, loss + self._l2_term(theta), gradient, sums.trace
+
+    def _flat_parameters(self) -> Tensor:
+        """Return the parameters [P] as they are now, until this is asked for again."""
+        return flatten(self._parameters, self._theta)
 
     def _l2_term(self, theta: Tensor) -> float:
         return 0.5 * self.settings.l2 * float(torch.dot(theta, theta))
@@ -169,7 +179,9 @@ class KFAC(torch.optim.Optimizer):
             applied=choice is not None,
         )
 
-    def _update_factors(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> None:
+    def _update_factors(
+        self, plan: StepPlan, inputs: Tensor, targets: Tensor, trace: Trace | None
+    ) -> None:
         if not plan.update_factors:
             return
         rows = subset_positions(len(inputs), self.settings.statistics_fraction)
@@ -179,6 +191,7 @@ class KFAC(torch.optim.Optimizer):
             step=plan.step,
             links=self._curvature.structure.links,
             bases=self._curvature.shelf.bases(),
+            trace=trace and trace.take(rows),
         )
         self._curvature.update(plan.step, statistics, len(rows))
 
@@ -206,18 +219,19 @@ class KFAC(torch.optim.Optimizer):
 
     def _fisher_products(
         self, plan: StepPlan, inputs: Tensor, directions: Tensor, trace: Trace | None
-    ) -> Tensor | None:
-        if not self._update.needs_gram(measure=plan.measure):
+    ) -> FisherMeans | None:
+        fraction = self._update.fisher_fraction(len(inputs), measure=plan.measure)
+        if fraction is None:
             return None
-        rows = subset_positions(len(inputs), self.settings.fisher_fraction)
+        rows = subset_positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
         traced = trace and trace.take(rows)
-        return self._computer.fisher_gram(_take(inputs, rows), vectors, traced) / len(rows)
+        return self._computer.fisher_sums(_take(inputs, rows), vectors, traced).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))
         if self._average is not None:
-            self._average.update(plan.step, flatten(self._parameters))
+            self._average.update(plan.step, self._flat_parameters())
 
     def _adapt_damping(
         self, plan: StepPlan, choice: Choice, before: float, inputs: Tensor, targets: Tensor
@@ -225,7 +239,7 @@ class KFAC(torch.optim.Optimizer):
         if not plan.measure:
             return None
         loss = float(self._computer.loss(inputs, targets)) / len(inputs)
-        after = loss + self._l2_term(flatten(self._parameters))
+        after = loss + self._l2_term(self._flat_parameters())
         return self._update.adapt_damping(choice, after - before)
 
     @property

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.chain_products import Trace
+from kfac_dist.core.chain import Trace
 from kfac_dist.core.choice import combine
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
@@ -21,7 +21,7 @@ from kfac_dist.core.registration import register
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten
 from kfac_dist.data import Split
 from kfac_dist.tasks import Task, build_model, load_task, torch_dtype, user_code
-from workers.batches import BatchPart, BatchReader
+from workers.batches import BatchPart, BatchReader, Subset
 from workers.buffers import read_buffers, write_buffers
 from workers.checksum import checksum
 from workers.evaluation import evaluate
@@ -31,7 +31,7 @@ from workers.moments_exchange import WorkerMoments
 from workers.phases import Phases
 from workers.planning import structure_of
 from workers.process_group import Group
-from workers.statistics_sender import Send, SentStatistics, StatisticsSender
+from workers.statistics_sender import Send, StatisticsSender
 from workers.transport import Array, Arrays, to_tensor
 
 
@@ -76,16 +76,19 @@ class GradientWork:
             self._statistics = StatisticsSender(
                 job, self._kfac, rank, self._computer, structure.links, send
             )
+        self._group: Group | None = None
         self._side: WorkerSide | None = None
 
     def join(self, group: Group) -> None:
         """Exchange through `group` from now on, starting from the server's parameters."""
         like = self._previous_update
+        self._group = group
         self._side = WorkerSide(group, like.numel(), like)
         parameters, self._previous_update = self._side.receive_state()
         assign_parameters(self._parameters, parameters)
         self._moments = WorkerMoments(group, self._moment_layers, like)
         self._moments.receive_bases()
+        group.take_traffic()  # of a step's, joining is no part
 
     def connect(
         self, assignment: Mapping[int, tuple[str, ...]], assignment_epochs: Mapping[int, int]
@@ -105,16 +108,24 @@ class GradientWork:
         phases = Phases()
         part = self._read(order, phases)
         sums = self._compute(part, phases)
-        statistics = self._send_statistics(order, part, sums, phases)
         with phases("reduce"):
-            self._side.send_gradient(sums, len(part.slice), statistics.usable)
-            if order.plan.update_factors:
-                self._moments.send(statistics.moments)
+            self._side.send_gradient(sums, len(part.slice))
+        if order.plan.update_factors:
+            self._send_statistics(order, self._side, part, sums, phases)
         if self._kfac is None:
             self._receive_parameters(self._side, phases)
         else:
-            self._take_part_in_choice(self._kfac, self._side, part, sums.trace, phases)
-        return WorkerReport(rank=self._rank, step=order.plan.step, phase_seconds=phases.seconds)
+            self._take_part_in_choice(self._side, part, sums.trace, phases)
+        return self._report(order, phases)
+
+    def _report(self, order: StepOrder, phases: Phases) -> WorkerReport:
+        assert self._group is not None, "a step has a group"
+        return WorkerReport(
+            rank=self._rank,
+            step=order.plan.step,
+            phase_seconds=phases.seconds,
+            traffic=self._group.take_traffic(),
+        )
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
         return user_code(self._task, f"{doing} in gradient worker {self._rank}")
@@ -128,28 +139,36 @@ class GradientWork:
             return self._computer.gradient(part.inputs, part.targets)
 
     def _send_statistics(
-        self, order: StepOrder, part: BatchPart, sums: GradientSums, phases: Phases
-    ) -> SentStatistics:
-        if self._statistics is None or not order.plan.update_factors:
-            return SentStatistics(usable=True, moments=None)
+        self,
+        order: StepOrder,
+        side: WorkerSide,
+        part: BatchPart,
+        sums: GradientSums,
+        phases: Phases,
+    ) -> None:
+        if self._statistics is None:
+            return
         bases, usable = self._moments.bases, _is_finite(sums)
         with phases("statistics"), self._user_code("the statistics"):
-            return self._statistics.send(order.plan.step, part, bases, usable=usable)
+            sent = self._statistics.send(order.plan.step, part, sums.trace, bases, usable=usable)
+        with phases("reduce"):
+            side.send_usable(sent.usable)
+            self._moments.send(sent.moments)
 
     def _take_part_in_choice(
         self,
-        settings: KFACSpec,
         side: WorkerSide,
         part: BatchPart,
         trace: Trace | None,
         phases: Phases,
     ) -> None:
-        with phases("precondition"):
+        with phases("wait_direction"):
             directions = side.receive_directions()
         if directions is None:
             return
-        if directions.wants_gram:
-            self._send_fisher_products(settings, side, part, trace, directions, phases)
+        if directions.fisher_fraction is not None:
+            rows = part.subset(directions.fisher_fraction)
+            self._send_fisher_products(side, part, rows, trace, directions, phases)
         with phases("choose"):
             choice = side.receive_choice()
         if choice is None:
@@ -162,20 +181,19 @@ class GradientWork:
 
     def _send_fisher_products(
         self,
-        settings: KFACSpec,
         side: WorkerSide,
         part: BatchPart,
+        rows: Subset,
         trace: Trace | None,
         directions: Directions,
         phases: Phases,
     ) -> None:
         with phases("fisher_products"):
-            rows = part.subset(settings.fisher_fraction)
             vectors = [*directions.vectors, self._previous_update]
             traced = trace and trace.take(rows.positions)
             with self._user_code("the Fisher products"):
-                gram = self._computer.fisher_gram(rows.take(part.inputs), vectors, traced)
-            side.send_gram(gram)
+                sums = self._computer.fisher_sums(rows.take(part.inputs), vectors, traced)
+            side.send_fisher(sums)
 
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
         with phases("apply"):

@@ -85,6 +85,16 @@ class InverseStore:
         """Tell that the statistics of `step` were sent by all gradient workers, and are usable."""
         self._newest_statistics = step
 
+    def is_ready(self, step: int) -> bool:
+        """Tell whether `step` may use what is here, whatever becomes of its own statistics."""
+        with self._changed:
+            only = self._only_admissible(step)
+            return all(
+                (self._shelf.version(name, only[name] if only else None) or 0)
+                >= self.bound.oldest_admissible(step, name)
+                for name in self.layers
+            )
+
     def admit(self, step: int) -> Admitted:
         """Return what `step` may use, after waiting for what it may not do without.
 

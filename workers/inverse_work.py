@@ -10,13 +10,14 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.ledger import StatisticsLedger
 from kfac_dist.coordination.refresh import LayerRefreshState, choose_next
 from kfac_dist.core.factors import FactorAverages
-from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.packing import pack_symmetric
 from kfac_dist.core.structure import structure_for
 from workers.factor_drift import FactorDrift
 from workers.messages import (
@@ -29,10 +30,11 @@ from workers.messages import (
 )
 from workers.parcels import (
     InverseParcel,
+    ReceivedStatistics,
     StatisticsParcel,
     add_up,
     pack_inverses,
-    unpack_statistics,
+    read_statistics,
 )
 from workers.planning import staleness_bound
 from workers.transport import Array, section, to_arrays, to_tensors
@@ -53,7 +55,8 @@ class InverseWork:
 
     Each layer has averages of its own, with those of the layer it is linked to, so that layers can
     move between workers and a layer that starts afresh does not disturb the others. What a chain
-    averages twice costs little beside its inverses.
+    averages twice costs little beside its inverses. Averages are of packed triangles, as the sums
+    travel: most steps only average.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class InverseWork:
         for name, own in self._averages.items():
             state = to_tensors(section(averages, f"{name}:"))
             if state:
-                own.load_state_dict(state)
+                own.load_state_dict(pack_symmetric(state))
 
     @property
     def dealt_step(self) -> int:
@@ -154,19 +157,19 @@ class InverseWork:
         for averages in self._averages.values():
             averages.update(step, sums.factors, num_cases, sums.crosses)
 
-    def _sum(self, messages: Sequence[_Message]) -> BatchStatistics | None:
+    def _sum(self, messages: Sequence[_Message]) -> ReceivedStatistics | None:
         """Add up the ranks' sums in rank order; None when a number is not finite."""
         if not all(header.usable for header, _ in messages):
             return None
         total = add_up([parcel for _, parcel in messages if parcel is not None])
-        sums = unpack_statistics(total)
+        sums = read_statistics(total)
         return sums if sums.is_finite() else None
 
     def invert_next(self) -> InverseMessage | None:
         """Invert the one layer that the policy puts first; None when nothing is due."""
         while self._requests and self._dealt_step >= self._requests[0].min_statistics_step:
             request = self._requests[0]
-            states = [self._refresh_state(name) for name in self._averages]
+            states = [self._refresh_state(name, request.step) for name in self._averages]
             name = choose_next(states, self._policy, request.step, self._last_chosen)
             if name is not None:
                 self._last_chosen = name
@@ -177,15 +180,18 @@ class InverseWork:
             self.apply_statistics()
         return None
 
-    def _refresh_state(self, name: str) -> LayerRefreshState:
-        needs_drift = self._policy == "largest_drift"
-        return LayerRefreshState(
+    def _refresh_state(self, name: str, requested_step: int) -> LayerRefreshState:
+        state = LayerRefreshState(
             name=name,
             version=self._versions.get(name),
             statistics_step=self._averages[name].step,
-            drift=self._drift.of(name, self._averages[name]) if needs_drift else 0.0,
+            drift=0.0,
             cost=self._setup.cost_model.layer_seconds(self._layers[name]),
         )
+        # A drift costs as much as an update of the averages, and most steps refresh nothing.
+        if self._policy != "largest_drift" or not state.is_due(requested_step):
+            return state
+        return replace(state, drift=self._drift.of(name, self._averages[name]))
 
     def _invert(self, name: str, gammas: tuple[float, ...]) -> InverseMessage:
         started = time.perf_counter()

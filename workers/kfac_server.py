@@ -16,6 +16,7 @@ from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.choice import Choice
+from kfac_dist.core.fisher import FisherMeans
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.update import KFACUpdate
 from workers.checksum import checksum
@@ -72,15 +73,20 @@ class KFACServer:
         assert self._side is not None, "join a group first"
         plan, side, phases = order.plan, self._side, Phases()
         self._update.begin_step(plan.damping)
-        mean = self._receive_gradient(order, side, phases)
-        if not mean.is_finite():
+        mean = self._receive_gradient(side, phases)
+        finite = mean.is_finite()
+        ahead = finite and not self._needs_statistics(plan)
+        if ahead:  # while the workers compute their statistics
+            inverses, directions = self._precondition(plan, mean, phases)
+        self._receive_statistics(order, side, phases)
+        if not finite:
             side.skip_step()
             return self._skipped(order, mean, phases)
-        inverses = self._wait_for_inverses(plan, phases)
-        directions = self._precondition(mean.gradient, inverses, phases)
-        gram = self._receive_fisher_products(order, side, directions, phases)
+        if not ahead:
+            inverses, directions = self._precondition(plan, mean, phases)
+        fisher = self._receive_fisher_products(order, side, directions, phases)
         gammas = inverses.gammas
-        choice = self._update.choose(mean.gradient, directions, gammas, gram, lr=plan.lr)
+        choice = self._update.choose(mean.gradient, directions, gammas, fisher, lr=plan.lr)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
             return self._skipped(order, mean, phases)
@@ -89,20 +95,43 @@ class KFACServer:
         ratio = self._adapt_damping(order, side, choice, mean, phases)
         return self._report(order, mean, inverses, choice, ratio, phases)
 
-    def _receive_gradient(self, order: StepOrder, side: ServerSide, phases: Phases) -> MeanGradient:
+    def _receive_gradient(self, side: ServerSide, phases: Phases) -> MeanGradient:
         with phases("reduce"):
-            sums = side.receive_gradient()
-            if order.plan.update_factors:
-                self._observe(order, usable=sums.statistics_usable)
-            return self.state.mean(sums)
+            return self.state.mean(side.receive_gradient())
 
-    def _observe(self, order: StepOrder, *, usable: bool) -> None:
+    def _needs_statistics(self, plan: StepPlan) -> bool:
+        """Tell whether the direction of a step depends on its statistics.
+
+        Moments go into the inverses in use, and an inverse that is waited for may be made of them.
+        """
+        return plan.update_factors and (
+            self._store.structure.observes_moments or not self._store.is_ready(plan.step)
+        )
+
+    def _receive_statistics(self, order: StepOrder, side: ServerSide, phases: Phases) -> None:
         """Take in the moments of a step, unless its statistics were refused."""
-        moments = self._moments.receive()
+        if not order.plan.update_factors:
+            return
+        with phases("wait_statistics"):
+            usable = side.receive_usable()
+            moments = self._moments.receive()
         if usable:
             self._store.note_statistics(order.plan.step)
             rows = subset_positions(order.window.size, self._settings.statistics_fraction)
             self._store.observe(moments, len(rows))
+
+    def _precondition(
+        self, plan: StepPlan, mean: MeanGradient, phases: Phases
+    ) -> tuple[StepInverses, Tensor]:
+        inverses = self._wait_for_inverses(plan, phases)
+        with phases("precondition"):
+            directions, fallen = self._update.directions(
+                mean.gradient,
+                [candidate.by_layer for candidate in inverses.candidates],
+                inverses.gammas,
+            )
+        self._counts["gradient_fallback"] += len(fallen)
+        return inverses, directions
 
     def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> StepInverses:
         """Choose the inverses: one set, or one for each gamma when a search can be decided.
@@ -117,27 +146,18 @@ class KFACServer:
         candidates = [self._store.candidate(plan.step, admitted, gamma) for gamma in gammas]
         return StepInverses(admitted=admitted, candidates=candidates)
 
-    def _precondition(self, gradient: Tensor, inverses: StepInverses, phases: Phases) -> Tensor:
-        with phases("precondition"):
-            directions, fallen = self._update.directions(
-                gradient,
-                [candidate.by_layer for candidate in inverses.candidates],
-                inverses.gammas,
-            )
-            self._counts["gradient_fallback"] += len(fallen)
-            return directions
-
     def _receive_fisher_products(
         self, order: StepOrder, side: ServerSide, directions: Tensor, phases: Phases
-    ) -> Tensor | None:
-        wanted = self._update.needs_gram(measure=order.plan.measure)
+    ) -> FisherMeans | None:
+        size = order.window.size
+        fraction = self._update.fisher_fraction(size, measure=order.plan.measure)
         with phases("send_directions"):
-            side.send_directions(Directions(vectors=directions, wants_gram=wanted))
-        if not wanted:
+            side.send_directions(Directions(vectors=directions, fisher_fraction=fraction))
+        if fraction is None:
             return None
         with phases("fisher_products"):
-            num_rows = len(subset_positions(order.window.size, self._settings.fisher_fraction))
-            return side.receive_gram(len(directions) + 1) / num_rows
+            sums = side.receive_fisher(len(directions) + 1)
+            return sums.mean(len(subset_positions(size, fraction)))
 
     def _apply(
         self,

@@ -53,12 +53,25 @@ class StepOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a member has sent to others and received, in bytes of tensors, and how many tensors."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    num_messages: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerReport:
-    """What a gradient worker says after a step; `phase_seconds` by verb."""
+    """What a gradient worker says after a step; `phase_seconds` by verb.
+
+    `traffic` is what it exchanged with the parameter server: gradients, directions and numbers.
+    """
 
     rank: int
     step: int
     phase_seconds: Mapping[str, float]
+    traffic: Traffic
 
 
 @dataclass(frozen=True, kw_only=True)

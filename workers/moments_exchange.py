@@ -55,7 +55,7 @@ class WorkerMoments:
             else moments[name].reshape(-1)
             for name, basis in self.bases.items()
         ]
-        self._group.reduce(torch.cat(parts))
+        self._group.send(torch.cat(parts))
 
     def receive_bases(self) -> None:
         """Take over the bases that have changed."""
@@ -95,7 +95,7 @@ class ServerMoments:
             return {}
         shapes = {name: (len(one.pair.G), len(one.pair.A)) for name, one in self._sent.items()}
         sizes = [rows * columns for rows, columns in shapes.values()]
-        flat = self._group.reduce(self._like.new_zeros(sum(sizes))).to(self._like.device)
+        flat = self._group.receive_sum(self._like.new_empty(sum(sizes))).to(self._like.device)
         parts = zip(self._sent.items(), torch.split(flat, sizes), strict=True)
         return {
             name: Moments(version_step=basis.version_step, sums=part.view(shapes[name]))

@@ -1,8 +1,7 @@
 """What travels of layers: tensors by name, as arrays, symmetric ones as packed triangles.
 
-A matrix named A or G, after any path, is symmetric (a factor, or its inverse): only its lower
-triangle goes, and its name says so. All else goes as it is, so a parcel can be opened without
-knowing the kind of layer.
+Names say what is packed (`core.packing`), so a parcel can be opened without knowing the kind of
+layer.
 """
 
 from __future__ import annotations
@@ -13,34 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_dist.core.factors import KroneckerPair, Link, factors_from_tensors
+from kfac_dist.core.factors import KroneckerPair, Link, PackedFactors
 from kfac_dist.core.inverse import Inverted
-from kfac_dist.core.packing import pack, unpack
+from kfac_dist.core.packing import pack_symmetric, unpack_symmetric
 from kfac_dist.core.statistics import BatchStatistics
-from workers.transport import Arrays, to_array, to_tensor
-
-_SYMMETRIC = ("A", "G")
-_LOWER = ":lower"
+from workers.transport import Arrays, to_array, to_arrays, to_tensor, to_tensors
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> Arrays:
     """Return the tensors as arrays; those that are not packed share memory with theirs."""
-    packed = {}
-    for name, tensor in tensors.items():
-        if name.rpartition("/")[2] in _SYMMETRIC and tensor.dim() == 2:
-            packed[name + _LOWER] = to_array(pack(tensor))
-        else:
-            packed[name] = to_array(tensor)
-    return packed
+    return to_arrays(pack_symmetric(tensors))
 
 
 def unpack_tensors(arrays: Arrays, device: torch.device | None = None) -> dict[str, Tensor]:
     """Return the tensors that were packed, as new ones."""
-    tensors = {}
-    for name, array in arrays.items():
-        tensor = to_tensor(array).to(device)
-        tensors[name.removesuffix(_LOWER)] = unpack(tensor) if name.endswith(_LOWER) else tensor
-    return tensors
+    return unpack_symmetric(to_tensors(arrays, device))
 
 
 class StatisticsParcel(NamedTuple):
@@ -85,19 +71,30 @@ def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
     )
 
 
-def unpack_statistics(parcel: StatisticsParcel) -> BatchStatistics:
-    """Return the statistics, without moments."""
-    crosses = {name: unpack_tensors(arrays) for name, arrays in parcel.crosses.items()}
-    return BatchStatistics(
+class ReceivedStatistics(NamedTuple):
+    """Sums as they are averaged: factors stay packed."""
+
+    factors: Mapping[str, PackedFactors]
+    crosses: Mapping[str, KroneckerPair]
+
+    def is_finite(self) -> bool:
+        """Tell whether no element is NaN or infinite."""
+        return all(of.is_finite() for of in self.factors.values()) and all(
+            of.is_finite() for of in self.crosses.values()
+        )
+
+
+def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
+    """Return the sums as tensors."""
+    return ReceivedStatistics(
         factors={
-            name: factors_from_tensors(unpack_tensors(arrays))
+            name: PackedFactors(packed=to_tensors(arrays))
             for name, arrays in parcel.factors.items()
         },
         crosses={
-            name: KroneckerPair(A=tensors["cross_A"], G=tensors["cross_G"])
-            for name, tensors in crosses.items()
+            name: KroneckerPair(A=to_tensor(arrays["cross_A"]), G=to_tensor(arrays["cross_G"]))
+            for name, arrays in parcel.crosses.items()
         },
-        moments={},
     )
 
 

@@ -8,6 +8,7 @@ threads.
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from workers.device import Backend
-from workers.messages import Rendezvous
+from workers.messages import Rendezvous, Traffic
 
 
 class PeerLostError(RuntimeError):
@@ -53,7 +54,12 @@ def join_store(rendezvous: Rendezvous) -> c10d.TCPStore:
 
 
 class Group:
-    """One member's end of a group: two collectives, both with the parameter server as root.
+    """One member's end of a group: sums to the parameter server, broadcasts from it.
+
+    Sums go straight to the server, which adds them in the order of the ranks. So they do not
+    depend on how a collective would split them, each worker sends its part once, and the server
+    sends nothing: in a ring it would pass on its own zeros. Its receiving is what limits the
+    number of workers.
 
     Tensors are handed in on any device and moved to the one the backend works on.
     """
@@ -63,42 +69,105 @@ class Group:
         self.rank = rank
         self.size = size
         self.device = device
+        self._sending: list[tuple[Any, Tensor]] = []
+        self._num_sums = 0
+        self._traffic = Traffic()
 
     @property
     def server(self) -> int:
         """Rank of the parameter server."""
         return self.size - 1
 
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the members, at the server; elsewhere the result means nothing.
+    def send(self, tensor: Tensor) -> None:
+        """Send this worker's part of a sum; returns at once.
 
-        `tensor` may be overwritten.
+        `tensor` must stay as it is until the next broadcast.
         """
-        options = c10d.ReduceOptions()
-        options.rootRank = self.server
-        tensor = tensor.to(self.device)
-        self._run("reduce", [tensor], options)
-        return tensor
+        tensor = tensor.to(self.device).contiguous()
+        work = self._start("send", [tensor], self.server, self._next_tag())
+        self._sending.append((work, tensor))
+        self._count(sent=tensor.nbytes)
+
+    def receive_sum(self, like: Tensor) -> Tensor:
+        """Return, at the server, the sum of what all workers send, with shape and dtype of `like`.
+
+        It is a new tensor.
+        """
+        return self.receive_sum_into(self.new_parts(like))
+
+    def new_parts(self, like: Tensor) -> list[Tensor]:
+        """Return memory for the parts of all workers."""
+        return [torch.empty_like(like, device=self.device) for _ in range(self.server)]
+
+    def receive_sum_into(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return, at the server, the sum of what all workers send, in the first of `parts`."""
+        tag = self._next_tag()
+        works = [self._start("recv", [part], rank, tag) for rank, part in enumerate(parts)]
+        for work in works:
+            self._wait("recv", work)
+        self._count(received=sum(part.nbytes for part in parts), messages=len(parts))
+        total, *others = parts
+        for part in others:
+            total.add_(part)
+        return total
+
+    def _next_tag(self) -> int:
+        """Return the number of a sum, which all members count alike."""
+        self._num_sums += 1
+        return self._num_sums
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Return the server's tensor; at the other members `tensor` gives shape and dtype."""
+        self._finish_sending()
         options = c10d.BroadcastOptions()
         options.rootRank = self.server
         tensor = tensor.to(self.device)
-        self._run("broadcast", [tensor], options)
+        self._wait("broadcast", self._start("broadcast", [tensor], options))
+        if self.rank == self.server:
+            self._count(sent=tensor.nbytes * self.server, messages=self.server)
+        else:
+            self._count(received=tensor.nbytes)
         return tensor
 
-    def _run(self, collective: str, tensors: list[Tensor], options: Any) -> None:
+    def take_traffic(self) -> Traffic:
+        """Return what has been sent and received since the last call."""
+        taken, self._traffic = self._traffic, Traffic()
+        return taken
+
+    def _count(self, *, sent: int = 0, received: int = 0, messages: int = 1) -> None:
+        so_far = self._traffic
+        self._traffic = Traffic(
+            sent_bytes=so_far.sent_bytes + sent,
+            received_bytes=so_far.received_bytes + received,
+            num_messages=so_far.num_messages + messages,
+        )
+
+    def _finish_sending(self) -> None:
+        for work, _ in self._sending:
+            self._wait("send", work)
+        self._sending.clear()
+
+    def _start(self, call: str, tensors: Sequence[Tensor], *arguments: Any) -> Any:
         if self._backend is None:
             raise PeerLostError("the process group has been left")
         try:
-            getattr(self._backend, collective)(tensors, options).wait()
+            return getattr(self._backend, call)(tensors, *arguments)
         except RuntimeError as error:
-            raise PeerLostError(f"{collective} in rank {self.rank}: {error}") from error
+            raise self._lost(call, error) from error
+
+    def _wait(self, call: str, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost(call, error) from error
+
+    def _lost(self, call: str, error: RuntimeError) -> PeerLostError:
+        return PeerLostError(f"{call} in rank {self.rank}: {error}")
 
     def leave(self) -> None:
         """Close the connections, so that members waiting for this one fail at once."""
         self._backend = None
+        self._sending.clear()
 
 
 def join_group(

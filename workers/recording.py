@@ -11,10 +11,12 @@ from kfac_dist.runs.records import InversionResult
 from workers.messages import InverseHeader, InverseStatus, ServerReport, WorkerReport
 
 # Where each phase of a record comes from: the slowest gradient worker, or the server. Waiting for
-# the other side is part of what the one that waits measures, and is left out.
+# the other side is part of what the one that waits measures, and is left out, but for the workers'
+# wait for the direction: what of preconditioning is not beside their statistics.
 _WORKER_PHASES = {
     "compute": ("read", "compute"),
     "statistics": ("statistics",),
+    "wait_direction": ("wait_direction",),
     "fisher_products": ("fisher_products",),
     "apply": ("apply",),
     "measure": ("measure",),
@@ -68,6 +70,8 @@ class Recorder:
             numeric_events=self._numeric_events(report, statuses),
             stale_applied_total=report.stale_applied_total,
             waited_seconds=report.waited_seconds,
+            exchanged_bytes=max(w.traffic.sent_bytes + w.traffic.received_bytes for w in workers),
+            num_messages=max(w.traffic.num_messages for w in workers),
             inverse_queue_depth={str(rank): s.queue_depth for rank, s in statuses.items()},
             inversions=[_inversion(header) for header in report.accepted],
         )
@@ -94,8 +98,8 @@ class Recorder:
         for phase, parts in _SERVER_PHASES.items():
             phases[phase] = sum(report.phase_seconds.get(part, 0.0) for part in parts)
         # The server waits in its reduce for the slowest worker to compute.
-        busy = phases["compute"] + phases["statistics"]
-        phases["reduce"] = max(0.0, report.phase_seconds.get("reduce", 0.0) - busy)
+        reduce = report.phase_seconds.get("reduce", 0.0)
+        phases["reduce"] = max(0.0, reduce - phases["compute"])
         phases["inversion"] = self._new_inversion_seconds(statuses)
         return {phase: round(seconds, 6) for phase, seconds in phases.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfac_dist.config import AveragingSpec
 from kfac_dist.core.averaging import ParameterAverage
+from kfac_dist.core.finite import is_finite
 from workers.exchange import BatchSums
 from workers.transport import Array, section, to_array, to_arrays, to_tensor, to_tensors
 
@@ -24,7 +25,7 @@ class MeanGradient(NamedTuple):
 
     def is_finite(self) -> bool:
         """Tell whether a step can be made of it."""
-        return math.isfinite(self.loss) and bool(torch.isfinite(self.gradient).all())
+        return math.isfinite(self.loss) and is_finite(self.gradient)
 
 
 class ServerState:

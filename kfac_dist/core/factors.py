@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.core.finite import is_finite
-from kfac_dist.core.packing import mirror_lower
+from kfac_dist.core.packing import LOWER, mirror_lower, unpack_symmetric
 from kfac_dist.core.products import two_sided
 
 
@@ -74,8 +74,24 @@ class UnitMoments:
         return is_finite(self.M)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedFactors:
+    """The factors of a layer as they travel: its tensors, symmetric matrices packed (`packing`)."""
+
+    packed: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the packed tensors by name, not copied."""
+        return dict(self.packed)
+
+    def is_finite(self) -> bool:
+        """Tell whether no element is NaN or infinite."""
+        return all(is_finite(tensor) for tensor in self.packed.values())
+
+
 LayerFactors = KroneckerPair | UnitMoments
-_KEYS = ("A", "G", "M")
+AveragedFactors = LayerFactors | PackedFactors
+_KEYS = ("A", "G", "M", f"A{LOWER}", f"G{LOWER}")
 
 
 def factors_from_tensors(tensors: Mapping[str, Tensor]) -> LayerFactors:
@@ -129,29 +145,32 @@ class FactorAverages:
         self.step = 0
         self._next_names = {link.name: link.next_name for link in self.links}
         self._num_updates = dict.fromkeys(self.names, 0)
-        self._averages: dict[str, LayerFactors] = {}
-        self._crosses: dict[str, LayerFactors] = {}
+        self._averages: dict[str, AveragedFactors] = {}
+        self._crosses: dict[str, AveragedFactors] = {}
 
     def update(
         self,
         step: int,
-        sums: Mapping[str, LayerFactors],
+        sums: Mapping[str, AveragedFactors],
         num_cases: int,
         crosses: Mapping[str, KroneckerPair] | None = None,
     ) -> None:
         """Take in the sums over the `num_cases` statistics cases of one step.
 
-        `crosses` has those of every link. The sums are not kept and not changed.
+        `crosses` has those of every link. The sums are not kept and not changed. A layer's are
+        packed every time, or never. Layers that have one tensor in common in their first update
+        have an average in common from then on.
         """
         self.step = step
+        done: dict[int, Tensor] = {}
         for name in self.names:
             self._num_updates[name] += 1
             keep = min(1 - 1 / self._num_updates[name], self.factor_decay)
             weight = (1 - keep) / num_cases
-            _average_in(self._averages, name, sums[name], keep, weight)
+            _average_in(self._averages, name, sums[name], keep, weight, done)
             if name in self._next_names:
                 assert crosses is not None, "a link needs cross factors"
-                _average_in(self._crosses, name, crosses[name], keep, weight)
+                _average_in(self._crosses, name, crosses[name], keep, weight, done)
 
     def pair(self, name: str) -> LayerFactors:
         """Return the averaged factors of a layer, symmetrised, as new tensors.
@@ -159,7 +178,7 @@ class FactorAverages:
         A product X^T X is symmetric only to rounding; its lower triangle is taken to be the truth,
         so that a matrix that travelled as a packed triangle is the same matrix.
         """
-        tensors = self._averages[name].tensors()
+        tensors = unpack_symmetric(self._averages[name].tensors())
         return factors_from_tensors({key: _symmetric(value) for key, value in tensors.items()})
 
     def snapshot(self, name: str) -> LayerSnapshot:
@@ -177,7 +196,7 @@ class FactorAverages:
                 f"layers {name!r} and {next_name!r} have averaged {counts[0]} and {counts[1]} "
                 "batches; a chain needs factors of one snapshot"
             )
-        next_pair, cross = self.pair(next_name), _copy(self._crosses[name].tensors())
+        next_pair, cross = self.pair(next_name), _copied(self._crosses[name].tensors())
         assert isinstance(next_pair, KroneckerPair)
         assert isinstance(cross, KroneckerPair)
         return LayerSnapshot(step=self.step, pair=self.pair(name), next_pair=next_pair, cross=cross)
@@ -197,15 +216,16 @@ class FactorAverages:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state: of this object's layers those it has; the others start anew.
 
-        So do layers that are linked with one that does.
+        So do layers that are linked with one that does. Symmetric matrices of the state may be
+        packed, and are if those of the next sums are.
         """
         self.step = int(state["step"])
         known = self._restorable(state)
         self._num_updates = dict.fromkeys(self.names, 0)
         self._num_updates |= {name: int(state[f"{name}/num_updates"]) for name in known}
-        self._averages = {name: _copy(_saved(state, f"{name}/", _KEYS)) for name in known}
+        self._averages = {name: _copied(_saved(state, f"{name}/", _KEYS)) for name in known}
         self._crosses = {
-            name: _copy(_saved(state, f"{name}/cross_", _KEYS))
+            name: _copied(_saved(state, f"{name}/cross_", _KEYS))
             for name in known
             if name in self._next_names
         }
@@ -232,8 +252,13 @@ def _saved(state: Mapping[str, Tensor], prefix: str, keys: Iterable[str]) -> dic
     return {key: state[prefix + key] for key in keys if prefix + key in state}
 
 
-def _copy(tensors: Mapping[str, Tensor]) -> LayerFactors:
-    return factors_from_tensors({key: value.clone() for key, value in tensors.items()})
+def _copied(tensors: Mapping[str, Tensor]) -> AveragedFactors:
+    return _of_form({key: value.clone() for key, value in tensors.items()})
+
+
+def _of_form(tensors: Mapping[str, Tensor]) -> AveragedFactors:
+    is_packed = any(key.endswith(LOWER) for key in tensors)
+    return PackedFactors(packed=tensors) if is_packed else factors_from_tensors(tensors)
 
 
 def _symmetric(value: Tensor) -> Tensor:
@@ -241,11 +266,22 @@ def _symmetric(value: Tensor) -> Tensor:
 
 
 def _average_in(
-    averages: dict[str, LayerFactors], name: str, new: LayerFactors, keep: float, weight: float
+    averages: dict[str, AveragedFactors],
+    name: str,
+    new: AveragedFactors,
+    keep: float,
+    weight: float,
+    done: dict[int, Tensor],
 ) -> None:
+    """Take `new` into the average of a layer; `done` has what is new in this update, by identity.
+
+    An average that layers share has the sums that they share: it is updated once.
+    """
     batch = new.tensors()
     if name not in averages:
-        zeros = {key: torch.zeros_like(value) for key, value in batch.items()}
-        averages[name] = factors_from_tensors(zeros)
+        zeros = {key: done.get(id(value), torch.zeros_like(value)) for key, value in batch.items()}
+        averages[name] = _of_form(zeros)
     for key, average in averages[name].tensors().items():
-        average.mul_(keep).add_(batch[key], alpha=weight)
+        if done.get(id(batch[key])) is not average:
+            average.mul_(keep).add_(batch[key], alpha=weight)
+            done[id(batch[key])] = average

@@ -1,8 +1,14 @@
-"""Symmetric matrices as packed lower triangles: half the bytes on the wire and on disk."""
+"""Symmetric matrices as packed lower triangles: half the bytes on the wire and on disk.
+
+Among tensors by name, a matrix named A or G, after any path, is symmetric (a factor, or its
+inverse); packed, its name ends with `:lower`. All else goes as it is, so that packed tensors can be
+unpacked without knowing what they are of.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -10,6 +16,8 @@ from torch import Tensor
 
 # Orders whose indices are kept: they are as large as a matrix in float32.
 _NUM_ORDERS = 32
+_SYMMETRIC = ("A", "G")
+LOWER = ":lower"
 
 
 def packed_size(order: int) -> int:
@@ -52,3 +60,22 @@ def mirror_lower(matrix: Tensor) -> Tensor:
     """Return the symmetric matrix that has the lower triangle of `matrix` [..., d, d]."""
     lower = matrix.tril()
     return lower + lower.tril(-1).mT
+
+
+def pack_symmetric(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with symmetric matrices packed; the others are not copied."""
+    packed = {}
+    for name, tensor in tensors.items():
+        if name.rpartition("/")[2] in _SYMMETRIC and tensor.dim() == 2:
+            packed[name + LOWER] = pack(tensor)
+        else:
+            packed[name] = tensor
+    return packed
+
+
+def unpack_symmetric(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that were packed; those that were not are not copied."""
+    return {
+        name.removesuffix(LOWER): unpack(tensor) if name.endswith(LOWER) else tensor
+        for name, tensor in tensors.items()
+    }

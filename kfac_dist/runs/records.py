@@ -73,7 +73,9 @@ class StepRecord(_Record):
     `predicted_change` is M(delta) - M(0). `inverse_version_step` maps a layer to the step of the
     newest statistics in the inverse that was used for it. `numeric_events` and
     `stale_applied_total` count from the start of the job; `waited_seconds` is the time spent at
-    the staleness bound in this step. `inversions` are those that came in since the last record.
+    the staleness bound in this step. `exchanged_bytes` are those of the tensors that a gradient
+    worker exchanged with the parameter server, sent and received, `num_messages` how many tensors;
+    statistics go another way. `inversions` are those that came in since the last record.
     What an optimizer does not have, such as the damping of SGD, is null or empty.
     """
 
@@ -98,6 +100,8 @@ class StepRecord(_Record):
     numeric_events: dict[str, int] = Field(default_factory=dict)
     stale_applied_total: int = 0
     waited_seconds: float = 0.0
+    exchanged_bytes: int = 0
+    num_messages: int = 0
     inverse_queue_depth: dict[str, int] = Field(default_factory=dict)
     inversions: list[Inversion] = Field(default_factory=list)
     evaluation: Evaluation | None = None

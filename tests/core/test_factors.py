@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from kfac_dist.core.factors import FactorAverages, KroneckerPair, Link
+from kfac_dist.core.factors import (
+    FactorAverages,
+    KroneckerPair,
+    Link,
+    PackedFactors,
+    UnitMoments,
+)
+from kfac_dist.core.packing import pack_symmetric
 
 
 def pair_of(value, size_A=3, size_G=2):
@@ -46,6 +53,21 @@ def test_sums_are_neither_kept_nor_changed():
     assert averages.pair("a").A.abs().sum() > 0
 
 
+def test_layers_that_share_a_factor_share_its_average():
+    shared, apart = FactorAverages(["a", "b"], 0.9), FactorAverages(["a", "b"], 0.9)
+    for k in range(1, 5):
+        first = pair_of(k)
+        second = KroneckerPair(A=first.A, G=pair_of(k + 10).G)
+        shared.update(step=k, sums={"a": first, "b": second}, num_cases=2)
+        copied = KroneckerPair(A=first.A.clone(), G=second.G.clone())
+        apart.update(step=k, sums={"a": first, "b": copied}, num_cases=2)
+    for name in ("a", "b"):
+        assert torch.equal(shared.pair(name).A, apart.pair(name).A)
+        assert torch.equal(shared.pair(name).G, apart.pair(name).G)
+    assert shared._averages["a"].A is shared._averages["b"].A
+    assert apart._averages["a"].A is not apart._averages["b"].A
+
+
 def test_pair_is_exactly_symmetric():
     averages = FactorAverages(["a"], 0.5)
     skewed = pair_of(1)
@@ -68,6 +90,35 @@ def test_state_round_trip_gives_the_same_next_averages():
         assert torch.equal(averages.pair(name).A, other.pair(name).A)
         assert torch.equal(averages.pair(name).G, other.pair(name).G)
     assert other.step == 9
+
+
+@pytest.mark.parametrize("restored_after", [0, 3])
+def test_averages_of_packed_triangles_are_those_of_matrices_to_the_last_bit(restored_after):
+    """Sizes that fill vector registers, and leave some over."""
+    sums = [
+        {
+            "pair": KroneckerPair(A=gram(37, 2 * k), G=gram(64, 2 * k + 1)),
+            "embedding": KroneckerPair(A=gram(9, k).diagonal().clone(), G=gram(5, k)),
+            "norm": UnitMoments(M=torch.stack([gram(2, k + unit) for unit in range(7)])),
+        }
+        for k in range(8)
+    ]
+    whole, packed = FactorAverages(sums[0], 0.9), FactorAverages(sums[0], 0.9)
+    for step, batch in enumerate(sums):
+        if step == restored_after:
+            packed.load_state_dict(pack_symmetric(packed.state_dict()))
+        whole.update(step, batch, 3)
+        triangles = {n: PackedFactors(packed=pack_symmetric(f.tensors())) for n, f in batch.items()}
+        packed.update(step, triangles, 3)
+    for name in whole.names:
+        expected, found = whole.pair(name).tensors(), packed.pair(name).tensors()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def gram(order, seed):
+    rows = torch.randn(order, order, generator=torch.Generator().manual_seed(seed))
+    return rows.T @ rows
 
 
 def test_a_layer_without_a_state_starts_anew():

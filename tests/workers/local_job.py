@@ -16,6 +16,7 @@ import torch
 
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.core.fisher import FisherSums
 from kfac_dist.core.registration import register
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from tests.workers.jobs import TASK
@@ -28,6 +29,7 @@ from workers.messages import (
     Rendezvous,
     ServerReport,
     StepOrder,
+    WorkerReport,
 )
 from workers.planning import batch_size, inverse_setups, staleness_bound, step_schedule
 from workers.process_group import Group, host_store, join_group, join_store
@@ -171,6 +173,7 @@ class LocalJob:
         self.cursor = saved.cursor if saved else SamplerCursor(epoch=0, offset=0)
         self.num_cases = len(self.workers[0]._data["train"])
         self.step_count = saved.step if saved else 0
+        self.worker_reports: list[WorkerReport] = []
         self.gammas = self.server.next_gammas(self.step_count + 1)
 
     def _inverse_loops(self) -> dict[int, InverseLoop]:
@@ -217,8 +220,9 @@ class LocalJob:
             for loop in self.loops.values():
                 loop.put_request(request)
         calls: list[Callable[[], Any]] = [lambda w=w: w.step(order) for w in self.workers]
-        report: ServerReport = in_threads([*calls, lambda: self.server.step(order)])[-1]
+        *self.worker_reports, report = in_threads([*calls, lambda: self.server.step(order)])
         self.gammas = report.next_gammas
+        assert isinstance(report, ServerReport)
         return report
 
     def save(self) -> Saved:
@@ -245,10 +249,10 @@ _FORWARD_MODE = threading.Lock()
 def _take_turns(worker: GradientWork) -> None:
     """Torch counts the levels of forward mode per process: two threads must not be in it."""
     computer = worker._computer
-    alone = computer.fisher_gram
+    alone = computer.fisher_sums
 
-    def fisher_gram(*arguments: Any) -> torch.Tensor:
+    def fisher_sums(*arguments: Any) -> FisherSums:
         with _FORWARD_MODE:
             return alone(*arguments)
 
-    computer.fisher_gram = fisher_gram  # type: ignore[method-assign]
+    computer.fisher_sums = fisher_sums  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from tests.workers.local_job import LocalJob, job_context, small_spec
 from workers.inverse_store import InverseStore
 from workers.inverse_work import InverseWork
 from workers.messages import InverseSetup, RefreshRequest, StatisticsHeader
-from workers.parcels import pack_statistics, unpack_statistics
+from workers.parcels import pack_statistics, unpack_tensors
 from workers.planning import step_schedule
 
 LAYER = LayerCost(name="0", orders=(4, 2))
@@ -97,9 +97,13 @@ class Spoiled(LocalJob):
         if not header.usable:
             super()._send(worker, header, None)
             return
+        orders = {
+            name: {key: len(tensor) for key, tensor in unpack_tensors(arrays).items()}
+            for name, arrays in parcel.factors.items()
+        }
         factors = {
-            name: KroneckerPair(A=-1e12 * torch.eye(len(pair.A)), G=torch.eye(len(pair.G)))
-            for name, pair in unpack_statistics(parcel).factors.items()
+            name: KroneckerPair(A=-1e12 * torch.eye(order["A"]), G=torch.eye(order["G"]))
+            for name, order in orders.items()
         }
         super()._send(worker, header, pack(factors))
 

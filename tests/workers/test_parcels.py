@@ -8,15 +8,15 @@ import torch
 
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.inverse import Inverted
-from kfac_dist.core.packing import packed_size
+from kfac_dist.core.packing import packed_size, unpack_symmetric
 from kfac_dist.core.statistics import BatchStatistics
 from workers.parcels import (
     add_up,
     pack_inverses,
     pack_statistics,
     pack_tensors,
+    read_statistics,
     unpack_inverses,
-    unpack_statistics,
     unpack_tensors,
 )
 
@@ -78,17 +78,18 @@ def test_factors_that_layers_share_are_packed_once():
     assert parcel.factors["q"]["G:lower"] is not parcel.factors["k"]["G:lower"]
     received = pickle.loads(pickle.dumps(parcel))
     assert received.factors["q"]["A:lower"] is received.factors["k"]["A:lower"]
-    for name, found in unpack_statistics(received).factors.items():
-        assert torch.equal(found.A, factors[name].A)
-        assert torch.equal(found.G, factors[name].G)
+    for name, found in read_statistics(received).factors.items():
+        tensors = unpack_symmetric(found.tensors())
+        assert torch.equal(tensors["A"], factors[name].A)
+        assert torch.equal(tensors["G"], factors[name].G)
 
 
 def test_statistics_add_up():
     parts = [statistics(seed) for seed in (0, 10, 20)]
-    total = unpack_statistics(add_up([pack_statistics(part) for part in parts]))
+    total = read_statistics(add_up([pack_statistics(part) for part in parts]))
     for kind in ("factors", "crosses"):
         for name, found in getattr(total, kind).items():
-            for key, tensor in found.tensors().items():
+            for key, tensor in unpack_symmetric(found.tensors()).items():
                 summands = [getattr(part, kind)[name].tensors()[key] for part in parts]
                 assert torch.equal(tensor, summands[0] + summands[1] + summands[2])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.messages import InverseHeader, ServerReport, WorkerReport
+from workers.messages import InverseHeader, ServerReport, Traffic, WorkerReport
 from workers.recording import Recorder
 
 
@@ -56,7 +56,9 @@ def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> Invers
     ],
 )
 def test_how_an_inversion_went(accepted: InverseHeader, result: str) -> None:
-    workers = [WorkerReport(rank=0, step=1, phase_seconds={})]
+    traffic = Traffic(sent_bytes=70, received_bytes=30, num_messages=6)
+    workers = [WorkerReport(rank=0, step=1, phase_seconds={}, traffic=traffic)]
     record = Recorder().record(report(accepted), workers, {}, step_seconds=0.5)
+    assert (record.exchanged_bytes, record.num_messages) == (100, 6)
     (inversion,) = record.inversions
     assert (inversion.layer, inversion.seconds, inversion.result) == ("a", 0.25, result)

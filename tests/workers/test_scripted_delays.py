@@ -57,6 +57,19 @@ def test_scripted_delays_are_the_serial_simulation_to_the_last_bit(inverse, dela
     assert any(report.gamma != reports[0].gamma for report in reports), "gamma was searched for"
 
 
+@pytest.mark.parametrize("inverse", INVERSES)
+def test_so_it_is_after_a_warm_up(inverse, run, tmp_path):
+    spec = scripted_spec(inverse, {"*": 9}, staleness={"warmup_steps": 10})
+    job = run(spec)
+    reports = job.steps(NUM_STEPS)
+    serial, _ = serial_run(spec, tmp_path, NUM_STEPS, delay_steps={"*": 9}, warmup_steps=10)
+    assert torch.equal(job.parameters, flatten(serial._parameters))
+    for report in reports[:10]:
+        newest = job.schedule.last_refresh(report.step)
+        assert set(report.inverse_version_step.values()) == {newest}
+    assert max(r.step - min(r.inverse_version_step.values()) for r in reports[10:]) > 9
+
+
 def test_each_layer_is_as_old_as_its_script_says(run):
     delays = {"*": 9, "2": 2}
     job = run(scripted_spec("block_diagonal", delays))

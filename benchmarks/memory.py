@@ -1,0 +1,252 @@
+"""How much memory does each role need, and does the data set matter to the factors?
+
+Jobs on nets of several sizes, on the project's workers. The private memory of each process (its
+anonymous pages; what it maps of the object store belongs to that) is sampled, and its peak over
+that of the same role with a net of almost nothing is explained as
+
+    num_vectors * 4 P + num_factors * 4 F      (+ 4 B a gradient worker)
+
+with P the parameters, F the elements of all factors, unpacked, and B the elements of the
+activations of a batch. The two numbers are fitted over the sizes and compared with the peaks, size
+by size. In the second part one net is trained on the first 1,000, 10,000 and 60,000 cases.
+
+    python benchmarks/memory.py --data-dir ../shared/data --out benchmarks/results
+    python benchmarks/memory.py --short
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from processes import cpu_seconds_by_role, descendants, private_bytes, role_of
+from race import ROOT, conditions
+from report import add_output_options, deliver, document, surroundings, table
+from turns import WITHOUT_EXTRAS, Turns, run_turns
+
+from kfac_dist.config import JobSpec, KFACSpec, load_spec
+from kfac_dist.core.registration import register
+from kfac_dist.tasks import build_model, load_task, torch_dtype
+from workers.cluster import ray_cluster
+
+ROLES = ("gradient_worker", "inverse_worker", "parameter_server")
+IDLE = [2]
+SIZES = ([400, 200, 30], [800, 400, 30], [1200, 500, 30], [1600, 800, 30])
+SHORT_SIZES = ([50, 20], [100, 50], [200, 50])
+LIMITS = (1_000, 10_000, 60_000)
+SHORT_LIMITS = (200, 1_000)
+STEPS = 22  # with a refresh and a search for gamma, in step 20
+BATCH_SIZE = 200
+SAMPLE_SECONDS = 0.01
+SAMPLES_A_SEARCH = 50  # for new processes
+MEBIBYTE = 2**20
+
+
+class Peaks:
+    """The largest private memory of each role while the block runs, by sampling."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Peaks:
+        """Begin to sample."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop sampling."""
+        self._end.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        sample = 0
+        while not self._end.wait(SAMPLE_SECONDS):
+            if sample % SAMPLES_A_SEARCH == 0:
+                roles = {pid: role_of(pid) for pid in descendants()}
+            sample += 1
+            for pid, role in roles.items():
+                if role in ROLES:
+                    self.bytes[role] = max(self.bytes.get(role, 0), private_bytes(pid))
+
+
+class Size(NamedTuple):
+    """What a net has: parameters, elements of its factors, and of a batch's activations."""
+
+    num_parameters: int
+    factor_elements: int
+    activation_elements: int
+
+
+class Run(NamedTuple):
+    """What was seen of a job."""
+
+    size: Size
+    peak_bytes: Mapping[str, int]
+    refresh_seconds: float
+    inverse_cpu_seconds: float
+
+
+def job(path: Path, hidden: Sequence[int], extra: Sequence[str]) -> JobSpec:
+    overrides = [
+        f"task_args.hidden={list(hidden)}",
+        "workers.gradient=1",
+        f"batch_size={BATCH_SIZE}",
+        f"steps={STEPS}",
+        *WITHOUT_EXTRAS,
+        *extra,
+    ]
+    return load_spec(path, overrides=overrides)
+
+
+def size_of(spec: JobSpec, data_dir: Path | None) -> Size:
+    assert isinstance(spec.optimizer, KFACSpec)
+    task = load_task(spec, ROOT / "examples", data_dir=data_dir)
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+    registration = register(model, spec.optimizer)
+    blocks = registration.blocks
+    return Size(
+        num_parameters=registration.num_parameters,
+        factor_elements=sum(order**2 for block in blocks for order in block.orders),
+        # Inputs and outputs of the linear modules; an activation keeps one more of each.
+        activation_elements=BATCH_SIZE * sum(block.dim_A + 2 * block.dim_G for block in blocks),
+    )
+
+
+def run(spec: JobSpec, data_dir: Path | None) -> Run:
+    turns = Turns(first=1, steps_a_turn=STEPS)
+    assert not cpu_seconds_by_role()["inverse_worker"], "actors of an earlier job"
+    with Peaks() as peaks:
+        run_turns(spec, data_dir, turns)
+    by_step = [
+        sum(one.seconds for one in record.inversions)
+        for record in turns.records
+        if record.inversions
+    ]
+    print(spec.task_args["hidden"], spec.data.limit, peaks.bytes, file=sys.stderr)
+    return Run(
+        size=size_of(spec, data_dir),
+        peak_bytes={role: peaks.bytes[role] for role in ROLES},
+        refresh_seconds=median(by_step),
+        inverse_cpu_seconds=turns.cpu_seconds["inverse_worker"],
+    )
+
+
+def explain(idle: Run, runs: Sequence[Run], role: str) -> dict[str, Any]:
+    """Fit the peaks of a role over that of an idle one, and compare size by size."""
+    own = np.array([one.peak_bytes[role] - idle.peak_bytes[role] for one in runs], dtype=float)
+    sizes = [one.size for one in runs]
+    columns = [
+        [4 * size.num_parameters for size in sizes],
+        [4 * size.factor_elements for size in sizes],
+    ]
+    known = np.zeros(len(runs))
+    if role == "gradient_worker":
+        known = np.array([4.0 * size.activation_elements for size in sizes])
+    matrix = np.array(columns, dtype=float).T
+    # Relative residuals are what counts.
+    weights = 1 / own
+    found, *_ = np.linalg.lstsq(matrix * weights[:, None], (own - known) * weights, rcond=None)
+    explained = matrix @ found + known
+    return {
+        "idle_mib": round(idle.peak_bytes[role] / MEBIBYTE, 1),
+        "num_vectors": round(float(found[0]), 2),
+        "num_factors": round(float(found[1]), 2),
+        "own_mib": [round(value / MEBIBYTE, 1) for value in own],
+        "explained_over_own": [round(value, 3) for value in explained / own],
+    }
+
+
+def by_limit(runs: Mapping[int, Run]) -> list[dict[str, Any]]:
+    first = next(iter(runs.values()))
+    return [
+        {
+            "cases": limit,
+            "factor_elements": one.size.factor_elements,
+            "inverse_worker_mib": round(one.peak_bytes["inverse_worker"] / MEBIBYTE, 1),
+            "inverse_worker_mib_over_first": round(
+                one.peak_bytes["inverse_worker"] / first.peak_bytes["inverse_worker"], 3
+            ),
+            "parameter_server_mib": round(one.peak_bytes["parameter_server"] / MEBIBYTE, 1),
+            "gradient_worker_mib": round(one.peak_bytes["gradient_worker"] / MEBIBYTE, 1),
+            "inverse_cpu_seconds_over_first": round(
+                one.inverse_cpu_seconds / first.inverse_cpu_seconds, 3
+            ),
+        }
+        for limit, one in runs.items()
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    sizes = ["-".join(map(str, hidden)) for hidden in result["hidden"]]
+    rows = [
+        [
+            role,
+            found["idle_mib"],
+            found["num_vectors"],
+            found["num_factors"],
+            *(
+                f"{own} ({explained})"
+                for own, explained in zip(
+                    found["own_mib"], found["explained_over_own"], strict=True
+                )
+            ),
+        ]
+        for role, found in result["roles"].items()
+    ]
+    limits = [list(row.values()) for row in result["limits"]]
+    return document(
+        "Memory by role",
+        "`python benchmarks/memory.py --data-dir DIR --out benchmarks/results`: autoencoders on "
+        f"MNIST, batch {result['batch_size']}, {STEPS} steps with a refresh for three gammas, one "
+        f"gradient worker, one inverse worker; torch {result['versions']['torch']}, Ray "
+        f"{result['versions']['ray']}. Peak of private memory (anonymous pages, sampled every "
+        f"{1e3 * SAMPLE_SECONDS:g} ms) in MiB over that of the same role with a net of almost "
+        "nothing; in brackets what `vectors * 4 P + factors * 4 F` explains of it, with P the "
+        "parameters and F the elements of all factors, and for a gradient worker the activations "
+        "of its batch. The two numbers of a role are fitted over all sizes.",
+        table(["role", "idle, MiB", "vectors", "factors", *sizes], rows),
+        f"The number of cases, net {sizes[-1]}: factors and their inversion do not depend on it. A "
+        "gradient worker holds the data set.",
+        table([name.replace("_", " ") for name in result["limits"][0]], limits),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_output_options(parser)
+    arguments = parser.parse_args()
+    path = ROOT / f"examples/{'mnist_5k' if arguments.short else 'mnist_autoencoder'}.yaml"
+    sizes = SHORT_SIZES if arguments.short else SIZES
+    limits = SHORT_LIMITS if arguments.short else LIMITS
+    data_dir: Path | None = arguments.data_dir
+    started = surroundings()
+    spec = job(path, sizes[-1], [])
+    with ray_cluster(None):
+        idle = run(job(path, IDLE, []), data_dir)
+        runs = [run(job(path, hidden, []), data_dir) for hidden in sizes]
+        limited = {
+            limit: run(job(path, sizes[-1], [f"data.limit={limit}"]), data_dir) for limit in limits
+        }
+    result = {
+        "question": "peak memory by role from sizes, and the factors' cost by number of cases",
+        **conditions(spec),
+        **started,
+        "seed": spec.seed,
+        "hidden": sizes,
+        "sizes": [one.size._asdict() for one in runs],
+        "roles": {role: explain(idle, runs, role) for role in ROLES},
+        "limits": by_limit(limited),
+    }
+    deliver("memory", result, markdown(result), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

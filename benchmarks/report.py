@@ -1,0 +1,72 @@
+"""What the benchmarks write: a JSON object with what is needed to repeat it, and a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def surroundings() -> dict[str, Any]:
+    """Return versions, hardware, and how busy the machine is now."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "ray": ray.__version__,
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "cores_used": len(os.sched_getaffinity(0)),
+        },
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor()
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark of this kind takes."""
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--short", action="store_true", help="a small job, seconds to minutes")
+    parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md into this folder")
+
+
+def deliver(name: str, result: Mapping[str, Any], markdown: str, folder: Path | None) -> None:
+    """Print the result as one JSON object, and write it with its table if a folder is given."""
+    text = json.dumps(result)
+    print(text)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(text + "\n")
+        (folder / f"{name}.md").write_text(markdown)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; floats as they are given, so round them before."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def document(title: str, *paragraphs: str) -> str:
+    """Return a Markdown document."""
+    return "\n\n".join([f"# {title}", *paragraphs]) + "\n"

@@ -1,0 +1,79 @@
+"""What is counted of the exchange is what crosses it, and is what the algorithm needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workers.local_job import LocalJob, in_threads, make_group, small_spec
+
+_BYTES_ACKED = 120  # its place in the kernel's struct tcp_info
+
+
+def acknowledged_bytes() -> int:
+    """Return what the sockets of this process have sent, summed, by the kernel's own count."""
+    total = 0
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        try:
+            with socket.socket(fileno=os.dup(int(entry.name))) as one:
+                info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+        except OSError:  # no socket, or none of TCP
+            continue
+        total += struct.unpack_from("Q", info, _BYTES_ACKED)[0]
+    return total
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_the_bytes_counted_are_those_that_the_kernel_sends(num_workers):
+    *workers, server = make_group(num_workers)
+    vector = torch.ones(250_000)
+
+    def work(rank: int) -> None:
+        workers[rank].send(vector)
+        workers[rank].broadcast(torch.empty(3, len(vector)))
+
+    def serve() -> torch.Tensor:
+        total = server.receive_sum(vector)
+        return server.broadcast(total.expand(3, -1).contiguous())
+
+    before = acknowledged_bytes()
+    *_, directions = in_threads([*(lambda r=r: work(r) for r in range(num_workers)), serve])
+    sent = acknowledged_bytes() - before
+    assert torch.equal(directions, num_workers * torch.ones(3, len(vector)))
+    traffics = [group.take_traffic() for group in (*workers, server)]
+    counted = sum(traffic.sent_bytes for traffic in traffics)
+    assert counted == num_workers * 4 * vector.nbytes
+    assert counted <= sent <= 1.01 * counted
+    for traffic in traffics[:-1]:
+        assert (traffic.sent_bytes, traffic.received_bytes) == (vector.nbytes, 3 * vector.nbytes)
+        assert traffic.num_messages == 2
+    assert traffics[-1].received_bytes == num_workers * vector.nbytes
+    assert server.take_traffic().num_messages == 0
+
+
+@pytest.fixture
+def job(tmp_path) -> Iterator[LocalJob]:
+    job = LocalJob(small_spec(workers={"gradient": 2}), tmp_path)
+    yield job
+    job.close()
+
+
+def test_a_step_sends_two_vectors_of_parameters_a_worker_and_four_where_gamma_is_searched(job):
+    vector_bytes = job.parameters.nbytes
+    for _ in range(7):
+        job.steps(1)
+        plan = job.schedule.plan(job.step_count)
+        vectors = 4 if plan.search_gamma else 2
+        for report in job.worker_reports:
+            traffic = report.traffic
+            small = traffic.sent_bytes + traffic.received_bytes - vectors * vector_bytes
+            assert 0 < small < 400, plan
+            assert traffic.sent_bytes - vector_bytes < 200
+            # Gradient, its numbers, usable; header, directions, choice; gram; the loss if measured.
+            assert traffic.num_messages == 7 + plan.measure
