@@ -1,0 +1,81 @@
+"""The contestants: what each needs to be installed, its grid, and how it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from peers import first_order
+from peers.first_order import FirstOrderRunner
+from peers.kfac_jax_runner import KfacJaxRunner
+from peers.ours import SerialRunner
+from timed_race import Runner, Setting
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One optimizer.
+
+    `grid` are the options tried before the race; the first are taken where nothing is tried.
+    `needs` is the module without which it stays away; `ours` tells this project's from the peers.
+    """
+
+    start: Callable[[Setting, Options], Runner]
+    grid: tuple[Options, ...]
+    needs: str | None = None
+    ours: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can take part."""
+        return self.needs is None or find_spec(self.needs) is not None
+
+
+def _first_order(
+    make: Callable[[float], first_order.Optimizers],
+    learning_rates: tuple[float, ...],
+    needs: str | None = None,
+) -> Contestant:
+    return Contestant(
+        start=lambda setting, options: FirstOrderRunner(setting, make(options["lr"])),
+        grid=tuple({"lr": lr} for lr in learning_rates),
+        needs=needs,
+    )
+
+
+def _ours(changes: Options) -> Contestant:
+    return Contestant(start=SerialRunner, grid=(changes,), ours=True)
+
+
+_NORM_CONSTRAINT = {
+    "optimizer.step_rule": "norm_constraint",
+    "optimizer.statistics_fraction": 0.125,
+    "optimizer.damping": {
+        "initial": {"schedule": "exponential", "initial": 3.0, "final": 0.03, "steps": 300},
+        "adapt_period": None,
+    },
+    "optimizer.averaging": {"decay": 0.97, "start": 20},
+}
+
+FIELD: Mapping[str, Contestant] = {
+    "sgd": _first_order(first_order.sgd, (3e-3, 1e-2, 3e-2, 1e-3)),
+    "adam": _first_order(first_order.adam, (1e-3, 3e-4, 3e-3, 1e-2)),
+    "muon": _first_order(first_order.muon, (0.04, 0.01, 0.02, 0.08)),
+    "soap": _first_order(first_order.soap, (3e-3, 1e-3, 1e-2), "pytorch_optimizer"),
+    "shampoo": _first_order(first_order.shampoo, (1e-3, 3e-4, 3e-3, 1e-2), "pytorch_optimizer"),
+    "kfac-jax": Contestant(
+        start=lambda setting, options: KfacJaxRunner(setting, **options),
+        grid=tuple(
+            {"initial_damping": damping, "inverse_period": period}
+            for damping, period in ((3.0, 5), (30.0, 5), (150.0, 5), (3.0, 20))
+        ),
+        needs="kfac_jax",
+    ),
+    "kfac": _ours({}),
+    "kfac, the example": _ours({}),
+    "kfac, norm_constraint": _ours(_NORM_CONSTRAINT),
+}
