@@ -1,4 +1,4 @@
-"""How much CPU time does each optimizer need to an objective on the paper's autoencoder?
+r"""How much CPU time does each optimizer need to an objective on the paper's autoencoder?
 
 The serial K-FAC against SGD, Adam, Muon, SOAP, Shampoo and kfac-jax: the same initial parameters,
 the same order of cases, one thread each, in turns, after a search over a grid for every peer. The
@@ -6,7 +6,7 @@ objective is the cross-entropy over the whole training set. SGD runs along whoev
 that a run can be done in parts: seconds of different runs are compared in steps of SGD.
 
     python benchmarks/time_to_objective.py --data-dir ../shared/data --results FILE.json
-    python benchmarks/time_to_objective.py --data-dir ../shared/data --results FILE.json \\
+    python benchmarks/time_to_objective.py --data-dir ../shared/data --results FILE.json \
         --only kfac=120 --only kfac-jax=240
     python benchmarks/time_to_objective.py --short
 
@@ -37,7 +37,6 @@ from kfac_dist.config import load_spec
 BASELINE = "sgd"
 BASELINE_SHARE = 1 / 8  # of the largest budget, where SGD only runs along
 NUM_TURNS, NUM_TUNING_TURNS = 45, 5
-NUM_MARKS = 13
 PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "kfac_jax": "kfac-jax"}
 
 
@@ -77,7 +76,7 @@ def run(setting: Setting, plan: Plan, tuned: Mapping[str, Options]) -> dict[str,
             name,
             FIELD[name].start(setting, tuned[name]),
             budget,
-            NUM_MARKS if name in plan.budgets else 1,
+            FIELD[name].evaluations if name in plan.budgets else 1,
         )
         for name, budget in budgets.items()
     ]

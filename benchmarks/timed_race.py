@@ -66,9 +66,14 @@ class Setting:
         return evaluate(self._judged, self.task, self.data)["loss"]
 
 
+FIRST_MARK = 1 / 15  # of the budget
+
+
 def marks(budget: float, count: int) -> tuple[float, ...]:
-    """Return the CPU seconds to evaluate at, each 1.25 times the one before, the last `budget`."""
-    return tuple(budget / 1.25**back for back in reversed(range(count)))
+    """Return `count` CPU seconds to evaluate at, each the same factor later, the last `budget`."""
+    return tuple(
+        budget * FIRST_MARK ** (back / (count - 1 or 1)) for back in reversed(range(count))
+    )
 
 
 @dataclass

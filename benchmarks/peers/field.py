@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from timed_race import Runner, Setting
+
 from peers import first_order
 from peers.first_order import FirstOrderRunner
 from peers.kfac_jax_runner import KfacJaxRunner
 from peers.ours import SerialRunner
-from timed_race import Runner, Setting
 
 Options = dict[str, Any]
 
@@ -21,13 +22,15 @@ class Contestant:
     """One optimizer.
 
     `grid` are the options tried before the race; the first are taken where nothing is tried.
-    `needs` is the module without which it stays away; `ours` tells this project's from the peers.
+    `needs` is the module without which it stays away; `ours` tells this project's from the peers;
+    `evaluations` are those of the whole training set in a race.
     """
 
     start: Callable[[Setting, Options], Runner]
     grid: tuple[Options, ...]
     needs: str | None = None
     ours: bool = False
+    evaluations: int = 7
 
     @property
     def installed(self) -> bool:
@@ -48,7 +51,7 @@ def _first_order(
 
 
 def _ours(changes: Options) -> Contestant:
-    return Contestant(start=SerialRunner, grid=(changes,), ours=True)
+    return Contestant(start=SerialRunner, grid=(changes,), ours=True, evaluations=13)
 
 
 _NORM_CONSTRAINT = {
@@ -62,11 +65,11 @@ _NORM_CONSTRAINT = {
 }
 
 FIELD: Mapping[str, Contestant] = {
-    "sgd": _first_order(first_order.sgd, (3e-3, 1e-2, 3e-2, 1e-3)),
-    "adam": _first_order(first_order.adam, (1e-3, 3e-4, 3e-3, 1e-2)),
-    "muon": _first_order(first_order.muon, (0.04, 0.01, 0.02, 0.08)),
+    "sgd": _first_order(first_order.sgd, (3e-3, 1e-3, 1e-2)),
+    "adam": _first_order(first_order.adam, (1e-3, 3e-4, 3e-3)),
+    "muon": _first_order(first_order.muon, (0.04, 0.02, 0.08)),
     "soap": _first_order(first_order.soap, (3e-3, 1e-3, 1e-2), "pytorch_optimizer"),
-    "shampoo": _first_order(first_order.shampoo, (1e-3, 3e-4, 3e-3, 1e-2), "pytorch_optimizer"),
+    "shampoo": _first_order(first_order.shampoo, (1e-3, 3e-4, 3e-3), "pytorch_optimizer"),
     "kfac-jax": Contestant(
         start=lambda setting, options: KfacJaxRunner(setting, **options),
         grid=tuple(
@@ -74,6 +77,7 @@ FIELD: Mapping[str, Contestant] = {
             for damping, period in ((3.0, 5), (30.0, 5), (150.0, 5), (3.0, 20))
         ),
         needs="kfac_jax",
+        evaluations=13,
     ),
     "kfac": _ours({}),
     "kfac, the example": _ours({}),
