@@ -27,7 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peers.comparison import compare, table
+from peers.comparison import compare, compare_jobs, table
+from peers.distributed import jobs, run_job
 from peers.field import FIELD, Options
 from race import ROOT, conditions
 from timed_race import Entrant, Setting, enter, race_by_time, score
@@ -115,6 +116,7 @@ def measure(setting: Setting, plan: Plan, stored: dict[str, Any]) -> dict[str, A
         runs.append(run(setting, plan, {name: one["best"] for name, one in tuning.items()}))
     names = {name for name, one in FIELD.items() if one.needs and one.installed}
     return {
+        **stored,
         "question": "CPU seconds to an objective: cross-entropy over the training set, nats a case",
         **conditions(setting.spec),
         "packages": {PACKAGES[m]: version(PACKAGES[m]) for m in {FIELD[n].needs for n in names}},
@@ -122,6 +124,21 @@ def measure(setting: Setting, plan: Plan, stored: dict[str, Any]) -> dict[str, A
         "tuning": tuning,
         "runs": runs,
         "comparison": compare(runs),
+    }
+
+
+def measure_jobs(setting: Setting, steps: int, data_dir: Path | None, tuning: Any) -> Any:
+    """Return the curves of whole jobs, K-FAC's and the baselines', and who is faster."""
+    rates = {name: tuning[name]["best"]["lr"] for name in ("sgd", "adam")}
+    curves = {}
+    for name, spec in jobs(setting.spec, rates, steps).items():
+        curves[name] = run_job(spec, data_dir)
+        say(f"distributed {name}: {curves[name]['curve'][-1]}")
+    return {
+        "load_average": os.getloadavg(),
+        "learning_rates": rates,
+        "jobs": curves,
+        "comparison": compare_jobs({name: one["curve"] for name, one in curves.items()}),
     }
 
 
@@ -160,6 +177,7 @@ def main() -> None:
     parser.add_argument("--tuning-seconds", type=float, help="a setting of a grid, 25; 0 is none")
     parser.add_argument("--only", action="append", default=[], metavar="NAME[=SECONDS]")
     parser.add_argument("--tune-only", action="store_true", help="search the grids and stop")
+    parser.add_argument("--distributed", type=int, metavar="STEPS", help="jobs on workers instead")
     parser.add_argument("--results", type=Path, help="add to the results in this file")
     parser.add_argument("--table", action="store_true", help="print the stored results as Markdown")
     parser.add_argument("--short", action="store_true", help="the demo's net, 5 seconds each")
@@ -181,6 +199,11 @@ def main() -> None:
     if arguments.tune_only:
         tuning = {name: tune(setting, name, plan.tuning_seconds) for name in budgets}
         result = {**stored, "tuning": stored.get("tuning", {}) | tuning}
+    elif arguments.distributed:
+        tuning = {name: tune(setting, name, 0) for name in ("sgd", "adam")}
+        tuning |= stored.get("tuning", {})
+        found = measure_jobs(setting, arguments.distributed, arguments.data_dir, tuning)
+        result = {**stored, **conditions(setting.spec), "distributed": found}
     else:
         result = measure(setting, plan, stored)
     text = json.dumps(result)

@@ -146,26 +146,23 @@ def score(point: Point) -> float:
     return min((loss for loss in losses if loss is not None), default=math.inf)
 
 
-def seconds_to(curve: Sequence[Point], loss: float) -> float | None:
-    """Return the CPU seconds after which a curve is at `loss`; None if it does not get there.
+def seconds_to(curve: Sequence[Point], loss: float, clock: str = "cpu_seconds") -> float | None:
+    """Return the seconds after which a curve is at `loss`; None if it does not get there.
 
     Between two points the loss is taken as linear in the logarithm of the seconds, which for a
     curve that flattens is on the slow side.
     """
-    before: Point | None = None
+    before: tuple[float, float] | None = None
     for point in curve:
-        if score(point) <= loss:
-            return _between(before, point, loss)
-        before = point
+        seconds, reached = point[clock], score(point)
+        assert seconds is not None
+        if reached <= loss:
+            return _between(before, (seconds, reached), loss) if before else seconds
+        before = (seconds, reached) if math.isfinite(reached) else None
     return None
 
 
-def _between(before: Point | None, after: Point, loss: float) -> float:
-    end = after["cpu_seconds"]
-    assert end is not None
-    if before is None or not math.isfinite(score(before)):
-        return end
-    start = before["cpu_seconds"]
-    assert start is not None
-    share = (score(before) - loss) / (score(before) - score(after))
-    return start * (end / start) ** share
+def _between(before: tuple[float, float], after: tuple[float, float], loss: float) -> float:
+    start, start_loss = before
+    end, end_loss = after
+    return start * (end / start) ** ((start_loss - loss) / (start_loss - end_loss))

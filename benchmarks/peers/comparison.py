@@ -69,9 +69,54 @@ def _row(name: str, own_run: Run, peer: str, peer_run: Run, goal: float) -> dict
     }
 
 
+def compare_jobs(curves: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return for each baseline its last objective, and the seconds K-FAC needs to it."""
+    rows = []
+    for name, curve in curves.items():
+        if name == "kfac":
+            continue
+        goal = min(score(point) for point in curve)
+        peer = seconds_to(curve, goal, "wall_seconds")
+        ours = seconds_to(curves["kfac"], goal, "wall_seconds")
+        assert peer is not None, "a curve reaches its own lowest point"
+        ratio = None if ours is None else round(ours / peer, 3)
+        rows.append(
+            {
+                "peer": name,
+                "objective": round(goal, 2),
+                "peer_wall_seconds": peer,
+                "our_wall_seconds": ours,
+                "ratio": ratio,
+            }
+        )
+    return rows
+
+
 def table(result: Mapping[str, Any]) -> str:
-    """Return the results as two Markdown tables."""
-    return "\n".join([*_race_lines(result["runs"]), "", *_comparison_lines(result["comparison"])])
+    """Return the results as Markdown tables."""
+    lines = [*_race_lines(result["runs"]), "", *_comparison_lines(result["comparison"])]
+    if "distributed" in result:
+        lines += ["", *_job_lines(result["distributed"])]
+    return "\n".join(lines)
+
+
+def _job_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "| job | gradient workers | steps | steps a second | objective at the end |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name, job in found["jobs"].items():
+        end = job["curve"][-1]
+        at = f"{score(end):.2f} after {end['wall_seconds']:.0f} s"
+        workers = job["workers"]["gradient"]
+        yield f"| {name} | {workers} | {job['steps']} | {job['steps_per_second']:.2f} | {at} |"
+    yield ""
+    yield "| peer | objective | peer, s | K-FAC, s | K-FAC over peer |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in found["comparison"]:
+        ours = "not reached" if row["ratio"] is None else f"{row['our_wall_seconds']:.1f}"
+        yield (
+            f"| {row['peer']} | {row['objective']} | {row['peer_wall_seconds']:.1f} | {ours} | "
+            f"{row['ratio'] or ''} |"
+        )
 
 
 def _race_lines(runs: Sequence[Run]) -> Iterator[str]:

@@ -74,7 +74,7 @@ FIELD: Mapping[str, Contestant] = {
         start=lambda setting, options: KfacJaxRunner(setting, **options),
         grid=tuple(
             {"initial_damping": damping, "inverse_period": period}
-            for damping, period in ((3.0, 5), (30.0, 5), (150.0, 5), (3.0, 20))
+            for damping, period in ((3.0, 5), (0.3, 5), (30.0, 5), (3.0, 20))
         ),
         needs="kfac_jax",
         evaluations=13,
