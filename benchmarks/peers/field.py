@@ -67,7 +67,7 @@ _NORM_CONSTRAINT = {
 FIELD: Mapping[str, Contestant] = {
     "sgd": _first_order(first_order.sgd, (3e-3, 1e-3, 1e-2)),
     "adam": _first_order(first_order.adam, (1e-3, 3e-4, 3e-3)),
-    "muon": _first_order(first_order.muon, (0.04, 0.02, 0.08)),
+    "muon": _first_order(first_order.muon, (0.08, 0.16, 0.32, 0.04)),
     "soap": _first_order(first_order.soap, (3e-3, 1e-3, 1e-2), "pytorch_optimizer"),
     "shampoo": _first_order(first_order.shampoo, (1e-3, 3e-4, 3e-3), "pytorch_optimizer"),
     "kfac-jax": Contestant(
