@@ -21,13 +21,14 @@ from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.averaging import ParameterAverage
-from kfac_dist.core.chain_products import Trace
+from kfac_dist.core.chain import Trace
 from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.curvature import Curvature
 from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.finite import is_finite
+from kfac_dist.core.fisher import FisherMeans
 from kfac_dist.core.registration import register
 from kfac_dist.core.registration_report import ReportRow
 from kfac_dist.core.shelf import Held, all_carry, at_gamma, ready
@@ -111,13 +112,13 @@ class KFAC(torch.optim.Optimizer):
         loss, objective, gradient, trace = self._compute(inputs, targets)
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
-        self._update_factors(plan, inputs, targets)
+        self._update_factors(plan, inputs, targets, trace)
         self._invert(plan)
         held = self._admit(plan)
         gammas = self._tried_gammas(plan, held)
         directions = self._precondition(gradient, held, gammas)
-        gram = self._fisher_products(plan, inputs, directions, trace)
-        choice = self._update.choose(gradient, directions, gammas, gram, lr=plan.lr)
+        fisher = self._fisher_products(plan, inputs, directions, trace)
+        choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
         self._curvature.shelf.use(held, choice.gamma, search_open=self._update.search_open)
@@ -169,7 +170,9 @@ class KFAC(torch.optim.Optimizer):
             applied=choice is not None,
         )
 
-    def _update_factors(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> None:
+    def _update_factors(
+        self, plan: StepPlan, inputs: Tensor, targets: Tensor, trace: Trace | None
+    ) -> None:
         if not plan.update_factors:
             return
         rows = subset_positions(len(inputs), self.settings.statistics_fraction)
@@ -179,6 +182,7 @@ class KFAC(torch.optim.Optimizer):
             step=plan.step,
             links=self._curvature.structure.links,
             bases=self._curvature.shelf.bases(),
+            trace=trace and trace.take(rows),
         )
         self._curvature.update(plan.step, statistics, len(rows))
 
@@ -206,13 +210,14 @@ class KFAC(torch.optim.Optimizer):
 
     def _fisher_products(
         self, plan: StepPlan, inputs: Tensor, directions: Tensor, trace: Trace | None
-    ) -> Tensor | None:
-        if not self._update.needs_gram(measure=plan.measure):
+    ) -> FisherMeans | None:
+        fraction = self._update.fisher_fraction(len(inputs), measure=plan.measure)
+        if fraction is None:
             return None
-        rows = subset_positions(len(inputs), self.settings.fisher_fraction)
+        rows = subset_positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
         traced = trace and trace.take(rows)
-        return self._computer.fisher_gram(_take(inputs, rows), vectors, traced) / len(rows)
+        return self._computer.fisher_sums(_take(inputs, rows), vectors, traced).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))

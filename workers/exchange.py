@@ -4,7 +4,7 @@
     1  send_gradient      -- reduce [P], [3] -->  receive_gradient
     1b send               -- reduce [moments] -->  receive              (when statistics are due)
     2  receive_directions <-- broadcast [2], [C, P] --  send_directions, or skip_step
-    3  send_gram          -- reduce [C+1, C+1] -> receive_gram         (when the rule needs it)
+    3  send_fisher        -- reduce [C+2, C+1] -> receive_fisher       (when the rule needs it)
     4  receive_choice     <-- broadcast [5] --    send_choice
     5  both apply update = mu previous - alpha directions[candidate]
     5b receive_bases      <-- broadcast [L, 2], [bases that changed] --  send_bases
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import GradientSums
+from kfac_dist.core.fisher import FisherSums
 from workers.process_group import Group
 
 _SKIP = (0.0, 0.0)
@@ -48,10 +49,13 @@ class BatchSums:
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """The preconditioned gradients [C, P], and whether the server waits for their products."""
+    """The preconditioned gradients [C, P], and what the server waits for.
+
+    `fisher_fraction` is the fraction of the batch for the Fisher products; None for no products.
+    """
 
     vectors: Tensor
-    wants_gram: bool
+    fisher_fraction: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +86,15 @@ class WorkerSide:
 
     def receive_directions(self) -> Directions | None:
         """Return the directions; None when the step is skipped."""
-        count, wants_gram = self._receive_header()
+        count, fraction = self._receive_header()
         if count == 0:
             return None
         vectors = self._receive(count, self._num_parameters)
-        return Directions(vectors=vectors, wants_gram=wants_gram)
+        return Directions(vectors=vectors, fisher_fraction=fraction or None)
 
-    def send_gram(self, gram: Tensor) -> None:
-        """Send the Fisher products [C + 1, C + 1], float64, summed over this part's cases."""
-        self._group.reduce(gram)
+    def send_fisher(self, sums: FisherSums) -> None:
+        """Send the Fisher products of the C directions and the previous update."""
+        self._group.reduce(sums.packed())
 
     def receive_choice(self) -> Coefficients | None:
         """Return what was chosen; None when the step is not applied."""
@@ -114,9 +118,9 @@ class WorkerSide:
         parameters, previous = self._receive(2, self._num_parameters)
         return parameters, previous
 
-    def _receive_header(self) -> tuple[int, bool]:
-        count, flag = self._group.broadcast(_numbers(*_SKIP)).tolist()
-        return int(count), bool(flag)
+    def _receive_header(self) -> tuple[int, float]:
+        count, fraction = self._group.broadcast(_numbers(*_SKIP)).tolist()
+        return int(count), fraction
 
     def _receive(self, *shape: int) -> Tensor:
         received = self._group.broadcast(self._like.new_empty(shape))
@@ -149,13 +153,14 @@ class ServerSide:
 
     def send_directions(self, directions: Directions) -> None:
         """Send the directions."""
-        self._group.broadcast(_numbers(len(directions.vectors), directions.wants_gram))
+        fraction = directions.fisher_fraction or 0.0
+        self._group.broadcast(_numbers(len(directions.vectors), fraction))
         self._group.broadcast(directions.vectors)
 
-    def receive_gram(self, order: int) -> Tensor:
-        """Return the Fisher products [order, order], float64, summed over the Fisher cases."""
-        gram = self._like.new_zeros((order, order), dtype=torch.float64)
-        return self._group.reduce(gram).to(self._like.device)
+    def receive_fisher(self, num_vectors: int) -> FisherSums:
+        """Return the Fisher products, summed over the Fisher cases."""
+        sums = FisherSums.zero(num_vectors, self._like).packed()
+        return FisherSums.unpacked(self._group.reduce(sums).to(self._like.device))
 
     def send_choice(self, choice: Choice, *, measure: bool) -> None:
         """Send the coefficients, or that nothing is applied."""

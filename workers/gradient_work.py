@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.chain_products import Trace
+from kfac_dist.core.chain import Trace
 from kfac_dist.core.choice import combine
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.distributions import get_distribution
@@ -21,7 +21,7 @@ from kfac_dist.core.registration import register
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten
 from kfac_dist.data import Split
 from kfac_dist.tasks import Task, build_model, load_task, torch_dtype, user_code
-from workers.batches import BatchPart, BatchReader
+from workers.batches import BatchPart, BatchReader, Subset
 from workers.buffers import read_buffers, write_buffers
 from workers.checksum import checksum
 from workers.evaluation import evaluate
@@ -113,7 +113,7 @@ class GradientWork:
         if self._kfac is None:
             self._receive_parameters(self._side, phases)
         else:
-            self._take_part_in_choice(self._kfac, self._side, part, sums.trace, phases)
+            self._take_part_in_choice(self._side, part, sums.trace, phases)
         return WorkerReport(rank=self._rank, step=order.plan.step, phase_seconds=phases.seconds)
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
@@ -134,11 +134,10 @@ class GradientWork:
             return SentStatistics(usable=True, moments=None)
         bases, usable = self._moments.bases, _is_finite(sums)
         with phases("statistics"), self._user_code("the statistics"):
-            return self._statistics.send(order.plan.step, part, bases, usable=usable)
+            return self._statistics.send(order.plan.step, part, sums.trace, bases, usable=usable)
 
     def _take_part_in_choice(
         self,
-        settings: KFACSpec,
         side: WorkerSide,
         part: BatchPart,
         trace: Trace | None,
@@ -148,8 +147,9 @@ class GradientWork:
             directions = side.receive_directions()
         if directions is None:
             return
-        if directions.wants_gram:
-            self._send_fisher_products(settings, side, part, trace, directions, phases)
+        if directions.fisher_fraction is not None:
+            rows = part.subset(directions.fisher_fraction)
+            self._send_fisher_products(side, part, rows, trace, directions, phases)
         with phases("choose"):
             choice = side.receive_choice()
         if choice is None:
@@ -162,20 +162,19 @@ class GradientWork:
 
     def _send_fisher_products(
         self,
-        settings: KFACSpec,
         side: WorkerSide,
         part: BatchPart,
+        rows: Subset,
         trace: Trace | None,
         directions: Directions,
         phases: Phases,
     ) -> None:
         with phases("fisher_products"):
-            rows = part.subset(settings.fisher_fraction)
             vectors = [*directions.vectors, self._previous_update]
             traced = trace and trace.take(rows.positions)
             with self._user_code("the Fisher products"):
-                gram = self._computer.fisher_gram(rows.take(part.inputs), vectors, traced)
-            side.send_gram(gram)
+                sums = self._computer.fisher_sums(rows.take(part.inputs), vectors, traced)
+            side.send_fisher(sums)
 
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
         with phases("apply"):

@@ -16,6 +16,7 @@ from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.core.choice import Choice
+from kfac_dist.core.fisher import FisherMeans
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.update import KFACUpdate
 from workers.checksum import checksum
@@ -78,9 +79,9 @@ class KFACServer:
             return self._skipped(order, mean, phases)
         inverses = self._wait_for_inverses(plan, phases)
         directions = self._precondition(mean.gradient, inverses, phases)
-        gram = self._receive_fisher_products(order, side, directions, phases)
+        fisher = self._receive_fisher_products(order, side, directions, phases)
         gammas = inverses.gammas
-        choice = self._update.choose(mean.gradient, directions, gammas, gram, lr=plan.lr)
+        choice = self._update.choose(mean.gradient, directions, gammas, fisher, lr=plan.lr)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
             return self._skipped(order, mean, phases)
@@ -129,15 +130,16 @@ class KFACServer:
 
     def _receive_fisher_products(
         self, order: StepOrder, side: ServerSide, directions: Tensor, phases: Phases
-    ) -> Tensor | None:
-        wanted = self._update.needs_gram(measure=order.plan.measure)
+    ) -> FisherMeans | None:
+        size = order.window.size
+        fraction = self._update.fisher_fraction(size, measure=order.plan.measure)
         with phases("send_directions"):
-            side.send_directions(Directions(vectors=directions, wants_gram=wanted))
-        if not wanted:
+            side.send_directions(Directions(vectors=directions, fisher_fraction=fraction))
+        if fraction is None:
             return None
         with phases("fisher_products"):
-            num_rows = len(subset_positions(order.window.size, self._settings.fisher_fraction))
-            return side.receive_gram(len(directions) + 1) / num_rows
+            sums = side.receive_fisher(len(directions) + 1)
+            return sums.mean(len(subset_positions(size, fraction)))
 
     def _apply(
         self,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
+from kfac_dist.core.chain import Trace
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.statistics import BatchStatistics
@@ -58,15 +59,23 @@ class StatisticsSender:
         self._assignment_epochs = assignment_epochs
 
     def send(
-        self, step: int, part: BatchPart, bases: Mapping[str, KroneckerPair], *, usable: bool
+        self,
+        step: int,
+        part: BatchPart,
+        trace: Trace | None,
+        bases: Mapping[str, KroneckerPair],
+        *,
+        usable: bool,
     ) -> SentStatistics:
         """Compute and send the statistics of a step, with moments in `bases`.
+
+        `trace` is what the pass over this part has seen, where it can be made use of.
 
         They are not usable when a number is not finite, or `usable` is False to begin with because
         the gradient was not: then headers go out alone, and every inverse worker refuses the step.
         """
         rows = part.subset(self._settings.statistics_fraction)
-        statistics = self._compute(step, part, rows, bases) if usable else None
+        statistics = self._compute(step, part, rows, trace, bases) if usable else None
         parcel = None if statistics is None else pack_statistics(statistics)
         for worker, layers in self._assignment.items():
             header = StatisticsHeader(
@@ -85,7 +94,12 @@ class StatisticsSender:
         )
 
     def _compute(
-        self, step: int, part: BatchPart, rows: Subset, bases: Mapping[str, KroneckerPair]
+        self,
+        step: int,
+        part: BatchPart,
+        rows: Subset,
+        trace: Trace | None,
+        bases: Mapping[str, KroneckerPair],
     ) -> BatchStatistics | None:
         statistics = self._computer.batch_statistics(
             rows.take(part.inputs),
@@ -94,5 +108,6 @@ class StatisticsSender:
             first_row=rows.first_row,
             links=self._links,
             bases=bases,
+            trace=trace and trace.take(rows.positions),
         )
         return statistics if statistics.is_finite() else None

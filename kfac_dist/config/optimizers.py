@@ -80,6 +80,16 @@ Damping = Annotated[
 ]
 
 
+def _number_or_word(value: Any) -> str:
+    return "word" if isinstance(value, str) else "constant"
+
+
+FisherFraction = Annotated[
+    Annotated[Fraction, Tag("constant")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(_number_or_word),
+]
+
+
 class DampingSpec(Section):
     """Levenberg-Marquardt damping, lambda (section 6.5)."""
 
@@ -170,8 +180,8 @@ class KFACSpec(Section):
     """Steps from one refresh of the inverses to the next."""
     statistics_fraction: Fraction = 0.125
     """Fraction of a batch that the factors are estimated on, tau_1."""
-    fisher_fraction: Fraction = 0.25
-    """Fraction of a batch that exact Fisher products are computed on, tau_2."""
+    fisher_fraction: FisherFraction = "auto"
+    """Fraction of a batch for exact Fisher products, tau_2; auto follows their measured noise."""
     pi_norm: Literal["trace", "frobenius"] = "trace"
     """Norm that splits the damping between A and G."""
     precondition_dtype: Literal["auto", "float32", "bfloat16"] = "float32"

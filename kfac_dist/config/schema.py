@@ -104,9 +104,9 @@ def _items(schema: Schema, index: int) -> list[Schema]:
 
 
 def _tags(schema: Schema) -> list[str]:
-    """What pydantic calls this choice: the constant in its properties, or these two words."""
+    """What pydantic calls this choice: the constant in its properties, or one of these words."""
     if "properties" not in schema:
-        return ["constant"]
+        return ["constant", "word"]
     if "schedule" in schema["properties"]:
         return ["scheduled"]
     return [inner["const"] for inner in _properties(schema).values() if "const" in inner]

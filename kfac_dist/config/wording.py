@@ -107,13 +107,15 @@ def _names(schema: SchemaMap, place: Place) -> list[str]:
 
 def expected(schema: SchemaMap, place: Place) -> str:
     """Say what a value at `place` must be, as a noun with its interval or its choices."""
-    return " or ".join(dict.fromkeys(_describe(option) for option in schema.options(place)))
+    options = schema.options(place)
+    only = ", the only choice" if len(options) == 1 and "const" in options[0] else ""
+    return " or ".join(dict.fromkeys(_describe(option) for option in options)) + only
 
 
 def _describe(schema: Schema) -> str:
     """What a value must be to satisfy `schema`, as a noun."""
     if "const" in schema:
-        return f"{schema['const']}, the only choice"
+        return str(schema["const"])
     if "enum" in schema:
         return _one_of(schema["enum"])
     kind = schema.get("type")

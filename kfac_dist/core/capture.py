@@ -49,7 +49,7 @@ def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
 Gradients = dict[nn.Module, list[Tensor]]
 
 
-def output_gradients(outputs: Tensor, derivative: Tensor, captures: Captures) -> Gradients:
+def output_gradients(outputs: Tensor, captures: Captures, derivative: Tensor) -> Gradients:
     """Return the derivatives with respect to the outputs of all calls, shaped like them.
 
     `derivative` is that with respect to `outputs`. A call that they do not depend on has zeros.

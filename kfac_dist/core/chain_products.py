@@ -1,52 +1,31 @@
-"""Products of the Jacobian of a chain of modules, from what its gradient pass has seen.
+"""Products of the Jacobian of a chain of modules, and derivatives back through it, from a trace.
 
-The chain's own forward pass is not done again, which is a third of the work for two vectors.
+The chain's own forward pass is not done again: for two vectors that is a third of the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.core.capture import Captures
+from kfac_dist.core.capture import Call, Captures, Gradients
+from kfac_dist.core.chain import Trace, slopes
 from kfac_dist.core.vector import trainable_parameters, unflatten
 
-_ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU)
 Tangents = Mapping[Tensor, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trace:
-    """The inputs of the modules of a chain, in order, and its outputs, each [N, ...].
-
-    Of the parameters that the pass was done with, and of them alone.
-    """
-
-    inputs: tuple[Tensor, ...]
-    outputs: Tensor
-
-    def take(self, positions: Sequence[int]) -> Trace:
-        """Return the cases at these positions; the trace itself when they are all."""
-        if len(positions) == len(self.outputs):
-            return self
-        rows = torch.tensor(positions, dtype=torch.int64, device=self.outputs.device)
-        return Trace(inputs=tuple(x[rows] for x in self.inputs), outputs=self.outputs[rows])
-
-
 class ChainProducts:
-    """`J v` for `modules` that are applied one after another, each once."""
+    """`J v` for `modules` that are applied one after another, each once, and what lies before it.
+
+    The trace of every method is one of these modules.
+    """
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self.modules = tuple(modules)
         self._parameters: list[Tensor] = list(trainable_parameters(model).values())
-
-    def trace(self, captures: Captures, outputs: Tensor) -> Trace:
-        """Return the trace of a pass in which the modules were observed."""
-        calls = [captures[module] for module in self.modules]
-        return Trace(inputs=tuple(call.inputs for (call,) in calls), outputs=outputs.detach())
 
     def of(self, trace: Trace, vectors: Sequence[Tensor]) -> Tensor:
         """Return the products with `vectors` [P] each, [m, *outputs.shape]."""
@@ -56,42 +35,43 @@ class ChainProducts:
         ]
         derivative: Tensor | None = None
         with torch.no_grad():
-            for module, inputs in zip(self.modules, trace.inputs, strict=True):
-                derivative = _through(module, inputs, derivative, tangents)
+            for module, (inputs, outputs) in zip(self.modules, trace.calls(), strict=True):
+                derivative = _through(module, inputs, outputs, derivative, tangents)
         if derivative is None:
             return trace.outputs.new_zeros((len(vectors), *trace.outputs.shape))
         return derivative
 
+    def captures(self, trace: Trace) -> Captures:
+        """Return the calls of the modules; their outputs have no place in any graph."""
+        return {
+            module: [Call(inputs, outputs.shape, None)]
+            for module, (inputs, outputs) in zip(self.modules, trace.calls(), strict=True)
+        }
 
-def chain_of(model: nn.Module) -> tuple[nn.Module, ...] | None:
-    """Return the modules of which a model is a chain; None if it is none, or of other modules.
+    def output_gradients(self, trace: Trace, derivative: Tensor) -> Gradients:
+        """Return the derivatives with respect to the outputs of the linear modules.
 
-    Random modules are not among those: the trace would be of other draws.
-    """
-    modules = tuple(_leaves(model))
-    known = all(_is_known(module) for module in modules)
-    return modules if known and modules and len(set(modules)) == len(modules) else None
-
-
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    if type(module) is nn.Sequential and not _has_hooks(module):
-        for child in module:
-            yield from _leaves(child)
-    else:
-        yield module
-
-
-def _is_known(module: nn.Module) -> bool:
-    kinds = (nn.Linear, nn.Flatten, *_ELEMENTWISE)
-    return type(module) in kinds and not (_has_hooks(module) or getattr(module, "inplace", False))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+        `derivative` is that with respect to the outputs of the chain.
+        """
+        calls = list(zip(self.modules, trace.calls(), strict=True))
+        num_linear = sum(isinstance(module, nn.Linear) for module in self.modules)
+        gradients: Gradients = {}
+        with torch.no_grad():
+            for module, (inputs, outputs) in reversed(calls):
+                if isinstance(module, nn.Linear):
+                    gradients[module] = [derivative]
+                if len(gradients) == num_linear:
+                    break
+                derivative = _back_through(module, inputs, outputs, derivative)
+        return gradients
 
 
 def _through(
-    module: nn.Module, inputs: Tensor, before: Tensor | None, tangents: Sequence[Tangents]
+    module: nn.Module,
+    inputs: Tensor,
+    outputs: Tensor,
+    before: Tensor | None,
+    tangents: Sequence[Tangents],
 ) -> Tensor | None:
     """Return the derivatives [m, N, ...] of a module's outputs, from those of its inputs.
 
@@ -103,10 +83,7 @@ def _through(
         return None
     if isinstance(module, nn.Flatten):
         return torch.stack([module(derivative) for derivative in before])
-    with torch.enable_grad():
-        leaf = inputs.detach().requires_grad_()
-        (slopes,) = torch.autograd.grad(module(leaf).sum(), leaf)
-    return before.mul_(slopes)
+    return before.mul_(slopes(module, inputs, outputs))
 
 
 def _through_linear(
@@ -123,3 +100,12 @@ def _through_linear(
         flat = before.reshape(-1, module.in_features)
         after.view(-1, module.out_features).addmm_(flat, module.weight.T)
     return after.view(len(tangents), *inputs.shape[:-1], module.out_features)
+
+
+def _back_through(module: nn.Module, inputs: Tensor, outputs: Tensor, after: Tensor) -> Tensor:
+    """Return the derivative with respect to a module's inputs, from that of its outputs."""
+    if isinstance(module, nn.Linear):
+        return after @ module.weight
+    if isinstance(module, nn.Flatten):
+        return after.reshape(inputs.shape)
+    return after * slopes(module, inputs, outputs)

@@ -27,5 +27,8 @@ class Choice:
 
 
 def combine(direction: Tensor, previous_update: Tensor, alpha: float, mu: float) -> Tensor:
-    """Return the update [P]; every holder of the parameters does this same arithmetic."""
-    return (previous_update * mu).add_(direction, alpha=-alpha)
+    """Turn the previous update [P] into the new one, in place, and return it.
+
+    Every holder of the parameters does this same arithmetic.
+    """
+    return previous_update.mul_(mu).add_(direction, alpha=-alpha)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.capture import capturing
-from kfac_dist.core.chain_products import ChainProducts, Trace, chain_of
+from kfac_dist.core.chain import Trace, chain_of
+from kfac_dist.core.chain_products import ChainProducts
 from kfac_dist.core.distributions import Distribution
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
+from kfac_dist.core.fisher import FisherSums
 from kfac_dist.core.jacobian_products import JacobianProducts
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.running_statistics import running_statistics_kept
@@ -28,7 +30,7 @@ class GradientSums(NamedTuple):
     """Sums over the cases of a part of a batch.
 
     `loss` is float64, shape []; `gradient` [P] has the dtype of the parameters. `trace` is what
-    the pass has seen, where Fisher products can make use of it.
+    the pass has seen, where statistics and Fisher products can make use of it.
     """
 
     loss: Tensor
@@ -63,7 +65,9 @@ class BatchComputer:
         self._chain = ChainProducts(model, chain) if chain else None
         self._statistics: StatisticsPass | None = None
         if registration is not None:
-            self._statistics = StatisticsPass(model, distribution, seed, registration, fisher_type)
+            self._statistics = StatisticsPass(
+                model, distribution, seed, registration, fisher_type, self._chain
+            )
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the losses of the cases, float64, shape []."""
@@ -93,7 +97,7 @@ class BatchComputer:
             return self.model(inputs), None
         with capturing(self._chain.modules) as captures:
             outputs: Tensor = self.model(inputs)
-        return outputs, self._chain.trace(captures, outputs)
+        return outputs, Trace.of(self._chain.modules, captures, outputs)
 
     def statistics(
         self, inputs: Tensor, targets: Tensor, *, step: int, first_row: int = 0
@@ -113,28 +117,34 @@ class BatchComputer:
         first_row: int = 0,
         links: Iterable[Link] = (),
         bases: Mapping[str, KroneckerPair] | None = None,
+        trace: Trace | None = None,
     ) -> BatchStatistics:
         """Return the factors, the cross factors of `links` and moments in `bases`.
 
-        See `StatisticsPass.run`.
+        `trace` is of the same cases and the same parameters. See `StatisticsPass.run`.
         """
         assert self._statistics is not None, "statistics need the registration of the model"
         return self._statistics.run(
-            inputs, targets, step=step, first_row=first_row, links=links, bases=bases or {}
+            inputs,
+            targets,
+            step=step,
+            first_row=first_row,
+            links=links,
+            bases=bases or {},
+            trace=trace,
         )
 
-    def fisher_gram(
+    def fisher_sums(
         self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None = None
-    ) -> Tensor:
+    ) -> FisherSums:
         """Return the sums over cases of `(B^T J u) . (B^T J v)` for all pairs of `vectors` [P].
 
-        The exact Fisher of the predictive distribution (algorithm.md section 8), [m, m] float64,
-        by one forward-mode pass a vector where the model permits it. `trace` is of the same cases
-        and the same parameters.
+        The exact Fisher of the predictive distribution (algorithm.md section 8), by one
+        forward-mode pass a vector where the model permits it. `trace` is of the same cases and
+        the same parameters.
         """
         if len(inputs) == 0:
-            size = (len(vectors), len(vectors))
-            return self.parameters[0].new_zeros(size, dtype=torch.float64)
+            return FisherSums.zero(len(vectors), self.parameters[0])
         outputs, derivatives = self._derivatives(inputs, vectors, trace)
         with torch.no_grad():
             roots = torch.stack(
@@ -143,8 +153,7 @@ class BatchComputer:
                     for derivative in derivatives
                 ]
             )
-        flat = roots.reshape(len(vectors), -1).double()
-        return flat @ flat.T
+        return FisherSums.of(roots)
 
     def _derivatives(
         self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None

@@ -141,17 +141,19 @@ class FactorAverages:
     ) -> None:
         """Take in the sums over the `num_cases` statistics cases of one step.
 
-        `crosses` has those of every link. The sums are not kept and not changed.
+        `crosses` has those of every link. The sums are not kept and not changed. Layers that have
+        one tensor in common in their first update have an average in common from then on.
         """
         self.step = step
+        done: dict[int, Tensor] = {}
         for name in self.names:
             self._num_updates[name] += 1
             keep = min(1 - 1 / self._num_updates[name], self.factor_decay)
             weight = (1 - keep) / num_cases
-            _average_in(self._averages, name, sums[name], keep, weight)
+            _average_in(self._averages, name, sums[name], keep, weight, done)
             if name in self._next_names:
                 assert crosses is not None, "a link needs cross factors"
-                _average_in(self._crosses, name, crosses[name], keep, weight)
+                _average_in(self._crosses, name, crosses[name], keep, weight, done)
 
     def pair(self, name: str) -> LayerFactors:
         """Return the averaged factors of a layer, symmetrised, as new tensors.
@@ -241,11 +243,22 @@ def _symmetric(value: Tensor) -> Tensor:
 
 
 def _average_in(
-    averages: dict[str, LayerFactors], name: str, new: LayerFactors, keep: float, weight: float
+    averages: dict[str, LayerFactors],
+    name: str,
+    new: LayerFactors,
+    keep: float,
+    weight: float,
+    done: dict[int, Tensor],
 ) -> None:
+    """Take `new` into the average of a layer; `done` has what is new in this update, by identity.
+
+    An average that layers share has the sums that they share: it is updated once.
+    """
     batch = new.tensors()
     if name not in averages:
-        zeros = {key: torch.zeros_like(value) for key, value in batch.items()}
+        zeros = {key: done.get(id(value), torch.zeros_like(value)) for key, value in batch.items()}
         averages[name] = factors_from_tensors(zeros)
     for key, average in averages[name].tensors().items():
-        average.mul_(keep).add_(batch[key], alpha=weight)
+        if done.get(id(batch[key])) is not average:
+            average.mul_(keep).add_(batch[key], alpha=weight)
+            done[id(batch[key])] = average

@@ -87,9 +87,7 @@ def solve_layers(
 def _products(matrices: Sequence[Tensor], tried: Sequence[Tensor | None]) -> list[float]:
     """Return the products of gradients and directions, in one transfer to the host."""
     products = [
-        matrix.new_zeros(())
-        if preconditioned is None
-        else torch.dot(matrix.reshape(-1), preconditioned.reshape(-1))
+        matrix.new_zeros(()) if preconditioned is None else (matrix * preconditioned).sum()
         for matrix, preconditioned in zip(matrices, tried, strict=True)
     ]
     numbers: list[float] = torch.stack(products).tolist()

@@ -12,6 +12,8 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from kfac_dist.core.layout import aligned_product
+
 
 def two_sided(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """Return `left V right` in the type of V, computed in the type of the two sides.
@@ -19,8 +21,9 @@ def two_sided(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     A diagonal `right` is a vector. With sides in bfloat16, V and the product that is between are
     rounded to it; sums are accumulated in float32.
     """
-    product = left @ matrix.to(left.dtype)
-    return (product * right if right.dim() == 1 else product @ right).to(matrix.dtype)
+    product = aligned_product(left, matrix.to(left.dtype))
+    both = product.mul_(right) if right.dim() == 1 else aligned_product(product, right)
+    return both.to(matrix.dtype)
 
 
 class HasMatrices(Protocol):

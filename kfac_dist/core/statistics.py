@@ -55,11 +55,21 @@ class BatchStatistics:
             own.add_(more)
 
     def is_finite(self) -> bool:
-        """Tell whether no element is NaN or infinite."""
-        pairs = (*self.factors.values(), *self.crosses.values())
-        return all(pair.is_finite() for pair in pairs) and all(
-            is_finite(moments) for moments in self.moments.values()
+        """Tell whether no element is NaN or infinite.
+
+        Of factors the diagonals tell it, in a thousandth of the time: they are sums of squares,
+        and no element of a second moment is larger than the largest of them.
+        """
+        factors = {id(t): t for pair in self.factors.values() for t in pair.tensors().values()}
+        return (
+            all(is_finite(_diagonal(factor)) for factor in factors.values())
+            and all(pair.is_finite() for pair in self.crosses.values())
+            and all(is_finite(moments) for moments in self.moments.values())
         )
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1)
 
 
 class StatisticsSums:

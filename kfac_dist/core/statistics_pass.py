@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.capture import (
     Captures,
+    Gradients,
     capturing,
     modules_without_cases,
     output_gradients,
 )
 from kfac_dist.core.case_gradients import CaseGradients
+from kfac_dist.core.chain import Trace
+from kfac_dist.core.chain_products import ChainProducts
 from kfac_dist.core.distributions import Distribution
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.registration import Registration
@@ -28,8 +33,16 @@ from kfac_dist.core.statistics import BatchStatistics, FisherType, StatisticsSum
 from kfac_dist.errors import InvalidSpecError
 
 
+class _Observed(NamedTuple):
+    """The outputs of a pass, the calls in it, and how derivatives go back to those."""
+
+    outputs: Tensor
+    captures: Captures
+    output_gradients: Callable[[Tensor], Gradients]
+
+
 class StatisticsPass:
-    """Computes the statistics of all blocks of a model."""
+    """Computes the statistics of all blocks of a model, which may be the `chain` given."""
 
     def __init__(
         self,
@@ -38,8 +51,10 @@ class StatisticsPass:
         seed: int,
         registration: Registration,
         fisher_type: FisherType,
+        chain: ChainProducts | None,
     ) -> None:
         self._model = model
+        self._chain = chain
         self._distribution = distribution
         self._seed = seed
         self._registration = registration
@@ -59,8 +74,11 @@ class StatisticsPass:
         first_row: int,
         links: Iterable[Link],
         bases: Mapping[str, KroneckerPair],
+        trace: Trace | None = None,
     ) -> BatchStatistics:
         """Return the sums of the statistics over the cases given.
+
+        `trace` is what a pass over the same cases has seen; without it there is a pass.
 
         `first_row` is the place of the first case among the statistics cases of the whole batch:
         the sampled targets of a case depend on (seed, step, place) alone. With `mc`, targets are
@@ -78,17 +96,25 @@ class StatisticsPass:
         if len(inputs) == 0:
             return collector.sums
         with torch.enable_grad(), running_statistics_kept(self._model):
-            with capturing(self._observed()) as captures:
-                outputs = self._model(inputs)
+            outputs, captures, back = self._observe(inputs, trace)
             collector.add_inputs(captures, self._modules_without_cases(inputs))
             for derivative in self._output_derivatives(outputs, targets, step, first_row):
                 self._check_uncalled(outputs, derivative, captures)
-                collector.add_gradients(output_gradients(outputs, derivative, captures))
+                collector.add_gradients(back(derivative))
                 if self._case_gradients is not None:
                     with batch_statistics_fixed(self._model, captures):
                         squares = self._case_gradients.squares(inputs, derivative)
                     collector.add_squares(squares)
         return collector.sums
+
+    def _observe(self, inputs: Tensor, trace: Trace | None) -> _Observed:
+        if trace is not None:
+            assert self._chain is not None, "only a chain has a trace"
+            back = partial(self._chain.output_gradients, trace)
+            return _Observed(trace.outputs, self._chain.captures(trace), back)
+        with capturing(self._observed()) as captures:
+            outputs = self._model(inputs)
+        return _Observed(outputs, captures, partial(output_gradients, outputs, captures))
 
     def _observed(self) -> Iterator[nn.Module]:
         yield from self._modules

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.choice import Choice, combine
+from kfac_dist.core.fisher import FisherMeans, fisher_fraction
 from kfac_dist.core.precondition import LayerInverse, matrices_of, write_matrices
 from kfac_dist.core.products import RoundedCopies
 from kfac_dist.core.registration import Registration
@@ -39,6 +40,7 @@ class KFACUpdate:
 
     `gamma` is the strength of the factored damping; it starts at sqrt(damping + l2) unless given,
     is searched for under the adaptive rule, and follows damping where it is not searched for.
+    `fisher_noise` is that of the last Fisher products along a direction, infinite before the first.
     Damping is adapted, stays, or is given step by step by a schedule.
     """
 
@@ -49,6 +51,7 @@ class KFACUpdate:
         self.damping = settings.damping.first
         self.gamma = self._gamma_for(self.damping)
         self.previous_update = previous_update
+        self.fisher_noise = math.inf
         self._search: tuple[float, ...] | None = None
         self._blocks = registration.blocks
         self._copies = RoundedCopies() if settings.precondition_dtype == "bfloat16" else None
@@ -131,28 +134,34 @@ class KFACUpdate:
         fallen = dict.fromkeys(name for _, names in tried for name in names)
         return directions, tuple(fallen)
 
-    def needs_gram(self, *, measure: bool) -> bool:
-        """Tell whether a step needs the exact Fisher products."""
-        return self.settings.step_rule == "adaptive" or measure
+    def fisher_fraction(self, num_cases: int, *, measure: bool) -> float | None:
+        """Return on which fraction of a batch a step needs the exact Fisher products.
+
+        None where it needs none.
+        """
+        if self.settings.step_rule != "adaptive" and not measure:
+            return None
+        return fisher_fraction(self.settings.fisher_fraction, self.fisher_noise, num_cases)
 
     def choose(
         self,
         gradient: Tensor,
         directions: Tensor,
         gammas: Sequence[float],
-        gram: Tensor | None,
+        fisher: FisherMeans | None,
         *,
         lr: float | None,
     ) -> Choice:
         """Choose the finite candidate with the lowest model value, its alpha and its mu.
 
-        `gram` [C + 1, C + 1] holds the Fisher products, means over cases, of the directions and,
-        last, the previous update; None where `needs_gram` said so. `lr` bounds alpha; None under
-        the adaptive rule. Moves gamma to the candidate's.
+        `fisher` has the products of the directions and, last, the previous update; None where
+        `fisher_fraction` is. `lr` bounds alpha; None under the adaptive rule. Moves gamma to the
+        candidate's, and takes in the noise of its products.
         """
+        gram = None if fisher is None else fisher.gram
         models = plane_models(gradient, directions, self.previous_update, gram)
         tried = [
-            self._choice(number, gamma, model, lr, has_fisher=gram is not None)
+            self._choice(number, gamma, model, lr, has_fisher=fisher is not None)
             for number, (gamma, model) in enumerate(zip(gammas, models, strict=True))
             if model.is_finite()
         ]
@@ -171,6 +180,8 @@ class KFACUpdate:
         best = min(tried, key=lambda choice: choice.predicted_change or 0.0)
         if searches_gamma(self.settings):
             self.gamma = best.gamma
+        if fisher is not None:
+            self.fisher_noise = fisher.noise(best.candidate)
         return best
 
     def _choice(
@@ -240,6 +251,7 @@ class KFACUpdate:
         return {
             "damping": torch.tensor(self.damping, dtype=torch.float64),
             "gamma": torch.tensor(self.gamma, dtype=torch.float64),
+            "fisher_noise": torch.tensor(self.fisher_noise, dtype=torch.float64),
             "search": torch.tensor(self._search or (), dtype=torch.float64),
             "previous_update": self.previous_update.clone(),
         }
@@ -248,5 +260,6 @@ class KFACUpdate:
         """Take over a state."""
         self.damping = float(state["damping"])
         self.gamma = float(state["gamma"])
+        self.fisher_noise = float(state["fisher_noise"])
         self._search = tuple(state["search"].tolist()) or None
         self.previous_update = state["previous_update"].clone()

@@ -94,6 +94,10 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
             "optimizer.fisher_fraction: 1.5 is not a number above 0 and at most 1",
         ),
         (
+            {"optimizer": {"fisher_fraction": "all"}},
+            'optimizer.fisher_fraction: "all" is not a number above 0 and at most 1 or auto',
+        ),
+        (
             {"optimizer": {"l2": float("nan")}},
             "optimizer.l2: NaN is not a number of at least 0",
         ),

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_dist.core.capture import capturing
-from kfac_dist.core.chain_products import ChainProducts, chain_of
+from kfac_dist.core.capture import capturing, output_gradients
+from kfac_dist.core.chain import Trace, chain_of
+from kfac_dist.core.chain_products import ChainProducts
 from kfac_dist.core.jacobian_products import JacobianProducts
 from tests.oracles import dense
 
@@ -21,7 +22,7 @@ def traced(model, inputs):
     products = ChainProducts(model, chain_of(model))
     with capturing(products.modules) as captures:
         outputs = model(inputs)
-    return products, products.trace(captures, outputs)
+    return products, Trace.of(products.modules, captures, outputs)
 
 
 def assert_products(model, inputs):
@@ -45,6 +46,21 @@ def test_frozen_parameters_do_not_move(frozen):
     model, inputs = chain(nn.Tanh)
     model.get_parameter(frozen).requires_grad_(False)
     assert_products(model, inputs)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_derivatives_go_back_as_in_autograd(activation):
+    model, inputs = chain(activation)
+    products, trace = traced(model, inputs)
+    with capturing(products.modules) as captures:
+        outputs = model(inputs)
+    derivative = torch.randn(outputs.shape, dtype=torch.float64)
+    expected = output_gradients(outputs, captures, derivative)
+    found = products.output_gradients(trace, derivative)
+    assert set(found) == {m for m in products.modules if isinstance(m, nn.Linear)}
+    for module in found:
+        torch.testing.assert_close(found[module], expected[module])
+        assert products.captures(trace)[module][0].shape == captures[module][0].shape
 
 
 def test_a_weight_that_two_modules_share():

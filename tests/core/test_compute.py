@@ -22,7 +22,9 @@ def test_empty_parts_give_zeros(distribution):
     for pair in computer.statistics(inputs[:0], targets[:0], step=1).values():
         assert pair.A.abs().sum() == 0
         assert pair.G.abs().sum() == 0
-    gram = computer.fisher_gram(inputs[:0], torch.ones(2, dense.num_parameters(model)).double())
+    gram = computer.fisher_sums(
+        inputs[:0], torch.ones(2, dense.num_parameters(model)).double()
+    ).gram
     assert torch.equal(gram, torch.zeros(2, 2, dtype=torch.float64))
 
 
@@ -34,7 +36,7 @@ def test_parameters_gradients_and_mode_are_left_alone(fisher_type):
     computer = computer_for("bernoulli", model, fisher_type)
     computer.gradient(inputs, targets)
     computer.statistics(inputs, targets, step=1)
-    computer.fisher_gram(inputs, before.unsqueeze(0))
+    computer.fisher_sums(inputs, before.unsqueeze(0))
     assert torch.equal(dense.parameter_vector(model), before)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -78,7 +80,7 @@ def test_a_frozen_bias_is_in_no_sum():
     truth = dense.per_case_gradients("gaussian", model, inputs, targets).sum(dim=0)
     torch.testing.assert_close(computer.gradient(inputs, targets).gradient, truth)
     vectors = torch.eye(len(truth), dtype=torch.float64)
-    gram = computer.fisher_gram(inputs, vectors) / len(inputs)
+    gram = computer.fisher_sums(inputs, vectors).gram / len(inputs)
     torch.testing.assert_close(gram, dense.fisher("gaussian", model, inputs))
 
 

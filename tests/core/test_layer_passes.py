@@ -33,7 +33,7 @@ def test_only_the_gradient_moves_running_statistics():
     vectors = torch.ones(2, dense.num_parameters(model), dtype=torch.float64)
     computer.loss(inputs, targets)
     computer.statistics(inputs, targets, step=1)
-    computer.fisher_gram(inputs, vectors)
+    computer.fisher_sums(inputs, vectors)
     assert same(buffers_of(model), before)
     assert model.norm.track_running_stats
     computer.gradient(inputs, targets)
@@ -54,7 +54,7 @@ def test_fisher_products_see_through_the_statistics_of_the_batch():
             change.append(model(inputs))
             nn.utils.vector_to_parameters(start, model.parameters())
     expected = ((change[0] - change[1]) / (2 * step)).square().sum()
-    gram = computer.fisher_gram(inputs, direction.unsqueeze(0))
+    gram = computer.fisher_sums(inputs, direction.unsqueeze(0)).gram
     torch.testing.assert_close(gram[0, 0], expected, rtol=1e-6, atol=1e-8)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from kfac_dist import KFAC
 from kfac_dist.core import structure as structure_module
 from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.fisher import FisherSums
 from kfac_dist.core.inverse import InversionFailedError
 from kfac_dist.core.statistics import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
@@ -195,9 +196,9 @@ def test_fisher_products_that_are_not_finite_skip_the_step_once(monkeypatch):
     before, damping = dense.parameter_vector(model), optimizer._update.damping
     monkeypatch.setattr(
         optimizer._computer,
-        "fisher_gram",
-        lambda _inputs, vectors, _trace: torch.full(
-            (len(vectors),) * 2, math.nan, dtype=torch.float64
+        "fisher_sums",
+        lambda _inputs, vectors, _trace: FisherSums.unpacked(
+            torch.full((len(vectors) + 1, len(vectors)), math.nan, dtype=torch.float64)
         ),
     )
     result = optimizer.step(inputs, targets)

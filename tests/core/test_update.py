@@ -5,6 +5,7 @@ import torch
 
 from kfac_dist.config import kfac_settings
 from kfac_dist.core.choice import Choice, combine
+from kfac_dist.core.fisher import FisherMeans
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.update import KFACUpdate
 
@@ -22,8 +23,11 @@ def update_for(**options):
     return KFACUpdate(settings, nothing, torch.zeros_like(GRADIENT))
 
 
-def flat_gram(count):
-    return torch.zeros(count + 1, count + 1, dtype=torch.float64)
+def flat_fisher(count):
+    return FisherMeans(
+        gram=torch.zeros(count + 1, count + 1, dtype=torch.float64),
+        squares=torch.zeros(count + 1, dtype=torch.float64),
+    )
 
 
 def choice_of(prediction):
@@ -57,7 +61,7 @@ def test_the_candidate_with_the_lowest_model_wins(winner):
     update = update_for(damping={"initial": 1.0})
     gammas = update.gammas(search=True)
     directions = torch.stack([ALONG if c == winner else ASKEW for c in range(3)])
-    choice = update.choose(GRADIENT, directions, gammas, flat_gram(3), lr=None)
+    choice = update.choose(GRADIENT, directions, gammas, flat_fisher(3), lr=None)
     assert choice.applied
     assert choice.candidate == winner
     assert update.gamma == choice.gamma == gammas[winner]
@@ -78,7 +82,7 @@ def test_gamma_moves_both_ways_up_to_its_bounds(winner, bound):
             winner if len(gammas) == 3 else gammas.index(min(gammas, key=lambda g: abs(g - bound)))
         )
         directions = torch.stack([ALONG if c == best else ASKEW for c in range(len(gammas))])
-        update.choose(GRADIENT, directions, gammas, flat_gram(len(gammas)), lr=None)
+        update.choose(GRADIENT, directions, gammas, flat_fisher(len(gammas)), lr=None)
         seen.append(update.gamma)
     assert seen[-1] == bound
     assert seen == sorted(seen, reverse=winner == 1)
@@ -150,10 +154,10 @@ def test_a_given_damping_takes_gamma_along_where_it_is_not_searched_for():
 @pytest.mark.parametrize("where", ["gradient", "directions", "gram"])
 def test_a_number_that_is_not_finite_is_not_applied(where, bad):
     update = update_for(damping={"initial": 8.0, "adapt_period": 5})
-    gradient, directions, gram = GRADIENT.clone(), ALONG.unsqueeze(0).clone(), flat_gram(1)
-    {"gradient": gradient, "directions": directions, "gram": gram}[where].view(-1)[0] = bad
+    gradient, directions, fisher = GRADIENT.clone(), ALONG.unsqueeze(0).clone(), flat_fisher(1)
+    {"gradient": gradient, "directions": directions, "gram": fisher.gram}[where].view(-1)[0] = bad
     before = update.gamma
-    choice = update.choose(gradient, directions, (before,), gram, lr=None)
+    choice = update.choose(gradient, directions, (before,), fisher, lr=None)
     assert not choice.applied
     assert (choice.alpha, choice.mu, choice.update_norm) == (0.0, 0.0, 0.0)
     assert update.damping == pytest.approx(8.0 / W1**5)
@@ -167,9 +171,9 @@ def test_a_candidate_that_is_not_finite_leaves_the_choice_to_the_others(spoiled,
     gammas, winner = update.gammas(search=True), (spoiled + 1) % 3
     directions = torch.stack([ALONG if c == winner else ASKEW for c in range(3)])
     directions[spoiled, 0] = bad
-    gram = flat_gram(3)
-    gram[spoiled, :] = gram[:, spoiled] = bad
-    choice = update.choose(GRADIENT, directions, gammas, gram, lr=None)
+    fisher = flat_fisher(3)
+    fisher.gram[spoiled, :] = fisher.gram[:, spoiled] = bad
+    choice = update.choose(GRADIENT, directions, gammas, fisher, lr=None)
     assert choice.applied
     assert choice.candidate == winner
     assert update.gamma == gammas[winner]
@@ -179,25 +183,25 @@ def test_a_candidate_that_is_not_finite_leaves_the_choice_to_the_others(spoiled,
 def test_update_is_alpha_and_mu_times_the_two_vectors():
     update = update_for(damping={"initial": 1.0})
     update.previous_update = torch.ones_like(GRADIENT)
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), flat_gram(1), lr=None)
+    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), flat_fisher(1), lr=None)
     delta = update.advance(choice, ALONG.unsqueeze(0))
     torch.testing.assert_close(delta, choice.mu * torch.ones(3).double() - choice.alpha * ALONG)
     assert update.previous_update is delta or torch.equal(update.previous_update, delta)
     assert choice.update_norm == pytest.approx(delta.norm().item())
 
 
-def test_combine_leaves_its_arguments_alone():
-    previous = torch.ones(3, dtype=torch.float64)
-    result = combine(ALONG, previous, 0.5, 2.0)
-    torch.testing.assert_close(result, 2.0 - 0.5 * ALONG)
-    assert torch.equal(previous, torch.ones(3, dtype=torch.float64))
+def test_combine_turns_the_previous_update_into_the_new_one():
+    previous, along = torch.ones(3, dtype=torch.float64), ALONG.clone()
+    assert combine(along, previous, 0.5, 2.0) is previous
+    torch.testing.assert_close(previous, 2.0 - 0.5 * ALONG)
+    assert torch.equal(along, ALONG)
 
 
 def test_norm_constraint_bounds_the_step():
     options = {"step_rule": "norm_constraint", "lr": 10.0, "momentum": 0.9}
     update = update_for(norm_constraint=0.01, **options)
-    assert not update.needs_gram(measure=False)
-    assert update.needs_gram(measure=True)
+    assert update.fisher_fraction(1000, measure=False) is None
+    assert update.fisher_fraction(1000, measure=True) == 1.0
     choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), None, lr=10.0)
     assert choice.alpha == pytest.approx(math.sqrt(0.01 / 50.0))
     assert choice.mu == 0.9
@@ -207,15 +211,18 @@ def test_norm_constraint_bounds_the_step():
 
 
 def test_the_adaptive_rule_always_needs_fisher_products():
-    assert update_for().needs_gram(measure=False)
+    assert update_for(fisher_fraction=0.3).fisher_fraction(1000, measure=False) == 0.3
 
 
 def test_state_round_trip():
     update = update_for(damping={"initial": 2.0, "adapt_period": 1})
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (update.gamma,), flat_gram(1), lr=None)
+    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (update.gamma,), flat_fisher(1), lr=None)
     update.advance(choice, ALONG.unsqueeze(0))
     update.adapt_damping(choice, -1.0)
     other = update_for(damping={"initial": 9.0})
+    assert update.fisher_noise == math.inf  # products of zero tell nothing
+    update.fisher_noise = 1.5
     other.load_state_dict(update.state_dict())
     assert (other.damping, other.gamma) == (update.damping, update.gamma)
+    assert other.fisher_noise == update.fisher_noise
     assert torch.equal(other.previous_update, update.previous_update)

@@ -33,7 +33,7 @@ def test_forward_mode_products_are_dense_products(case):
     F = dense.fisher(case.distribution, model, inputs)
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(4, len(F), generator=generator, dtype=torch.float64)
-    gram = computer_for(case.distribution, model).fisher_gram(inputs, vectors) / len(inputs)
+    gram = computer_for(case.distribution, model).fisher_sums(inputs, vectors).gram / len(inputs)
     torch.testing.assert_close(gram, vectors @ F @ vectors.T, rtol=TOLERANCE, atol=TOLERANCE)
 
 

@@ -48,7 +48,7 @@ def test_gradient_and_fisher_products(which, split):
     for size in split:
         at = slice(start, start + size)
         gradients.append(computer.gradient(inputs[at], targets[at]).gradient)
-        grams.append(computer.fisher_gram(inputs[at], vectors))
+        grams.append(computer.fisher_sums(inputs[at], vectors).gram)
         start += size
     assert_close(sum(gradients), whole.gradient)
-    assert_close(sum(grams), computer.fisher_gram(inputs, vectors))
+    assert_close(sum(grams), computer.fisher_sums(inputs, vectors).gram)

@@ -16,6 +16,7 @@ import torch
 
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.core.fisher import FisherSums
 from kfac_dist.core.registration import register
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from tests.workers.jobs import TASK
@@ -245,10 +246,10 @@ _FORWARD_MODE = threading.Lock()
 def _take_turns(worker: GradientWork) -> None:
     """Torch counts the levels of forward mode per process: two threads must not be in it."""
     computer = worker._computer
-    alone = computer.fisher_gram
+    alone = computer.fisher_sums
 
-    def fisher_gram(*arguments: Any) -> torch.Tensor:
+    def fisher_sums(*arguments: Any) -> FisherSums:
         with _FORWARD_MODE:
             return alone(*arguments)
 
-    computer.fisher_gram = fisher_gram  # type: ignore[method-assign]
+    computer.fisher_sums = fisher_sums  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ import torch
 
 from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import GradientSums
+from kfac_dist.core.fisher import FisherSums
 from tests.workers.local_job import in_threads, make_group
 from workers.exchange import Directions, ServerSide, WorkerSide
 from workers.process_group import Group, PeerLostError
@@ -27,7 +28,8 @@ def test_a_step_of_the_protocol():
         gradient = torch.arange(3, dtype=torch.float64) + rank
         side.send_gradient(GradientSums(loss, gradient), 4 + rank, rank == 0)
         directions = side.receive_directions()
-        side.send_gram(torch.full((3, 3), 1.0 + rank, dtype=torch.float64))
+        products = torch.full((4, 3), 1.0 + rank, dtype=torch.float64)
+        side.send_fisher(FisherSums.unpacked(products))
         choice = side.receive_choice()
         side.send_loss(loss)
         return directions, choice, side.receive_directions()
@@ -35,8 +37,8 @@ def test_a_step_of_the_protocol():
     def serve() -> tuple:
         sums = server.receive_gradient()
         vectors = torch.arange(6, dtype=torch.float64).view(2, 3) / 7
-        server.send_directions(Directions(vectors=vectors, wants_gram=True))
-        gram = server.receive_gram(3)
+        server.send_directions(Directions(vectors=vectors, fisher_fraction=0.25))
+        fisher = server.receive_fisher(3)
         choice = Choice(
             candidate=1,
             gamma=1.0,
@@ -49,18 +51,18 @@ def test_a_step_of_the_protocol():
         server.send_choice(choice, measure=True)
         loss = server.receive_loss()
         server.skip_step()
-        return sums, vectors, gram, choice, loss
+        return sums, vectors, fisher, choice, loss
 
-    *mirrors, (sums, vectors, gram, choice, loss) = in_threads(
+    *mirrors, (sums, vectors, fisher, choice, loss) = in_threads(
         [lambda: work(0), lambda: work(1), serve]
     )
     assert (sums.loss, sums.num_cases, sums.statistics_usable) == (3.0, 9, False)
     assert sums.gradient.tolist() == [1.0, 3.0, 5.0]
-    assert torch.equal(gram, torch.full((3, 3), 3.0, dtype=torch.float64))
+    assert torch.equal(fisher.packed(), torch.full((4, 3), 3.0, dtype=torch.float64))
     assert loss == 3.0
     for directions, received, skipped in mirrors:
         assert torch.equal(directions.vectors, vectors)
-        assert directions.wants_gram
+        assert directions.fisher_fraction == 0.25
         assert (received.candidate, received.alpha, received.mu) == (1, choice.alpha, choice.mu)
         assert received.measure
         assert skipped is None

@@ -1,0 +1,88 @@
+"""Products through the exact Fisher, how noisy they are, and on how many cases to compute them.
+
+A mean of n products has a relative variance of `noise / n`, `noise` being the relative variance of
+the product of one case. A step size from curvature with relative error e gives away about e^2 of
+the decrease that the quadratic model promises.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_FRACTIONS = (0.125, 0.25, 0.5)
+# The relative error that a curvature may have: one hundredth of the decrease is given away.
+_TOLERANCE = 0.1
+# On fewer cases of the gradient's own batch the quadratic model fits the gradient's noise, the
+# reduction ratio does not tell, and damping collapses.
+_MIN_CASES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherSums:
+    """Sums over cases, float64, of `p_n(u, v) = (B^T J_n u) . (B^T J_n v)` for m vectors.
+
+    `gram` [m, m] has those of `p_n(u, v)` for all pairs, `squares` [m] those of `p_n(v, v)^2`.
+    """
+
+    gram: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, roots: Tensor) -> FisherSums:
+        """Return the sums of `B^T J_n v` [m, N, ...]."""
+        by_case = roots.reshape(*roots.shape[:2], -1).double()
+        flat = by_case.reshape(len(roots), -1)
+        squares = torch.linalg.vector_norm(by_case, dim=2).pow(4).sum(dim=1)
+        return cls(gram=flat @ flat.T, squares=squares)
+
+    @classmethod
+    def zero(cls, num_vectors: int, like: Tensor) -> FisherSums:
+        """Return the sums over no cases, on the device of `like`."""
+        return cls.unpacked(like.new_zeros((num_vectors + 1, num_vectors), dtype=torch.float64))
+
+    def packed(self) -> Tensor:
+        """Return all sums as one new matrix [m + 1, m]."""
+        return torch.cat([self.gram, self.squares.unsqueeze(0)])
+
+    @classmethod
+    def unpacked(cls, sums: Tensor) -> FisherSums:
+        """Return the sums from `packed`."""
+        return cls(gram=sums[:-1], squares=sums[-1])
+
+    def mean(self, num_cases: int) -> FisherMeans:
+        """Return the means over the cases."""
+        return FisherMeans(gram=self.gram / num_cases, squares=self.squares / num_cases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherMeans:
+    """`FisherSums` divided by the number of cases."""
+
+    gram: Tensor
+    squares: Tensor
+
+    def noise(self, number: int) -> float:
+        """Return the relative variance of `p_n(v, v)` over the cases, v the vector `number`.
+
+        Infinite where the mean is not positive, or no number.
+        """
+        mean, square = float(self.gram[number, number]), float(self.squares[number])
+        noise = square / mean**2 - 1 if mean > 0 else math.inf
+        return max(noise, 0.0) if math.isfinite(noise) else math.inf
+
+
+def fisher_fraction(setting: float | Literal["auto"], noise: float, num_cases: int) -> float:
+    """Return on which fraction of a batch of `num_cases` the products of a step are computed.
+
+    `auto` is the least of 1/8, 1/4, 1/2 and 1 that keeps the relative error of the curvature
+    below a tenth, with the `noise` of the last step, and that has a hundred cases.
+    """
+    if setting != "auto":
+        return setting
+    needed = max(_MIN_CASES, noise / _TOLERANCE**2)
+    return next((one for one in _FRACTIONS if one * num_cases >= needed), 1.0)
