@@ -91,9 +91,9 @@ class KFAC(torch.optim.Optimizer):
         )
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
-        self._update = KFACUpdate(
-            self.settings, self._registration, torch.zeros_like(flatten(self._parameters))
-        )
+        self._theta = flatten(self._parameters)
+        self._gradient = torch.empty_like(self._theta)
+        self._update = KFACUpdate(self.settings, self._registration, torch.zeros_like(self._theta))
         averaging = self.settings.averaging
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
         self.step_count = 0
@@ -130,11 +130,15 @@ class KFAC(torch.optim.Optimizer):
         self, inputs: Tensor, targets: Tensor
     ) -> tuple[float, float, Tensor, Trace | None]:
         """Return the mean loss, the objective, its gradient [P], and the trace of the pass."""
-        sums = self._computer.gradient(inputs, targets)
-        theta = flatten(self._parameters)
+        sums = self._computer.gradient(inputs, targets, self._gradient)
+        theta = self._flat_parameters()
         gradient = sums.gradient.div_(len(inputs)).add_(theta, alpha=self.settings.l2)
         loss = float(sums.loss) / len(inputs)
         return loss, loss + self._l2_term(theta), gradient, sums.trace
+
+    def _flat_parameters(self) -> Tensor:
+        """Return the parameters [P] as they are now, until this is asked for again."""
+        return flatten(self._parameters, self._theta)
 
     def _l2_term(self, theta: Tensor) -> float:
         return 0.5 * self.settings.l2 * float(torch.dot(theta, theta))
@@ -222,7 +226,7 @@ class KFAC(torch.optim.Optimizer):
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))
         if self._average is not None:
-            self._average.update(plan.step, flatten(self._parameters))
+            self._average.update(plan.step, self._flat_parameters())
 
     def _adapt_damping(
         self, plan: StepPlan, choice: Choice, before: float, inputs: Tensor, targets: Tensor
@@ -230,7 +234,7 @@ class KFAC(torch.optim.Optimizer):
         if not plan.measure:
             return None
         loss = float(self._computer.loss(inputs, targets)) / len(inputs)
-        after = loss + self._l2_term(flatten(self._parameters))
+        after = loss + self._l2_term(self._flat_parameters())
         return self._update.adapt_damping(choice, after - before)
 
     @property

@@ -88,13 +88,20 @@ FisherFraction = Annotated[
     Annotated[Fraction, Tag("constant")] | Annotated[Literal["auto"], Tag("word")],
     Discriminator(_number_or_word),
 ]
+FactorDim = Annotated[
+    Annotated[Count, Tag("constant")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(_number_or_word),
+]
+# Layers of about a thousand units are cut in two, which halves the products with the inverses and
+# costs two steps in a hundred; what is a little above 512, as with a bias, gains nothing from it.
+_AUTO_FACTOR_DIM = 640
 
 
 class DampingSpec(Section):
     """Levenberg-Marquardt damping, lambda (section 6.5)."""
 
-    initial: Damping = 150.0
-    """lambda before the first step, the paper's value for its autoencoders; or its schedule."""
+    initial: Damping = 3.0
+    """lambda before the first step, or its schedule; the paper's autoencoders had 150."""
     adapt_period: Count | None = 5
     """Steps from one measurement of the reduction ratio to the next; null keeps lambda fixed."""
     min: Positive = 1e-8
@@ -190,8 +197,9 @@ class KFACSpec(Section):
     """Positions of one case: each counts for itself, or inputs averaged and gradients summed."""
     fused_outputs: dict[str, Count] = Field(default={"*qkv": 3, "*c_attn": 3, "*in_proj": 3})
     """Linear layers, by pattern of name, whose outputs are so many equal parts, a block each."""
-    max_factor_dim: Count | None = None
-    """Factors of a larger order are split into diagonal sub-blocks; null is never."""
+    max_factor_dim: FactorDim | None = "auto"
+    """Factors of a larger order are split into diagonal sub-blocks; null is never, auto above 640,
+    but never for a block_tridiagonal inverse, whose links are of whole layers."""
     diagonal: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Modules or parameters, by pattern of the name, that get a diagonal block."""
     averaging: AveragingSpec | None = AveragingSpec()
@@ -202,6 +210,13 @@ class KFACSpec(Section):
     """Heavy-ball momentum of `norm_constraint`."""
     norm_constraint: Positive = 1e-3
     """Bound on direction . gradient * step^2, of `norm_constraint`."""
+
+    @property
+    def largest_factor(self) -> int | None:
+        """The order above which factors are split; None where none is."""
+        if self.max_factor_dim != "auto":
+            return self.max_factor_dim
+        return None if self.inverse == "block_tridiagonal" else _AUTO_FACTOR_DIM
 
 
 class SGDSpec(Section):

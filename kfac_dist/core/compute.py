@@ -76,21 +76,24 @@ class BatchComputer:
                 return self.parameters[0].new_zeros((), dtype=torch.float64)
             return self.distribution.loss(self.model(inputs), targets).double().sum()
 
-    def gradient(self, inputs: Tensor, targets: Tensor) -> GradientSums:
+    def gradient(self, inputs: Tensor, targets: Tensor, out: Tensor | None = None) -> GradientSums:
         """Return the sums of loss and gradient over the cases (l2 is the owner's to add).
+
+        The gradient is a new vector, or `out` [P], which is overwritten.
 
         Running statistics of the model follow the batch in this pass, and in no other. The
         gradient of a parameter that the model does not use is zero.
         """
         if len(inputs) == 0:
             zero = self.parameters[0].new_zeros((), dtype=torch.float64)
-            return GradientSums(zero, torch.zeros_like(flatten(self.parameters)))
+            zeros = [torch.zeros_like(parameter) for parameter in self.parameters]
+            return GradientSums(zero, flatten(zeros, out))
         with torch.enable_grad():
             outputs, trace = self._forward(inputs)
             losses = self.distribution.loss(outputs, targets)
             gradients = torch.autograd.grad(losses.sum(), self.parameters, materialize_grads=True)
         dense = [g.to_dense() if g.is_sparse else g for g in gradients]
-        return GradientSums(losses.detach().double().sum(), flatten(dense), trace)
+        return GradientSums(losses.detach().double().sum(), flatten(dense, out), trace)
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Trace | None]:
         if self._chain is None:

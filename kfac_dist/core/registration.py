@@ -189,7 +189,7 @@ class _SiteFinder:
         if shape.kind == "unit-wise":
             yield shape.block(rows, columns, whole=True)
             return
-        limit = self._settings.max_factor_dim
+        limit = self._settings.largest_factor
         all_rows = cut(rows, limit, self._num_fused(rows[1] - rows[0], uses))
         diagonal = shape.kind == "kronecker, diagonal A"
         all_columns = cut(columns, None if diagonal else limit)

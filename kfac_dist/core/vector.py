@@ -18,9 +18,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate `tensors` into a new vector [P]."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+def flatten(tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Concatenate `tensors` into a vector [P]: a new one, or `out`, which is overwritten.
+
+    Memory that is asked for anew costs more, page by page, than what is copied to it.
+    """
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors], out=out)
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -32,13 +32,13 @@ optimizer:
   step_rule: adaptive
   inverse: block_diagonal
   fisher_type: mc
-  damping: {initial: 150, adapt_period: 5}
+  damping: {initial: 3, adapt_period: 5}
   gamma: {adapt_period: 20}
   l2: 1.0e-5
   factor_update_period: 1
   inverse_update_period: 20
   statistics_fraction: 0.125
-  fisher_fraction: 0.25
+  fisher_fraction: auto
   averaging: {decay: 0.99, start: 200}
 workers: {gradient: 2, inverse: 1, parameter_server: 1, device: auto, threads: null}
 staleness: {max_steps: 40, at_bound: wait, refresh_policy: largest_drift}
