@@ -78,13 +78,13 @@ FIELD: Mapping[str, Contestant] = {
     "sgd": _first_order(first_order.sgd, (3e-3, 1e-3, 1e-2)),
     "adam": _first_order(first_order.adam, (1e-3, 3e-4, 3e-3)),
     "muon": _first_order(first_order.muon, (0.08, 0.16, 0.32, 0.04)),
-    "soap": _first_order(first_order.soap, (3e-3, 1e-3, 1e-2), "pytorch_optimizer"),
+    "soap": _first_order(first_order.soap, (1e-2, 3e-3, 3e-2), "pytorch_optimizer"),
     "shampoo": _first_order(first_order.shampoo, (1e-3, 3e-4, 3e-3), "pytorch_optimizer"),
     "kfac-jax": Contestant(
         start=lambda setting, options: KfacJaxRunner(setting, **options),
         grid=tuple(
             {"initial_damping": damping, "inverse_period": period}
-            for damping, period in ((3.0, 5), (0.3, 5), (30.0, 5), (3.0, 20))
+            for damping, period in ((3.0, 5), (0.3, 5), (3.0, 20))
         ),
         needs="kfac_jax",
         evaluations=13,
