@@ -41,15 +41,14 @@ PHASES = {
     "reduction_ratio": "_adapt_damping",
 }
 FIXED_DAMPING = {"initial": 30, "adapt_period": None}
-PAPER_FRACTIONS = {"statistics_fraction": 0.125, "fisher_fraction": 0.25}
+CONSTRAINED = {"step_rule": "norm_constraint", "damping": FIXED_DAMPING}
+WHOLE = {"max_factor_dim": None}
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
-    "adaptive, the paper's fractions": PAPER_FRACTIONS,
-    "norm_constraint": {
-        **PAPER_FRACTIONS,
-        "step_rule": "norm_constraint",
-        "damping": FIXED_DAMPING,
-    },
+    "adaptive, products on half of the batch": {"fisher_fraction": 0.5},
+    "adaptive, whole factors, products on a quarter": {**WHOLE, "fisher_fraction": 0.25},
+    "norm_constraint": CONSTRAINED,
+    "norm_constraint, whole factors": {**CONSTRAINED, **WHOLE},
 }
 
 

@@ -28,6 +28,18 @@ def test_empty_parts_give_zeros(distribution):
     assert torch.equal(gram, torch.zeros(2, 2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("num_cases", [0, 4])
+def test_a_gradient_is_written_where_one_says(num_cases):
+    case = case_for("gaussian")
+    model, (inputs, targets) = case.model(), case.data()
+    computer = computer_for("gaussian", model, "mc")
+    out = torch.full_like(dense.parameter_vector(model), 7.0)
+    sums = computer.gradient(inputs[:num_cases], targets[:num_cases], out)
+    assert sums.gradient is out
+    new = computer.gradient(inputs[:num_cases], targets[:num_cases])
+    assert torch.equal(out, new.gradient)
+
+
 @pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
 def test_parameters_gradients_and_mode_are_left_alone(fisher_type):
     case = case_for("bernoulli")

@@ -46,6 +46,21 @@ def test_sums_are_neither_kept_nor_changed():
     assert averages.pair("a").A.abs().sum() > 0
 
 
+def test_layers_that_share_a_factor_share_its_average():
+    shared, apart = FactorAverages(["a", "b"], 0.9), FactorAverages(["a", "b"], 0.9)
+    for k in range(1, 5):
+        first = pair_of(k)
+        second = KroneckerPair(A=first.A, G=pair_of(k + 10).G)
+        shared.update(step=k, sums={"a": first, "b": second}, num_cases=2)
+        copied = KroneckerPair(A=first.A.clone(), G=second.G.clone())
+        apart.update(step=k, sums={"a": first, "b": copied}, num_cases=2)
+    for name in ("a", "b"):
+        assert torch.equal(shared.pair(name).A, apart.pair(name).A)
+        assert torch.equal(shared.pair(name).G, apart.pair(name).G)
+    assert shared._averages["a"].A is shared._averages["b"].A
+    assert apart._averages["a"].A is not apart._averages["b"].A
+
+
 def test_pair_is_exactly_symmetric():
     averages = FactorAverages(["a"], 0.5)
     skewed = pair_of(1)

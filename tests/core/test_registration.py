@@ -120,6 +120,20 @@ def test_wide_layers_are_split_into_nearly_equal_ranges():
     assert registration.report[0].num_blocks == 6
 
 
+@pytest.mark.parametrize(
+    ("width", "options", "num_blocks"),
+    [
+        (700, {}, 2),
+        (600, {}, 1),
+        (700, {"inverse": "block_tridiagonal"}, 1),  # its links are of whole layers
+        (700, {"max_factor_dim": None}, 1),
+        (700, {"inverse": "block_tridiagonal", "max_factor_dim": 640}, 2),
+    ],
+)
+def test_very_wide_layers_are_split_where_nobody_says_so(width, options, num_blocks):
+    assert len(registered(nn.Linear(width, 3), **options).blocks) == num_blocks
+
+
 def test_outputs_that_are_no_equal_parts_are_refused():
     with pytest.raises(InvalidSpecError, match=r"0 has 2 equal parts; it has 3 outputs"):
         registered(net(), fused_outputs={"0": 2})

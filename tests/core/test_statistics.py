@@ -65,6 +65,22 @@ def test_cross_factors_are_the_dense_ones(distribution, shared):
 
 
 @pytest.mark.parametrize("shared", [(), (3,)], ids=str)
+@pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_statistics_from_a_trace_are_those_of_a_pass(distribution, fisher_type, shared):
+    case = case_of(distribution, shared)
+    model, (inputs, targets) = case.model(), case.data()
+    computer = computer_for(distribution, model, fisher_type)
+    trace = computer.gradient(inputs, targets).trace
+    assert trace is not None
+    some = [1, 2, 5]
+    expected = everything(computer, model, inputs[some], targets[some])
+    found = everything(computer, model, inputs[some], targets[some], trace=trace.take(some))
+    for one, other in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [(), (3,)], ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_moments_are_squares_of_the_gradients_of_single_cases(distribution, shared):
     case = case_of(distribution, shared)

@@ -100,6 +100,20 @@ def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
     assert_bitwise_serial(run(spec), spec, tmp_path)
 
 
+@pytest.mark.parametrize(("num_workers", "exactly"), [(1, True), (2, False)])
+def test_all_agree_on_how_many_cases_the_fisher_products_need(num_workers, exactly, run, tmp_path):
+    spec = small_spec(
+        data={"limit": 1000},
+        batch_size=400,
+        optimizer={"fisher_fraction": "auto"},
+        workers={"gradient": num_workers},
+    )
+    job = run(spec)
+    assert_same = assert_bitwise_serial if exactly else assert_serial_to_rounding
+    assert_same(job, spec, tmp_path)
+    assert job.server._update.fisher_fraction(400, measure=False) < 1
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_so_it_is_with_any_structure_of_the_inverse_on_two_inverse_workers(
     structure, run, tmp_path
