@@ -109,7 +109,7 @@ def measure(setting: Setting, plan: Plan, stored: dict[str, Any]) -> dict[str, A
     """Return the stored results with those of a plan added; a newer one replaces an older."""
     tuning = dict(stored.get("tuning", {}))
     for name in {BASELINE: 0, **plan.budgets}:
-        if tuning.get(name, {}).get("seconds") != plan.tuning_seconds or FIELD[name].ours:
+        if name not in tuning or FIELD[name].ours:
             tuning[name] = tune(setting, name, plan.tuning_seconds)
     runs = list(stored.get("runs", []))
     if plan.budgets:

@@ -51,13 +51,14 @@ def _first_order(
 
 
 def _ours(changes: Options) -> Contestant:
-    return Contestant(start=SerialRunner, grid=(changes,), ours=True, evaluations=13)
+    return Contestant(start=SerialRunner, grid=(changes,), ours=True, evaluations=9)
 
 
 # Small batches and little damping early on, where noise matters less than the number of steps.
 _FAST: Options = {
     "batch_size": {"schedule": "exponential", "initial": 250, "full_at": 900},
     "optimizer.damping.initial": 0.1,
+    "optimizer.statistics_fraction": 0.25,
     "optimizer.fisher_fraction": "auto",
     "optimizer.max_factor_dim": 512,
     "optimizer.averaging": {"decay": 0.95, "start": 150},
@@ -87,7 +88,7 @@ FIELD: Mapping[str, Contestant] = {
             for damping, period in ((3.0, 5), (0.3, 5), (3.0, 20))
         ),
         needs="kfac_jax",
-        evaluations=13,
+        evaluations=9,
     ),
     "kfac": _ours(_FAST),
     "kfac, the example": _ours({}),
