@@ -19,35 +19,36 @@ Run = Mapping[str, Any]
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row for each of ours, each peer and each objective of the peer.
 
-    The objective of a peer is where its budget ends; kfac-jax has two that are given, as far as
-    somebody reaches them. `at_most` says that the peer's budget ended first: the ratio is a bound.
+    The objective of a peer is the lowest that it reaches; kfac-jax has two that are given.
+    `at_most` says that the peer's budget ended first: the ratio is a bound.
     """
     rows = []
     for name, mine in _latest(runs, ours=True).items():
         for peer, theirs in _latest(runs, ours=False).items():
-            for goal in _goals(peer, theirs["entrants"][peer]["curve"]):
-                own_run, peer_run = _together(runs, name, peer) or (mine, theirs)
-                rows.append(_row(name, own_run, peer, peer_run, goal))
+            for goal in _goals(peer, theirs):
+                own_run = theirs if name in theirs["entrants"] else mine
+                rows.append(_row(name, own_run, peer, theirs, goal))
     return rows
 
 
-def _goals(peer: str, curve: Sequence[Any]) -> tuple[float, ...]:
-    return KFAC_JAX_GOALS if peer == KFAC_JAX else (min(score(point) for point in curve),)
+def _goals(peer: str, run: Run) -> tuple[float, ...]:
+    return KFAC_JAX_GOALS if peer == KFAC_JAX else (_lowest(run, peer),)
 
 
 def _latest(runs: Sequence[Run], *, ours: bool) -> dict[str, Run]:
-    """Return the last run of each entrant."""
-    return {
-        name: run
-        for run in runs
-        for name, entrant in run["entrants"].items()
-        if entrant["ours"] is ours
-    }
+    """Return the last run of each entrant; of a peer that ran more than once, its best."""
+    chosen: dict[str, Run] = {}
+    for run in runs:
+        for name, entrant in run["entrants"].items():
+            if entrant["ours"] is not ours:
+                continue
+            if ours or name not in chosen or _lowest(run, name) < _lowest(chosen[name], name):
+                chosen[name] = run
+    return chosen
 
 
-def _together(runs: Sequence[Run], name: str, peer: str) -> tuple[Run, Run] | None:
-    both = [run for run in runs if name in run["entrants"] and peer in run["entrants"]]
-    return (both[-1], both[-1]) if both else None
+def _lowest(run: Run, name: str) -> float:
+    return min(score(point) for point in run["entrants"][name]["curve"])
 
 
 def _row(name: str, own_run: Run, peer: str, peer_run: Run, goal: float) -> dict[str, Any]:

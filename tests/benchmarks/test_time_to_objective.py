@@ -151,6 +151,20 @@ def test_a_slow_hour_of_the_machine_cancels() -> None:
     assert ratio(3) == ratio(1) == 0.2
 
 
+def test_a_peer_is_judged_by_its_best_run_and_ours_beside_it() -> None:
+    from peers.comparison import compare
+
+    mine = {"ours": True, "curve": curve((30, 80))}
+    best = {"ours": False, "curve": curve((100, 80))}
+    runs = [
+        {"sgd_step_seconds": 0.1, "entrants": {"kfac": mine, "muon": best}},
+        run_of(0.1, "muon", False, curve((100, 95))),
+        run_of(0.1, "kfac", True, curve((10, 80))),
+    ]
+    (row,) = compare(runs)
+    assert (row["objective"], row["ratio"], row["same_run"]) == (80, 0.3, True)
+
+
 def test_a_peer_that_does_not_arrive_gives_a_bound() -> None:
     from peers.comparison import compare
 
