@@ -26,6 +26,6 @@ format: .venv
 	$(BIN)/ruff check --fix .
 
 bench: .venv
-	$(BIN)/python benchmarks/autoencoder_progress.py --short
+	$(BIN)/python benchmarks/time_to_objective.py --short
 	$(BIN)/python benchmarks/structures.py --short
 	$(BIN)/python benchmarks/step_cost.py --short

@@ -1,11 +1,13 @@
 """Optimizers side by side: the same initial parameters, the same batches, turns of a few steps.
 
 Turns make a machine that slows down slow all of them. CPU time counts the steps alone, not the
-evaluations.
+evaluations. All contestants do the same number of steps here; in `timed_race.py` each has the same
+CPU time.
 """
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from kfac_dist.core.distributions import get_distribution
 from kfac_dist.core.sampling import permutation
 from kfac_dist.data import MapDataset, fetch
 from kfac_dist.tasks import Task, build_model, load_task, torch_dtype
+from workers.planning import batch_size
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_A_TURN = 10
@@ -73,12 +76,13 @@ def take_turn(contestant: Contestant, turn: Sequence[tuple[Tensor, Tensor]]) -> 
 
 
 def batches(spec: JobSpec, data: MapDataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of a job, in its own order."""
-    assert isinstance(spec.batch_size, int)
+    """Yield the batches of a job, in its own order and of its own sizes."""
     cursor = SamplerCursor(epoch=0, offset=0)
-    while True:
-        window, cursor = next_window(cursor, spec.batch_size, len(data))
-        order = permutation(spec.seed, window.epoch, len(data))
+    epoch, order = -1, torch.empty(0)
+    for step in itertools.count(1):
+        window, cursor = next_window(cursor, batch_size(spec, step, len(data)), len(data))
+        if window.epoch != epoch:
+            epoch, order = window.epoch, permutation(spec.seed, window.epoch, len(data))
         yield fetch(data, order[window.start : window.stop])
 
 
@@ -102,7 +106,7 @@ def conditions(spec: JobSpec) -> dict[str, Any]:
     """Return what a reader needs to repeat a run."""
     return {
         "job": spec.name,
-        "batch_size": spec.batch_size,
+        "batch_size": spec.model_dump()["batch_size"],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

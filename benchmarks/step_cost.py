@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from autoencoder_progress import first_order, sgd
-from race import ROOT, STEPS_A_TURN, MakeStep, batches, conditions
+from peers.first_order import gradient_step, sgd
+from race import ROOT, STEPS_A_TURN, batches, conditions
 from torch import Tensor
 
 from kfac_dist import KFAC
@@ -93,8 +93,9 @@ def timed(method: Callable[..., Any], seconds: Counter[str], phase: str) -> Call
     return run
 
 
-def baseline(spec: JobSpec, task: Task, make: MakeStep) -> Cost:
-    return Cost(make(_model(spec, task), task))
+def baseline(spec: JobSpec, task: Task) -> Cost:
+    model = _model(spec, task)
+    return Cost(gradient_step(model, task, sgd(lr=1e-3)(model)))
 
 
 def _model(spec: JobSpec, task: Task) -> torch.nn.Module:
@@ -106,7 +107,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return the mean cost of `num_steps` steps of the variants after the warm-up."""
     task = load_task(spec, ROOT / "examples", data_dir=data_dir)
-    costs = {"sgd": baseline(spec, task, first_order(sgd))}
+    costs = {"sgd": baseline(spec, task)}
     costs |= {name: kfac(spec, task, changes) for name, changes in variants.items()}
     source = batches(spec, task.train_data())
     warm_up = [next(source) for _ in range(WARM_UP_STEPS)]
