@@ -175,6 +175,9 @@ class Job(_message.Message):
     RUN_DIR_FIELD_NUMBER: _builtins.int
     SUMMARY_JSON_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    NUM_RESTARTS_FIELD_NUMBER: _builtins.int
+    DATA_DIR_FIELD_NUMBER: _builtins.int
+    PACKAGE_SHA256_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique, given by the server."""
     name: _builtins.str
@@ -203,6 +206,12 @@ class Job(_message.Message):
     """How it ended, the object of `summary.json`; empty before the end and in ListJobs."""
     revision: _builtins.int
     """Grows by one with every change of the job."""
+    num_restarts: _builtins.int
+    """Attempts that the job made by itself since a user last asked for one."""
+    data_dir: _builtins.str
+    """Folder of data sets on the cluster's file system; empty for the server's default."""
+    package_sha256: _builtins.str
+    """sha256 of the user's code, hexadecimal; empty for a built-in task."""
     @_builtins.property
     def first_failure(self) -> Global___FirstFailure:
         """What failed first; absent unless a worker failed."""
@@ -245,10 +254,13 @@ class Job(_message.Message):
         run_dir: _builtins.str = ...,
         summary_json: _builtins.str = ...,
         revision: _builtins.int = ...,
+        num_restarts: _builtins.int = ...,
+        data_dir: _builtins.str = ...,
+        package_sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "ended_at", b"ended_at", "first_failure", b"first_failure", "started_at", b"started_at", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "created_at", b"created_at", "ended_at", b"ended_at", "first_failure", b"first_failure", "id", b"id", "message", b"message", "name", b"name", "num_steps", b"num_steps", "owner", b"owner", "priority", b"priority", "reason", b"reason", "revision", b"revision", "run_dir", b"run_dir", "spec_json", b"spec_json", "started_at", b"started_at", "state", b"state", "step", b"step", "summary_json", b"summary_json", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "created_at", b"created_at", "data_dir", b"data_dir", "ended_at", b"ended_at", "first_failure", b"first_failure", "id", b"id", "message", b"message", "name", b"name", "num_restarts", b"num_restarts", "num_steps", b"num_steps", "owner", b"owner", "package_sha256", b"package_sha256", "priority", b"priority", "reason", b"reason", "revision", b"revision", "run_dir", b"run_dir", "spec_json", b"spec_json", "started_at", b"started_at", "state", b"state", "step", b"step", "summary_json", b"summary_json", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,6 +280,7 @@ class Attempt(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     ENDED_AT_FIELD_NUMBER: _builtins.int
     RESUMED_FROM_STEP_FIELD_NUMBER: _builtins.int
+    HEARD_AT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     number: _builtins.int
@@ -279,7 +292,7 @@ class Attempt(_message.Message):
     message: _builtins.str
     """A sentence for people about the state; may be empty."""
     resumed_from_step: _builtins.int
-    """Step of the checkpoint it went on from; absent when it began at the beginning."""
+    """Step of the checkpoint it went on from, 0 from the beginning; absent while that is not known."""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """When it was handed to the cluster; absent before."""
@@ -287,6 +300,10 @@ class Attempt(_message.Message):
     @_builtins.property
     def ended_at(self) -> _timestamp_pb2.Timestamp:
         """When it ended; absent before."""
+
+    @_builtins.property
+    def heard_at(self) -> _timestamp_pb2.Timestamp:
+        """When its driver last reported; absent before."""
 
     def __init__(
         self,
@@ -299,10 +316,11 @@ class Attempt(_message.Message):
         started_at: _timestamp_pb2.Timestamp | None = ...,
         ended_at: _timestamp_pb2.Timestamp | None = ...,
         resumed_from_step: _builtins.int | None = ...,
+        heard_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "ended_at", b"ended_at", "resumed_from_step", b"resumed_from_step", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "ended_at", b"ended_at", "heard_at", b"heard_at", "resumed_from_step", b"resumed_from_step", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "ended_at", b"ended_at", "job_id", b"job_id", "message", b"message", "number", b"number", "reason", b"reason", "resumed_from_step", b"resumed_from_step", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "ended_at", b"ended_at", "heard_at", b"heard_at", "job_id", b"job_id", "message", b"message", "number", b"number", "reason", b"reason", "resumed_from_step", b"resumed_from_step", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__resumed_from_step: _TypeAlias = _typing.Literal["resumed_from_step"]  # noqa: Y015
     _WhichOneofArgType__resumed_from_step: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step"]  # noqa: Y015
@@ -420,7 +438,9 @@ class MetricSeries(_message.Message):
     name: _builtins.str
     """Name, as in the step records of a run, for example loss or damping."""
     sampled_every: _builtins.int
-    """One point stands for this many recorded ones: 1 when nothing was left out."""
+    """One point stands for this many steps: 1 is every step; above, it is their mean, for staleness
+    their maximum, and has the step and time of their last.
+    """
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricPoint]:
         """In ascending order of steps."""

@@ -712,7 +712,7 @@ class ListCheckpointsResponse(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Checkpoint]:
-        """Oldest first."""
+        """Newest first."""
 
     def __init__(
         self,

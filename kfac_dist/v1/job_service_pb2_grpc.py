@@ -180,7 +180,7 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """Lists the checkpoints of a job, oldest first. Role viewer.
+        """Lists the checkpoints of a job, newest first. Role viewer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,7 +63,7 @@ class JobServiceStub:
     ListEvents: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListEventsRequest, _job_service_pb2.ListEventsResponse]
     """Lists what happened to a job, oldest first. Role viewer."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListCheckpointsRequest, _job_service_pb2.ListCheckpointsResponse]
-    """Lists the checkpoints of a job, oldest first. Role viewer."""
+    """Lists the checkpoints of a job, newest first. Role viewer."""
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
@@ -95,7 +95,7 @@ class JobServiceAsyncStub(JobServiceStub):
     ListEvents: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListEventsRequest, _job_service_pb2.ListEventsResponse]  # type: ignore[assignment]
     """Lists what happened to a job, oldest first. Role viewer."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListCheckpointsRequest, _job_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
-    """Lists the checkpoints of a job, oldest first. Role viewer."""
+    """Lists the checkpoints of a job, newest first. Role viewer."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     """Jobs, from their submission to their end."""
@@ -196,6 +196,6 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.ListCheckpointsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_job_service_pb2.ListCheckpointsResponse]]:
-        """Lists the checkpoints of a job, oldest first. Role viewer."""
+        """Lists the checkpoints of a job, newest first. Role viewer."""
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -55,7 +55,7 @@ class ReportedEvent(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    INDEX_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
@@ -64,8 +64,9 @@ class ReportedEvent(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     DETAILS_JSON_FIELD_NUMBER: _builtins.int
-    index: _builtins.int
-    """1, 2, 3, ... within the attempt. The server takes each index once."""
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    line: _builtins.int
+    """Its line in the run's events.jsonl, from 1. The server takes each line once."""
     kind: _builtins.str
     """Machine word, such as worker_restarted."""
     message: _builtins.str
@@ -80,6 +81,8 @@ class ReportedEvent(_message.Message):
     """Rank of the worker it is about; absent when about none."""
     details_json: _builtins.str
     """More of it, a JSON object; may be empty."""
+    attempt: _builtins.int
+    """The attempt in which it happened, from 1."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened."""
@@ -87,7 +90,7 @@ class ReportedEvent(_message.Message):
     def __init__(
         self,
         *,
-        index: _builtins.int = ...,
+        line: _builtins.int = ...,
         kind: _builtins.str = ...,
         message: _builtins.str = ...,
         step: _builtins.int = ...,
@@ -96,10 +99,11 @@ class ReportedEvent(_message.Message):
         role: _builtins.str = ...,
         rank: _builtins.int | None = ...,
         details_json: _builtins.str = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "details_json", b"details_json", "index", b"index", "kind", b"kind", "message", b"message", "rank", b"rank", "role", b"role", "severity", b"severity", "step", b"step", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "attempt", b"attempt", "details_json", b"details_json", "kind", b"kind", "line", b"line", "message", b"message", "rank", b"rank", "role", b"role", "severity", b"severity", "step", b"step", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
@@ -162,43 +166,73 @@ class ReportedStep(_message.Message):
 Global___ReportedStep: _TypeAlias = ReportedStep  # noqa: Y015
 
 @_typing.final
+class ReportedState(_message.Message):
+    """Where the run stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FIRST_FAILURE_FIELD_NUMBER: _builtins.int
+    RESUMED_FROM_STEP_FIELD_NUMBER: _builtins.int
+    SUMMARY_JSON_FIELD_NUMBER: _builtins.int
+    state: _job_pb2.JobState.ValueType
+    """STARTING, RUNNING, DEGRADED, PAUSED, SUCCEEDED, FAILED or CANCELLED."""
+    step: _builtins.int
+    """The last step that was recorded; 0 before the first."""
+    reason: _builtins.str
+    """Machine word for the state; may be empty."""
+    message: _builtins.str
+    """A sentence for people about the state; may be empty."""
+    resumed_from_step: _builtins.int
+    """Step of the checkpoint the attempt went on from, 0 from the beginning; absent while unknown."""
+    summary_json: _builtins.str
+    """The object of `summary.json` once the run has ended; empty before."""
+    @_builtins.property
+    def first_failure(self) -> _job_pb2.FirstFailure:
+        """What failed first; absent unless a worker failed."""
+
+    def __init__(
+        self,
+        *,
+        state: _job_pb2.JobState.ValueType = ...,
+        step: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        first_failure: _job_pb2.FirstFailure | None = ...,
+        resumed_from_step: _builtins.int | None = ...,
+        summary_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "first_failure", b"first_failure", "resumed_from_step", b"resumed_from_step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "first_failure", b"first_failure", "message", b"message", "reason", b"reason", "resumed_from_step", b"resumed_from_step", "state", b"state", "step", b"step", "summary_json", b"summary_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__resumed_from_step: _TypeAlias = _typing.Literal["resumed_from_step"]  # noqa: Y015
+    _WhichOneofArgType__resumed_from_step: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__resumed_from_step) -> _WhichOneofReturnType__resumed_from_step | None: ...
+
+Global___ReportedState: _TypeAlias = ReportedState  # noqa: Y015
+
+@_typing.final
 class ReportRequest(_message.Message):
-    """News of one attempt."""
+    """News of one attempt; all of it may be told again without harm. Empty, it is a heartbeat."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    MESSAGE_FIELD_NUMBER: _builtins.int
-    FIRST_FAILURE_FIELD_NUMBER: _builtins.int
-    STEP_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
-    SUMMARY_JSON_FIELD_NUMBER: _builtins.int
-    RESUMED_FROM_STEP_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     attempt: _builtins.int
-    """The attempt, from 1. News of an attempt that is not the newest is refused."""
-    state: _job_pb2.JobState.ValueType
-    """Its state: STARTING, RUNNING, DEGRADED, PAUSED, SUCCEEDED, FAILED or CANCELLED; unspecified when
-    there is no change.
-    """
-    reason: _builtins.str
-    """Machine word for the state; may be empty."""
-    message: _builtins.str
-    """A sentence for people about the state; may be empty."""
-    step: _builtins.int
-    """The last step that was recorded; absent before the first."""
-    summary_json: _builtins.str
-    """The object of `summary.json` with the last state; empty before."""
-    resumed_from_step: _builtins.int
-    """Step of the checkpoint the attempt went on from; absent when it began at the beginning."""
+    """The attempt, from 1."""
     @_builtins.property
-    def first_failure(self) -> _job_pb2.FirstFailure:
-        """What failed first; absent unless a worker failed."""
+    def state(self) -> Global___ReportedState:
+        """Where the run stands; absent when there is no change."""
 
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportedEvent]:
@@ -213,52 +247,47 @@ class ReportRequest(_message.Message):
         *,
         job_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
-        state: _job_pb2.JobState.ValueType = ...,
-        reason: _builtins.str = ...,
-        message: _builtins.str = ...,
-        first_failure: _job_pb2.FirstFailure | None = ...,
-        step: _builtins.int | None = ...,
+        state: Global___ReportedState | None = ...,
         events: _abc.Iterable[Global___ReportedEvent] | None = ...,
         steps: _abc.Iterable[Global___ReportedStep] | None = ...,
-        summary_json: _builtins.str = ...,
-        resumed_from_step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "_step", b"_step", "first_failure", b"first_failure", "resumed_from_step", b"resumed_from_step", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step", "_step", b"_step", "attempt", b"attempt", "events", b"events", "first_failure", b"first_failure", "job_id", b"job_id", "message", b"message", "reason", b"reason", "resumed_from_step", b"resumed_from_step", "state", b"state", "step", b"step", "steps", b"steps", "summary_json", b"summary_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "events", b"events", "job_id", b"job_id", "state", b"state", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__resumed_from_step: _TypeAlias = _typing.Literal["resumed_from_step"]  # noqa: Y015
-    _WhichOneofArgType__resumed_from_step: _TypeAlias = _typing.Literal["_resumed_from_step", b"_resumed_from_step"]  # noqa: Y015
-    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
-    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__resumed_from_step) -> _WhichOneofReturnType__resumed_from_step | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
 
 @_typing.final
 class ReportResponse(_message.Message):
-    """What the server made of it."""
+    """What the driver is to do, and what is known of its run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ORDER_FIELD_NUMBER: _builtins.int
-    STORED_EVENT_INDEX_FIELD_NUMBER: _builtins.int
+    EVENTS_KNOWN_FIELD_NUMBER: _builtins.int
+    STEPS_KNOWN_FIELD_NUMBER: _builtins.int
+    FENCED_FIELD_NUMBER: _builtins.int
     order: Global___Order.ValueType
     """What the driver is to do."""
-    stored_event_index: _builtins.int
-    """All events up to this index are stored."""
+    events_known: _builtins.int
+    """Events up to this line are stored: the driver goes on with the next."""
+    steps_known: _builtins.int
+    """Steps up to this one are stored: the driver goes on with the next."""
+    fenced: _builtins.bool
+    """Another attempt has taken this one's place: the driver is to end at once."""
     def __init__(
         self,
         *,
         order: Global___Order.ValueType = ...,
-        stored_event_index: _builtins.int = ...,
+        events_known: _builtins.int = ...,
+        steps_known: _builtins.int = ...,
+        fenced: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "stored_event_index", b"stored_event_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events_known", b"events_known", "fenced", b"fenced", "order", b"order", "steps_known", b"steps_known"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

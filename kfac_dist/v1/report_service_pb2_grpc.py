@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ReportServiceStub:
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the job's report token.
+    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token.
     """
 
     def __init__(self, channel):
@@ -43,12 +43,11 @@ class ReportServiceStub:
 
 
 class ReportServiceServicer:
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the job's report token.
+    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token.
     """
 
     def Report(self, request, context):
-        """Takes a batch of news; also the heartbeat of an attempt, sent when there is none. What was
-        taken before is taken as a repetition and changes nothing.
+        """Takes a batch of news; also the heartbeat of an attempt, sent when there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +70,7 @@ def add_ReportServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ReportService:
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the job's report token.
+    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token.
     """
 
     @staticmethod

@@ -27,29 +27,25 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ReportServiceStub:
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the job's report token."""
+    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ReportServiceAsyncStub: ...
     Report: _grpc.UnaryUnaryMultiCallable[_report_service_pb2.ReportRequest, _report_service_pb2.ReportResponse]
-    """Takes a batch of news; also the heartbeat of an attempt, sent when there is none. What was
-    taken before is taken as a repetition and changes nothing.
-    """
+    """Takes a batch of news; also the heartbeat of an attempt, sent when there is none."""
 
 @_typing.type_check_only
 class ReportServiceAsyncStub(ReportServiceStub):
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the job's report token."""
+    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Report: _aio.UnaryUnaryMultiCallable[_report_service_pb2.ReportRequest, _report_service_pb2.ReportResponse]  # type: ignore[assignment]
-    """Takes a batch of news; also the heartbeat of an attempt, sent when there is none. What was
-    taken before is taken as a repetition and changes nothing.
-    """
+    """Takes a batch of news; also the heartbeat of an attempt, sent when there is none."""
 
 class ReportServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the job's report token."""
+    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token."""
 
     @_abc_1.abstractmethod
     def Report(
@@ -57,8 +53,6 @@ class ReportServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _report_service_pb2.ReportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_report_service_pb2.ReportResponse, _abc.Awaitable[_report_service_pb2.ReportResponse]]:
-        """Takes a batch of news; also the heartbeat of an attempt, sent when there is none. What was
-        taken before is taken as a repetition and changes nothing.
-        """
+        """Takes a batch of news; also the heartbeat of an attempt, sent when there is none."""
 
 def add_ReportServiceServicer_to_server(servicer: ReportServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
