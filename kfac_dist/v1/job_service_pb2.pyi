@@ -291,7 +291,7 @@ class PauseJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """PAUSING."""
+        """PAUSING, or PAUSED when it had not begun."""
 
     def __init__(
         self,
@@ -337,7 +337,7 @@ class ResumeJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> _job_pb2.Job:
-        """RESUMING."""
+        """QUEUED, or further already."""
 
     def __init__(
         self,
