@@ -7,6 +7,8 @@
     │   └── DataNotFoundError
     ├── UnreachableError     5   no server, no Ray cluster
     ├── NotAllowedError      6   the token does not permit it
+    │   ├── NotAuthenticatedError   there is no token, or none that is known
+    │   └── LimitExceededError      more than one user may have at once
     ├── TimedOutError        7
     ├── CancelledError       8
     ├── ConflictError        9   an occupied run folder, a checkpoint of another job
@@ -70,6 +72,14 @@ class NotAllowedError(KfacDistError):
     """The caller's role does not permit the request."""
 
     exit_code = 6
+
+
+class NotAuthenticatedError(NotAllowedError):
+    """The server does not know who is asking."""
+
+
+class LimitExceededError(NotAllowedError):
+    """The request asks for more than one user, or one message, may have."""
 
 
 class TimedOutError(KfacDistError):

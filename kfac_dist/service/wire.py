@@ -1,0 +1,250 @@
+"""The records of the control plane as messages, and back; nothing else knows both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.errors import FirstFailure
+from kfac_dist.service.records import Attempt, Job, JobEvent, MetricPoint, MetricSeries
+from kfac_dist.v1 import job_pb2
+
+_NANOSECONDS = 1_000_000_000
+
+
+def to_timestamp(seconds: float) -> Timestamp:
+    """Return Unix seconds as a timestamp, to the microsecond."""
+    stamp = Timestamp()
+    stamp.FromMicroseconds(round(seconds * 1e6))
+    return stamp
+
+
+def from_timestamp(stamp: Timestamp) -> float:
+    """Return a timestamp in Unix seconds."""
+    return stamp.seconds + stamp.nanos / _NANOSECONDS
+
+
+def to_state(state: JobState) -> job_pb2.JobState.ValueType:
+    """Return a state's number."""
+    return job_pb2.JobState.Value(f"JOB_STATE_{state}")
+
+
+def from_state(state: job_pb2.JobState.ValueType) -> JobState:
+    """Return the state of a number.
+
+    Raises:
+        ValueError: it is none that this version knows.
+    """
+    name = job_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
+    return JobState(name)
+
+
+def to_severity(severity: str) -> job_pb2.Severity.ValueType:
+    """Return a severity's number."""
+    return job_pb2.Severity.Value(f"SEVERITY_{severity.upper()}")
+
+
+def from_severity(severity: job_pb2.Severity.ValueType) -> str:
+    """Return the severity of a number; what was not told is info."""
+    name = job_pb2.Severity.Name(severity).removeprefix("SEVERITY_")
+    return "info" if name == "UNSPECIFIED" else name.lower()
+
+
+def to_job(job: Job, *, whole: bool = True) -> job_pb2.Job:
+    """Return a job as a message; not `whole` leaves out specification and summary."""
+    return job_pb2.Job(
+        id=job.id,
+        name=job.name,
+        owner=job.owner,
+        state=to_state(job.state),
+        reason=job.reason or "",
+        message=job.message or "",
+        first_failure=_to_failure(job.first_failure),
+        attempt=job.attempt,
+        num_restarts=job.num_restarts,
+        priority=job.priority,
+        spec_json=json.dumps(job.spec) if whole else "",
+        step=job.step,
+        num_steps=job.num_steps,
+        created_at=to_timestamp(job.created_at),
+        updated_at=to_timestamp(job.updated_at),
+        started_at=_to_time(job.started_at),
+        ended_at=_to_time(job.ended_at),
+        run_dir=job.run_dir,
+        data_dir=job.data_dir or "",
+        package_sha256=job.package or "",
+        summary_json=json.dumps(job.summary) if whole and job.summary is not None else "",
+        revision=job.revision,
+    )
+
+
+def from_job(message: job_pb2.Job) -> Job:
+    """Return a job; the specification of one from a list is empty."""
+    return Job(
+        id=message.id,
+        name=message.name,
+        owner=message.owner,
+        state=from_state(message.state),
+        reason=message.reason or None,
+        message=message.message or None,
+        first_failure=from_failure(message),
+        attempt=message.attempt,
+        num_restarts=message.num_restarts,
+        priority=message.priority,
+        spec=from_json(message.spec_json) or {},
+        step=message.step,
+        num_steps=message.num_steps,
+        created_at=from_timestamp(message.created_at),
+        updated_at=from_timestamp(message.updated_at),
+        started_at=_from_time(message, "started_at"),
+        ended_at=_from_time(message, "ended_at"),
+        run_dir=message.run_dir,
+        data_dir=message.data_dir or None,
+        package=message.package_sha256 or None,
+        summary=from_json(message.summary_json),
+        revision=message.revision,
+        idempotency_key=None,  # the caller's own affair, never sent back
+    )
+
+
+def to_attempt(attempt: Attempt) -> job_pb2.Attempt:
+    """Return an attempt as a message."""
+    return job_pb2.Attempt(
+        job_id=attempt.job,
+        number=attempt.number,
+        state=to_state(attempt.state),
+        reason=attempt.reason or "",
+        message=attempt.message or "",
+        started_at=to_timestamp(attempt.started_at),
+        ended_at=_to_time(attempt.ended_at),
+        heard_at=_to_time(attempt.heard_at),
+        resumed_from_step=attempt.resumed_from_step,
+    )
+
+
+def from_attempt(message: job_pb2.Attempt) -> Attempt:
+    """Return an attempt."""
+    return Attempt(
+        job=message.job_id,
+        number=message.number,
+        state=from_state(message.state),
+        reason=message.reason or None,
+        message=message.message or None,
+        started_at=from_timestamp(message.started_at),
+        ended_at=_from_time(message, "ended_at"),
+        heard_at=_from_time(message, "heard_at"),
+        resumed_from_step=optional(message, "resumed_from_step"),
+    )
+
+
+def to_event(event: JobEvent) -> job_pb2.JobEvent:
+    """Return an event as a message."""
+    return job_pb2.JobEvent(
+        job_id=event.job,
+        sequence=event.sequence,
+        kind=event.kind,
+        message=event.message,
+        step=event.step,
+        time=to_timestamp(event.time),
+        severity=to_severity(event.severity),
+        role=event.role or "",
+        rank=event.rank,
+        attempt=event.attempt,
+        details_json=json.dumps(event.details) if event.details else "",
+    )
+
+
+def from_event(message: job_pb2.JobEvent) -> JobEvent:
+    """Return an event."""
+    return JobEvent(
+        job=message.job_id,
+        sequence=message.sequence,
+        kind=message.kind,
+        message=message.message,
+        step=message.step,
+        time=from_timestamp(message.time),
+        severity=from_severity(message.severity),
+        role=message.role or None,
+        rank=optional(message, "rank"),
+        attempt=message.attempt,
+        details=from_json(message.details_json) or {},
+    )
+
+
+def to_series(series: MetricSeries) -> job_pb2.MetricSeries:
+    """Return a history as a message."""
+    return job_pb2.MetricSeries(
+        name=series.name,
+        sampled_every=series.sampled_every,
+        points=[
+            job_pb2.MetricPoint(step=point.step, time=to_timestamp(point.time), value=point.value)
+            for point in series.points
+        ],
+    )
+
+
+def from_series(message: job_pb2.MetricSeries) -> MetricSeries:
+    """Return a history."""
+    return MetricSeries(
+        name=message.name,
+        sampled_every=message.sampled_every,
+        points=[
+            MetricPoint(step=point.step, time=from_timestamp(point.time), value=point.value)
+            for point in message.points
+        ],
+    )
+
+
+def from_failure(message: Any) -> FirstFailure | None:
+    """Return the first failure of a message that may have one."""
+    if not message.HasField("first_failure"):
+        return None
+    failure = message.first_failure
+    return FirstFailure(
+        role=failure.role,
+        rank=failure.rank,
+        time_seconds=from_timestamp(failure.time),
+        log_tail=failure.log_tail,
+    )
+
+
+def optional(message: Any, field: str) -> Any:
+    """Return a field, None when it is absent."""
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def from_json(text: str) -> Mapping[str, Any] | None:
+    """Return the object of a JSON field, None when it is empty.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if not text:
+        return None
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"not a JSON object but {type(value).__name__}")
+    return value
+
+
+def _to_failure(failure: FirstFailure | None) -> job_pb2.FirstFailure | None:
+    if failure is None:
+        return None
+    return job_pb2.FirstFailure(
+        role=failure.role,
+        rank=failure.rank,
+        time=to_timestamp(failure.time_seconds),
+        log_tail=failure.log_tail,
+    )
+
+
+def _to_time(seconds: float | None) -> Timestamp | None:
+    return None if seconds is None else to_timestamp(seconds)
+
+
+def _from_time(message: Any, field: str) -> float | None:
+    return from_timestamp(getattr(message, field)) if message.HasField(field) else None
