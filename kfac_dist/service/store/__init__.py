@@ -1,12 +1,22 @@
-"""The database of the control plane."""
+"""The database of the control plane: its tables, how they are opened, and questions to them."""
 
-from __future__ import annotations
+from kfac_dist.service.store.database import Store, open_store
+from kfac_dist.service.store.models import (
+    AttemptRow,
+    EventRow,
+    JobRow,
+    PointRow,
+    SeriesRow,
+    TokenRow,
+)
 
-
-class Store:
-    """The tables, by verbs."""
-
-
-def open_store(url: str) -> Store:
-    """Open the database at `url`, an SQLAlchemy URL, and bring its tables up to date."""
-    raise NotImplementedError(url)
+__all__ = [
+    "AttemptRow",
+    "EventRow",
+    "JobRow",
+    "PointRow",
+    "SeriesRow",
+    "Store",
+    "TokenRow",
+    "open_store",
+]
