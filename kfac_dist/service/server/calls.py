@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -37,11 +37,8 @@ _RECHECK_SECONDS = 30.0
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Authenticate(Protocol):
-    """Tells who holds a token; synchronous, raises NotAuthenticatedError."""
-
-    def __call__(self, token: str) -> Caller:
-        """Return the holder of `token`."""
+Authenticate = Callable[[str], Caller]
+"""Tells who holds a token; synchronous, raises NotAuthenticatedError."""
 
 
 @dataclass(frozen=True, kw_only=True)
