@@ -5,12 +5,27 @@ Synchronous and thread-safe. Every method raises KfacDistError subclasses only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kfac_dist.coordination.lifecycle import JobState
-from kfac_dist.runs.checkpoints import CheckpointInfo
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.errors import ConflictError, UsageError
+from kfac_dist.runs.checkpoints import CheckpointInfo, list_checkpoints
+from kfac_dist.service import history, reports
+from kfac_dist.service.changes import ChangeFeed
+from kfac_dist.service.job_rows import find, move, note, to_attempt, to_event, to_job
+from kfac_dist.service.paging import Listing
 from kfac_dist.service.records import (
     Attempt,
     Job,
@@ -19,15 +34,20 @@ from kfac_dist.service.records import (
     Report,
     ReportAnswer,
 )
-from kfac_dist.service.store import Store
+from kfac_dist.service.requests import JobRequest, check_request
+from kfac_dist.service.store import AttemptRow, EventRow, JobRow, Store
+
+_MAX_EVENTS = 10_000
+_MAX_POINTS = 100_000
 
 
 class Jobs:
-    """The jobs in `store`; run folders are in `home`."""
+    """The jobs in `store`; run folders and packages are in `home`."""
 
     def __init__(self, store: Store, home: Path) -> None:
-        self._store = store
-        self._home = home
+        self.store = store
+        self.home = home
+        self._feed = ChangeFeed()
 
     def create(
         self,
@@ -42,13 +62,97 @@ class Jobs:
         """Accept a job: check it and make it durable. It is PENDING.
 
         `package` is a zip of the folder that user code is looked for in. The same key with the
-        same request gives the job that is there.
+        same request, by the same owner, gives the job that is there.
 
         Raises:
             InvalidSpecError: the specification or the package is wrong, with every problem.
+            UsageError: another part of the request is wrong.
             ConflictError: the key was used for another request.
         """
-        raise NotImplementedError
+        request = check_request(
+            spec,
+            owner=owner,
+            priority=priority,
+            idempotency_key=idempotency_key,
+            package=package,
+            data_dir=data_dir,
+        )
+        if (job := self._same(request)) is not None:
+            return job
+        self._keep_package(request)
+        try:
+            job = self._insert(request)
+        except IntegrityError:  # the same key at the same time
+            again = self._same(request)
+            if again is None:
+                raise
+            return again
+        self._feed.publish(job.id)
+        return job
+
+    def _same(self, request: JobRequest) -> Job | None:
+        if request.idempotency_key is None:
+            return None
+        with self.store.read() as session:
+            row = session.scalar(
+                select(JobRow).where(
+                    JobRow.owner == request.owner,
+                    JobRow.idempotency_key == request.idempotency_key,
+                )
+            )
+        if row is None:
+            return None
+        if row.request_sha256 != request.sha256:
+            raise ConflictError(
+                f"idempotency_key: {request.idempotency_key} was used for another request, which "
+                f"became job {row.id}; use a new key"
+            )
+        return to_job(row)
+
+    def package_path(self, sha256: str) -> Path:
+        """Where a package is kept."""
+        return self.home / "packages" / f"{sha256}.zip"
+
+    def _keep_package(self, request: JobRequest) -> None:
+        if request.package is None or request.package_sha256 is None:
+            return
+        path = self.package_path(request.package_sha256)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.write_bytes(request.package)
+        temporary.replace(path)
+
+    def _insert(self, request: JobRequest) -> Job:
+        now = time.time()
+        job_id = f"{request.spec.name}-{secrets.token_hex(4)}"
+        row = JobRow(
+            id=job_id,
+            name=request.spec.name,
+            owner=request.owner,
+            idempotency_key=request.idempotency_key,
+            request_sha256=request.sha256,
+            state=JobState.PENDING,
+            state_since=now,
+            priority=request.priority,
+            spec=request.spec.model_dump(mode="json"),
+            num_steps=request.spec.steps,
+            created_at=now,
+            updated_at=now,
+            run_dir=str(self.home / "runs" / job_id),
+            data_dir=request.data_dir,
+            package=request.package_sha256,
+            attempt=0,
+            num_restarts=0,
+            revision=0,
+            last_sequence=0,
+            events_known=0,
+            steps_known=0,
+        )
+        with self.store.write() as session:
+            session.add(row)
+            session.flush()
+            note(session, row, "submitted", f"submitted by {request.owner}", now)
+        return to_job(row)
 
     def get(self, job_id: str) -> Job:
         """Return a job.
@@ -56,11 +160,16 @@ class Jobs:
         Raises:
             NotFoundError: there is none of this id.
         """
-        raise NotImplementedError
+        with self.store.read() as session:
+            return to_job(find(session, job_id))
 
-    def attempts(self, job_id: str) -> list[Attempt]:
+    def attempts(self, job_id: str) -> Sequence[Attempt]:
         """Return the attempts of a job, first to last."""
-        raise NotImplementedError
+        with self.store.read() as session:
+            row = find(session, job_id)
+            query = select(AttemptRow).where(AttemptRow.job == row.number)
+            attempts = session.scalars(query.order_by(AttemptRow.number))
+            return [to_attempt(attempt, job_id) for attempt in attempts]
 
     def list(
         self,
@@ -70,13 +179,18 @@ class Jobs:
         name: str | None = None,
         page_size: int = 50,
         page_token: str = "",
-    ) -> tuple[list[Job], str]:
+    ) -> tuple[Sequence[Job], str]:
         """Return a page of jobs, newest first, and the token of the next, empty at the end.
 
         Raises:
-            UsageError: the token is not one of this listing's.
+            UsageError: the token is not one of this listing's, or the size is out of range.
         """
-        raise NotImplementedError
+        listing = Listing(states=tuple(states), owner=owner, name=name)
+        with self.store.read() as session:
+            rows = session.scalars(listing.query(page_size, page_token)).all()
+        page = rows[:page_size]
+        more = listing.token(page[-1].number) if len(rows) > page_size else ""
+        return [to_job(row) for row in page], more
 
     def cancel(self, job_id: str, *, now: bool = False) -> Job:
         """Let a job end; `now` without waiting for its step and checkpoint.
@@ -84,7 +198,7 @@ class Jobs:
         Raises:
             ConflictError: it has ended.
         """
-        raise NotImplementedError
+        return self._request(job_id, Event.CANCEL, "cancelled by request", now=now)
 
     def pause(self, job_id: str) -> Job:
         """Let a job leave a checkpoint and end, to be resumed.
@@ -92,7 +206,7 @@ class Jobs:
         Raises:
             ConflictError: it has ended or is being cancelled.
         """
-        raise NotImplementedError
+        return self._request(job_id, Event.PAUSE, "paused by request")
 
     def resume(self, job_id: str) -> Job:
         """Let a paused job go on.
@@ -100,7 +214,7 @@ class Jobs:
         Raises:
             ConflictError: it is not paused.
         """
-        raise NotImplementedError
+        return self._request(job_id, Event.RESUME, "resumed by request")
 
     def retry(self, job_id: str) -> Job:
         """Let a failed or cancelled job go on at its newest checkpoint.
@@ -108,15 +222,47 @@ class Jobs:
         Raises:
             ConflictError: it has not ended, or succeeded.
         """
-        raise NotImplementedError
+        return self._request(job_id, Event.RETRY, "retried by request")
 
-    def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> list[JobEvent]:
-        """Return events with a sequence above `after`, in order."""
-        raise NotImplementedError
+    def _request(self, job_id: str, event: Event, message: str, *, now: bool = False) -> Job:
+        with self.change(job_id) as (session, row):
+            moved = move(session, row, event, time.time(), reason="requested", message=message)
+            row.cancel_now = event is Event.CANCEL and (now or row.cancel_now)
+            if event in (Event.RESUME, Event.RETRY):
+                row.num_restarts = 0
+                row.first_failure = row.summary = None
+            if moved or now:
+                note(session, row, f"{event}_requested", message, time.time())
+        return to_job(row)
 
-    def metric_names(self, job_id: str) -> list[str]:
+    @contextmanager
+    def change(self, job_id: str) -> Iterator[tuple[Session, JobRow]]:
+        """Give a job's row to change in a transaction, and tell of the change after it."""
+        with self.store.write() as session:
+            row = find(session, job_id, to_change=True)
+            before = row.revision
+            yield session, row
+        if row.revision != before:
+            self._feed.publish(job_id)
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> Sequence[JobEvent]:
+        """Return events with a sequence above `after`, in order.
+
+        Raises:
+            UsageError: a number is out of range.
+        """
+        _check_range("limit", limit, 1, _MAX_EVENTS)
+        _check_range("after", after, 0, 2**63 - 1)
+        with self.store.read() as session:
+            row = find(session, job_id)
+            query = select(EventRow).where(EventRow.job == row.number, EventRow.sequence > after)
+            events = session.scalars(query.order_by(EventRow.sequence).limit(limit))
+            return [to_event(event, job_id) for event in events]
+
+    def metric_names(self, job_id: str) -> Sequence[str]:
         """Return the names of all metrics that the job has a history of."""
-        raise NotImplementedError
+        with self.store.read() as session:
+            return history.metric_names(session, find(session, job_id))
 
     def metrics(
         self,
@@ -126,37 +272,68 @@ class Jobs:
         first_step: int | None = None,
         last_step: int | None = None,
         max_points: int = 1000,
-    ) -> list[MetricSeries]:
+    ) -> Sequence[MetricSeries]:
         """Return histories in the order of `names`, thinned out to at most `max_points` each.
 
         Raises:
             NotFoundError: the job has no metric of this name.
+            UsageError: a number is out of range.
         """
-        raise NotImplementedError
+        _check_range("max_points", max_points, 1, _MAX_POINTS)
+        for field, step in (("first_step", first_step), ("last_step", last_step)):
+            _check_range(field, step or 0, 0, 2**63 - 1)
+        with self.store.read() as session:
+            row = find(session, job_id)
+            return history.read_series(session, row, names, first_step, last_step, max_points)
 
-    def checkpoints(self, job_id: str) -> list[CheckpointInfo]:
+    def checkpoints(self, job_id: str) -> Sequence[CheckpointInfo]:
         """Return the job's checkpoints, newest first, not verified."""
-        raise NotImplementedError
+        return list_checkpoints(Path(self.get(job_id).run_dir) / "checkpoints")
 
     def log_dir(self, job_id: str) -> Path:
         """Where the logs of the job's roles are; the folder may not be there yet."""
-        raise NotImplementedError
+        return Path(self.get(job_id).run_dir) / "logs"
 
     def check_report_token(self, job_id: str, attempt: int, token: str) -> bool:
         """Whether `token` is the secret that the driver of this attempt was given."""
-        raise NotImplementedError
+        with self.store.read() as session:
+            row = session.get(AttemptRow, (find(session, job_id).number, attempt))
+        given = hashlib.sha256(token.encode()).hexdigest()
+        return row is not None and hmac.compare_digest(row.token_sha256, given)
 
-    def report(self, report: Report) -> ReportAnswer:
-        """Take up what a driver tells, and answer what it is to do."""
-        raise NotImplementedError
+    def report(self, report: Report, *, heard: bool = True) -> ReportAnswer:
+        """Take up what a driver tells, and answer what it is to do.
+
+        Not `heard` is what was read in its run folder, and no sign of life.
+
+        Raises:
+            NotFoundError: there is no such job.
+        """
+        with self.change(report.job) as (session, row):
+            return reports.take_up(session, row, report, time.time(), heard=heard)
 
     def wait_for_change(self, job_id: str, revision: int, timeout_seconds: float) -> Job | None:
         """Return the job once its revision is above `revision`, None when the time is over."""
-        raise NotImplementedError
+        woken = threading.Event()
+        unsubscribe = self.subscribe(lambda changed: woken.set() if changed == job_id else None)
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while (job := self.get(job_id)).revision <= revision:
+                if not woken.wait(max(0.0, deadline - time.monotonic())):
+                    return None
+                woken.clear()
+            return job
+        finally:
+            unsubscribe()
 
     def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
         """Call `listener` with the id of each job that changes, on any thread; returns its end.
 
         An asyncio server hands it to its loop with `call_soon_threadsafe`: no thread a watcher.
         """
-        raise NotImplementedError
+        return self._feed.subscribe(listener)
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{field}: {value} is not between {low} and {high}")
