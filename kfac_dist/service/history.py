@@ -34,7 +34,7 @@ def append_steps(session: Session, row: JobRow, steps: Iterable[StepValues]) -> 
 
 def _series_ids(session: Session, row: JobRow, names: Iterable[str]) -> dict[str, int]:
     query = select(SeriesRow.name, SeriesRow.id).where(SeriesRow.job == row.number)
-    ids = {name: number for name, number in session.execute(query)}
+    ids = {name: number for name, number in session.execute(query).all()}  # noqa: C416 - typed
     new = [SeriesRow(job=row.number, name=name) for name in sorted(set(names) - set(ids))]
     session.add_all(new)
     session.flush()
@@ -87,7 +87,7 @@ def _unknown(row: JobRow, name: str, known: Sequence[str]) -> str:
 
 def _points(
     series: int, first_step: int | None, last_step: int | None
-) -> Select[tuple[int, float, float | None]]:
+) -> Select[int, float, float | None]:
     query = select(PointRow.step, PointRow.time, PointRow.value).where(PointRow.series == series)
     if first_step is not None:
         query = query.where(PointRow.step >= first_step)
@@ -99,26 +99,23 @@ def _points(
 def _read_one(
     session: Session,
     name: str,
-    query: Select[tuple[int, float, float | None]],
+    query: Select[int, float, float | None],
     max_points: int,
 ) -> MetricSeries:
     points = query.subquery()
     count, low, high = session.execute(
         select(func.count(), func.min(points.c.step), func.max(points.c.step))
     ).one()
-    every = 1
-    if count > max_points:
-        every = math.ceil((high - low + 1) / max_points)
+    every = 1 if count <= max_points else math.ceil((high - low + 1) / max_points)
+    if every > 1:
         bucket = (points.c.step - low) // every
         # A step above the bound of staleness is never averaged away.
         combine = func.max if "staleness" in name else func.avg
-        rows = session.execute(
-            select(func.max(points.c.step), func.max(points.c.time), combine(points.c.value))
-            .group_by(bucket)
-            .order_by(bucket)
-        ).all()
+        step, time, value = func.max(points.c.step), func.max(points.c.time), points.c.value
+        query = select(step, time, combine(value)).group_by(bucket).order_by(bucket)
     else:
-        rows = session.execute(query.order_by(PointRow.step)).all()
+        query = query.order_by(PointRow.step)
+    rows = session.execute(query).all()
     return MetricSeries(
         name=name,
         points=tuple(

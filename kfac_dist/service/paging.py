@@ -25,7 +25,7 @@ class Listing:
     owner: str | None
     name: str | None
 
-    def query(self, page_size: int, page_token: str) -> Select[tuple[JobRow]]:
+    def query(self, page_size: int, page_token: str) -> Select[JobRow]:
         """Return the question for one page and one job more, which tells if there is another.
 
         Raises:

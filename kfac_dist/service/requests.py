@@ -62,9 +62,7 @@ def check_request(
         UsageError: another part of the request is wrong.
     """
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise UsageError(
-            f"priority: {priority} is not between {-MAX_PRIORITY} and {MAX_PRIORITY}"
-        )
+        raise UsageError(f"priority: {priority} is not between {-MAX_PRIORITY} and {MAX_PRIORITY}")
     if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
         raise UsageError(
             "idempotency_key: must be 1 to 200 printable ASCII characters without spaces"

@@ -16,9 +16,7 @@ from kfac_dist.service.store.models import Base
 
 
 def token(number: int) -> TokenRow:
-    return TokenRow(
-        id=str(number), name="a", role="viewer", sha256=f"{number:064}", created_at=1.5
-    )
+    return TokenRow(id=str(number), name="a", role="viewer", sha256=f"{number:064}", created_at=1.5)
 
 
 def test_the_migrations_make_the_tables_of_the_models(store: Store, store_url: str) -> None:

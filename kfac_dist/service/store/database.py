@@ -56,9 +56,9 @@ class Store:
 
     @contextmanager
     def _session(self, engine: Engine) -> Iterator[Session]:
-        with _told(self._engine.url), Session(engine, expire_on_commit=False) as session:
-            with session.begin():
-                yield session
+        session = Session(engine, expire_on_commit=False)
+        with _told(self._engine.url), session, session.begin():
+            yield session
 
     def close(self) -> None:
         """Close all connections."""
@@ -89,9 +89,7 @@ def _parse(url: str) -> URL:
     except ArgumentError as error:
         raise UsageError(f"store: not a database URL; supported are {_SUPPORTED}") from error
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
-        raise UsageError(
-            f"store: {parsed.drivername} is not supported; supported are {_SUPPORTED}"
-        )
+        raise UsageError(f"store: {parsed.drivername} is not supported; supported are {_SUPPORTED}")
     if parsed.drivername == "sqlite" and not parsed.database:
         raise UsageError("store: sqlite:// names no file; use sqlite:///FILE")
     return parsed

@@ -134,9 +134,7 @@ class PointRow(Base):
     __tablename__ = "metric_points"
     __table_args__ = {"sqlite_with_rowid": False}  # noqa: RUF012 - SQLAlchemy's own form
 
-    series: Mapped[int] = mapped_column(
-        _Number, ForeignKey("metric_series.id"), primary_key=True
-    )
+    series: Mapped[int] = mapped_column(_Number, ForeignKey("metric_series.id"), primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     time: Mapped[float]
     value: Mapped[float | None]
