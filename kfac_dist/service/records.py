@@ -130,6 +130,16 @@ class MetricSeries:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """A checkpoint as it lies on the server's file system, with the bytes of all its files."""
+
+    step: int
+    path: str
+    size_bytes: int
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportedEvent:
     """An event of the run folder; `line` is its line in `events.jsonl`, counted from 1."""
 

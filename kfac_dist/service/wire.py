@@ -10,7 +10,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from kfac_dist.coordination.lifecycle import JobState
 from kfac_dist.errors import FirstFailure
-from kfac_dist.service.records import Attempt, Job, JobEvent, MetricPoint, MetricSeries
+from kfac_dist.service.logs import LogLine
+from kfac_dist.service.records import (
+    Attempt,
+    CheckpointFacts,
+    Job,
+    JobEvent,
+    MetricPoint,
+    MetricSeries,
+)
 from kfac_dist.v1 import job_pb2
 
 _NANOSECONDS = 1_000_000_000
@@ -196,6 +204,48 @@ def from_series(message: job_pb2.MetricSeries) -> MetricSeries:
             MetricPoint(step=point.step, time=from_timestamp(point.time), value=point.value)
             for point in message.points
         ],
+    )
+
+
+def to_checkpoint(checkpoint: CheckpointFacts) -> job_pb2.Checkpoint:
+    """Return a checkpoint as a message."""
+    return job_pb2.Checkpoint(
+        step=checkpoint.step,
+        path=checkpoint.path,
+        size_bytes=checkpoint.size_bytes,
+        created_at=to_timestamp(checkpoint.created_at),
+    )
+
+
+def from_checkpoint(message: job_pb2.Checkpoint) -> CheckpointFacts:
+    """Return a checkpoint."""
+    return CheckpointFacts(
+        step=message.step,
+        path=message.path,
+        size_bytes=message.size_bytes,
+        created_at=from_timestamp(message.created_at),
+    )
+
+
+def to_log_line(line: LogLine) -> job_pb2.LogLine:
+    """Return a line of a log as a message."""
+    return job_pb2.LogLine(
+        role=line.role,
+        rank=line.rank,
+        attempt=line.attempt,
+        text=line.text,
+        time=_to_time(line.time),
+    )
+
+
+def from_log_line(message: job_pb2.LogLine) -> LogLine:
+    """Return a line of a log."""
+    return LogLine(
+        role=message.role,
+        rank=message.rank,
+        attempt=message.attempt,
+        text=message.text,
+        time=_from_time(message, "time"),
     )
 
 

@@ -39,10 +39,10 @@ class CreateJobRequest(_message.Message):
     """The specification as a JSON object, at most 256 KiB. The server resolves and checks it."""
     idempotency_key: _builtins.str
     """Key of the caller's choice: the same key with the same request is the same job, with another
-    request a conflict. At most 128 characters; empty for none.
+    request a conflict. At most 200 printable characters; empty for none.
     """
     priority: _builtins.int
-    """The higher, the earlier it leaves the queue; from -100 to 100."""
+    """The higher, the earlier it leaves the queue; from -1000 to 1000."""
     package: _builtins.bytes
     """The user's code, a zip that becomes the driver's working folder; empty for a built-in task. At
     most 32 MiB, 256 MiB unpacked.

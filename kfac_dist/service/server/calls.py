@@ -11,7 +11,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -34,14 +34,15 @@ _log = logging.getLogger(__name__)
 _MAX_DETAILS_BYTES = 4000  # other clients' limit for all metadata is 8 KiB
 _RECHECK_SECONDS = 30.0
 
-Context = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:  # the stubs alone know type arguments
+    Interceptor = grpc.aio.ServerInterceptor
 
 
-class Authenticate(Protocol):
-    """Tells who holds a token; synchronous, raises NotAuthenticatedError."""
-
-    def __call__(self, token: str) -> Caller:
-        """Return the holder of `token`."""
+Authenticate = Callable[[str], Caller]
+"""Tells who holds a token; synchronous, raises NotAuthenticatedError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class Gate:
         return most if left is None else min(left, most)
 
 
-class TokenForReflection(grpc.aio.ServerInterceptor[Any, Any]):
+class TokenForReflection(Interceptor):
     """Asks for a token where a service is not one of ours: whoever has none sees no interface."""
 
     def __init__(self, gate: Gate, prefix: str) -> None:

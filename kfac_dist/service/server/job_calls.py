@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from kfac_dist.runs.checkpoints import CheckpointInfo
 from kfac_dist.service.access.caller import Caller
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.records import Job, Role
+from kfac_dist.service.records import CheckpointFacts, Job, Role
 from kfac_dist.service.server import requests
 from kfac_dist.service.server.calls import Stream, Unary
 from kfac_dist.service.server.log_stream import LogStreams
 from kfac_dist.service.server.watch_stream import WatchStreams
-from kfac_dist.service.wire import to_attempt, to_event, to_job, to_series, to_timestamp
+from kfac_dist.service.wire import to_attempt, to_checkpoint, to_event, to_job, to_series
 from kfac_dist.v1 import job_pb2
 from kfac_dist.v1 import job_service_pb2 as pb
 
+_PAGE_SIZE = 50
 SERVICE = pb.DESCRIPTOR.services_by_name["JobService"].full_name
 
 
@@ -31,10 +32,10 @@ class JobCalls:
         job = self.jobs.create(
             requests.spec(request.spec_json),
             owner=caller.name,
-            priority=requests.in_range("priority", request.priority, -100, 100),
-            idempotency_key=requests.idempotency_key(request.idempotency_key),
+            priority=request.priority,
+            idempotency_key=request.idempotency_key or None,
             package=request.package or None,
-            data_dir=requests.data_dir(request.data_dir),
+            data_dir=request.data_dir or None,
         )
         return pb.CreateJobResponse(job=to_job(job))
 
@@ -49,9 +50,9 @@ class JobCalls:
         """Return a page of jobs."""
         page, token = self.jobs.list(
             states=requests.states(requests.at_most("states", request.states)),
-            owner=requests.text("owner", request.owner),
-            name=requests.text("name", request.name),
-            page_size=requests.in_range("page_size", request.page_size, 1, 1000, default=50),
+            owner=request.owner or None,
+            name=request.name or None,
+            page_size=request.page_size or _PAGE_SIZE,
             page_token=request.page_token,
         )
         return pb.ListJobsResponse(
@@ -105,7 +106,7 @@ class JobCalls:
         """Return what happened to a job."""
         events = self.jobs.events(
             requests.job_id(request.job_id),
-            after=requests.in_range("after", request.after, 0, 2**62),
+            after=request.after,
             limit=requests.in_range("page_size", request.page_size, 1, 1000, default=500),
         )
         return pb.ListEventsResponse(events=[to_event(event) for event in events])
@@ -115,8 +116,8 @@ class JobCalls:
     ) -> pb.ListCheckpointsResponse:
         """Return the checkpoints of a job."""
         found = self.jobs.checkpoints(requests.job_id(request.job_id))
-        messages = [message for info in found if (message := _checkpoint(info)) is not None]
-        return pb.ListCheckpointsResponse(checkpoints=messages)
+        facts = [fact for info in found if (fact := _measured(info)) is not None]
+        return pb.ListCheckpointsResponse(checkpoints=[to_checkpoint(fact) for fact in facts])
 
     def _control(
         self, job_id: str, caller: Caller, what: str, request: Callable[[str], Job]
@@ -149,13 +150,11 @@ def job_methods(
     }
 
 
-def _checkpoint(info: CheckpointInfo) -> job_pb2.Checkpoint | None:
+def _measured(info: CheckpointInfo) -> CheckpointFacts | None:
     """A checkpoint with its size; None when it was replaced by a newer one meanwhile."""
     try:
         created = info.path.stat().st_mtime
         size = sum(path.stat().st_size for path in info.path.rglob("*") if path.is_file())
     except FileNotFoundError:
         return None
-    return job_pb2.Checkpoint(
-        step=info.step, path=str(info.path), size_bytes=size, created_at=to_timestamp(created)
-    )
+    return CheckpointFacts(step=info.step, path=str(info.path), size_bytes=size, created_at=created)

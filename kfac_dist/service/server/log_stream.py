@@ -12,8 +12,8 @@ from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.logs import LogCursor, LogFilter, LogLine, read_lines
 from kfac_dist.service.server import requests
 from kfac_dist.service.server.changes import Changes
-from kfac_dist.service.wire import to_timestamp
-from kfac_dist.v1 import job_pb2, job_service_pb2
+from kfac_dist.service.wire import to_log_line
+from kfac_dist.v1 import job_service_pb2
 
 # Nobody tells when a log grows, so it is looked at: soon after it grew, later when it is quiet.
 _LEAST_SECONDS = 0.2
@@ -80,15 +80,6 @@ def _tail(request: job_service_pb2.StreamLogsRequest) -> int | None:
 
 def _message(lines: list[LogLine], cursor: LogCursor) -> job_service_pb2.StreamLogsResponse:
     return job_service_pb2.StreamLogsResponse(
-        lines=[
-            job_pb2.LogLine(
-                role=line.role,
-                rank=line.rank,
-                attempt=line.attempt,
-                text=line.text,
-                time=None if line.time is None else to_timestamp(line.time),
-            )
-            for line in lines
-        ],
+        lines=[to_log_line(line) for line in lines],
         resume_token=cursor.encode(),
     )

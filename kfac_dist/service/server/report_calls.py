@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from kfac_dist.errors import NotAuthenticatedError
+from kfac_dist.errors import NotAuthenticatedError, NotFoundError
 from kfac_dist.runs import Event
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.records import Report, ReportedEvent, ReportedState, StepValues
@@ -35,7 +35,7 @@ class ReportCalls:
     def report(self, request: pb.ReportRequest, token: str) -> pb.ReportResponse:
         """Take a driver's news up."""
         job_id = requests.job_id(request.job_id)
-        if not self.jobs.check_report_token(job_id, request.attempt, token):
+        if not self._is_known(job_id, request.attempt, token):
             raise NotAuthenticatedError(
                 f"this is not the report token of attempt {request.attempt} of job {job_id}"
             )
@@ -46,6 +46,13 @@ class ReportCalls:
             steps_known=answer.steps_known,
             fenced=answer.fenced,
         )
+
+    def _is_known(self, job_id: str, attempt: int, token: str) -> bool:
+        """Whether it is that attempt's token; a stranger is not told whether there is the job."""
+        try:
+            return self.jobs.check_report_token(job_id, attempt, token)
+        except NotFoundError:
+            return False
 
 
 def report_methods(calls: ReportCalls) -> dict[str, Unary | Stream]:

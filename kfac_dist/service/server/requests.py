@@ -1,11 +1,10 @@
-"""What a request may say: every field is looked at before `Jobs` sees it."""
+"""What a message may say, as far as `Jobs` does not check it: what is a matter of the wire."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from kfac_dist.coordination.lifecycle import JobState
@@ -16,7 +15,6 @@ from kfac_dist.service.wire import from_state
 from kfac_dist.v1 import job_pb2
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_MAX_KEY = 128
 _MAX_NAMES = 50
 _MAX_LIST = 1000
 
@@ -42,23 +40,6 @@ def spec(text: str) -> Mapping[str, Any]:
     return values
 
 
-def idempotency_key(value: str) -> str | None:
-    """Return the key, None when there is none."""
-    if len(value) > _MAX_KEY or not value.isprintable():
-        raise FieldError("idempotency_key", f"at most {_MAX_KEY} printable characters")
-    return value or None
-
-
-def data_dir(value: str) -> str | None:
-    """Return the folder of data sets, None when there is none."""
-    if not value:
-        return None
-    path = PurePosixPath(value)
-    if not path.is_absolute() or ".." in path.parts or not value.isprintable():
-        raise FieldError("data_dir", f"{_shown(value)} is no absolute path without ..")
-    return value
-
-
 def in_range(field: str, value: int, low: int, high: int, *, default: int | None = None) -> int:
     """Return a number, or for 0 the default, and refuse what is outside the closed interval."""
     if value == 0 and default is not None:
@@ -74,13 +55,6 @@ def states(values: Sequence[job_pb2.JobState.ValueType]) -> list[JobState]:
         return [from_state(value) for value in values]
     except ValueError:
         raise FieldError("states", f"{list(values)[:10]}: unknown states") from None
-
-
-def text(field: str, value: str) -> str | None:
-    """Return a text to filter by, None when it is empty."""
-    if len(value) > _MAX_KEY:
-        raise FieldError(field, f"{len(value)} characters; at most {_MAX_KEY}")
-    return value or None
 
 
 def names(field: str, values: Sequence[str]) -> list[str]:
