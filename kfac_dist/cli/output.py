@@ -31,7 +31,7 @@ def write_result(value: Mapping[str, Any], output: Format, table: Table | None =
 
         _write(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
     else:
-        write_table(table or _key_table(value))
+        write_table(table or key_table(value))
 
 
 def write_table(table: Table) -> None:
@@ -58,7 +58,7 @@ def make_table(
     return table
 
 
-def _key_table(value: Mapping[str, Any]) -> Table:
+def key_table(value: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)

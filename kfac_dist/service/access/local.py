@@ -11,11 +11,14 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kfac_dist.errors import NotAuthenticatedError, NotFoundError
 from kfac_dist.runs.journal import write_whole
-from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.records import Role
+
+if TYPE_CHECKING:  # commands that only read do not load the store
+    from kfac_dist.service.access.tokens import Tokens
 
 _SERVER, _TOKEN = "server.json", "local.token"
 LOCAL_NAME = "local"

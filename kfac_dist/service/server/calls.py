@@ -187,7 +187,7 @@ def bearer_token(context: Context) -> str:
             if scheme.lower() == "bearer" and token:
                 return token
     raise NotAuthenticatedError(
-        "no token: send metadata 'authorization: Bearer TOKEN' (kfac-dist: --token or "
+        "no token: send metadata 'authorization: Bearer TOKEN' (kfac-dist takes "
         "$KFAC_DIST_TOKEN); an admin makes one with kfac-dist token create"
     )
 
