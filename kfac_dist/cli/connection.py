@@ -1,4 +1,4 @@
-"""Which server a command speaks to, and as whom: options, then the environment, then this machine's.
+"""Which server a command speaks to, and as whom: by options, the environment, or this machine.
 
 `$KFAC_DIST_SERVER` and `$KFAC_DIST_TOKEN` name a server and a token, `$KFAC_DIST_CA` the authority
 that vouches for the server, `$KFAC_DIST_CLIENT_CERT` and `$KFAC_DIST_CLIENT_KEY` a certificate of
@@ -47,26 +47,23 @@ def connect(server: str | None, ca: Path | None) -> Client:
         UsageError: the address is none.
     """
     named = server or os.environ.get("KFAC_DIST_SERVER")
-    token = os.environ.get("KFAC_DIST_TOKEN")
-    given_ca = ca or _path("KFAC_DIST_CA")
     if named is None:
-        named, local_token, local_ca = _local()
-        token, given_ca = token or local_token, given_ca or local_ca
+        return _local(ca)
 
     from kfac_dist.service.client import Client  # takes gRPC along
 
     return Client(
         named,
-        token=token,
-        ca=given_ca,
+        token=os.environ.get("KFAC_DIST_TOKEN"),
+        ca=ca or _path("KFAC_DIST_CA"),
         client_certificate=_path("KFAC_DIST_CLIENT_CERT"),
         client_key=_path("KFAC_DIST_CLIENT_KEY"),
         insecure=os.environ.get("KFAC_DIST_INSECURE") == "1",
     )
 
 
-def _local() -> tuple[str, str | None, Path | None]:
-    """Address, token and authority of the server of this machine and user."""
+def _local(ca: Path | None) -> Client:
+    """Return a client of the server of this machine and user."""
     from kfac_dist.service.access.local import read_local_token, read_server
 
     found = read_server(home())
@@ -75,8 +72,21 @@ def _local() -> tuple[str, str | None, Path | None]:
             f"no server runs with {home()}; start one with kfac-dist serve, or name one by "
             "--server or $KFAC_DIST_SERVER"
         )
-    ca = None if found.tls_ca is None else Path(found.tls_ca)
-    return found.address, read_local_token(home()), ca
+
+    from kfac_dist.service.client import Client
+
+    return Client(
+        found.address,
+        token=os.environ.get("KFAC_DIST_TOKEN") or read_local_token(home()),
+        ca=ca or _file(found.tls_ca),
+        client_certificate=_file(found.client_certificate),
+        client_key=_file(found.client_key),
+        insecure=True,  # whoever started it decided
+    )
+
+
+def _file(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _path(variable: str) -> Path | None:

@@ -42,6 +42,11 @@ def write_table(table: Table) -> None:
     Console(markup=False, highlight=False, width=width).print(table)
 
 
+def write_text(text: str) -> None:
+    """Write text to stdout as it is."""
+    _write(text)
+
+
 def make_table(
     columns: Iterable[str], rows: Iterable[Sequence[Any]], right: Iterable[str]
 ) -> Table:
@@ -59,6 +64,7 @@ def make_table(
 
 
 def key_table(value: Mapping[str, Any]) -> Table:
+    """A table of keys and values; keys inside of mappings have dots, what is None is left out."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
