@@ -10,6 +10,7 @@ import typer
 from kfac_dist import __version__
 from kfac_dist.cli.completion import completion
 from kfac_dist.cli.doctor import doctor
+from kfac_dist.cli.driver import driver
 from kfac_dist.cli.failure import INTERRUPTED, as_exit_code
 from kfac_dist.cli.layers import layers
 from kfac_dist.cli.schema import spec_app
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (train, validate, layers, doctor, completion):
     app.command()(command)
+app.command(hidden=True)(driver)
 app.add_typer(spec_app)
 
 
