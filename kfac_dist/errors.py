@@ -25,6 +25,7 @@ would be right; it is complete without a traceback.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -158,3 +159,10 @@ class WorkerDiedError(JobFailedError):
     """A process died that the job cannot go on without."""
 
     reason = "worker_died"
+
+
+def reason_of(error: KfacDistError) -> str:
+    """Return the machine word of an error: its own, or of TimedOutError timed_out."""
+    if isinstance(error, JobFailedError):
+        return error.reason
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

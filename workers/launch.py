@@ -6,14 +6,13 @@ whatever happens.
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.placement import check_placement
-from kfac_dist.errors import JobFailedError, KfacDistError
+from kfac_dist.errors import JobFailedError, KfacDistError, reason_of
 from kfac_dist.runs import FirstFailure, JobState, JobSummary, RunFolder, RunIdentity, WorkerCounts
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
@@ -246,12 +245,7 @@ def _failed(error: KfacDistError) -> _Outcome:
     failed = error if isinstance(error, JobFailedError) else None
     return _Outcome(
         state="FAILED",
-        reason=failed.reason if failed else _word(type(error).__name__),
+        reason=reason_of(error),
         message=error.message,
         first_failure=FirstFailure.of(failed) if failed else None,
     )
-
-
-def _word(class_name: str) -> str:
-    """Return the machine word of an error that has none: TimedOutError is timed_out."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", class_name.removesuffix("Error")).lower()

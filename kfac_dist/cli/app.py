@@ -14,6 +14,7 @@ from kfac_dist.cli.cluster import cluster_app
 from kfac_dist.cli.completion import completion
 from kfac_dist.cli.describe import describe
 from kfac_dist.cli.doctor import doctor
+from kfac_dist.cli.driver import driver
 from kfac_dist.cli.explain import explain
 from kfac_dist.cli.failure import INTERRUPTED, as_exit_code
 from kfac_dist.cli.layers import layers
@@ -66,6 +67,7 @@ for command in (
 app.command(rich_help_panel=_SERVER)(serve)
 for group in (token_app, cluster_app):
     app.add_typer(group, rich_help_panel=_SERVER)
+app.command(hidden=True)(driver)
 
 
 def _show_version(wanted: bool) -> None:

@@ -17,6 +17,10 @@ from kfac_dist.coordination.lifecycle import Event, JobState
 RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted"})
 
 
+ClusterWord = Literal["unknown", "pending", "running", "over"]
+"""What the cluster says of a driver."""
+
+
 class Action(StrEnum):
     """What to do now."""
 
@@ -67,7 +71,7 @@ class AttemptView:
     told_seconds: float
     reason: str | None
     message: str | None
-    cluster: Literal["unknown", "pending", "running", "over"]
+    cluster: ClusterWord
     cluster_message: str
     num_restarts: int
     max_restarts: int

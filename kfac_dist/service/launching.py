@@ -41,6 +41,11 @@ class Launch(BaseModel):
     data_dir: Path | None
 
 
+def token_sha256(token: str) -> str:
+    """Return what is stored of a driver's secret."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
 def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, now: float) -> None:
     """Write the row of the next attempt; `token` is the secret of its driver."""
     row.attempt += 1
@@ -52,7 +57,7 @@ def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, n
             number=row.attempt,
             state=JobState.RESUMING if resumes else JobState.STARTING,
             started_at=now,
-            token_sha256=hashlib.sha256(token.encode()).hexdigest(),
+            token_sha256=token_sha256(token),
         )
     )
     note(session, row, "attempt_started", f"attempt {row.attempt} was given to the cluster", now)

@@ -182,6 +182,11 @@ class Report:
     events: Sequence[ReportedEvent] = field(default_factory=tuple)
     steps: Sequence[StepValues] = field(default_factory=tuple)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it tells nothing but that its driver lives."""
+        return self.state is None and not self.events and not self.steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportAnswer:

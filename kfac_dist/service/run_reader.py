@@ -62,10 +62,10 @@ class RunReader:
         Raises:
             KfacDistError: a file of the folder is damaged.
         """
+        state = self._state()  # first: what has ended writes no more
+        self._state_sent = state
         self._read_events()
         self._read_steps()
-        state = self._state()
-        self._state_sent = state
         return Report(
             job=self._job,
             attempt=self._attempt,

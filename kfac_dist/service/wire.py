@@ -71,7 +71,7 @@ def to_job(job: Job, *, whole: bool = True) -> job_pb2.Job:
         state=to_state(job.state),
         reason=job.reason or "",
         message=job.message or "",
-        first_failure=_to_failure(job.first_failure),
+        first_failure=to_failure(job.first_failure),
         attempt=job.attempt,
         num_restarts=job.num_restarts,
         priority=job.priority,
@@ -281,7 +281,8 @@ def from_json(text: str) -> Mapping[str, Any] | None:
     return value
 
 
-def _to_failure(failure: FirstFailure | None) -> job_pb2.FirstFailure | None:
+def to_failure(failure: FirstFailure | None) -> job_pb2.FirstFailure | None:
+    """Return a failure as a message."""
     if failure is None:
         return None
     return job_pb2.FirstFailure(
