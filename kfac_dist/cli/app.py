@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -46,11 +46,8 @@ app = typer.Typer(
 _HERE = "On this machine"
 _JOBS = "Jobs of a server"
 _SERVER = "The server"
-for command in (train, validate, layers, doctor, completion):
-    app.command(rich_help_panel=_HERE)(command)
-app.add_typer(spec_app, rich_help_panel=_HERE)
-app.command("list", rich_help_panel=_JOBS)(list_jobs)
-for command in (
+_LOCAL: tuple[Callable[..., None], ...] = (train, validate, layers, doctor, completion)
+_REMOTE: tuple[Callable[..., None], ...] = (
     submit,
     describe,
     logs,
@@ -62,7 +59,12 @@ for command in (
     retry,
     checkpoints,
     explain,
-):
+)
+for command in _LOCAL:
+    app.command(rich_help_panel=_HERE)(command)
+app.add_typer(spec_app, rich_help_panel=_HERE)
+app.command("list", rich_help_panel=_JOBS)(list_jobs)
+for command in _REMOTE:
     app.command(rich_help_panel=_JOBS)(command)
 app.command(rich_help_panel=_SERVER)(serve)
 for group in (token_app, cluster_app):

@@ -11,9 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-# RunFolder.log_path names them; what has another name is not ours and is not shown to anybody.
+# RunFolder.log_path names them, and what a driver prints is beside its log; what has another name
+# is not ours and is not shown to anybody.
 _NAME = re.compile(
-    r"(?P<role>[a-z][a-z_]{0,40})-(?P<rank>\d{1,6})(?:\.a(?P<attempt>\d{1,6}))?\.log"
+    r"(?P<role>[a-z][a-z_]{0,40})-(?P<rank>\d{1,6})(?:\.a(?P<attempt>\d{1,6}))?\.(?:log|out)"
 )
 
 MAX_LINE_BYTES = 64 * 1024
