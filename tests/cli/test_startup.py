@@ -20,7 +20,17 @@ def _start(*arguments: str, code: str = PROGRAM) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["serve", "--help"], ["submit", "--help"], ["--version"], ["doctor"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["serve", "--help"],
+        ["submit", "--help"],
+        ["--version"],
+        ["doctor"],
+    ],
+)
 def test_what_needs_no_training_loads_nothing_heavy(arguments: list[str]) -> None:
     watched = (
         "import atexit, sys\n"
