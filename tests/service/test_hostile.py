@@ -1,4 +1,4 @@
-"""Ten thousand requests that no honest client makes: a canonical code each, and it goes on serving."""
+"""Ten thousand requests that no honest client makes: each has its code, and it goes on serving."""
 
 from __future__ import annotations
 
