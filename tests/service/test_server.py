@@ -271,7 +271,10 @@ def test_too_many_streams_of_one_user_are_refused(tmp_path: Path) -> None:
 
 
 def test_no_server_is_told_as_such() -> None:
-    with Client("127.0.0.1:9", token="x") as client, pytest.raises(UnreachableError, match="no answer"):
+    with (
+        Client("127.0.0.1:9", token="x") as client,
+        pytest.raises(UnreachableError, match="no answer"),
+    ):
         client.get("x")
 
 
