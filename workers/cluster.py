@@ -16,7 +16,7 @@ import ray
 from kfac_dist.errors import UnreachableError
 from workers.guard import guarded
 from workers.interrupts import deferred
-from workers.ray_internals import on_loopback, quiet_stdout, whole_connection
+from workers.ray_internals import free_agent_port, on_loopback, quiet_stdout, whole_connection
 
 LOOPBACK = "127.0.0.1"
 # Read by Ray's own processes when they start. Left unset, Ray turns token authentication on in
@@ -25,6 +25,7 @@ _ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "10",  # for the step in hand, its checkpoint, and the farewell
 }
 # Factors and inverses of some steps; a job on the paper's autoencoder has 13 MB of each a step.
 _OBJECT_STORE_BYTES = 1_000_000_000
@@ -42,6 +43,14 @@ class Cluster:
     num_gpus: int
     num_inverse_slots: int
     host: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where a cluster is reached: by drivers, and by its Jobs API."""
+
+    gcs: str
+    jobs_url: str
 
 
 @contextmanager
@@ -67,23 +76,44 @@ def _started(ray_address: str | None) -> Iterator[Cluster]:
         with _shut_down():
             yield _describe(host=None)
         return
+    with _local(include_dashboard=False):
+        yield _describe(host=LOOPBACK)
+
+
+@contextmanager
+def head_cluster() -> Iterator[Addresses]:
+    """Give a cluster of this machine with the Jobs API inside the block, and leave nothing of it.
+
+    Raises:
+        UnreachableError: Ray does not start here.
+    """
+    local = _local(include_dashboard=True, dashboard_host=LOOPBACK)
+    with _environment(), quiet_stdout(), free_agent_port(), local as context:
+        yield Addresses(
+            gcs=context.address_info["gcs_address"], jobs_url=f"http://{context.dashboard_url}"
+        )
+
+
+@contextmanager
+def _local(**options: Any) -> Iterator[Any]:
+    """Start a cluster on this machine; gives Ray's own description of it."""
     local = local_cluster()
     # Unix sockets have short names: the folder must be near the root.
     folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
     with guarded(Path(folder)), _shut_down():
         with on_loopback():
-            _init(
+            context = _init(
                 "Ray could not be started on this machine",
                 address="local",
                 num_cpus=local.num_cpus,
                 resources={"inverse": local.num_inverse_slots},
-                include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=folder,
                 _node_ip_address=LOOPBACK,
                 **_QUIET,
+                **options,
             )
-        yield _describe(host=LOOPBACK)
+        yield context
 
 
 @contextmanager
@@ -95,10 +125,10 @@ def _shut_down() -> Iterator[None]:
             ray.shutdown()
 
 
-def _init(problem: str, **options: object) -> None:
+def _init(problem: str, **options: object) -> Any:
     try:
         with whole_connection():
-            _ray.init(**options)
+            return _ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise UnreachableError(f"{problem}: {error}") from error
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.runner import AttemptKey, JobRunner, Remnant, RunnerState, RunnerStatus
 from kfac_dist.coordination.supervision import (
     Action,
     AttemptView,
@@ -25,7 +26,6 @@ from kfac_dist.service.job_rows import find, find_attempt, move, note, text_of, 
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.launching import begin_attempt, has_run, prepare_folder, token_sha256
 from kfac_dist.service.run_reader import RunReader
-from kfac_dist.service.runner import AttemptKey, JobRunner, Remnant, RunnerState, RunnerStatus
 from kfac_dist.service.store import AttemptRow, JobRow
 
 # After so long without a report the run folder is read in the driver's stead.

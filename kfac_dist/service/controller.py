@@ -17,12 +17,12 @@ from sqlalchemy import select
 from kfac_dist.config import parse_spec
 from kfac_dist.coordination.admission import NOTHING, Room, Verdict, Waiting, admit
 from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.runner import AttemptKey, ClusterResources, JobRunner
 from kfac_dist.coordination.supervision import Limits
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.service.attempts import Supervisor, start_attempt
 from kfac_dist.service.job_rows import move, note, touch
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.runner import AttemptKey, ClusterResources, JobRunner
 from kfac_dist.service.store import JobRow
 
 _log = logging.getLogger(__name__)
