@@ -1,4 +1,4 @@
-"""Signals that end a command in order."""
+"""SIGTERM ends a command in order, as Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextmanager
 def terminate_is_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the job as Ctrl-C does."""
+    """Let SIGTERM raise KeyboardInterrupt inside the block."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

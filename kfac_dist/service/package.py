@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -118,12 +119,11 @@ def _check_entries(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     total = sum(entry.file_size for entry in entries)
     if total > MAX_UNPACKED_BYTES:
         raise InvalidSpecError(_too_much("package: unpacked it has", total, MAX_UNPACKED_BYTES))
-    seen: set[PurePosixPath] = set()
-    for entry in entries:
-        path = _check_name(entry)
-        if path in seen or any(parent in seen for parent in path.parents):
-            raise InvalidSpecError(f"package: {entry.filename!r} is in it twice, or as a folder")
-        seen.add(path)
+    paths = [_check_name(entry) for entry in entries]
+    folders = {parent for path in paths for parent in path.parents}
+    for path, count in Counter(paths).items():
+        if count > 1 or path in folders:
+            raise InvalidSpecError(f"package: {str(path)!r} is in it twice, or as a folder")
     return entries
 
 

@@ -416,7 +416,9 @@ class WatchJobRequest(_message.Message):
     """Also send events, from the first on when there is no resume token."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Also send these metrics of new steps; at most 50 names."""
+        """Also send these metrics of new steps; at most 50 names. `a.*` is all that begin with `a.`; what
+        the job does not have is left out.
+        """
 
     def __init__(
         self,

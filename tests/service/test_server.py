@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,9 @@ from kfac_dist.service.client import Client
 from kfac_dist.service.records import Role
 from kfac_dist.service.server.serving import ServerOptions
 from kfac_dist.v1 import job_service_pb2 as pb
+from kfac_dist.v1 import report_service_pb2
 from kfac_dist.v1.job_service_pb2_grpc import JobServiceStub
+from kfac_dist.v1.report_service_pb2_grpc import ReportServiceStub
 from tests.service.requests import spec
 from tests.service.serving import Serving, serving
 
@@ -130,8 +133,6 @@ def test_a_long_message_still_passes(server: Serving) -> None:
     wrong = spec() | {f"unknown_key_{number}_ü": 1 for number in range(2000)}
     with server.client() as client, grpc.insecure_channel(server.address) as channel:
         assert list(client.jobs()) == []
-        import json
-
         with pytest.raises(grpc.RpcError) as caught:
             JobServiceStub(channel).CreateJob(
                 pb.CreateJobRequest(spec_json=json.dumps(wrong)),
@@ -239,9 +240,6 @@ def test_health_answers_without_a_token(server: Serving) -> None:
 
 
 def test_a_report_wants_the_attempts_own_token(server: Serving) -> None:
-    from kfac_dist.v1 import report_service_pb2
-    from kfac_dist.v1.report_service_pb2_grpc import ReportServiceStub
-
     with server.client("root", Role.ADMIN) as client:
         job = client.submit(spec())
     with grpc.insecure_channel(server.address) as channel:
@@ -297,7 +295,7 @@ def test_a_watch_sees_the_job_its_events_and_its_end(server: Serving) -> None:
 def test_waiting_has_its_time(server: Serving) -> None:
     with server.client() as client:
         job = client.submit(spec())
-        with pytest.raises(TimedOutError, match="is PENDING after 0.3 s"):
+        with pytest.raises(TimedOutError, match="is PENDING after"):
             client.wait(job.id, timeout_seconds=0.3)
 
 

@@ -11,11 +11,14 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kfac_dist.errors import NotAuthenticatedError, NotFoundError
 from kfac_dist.runs.journal import write_whole
-from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.records import Role
+
+if TYPE_CHECKING:  # commands that only read do not load the store
+    from kfac_dist.service.access.tokens import Tokens
 
 _SERVER, _TOKEN = "server.json", "local.token"
 LOCAL_NAME = "local"
@@ -23,11 +26,17 @@ LOCAL_NAME = "local"
 
 @dataclass(frozen=True, kw_only=True)
 class LocalServer:
-    """Where the server listens; `tls_ca` is a file that its certificate is checked with."""
+    """Where the server listens, as a client says it, and the files a client needs for TLS.
+
+    `tls_ca` is what the server's certificate is checked with. `client_certificate` and
+    `client_key` are for a server that asks for a certificate.
+    """
 
     address: str
     pid: int
-    tls_ca: str | None
+    tls_ca: str | None = None
+    client_certificate: str | None = None
+    client_key: str | None = None
 
 
 def write_server(home: Path, server: LocalServer) -> None:

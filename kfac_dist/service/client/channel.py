@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from kfac_dist.errors import UsageError
+from kfac_dist.service.access.local import LocalServer
 from kfac_dist.service.access.tls import is_loopback, read_pem
 from kfac_dist.service.transport import CLIENT_OPTIONS, Options
 
@@ -72,7 +73,8 @@ class ServerAddress:
         if not tls and not is_loopback(host) and not insecure:
             raise UsageError(
                 f"server {text!r}: without TLS, token and code would travel readable; write "
-                f"{_SECURE}{target}, or give --insecure where something else protects the network"
+                f"{_SECURE}{target}, or permit it (insecure=True, KFAC_DIST_INSECURE=1) where "
+                "something else protects the network"
             )
         if (client_certificate is None) != (client_key is None):
             raise UsageError("a client's certificate and its key go together")
@@ -82,6 +84,17 @@ class ServerAddress:
             ca=ca,
             client_certificate=client_certificate,
             client_key=client_key,
+        )
+
+    @classmethod
+    def of_local(cls, server: LocalServer) -> ServerAddress:
+        """Return how to reach the server of this home; its own user decided how it is exposed."""
+        return cls.parse(
+            server.address,
+            ca=_path(server.tls_ca),
+            client_certificate=_path(server.client_certificate),
+            client_key=_path(server.client_key),
+            insecure=True,
         )
 
     def open(self) -> grpc.Channel:
@@ -109,3 +122,7 @@ class ServerAddress:
             ),
         )
         return grpc.secure_channel(self.target, credentials, options=options)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

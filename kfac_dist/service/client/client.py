@@ -52,7 +52,6 @@ class Client(AbstractContextManager["Client"]):
         `ca` is a PEM file of who vouches for the server, by default the system's authorities.
         `insecure` permits to send the token beyond this machine without TLS.
         """
-        self.address = address
         where = ServerAddress.parse(
             address,
             ca=ca,
@@ -60,6 +59,7 @@ class Client(AbstractContextManager["Client"]):
             client_key=client_key,
             insecure=insecure,
         )
+        self.address = address
         self._channel = where.open()
         self._stub = JobServiceStub(self._channel)
         self._metadata: Metadata = (("authorization", f"Bearer {token}"),) if token else ()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-# RunFolder.log_path names them; what has another name is not ours and is not shown to anybody.
+# RunFolder.log_path names them, and what a driver prints is beside its log; what has another name
+# is not ours and is not shown to anybody.
 _NAME = re.compile(
-    r"(?P<role>[a-z][a-z_]{0,40})-(?P<rank>\d{1,6})(?:\.a(?P<attempt>\d{1,6}))?\.log"
+    r"(?P<role>[a-z][a-z_]{0,40})-(?P<rank>\d{1,6})(?:\.a(?P<attempt>\d{1,6}))?\.(?:log|out)"
 )
 
 MAX_LINE_BYTES = 64 * 1024
@@ -93,11 +95,10 @@ def open_log_file(folder: Path, log: LogFile) -> IO[bytes] | None:
         descriptor = os.open(folder / log.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    file = os.fdopen(descriptor, "rb")
-    if not os.path.isfile(descriptor):  # noqa: PTH113 - of the opened file, not of its name
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # of what was opened, not of its name
+        os.close(descriptor)
         return None
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def raw_lines(file: IO[bytes], *, partial: bool) -> Iterator[bytes]:
@@ -115,6 +116,8 @@ def raw_lines(file: IO[bytes], *, partial: bool) -> Iterator[bytes]:
 def tail_offset(file: IO[bytes], num_lines: int) -> int:
     """Return the place in the file where its last `num_lines` whole lines begin."""
     end = file.seek(0, os.SEEK_END)
+    if num_lines == 0:
+        return end
     position, newlines = end, 0
     while position > 0:
         start = max(0, position - MAX_LINE_BYTES)

@@ -187,7 +187,7 @@ def bearer_token(context: Context) -> str:
             if scheme.lower() == "bearer" and token:
                 return token
     raise NotAuthenticatedError(
-        "no token: send metadata 'authorization: Bearer TOKEN' (kfac-dist: --token or "
+        "no token: send metadata 'authorization: Bearer TOKEN' (kfac-dist takes "
         "$KFAC_DIST_TOKEN); an admin makes one with kfac-dist token create"
     )
 
@@ -222,10 +222,10 @@ def _internal(error: Exception) -> KfacDistError:
 
 
 def _shortened(error: KfacDistError) -> KfacDistError:
-    """Cut a message that would not pass as metadata; the error stays the same otherwise."""
-    text = error.message.encode()
-    if len(text) > _MAX_DETAILS_BYTES:
-        error.message = text[:_MAX_DETAILS_BYTES].decode(errors="ignore") + " ..."
+    """Make a message one that passes as metadata: not too long, and text; the error stays."""
+    text = error.message.encode(errors="replace")
+    cut = text[:_MAX_DETAILS_BYTES].decode(errors="ignore")
+    error.message = cut if len(text) <= _MAX_DETAILS_BYTES else f"{cut} ..."
     return error
 
 

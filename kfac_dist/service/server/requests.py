@@ -33,6 +33,7 @@ def spec(text: str) -> Mapping[str, Any]:
         raise FieldError("spec_json", f"{size:,} bytes; at most {MAX_SPEC_BYTES:,}")
     try:
         values = json.loads(text, parse_constant=_no_constant)
+        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise FieldError("spec_json", f"not JSON: {error}") from None
     if not isinstance(values, dict):

@@ -108,11 +108,13 @@ class WatchStreams:
         if not names:
             return []
         after = min(after, job.step)  # an attempt from a checkpoint does steps again
-        there = set(self.jobs.metric_names(job.id))
-        series = self.jobs.metrics(
-            job.id,
-            [name for name in names if name in there],
-            first_step=after + 1,
-            max_points=_MAX_POINTS,
-        )
+        wanted = _matching(names, self.jobs.metric_names(job.id))
+        series = self.jobs.metrics(job.id, wanted, first_step=after + 1, max_points=_MAX_POINTS)
         return [one for one in series if one.points]
+
+
+def _matching(names: Sequence[str], there: Sequence[str]) -> list[str]:
+    """The metrics that there are of those asked for; `a.*` asks for all that begin with `a.`."""
+    exact = set(names)
+    prefixes = tuple(name[:-1] for name in names if name.endswith(".*"))
+    return [name for name in there if name in exact or (prefixes and name.startswith(prefixes))]
