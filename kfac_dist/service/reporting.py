@@ -66,9 +66,7 @@ class ReportClient:
             if server is None:
                 raise UnreachableError(f"{self._home}: no server has run here")
             self._address = server.address
-            ca = Path(server.tls_ca) if server.tls_ca else None
-            # The server listens without TLS beyond this machine only where its user said so.
-            self._channel = ServerAddress.parse(server.address, ca=ca, insecure=True).open()
+            self._channel = ServerAddress.of_local(server).open()
         return self._channel
 
     def close(self) -> None:

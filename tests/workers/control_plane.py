@@ -1,6 +1,6 @@
 """A whole control plane in a process that can be killed: server, store, controller, Ray.
 
-Prints a line when it answers. The cluster is that of the home folder, and outlives it.
+Writes a line when it answers. The cluster is that of the home folder, and outlives it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main(home: Path) -> None:
     with serving(home) as server:
         write_server(home, LocalServer(address=server.address, pid=os.getpid(), tls_ca=None))
         Controller(server.jobs, runner).start()
-        print("ready", flush=True)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
         threading.Event().wait()
 
 
