@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from tests.service.scripted_driver import record
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
     identity = RunIdentity(job="digits-1", attempt=3)
-    return RunFolder.create(tmp_path / "run", parse_spec(spec()), identity)
+    with RunFolder.create(tmp_path / "run", parse_spec(spec()), identity) as made:
+        yield made
 
 
 def reader(folder: RunFolder, attempt: int = 3) -> RunReader:
