@@ -114,8 +114,8 @@ def failure_row(failure: FirstFailure | None) -> dict[str, Any] | None:
     return asdict(failure) if failure else None
 
 
-def to_job(row: JobRow) -> Job:
-    """Read a job."""
+def to_job(row: JobRow, *, whole: bool = True) -> Job:
+    """Read a job; not `whole` leaves out specification and summary, which may not be loaded."""
     failure = row.first_failure
     return Job(
         id=row.id,
@@ -128,7 +128,7 @@ def to_job(row: JobRow) -> Job:
         attempt=row.attempt,
         num_restarts=row.num_restarts,
         priority=row.priority,
-        spec=row.spec,
+        spec=row.spec if whole else {},
         step=row.steps_known,
         num_steps=row.num_steps,
         created_at=row.created_at,
@@ -138,7 +138,7 @@ def to_job(row: JobRow) -> Job:
         run_dir=row.run_dir,
         data_dir=row.data_dir,
         package=row.package,
-        summary=row.summary,
+        summary=row.summary if whole else None,
         revision=row.revision,
         idempotency_key=row.idempotency_key,
     )

@@ -182,6 +182,8 @@ class Jobs:
     ) -> tuple[Sequence[Job], str]:
         """Return a page of jobs, newest first, and the token of the next, empty at the end.
 
+        They are without specification and summary, which are most of a job.
+
         Raises:
             UsageError: the token is not one of this listing's, or the size is out of range.
         """
@@ -190,7 +192,7 @@ class Jobs:
             rows = session.scalars(listing.query(page_size, page_token)).all()
         page = rows[:page_size]
         more = listing.token(page[-1].number) if len(rows) > page_size else ""
-        return [to_job(row) for row in page], more
+        return [to_job(row, whole=False) for row in page], more
 
     def cancel(self, job_id: str, *, now: bool = False) -> Job:
         """Let a job end; `now` without waiting for its step and checkpoint.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from sqlalchemy import Select, select
+from sqlalchemy.orm import defer
 
 from kfac_dist.errors import UsageError
 from kfac_dist.service.store import JobRow
@@ -28,12 +29,15 @@ class Listing:
     def query(self, page_size: int, page_token: str) -> Select[JobRow]:
         """Return the question for one page and one job more, which tells if there is another.
 
+        Specifications and summaries are not loaded.
+
         Raises:
             UsageError: the size or the token is wrong.
         """
         if not 1 <= page_size <= MAX_PAGE_SIZE:
             raise UsageError(f"page_size: {page_size} is not between 1 and {MAX_PAGE_SIZE}")
-        query = select(JobRow).order_by(JobRow.number.desc()).limit(page_size + 1)
+        query = select(JobRow).options(defer(JobRow.spec), defer(JobRow.summary))
+        query = query.order_by(JobRow.number.desc()).limit(page_size + 1)
         if self.states:
             query = query.where(JobRow.state.in_(self.states))
         if self.owner is not None:
