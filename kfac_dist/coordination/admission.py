@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+# Without their names: it would change for the whole queue whenever a job starts.
+_BEHIND = "jobs before it in the queue wait for room"
 _UNITS = {
     "cpus": ("CPU", "CPUs"),
     "gpus": ("GPU", "GPUs"),
@@ -65,15 +67,15 @@ class Verdict:
 def admit(queue: Iterable[Waiting], cluster: Room, used: Room) -> list[Verdict]:
     """Judge the queue of a cluster of which `used` is taken, in the order of the queue."""
     verdicts: list[Verdict] = []
-    blocker: str | None = None
+    is_blocked = False
     for waiting in sorted(queue, key=lambda waiting: (-waiting.priority, waiting.number)):
         if missing := waiting.needs.beyond(cluster):
             verdict = _refused(waiting, missing, cluster)
-        elif blocker is not None:
-            verdict = _behind(waiting, blocker)
+        elif is_blocked:
+            verdict = Verdict(job=waiting.job, reason="waiting_for_turn", message=_BEHIND)
         elif taken := (used + waiting.needs).beyond(cluster):
             verdict = _no_room(waiting, taken, cluster, used)
-            blocker = waiting.job
+            is_blocked = True
         else:
             verdict = Verdict(job=waiting.job)
             used += waiting.needs
@@ -97,14 +99,6 @@ def _no_room(waiting: Waiting, names: Sequence[str], cluster: Room, used: Room) 
         for name in names
     ]
     return Verdict(job=waiting.job, reason="waiting_for_room", message="; ".join(parts))
-
-
-def _behind(waiting: Waiting, blocker: str) -> Verdict:
-    return Verdict(
-        job=waiting.job,
-        reason="waiting_for_turn",
-        message=f"job {blocker} is before it and waits for room",
-    )
 
 
 def _count(name: str, number: int) -> str:

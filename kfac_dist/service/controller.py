@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
 from kfac_dist.config import parse_spec
-from kfac_dist.coordination.admission import NOTHING, Room, Verdict, Waiting, admit
+from kfac_dist.coordination.admission import NOTHING, Room, Waiting, admit
 from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
 from kfac_dist.coordination.runner import AttemptKey, ClusterResources, JobRunner
 from kfac_dist.coordination.supervision import Limits
@@ -28,7 +29,7 @@ from kfac_dist.service.store import JobRow
 _log = logging.getLogger(__name__)
 
 _PERIOD_SECONDS = 1.0
-_LEAST_SECONDS = 0.1  # between two looks, however many reports come in
+_LEAST_SECONDS = 0.2  # between two looks, however many reports come in
 _STRAYS_SECONDS = 60.0
 
 
@@ -42,6 +43,7 @@ class Controller:
         self._wake = threading.Event()
         self._stopping = False
         self._strays_at = 0.0
+        self._known_needs: dict[str, Room] = {}
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
@@ -58,7 +60,7 @@ class Controller:
 
     def num_active(self) -> int:
         """Return how many jobs have an attempt on the cluster."""
-        return len(self._rows(ACTIVE))
+        return len(self._ids(ACTIVE))
 
     def _run(self) -> None:
         while not self._stopping:
@@ -80,63 +82,81 @@ class Controller:
         Raises:
             UnreachableError: the cluster or the store does not answer.
         """
-        for row in self._rows({JobState.PENDING}):
-            with self._jobs.change(row.id) as (session, locked):
-                if locked.state == JobState.PENDING:
-                    move(session, locked, Event.ENQUEUE, time.time())
-        for row in self._rows(ACTIVE):
-            self._guarded(row)
+        for job in self._ids({JobState.PENDING}):
+            with self._jobs.change(job) as (session, row):
+                if row.state == JobState.PENDING:
+                    move(session, row, Event.ENQUEUE, time.time())
+        for job in self._ids(ACTIVE):
+            self._guarded(job)
         self._start_admitted()
         if time.monotonic() - self._strays_at > _STRAYS_SECONDS:
             self._end_strays()
             self._strays_at = time.monotonic()
 
-    def _guarded(self, row: JobRow) -> None:
+    def _guarded(self, job: str) -> None:
         """Look after one job; what is wrong with it must not keep the others waiting."""
         try:
-            self._supervisor.look_after(row.id)
+            self._supervisor.look_after(job)
         except UnreachableError:
             raise
         except KfacDistError as error:
-            _log.error("job %s: %s", row.id, error.message)
+            _log.error("job %s: %s", job, error.message)
 
-    def _rows(self, states: frozenset[JobState] | set[JobState]) -> Sequence[JobRow]:
+    def _ids(self, states: Collection[JobState]) -> Sequence[str]:
         with self._jobs.store.read() as session:
-            query = select(JobRow).where(JobRow.state.in_(sorted(states)))
+            query = select(JobRow.id).where(JobRow.state.in_(sorted(states)))
             return session.scalars(query.order_by(JobRow.number)).all()
 
     def _start_admitted(self) -> None:
-        queue = self._rows({JobState.QUEUED})
+        """Start what there is room for, and tell the others what they wait for."""
+        queue = self._queue()
         if not queue:
             return
-        used = sum((_needs(row) for row in self._rows(ACTIVE)), NOTHING)
-        waiting = [
-            Waiting(job=row.id, number=row.number, priority=row.priority, needs=_needs(row))
-            for row in queue
-        ]
         try:
             cluster = _room(self._runner.resources())
         except UnreachableError as error:
-            for row in queue:
-                self._tell_why(
-                    Verdict(job=row.id, reason="cluster_unreachable", message=error.message)
-                )
+            for queued in queue:
+                self._tell_why(queued, "cluster_unreachable", error.message)
             raise
+        used = sum((self._needs(job) for job in self._ids(ACTIVE)), NOTHING)
+        waiting = [queued.waiting for queued in queue]
+        by_id = {queued.waiting.job: queued for queued in queue}
         for verdict in admit(waiting, cluster, used):
             if verdict.reason is None:
                 start_attempt(self._jobs, self._runner, verdict.job)
             else:
-                self._tell_why(verdict)
+                self._tell_why(by_id[verdict.job], verdict.reason, verdict.message)
 
-    def _tell_why(self, verdict: Verdict) -> None:
-        with self._jobs.change(verdict.job) as (session, row):
-            if row.state != JobState.QUEUED or row.message == verdict.message:
+    def _queue(self) -> list[_Queued]:
+        """What is queued; there may be thousands, so only what is needed is read."""
+        columns = JobRow.number, JobRow.id, JobRow.priority, JobRow.reason, JobRow.message
+        with self._jobs.store.read() as session:
+            rows = session.execute(select(*columns).where(JobRow.state == JobState.QUEUED)).all()
+        return [
+            _Queued(
+                waiting=Waiting(job=job, number=number, priority=priority, needs=self._needs(job)),
+                told=(reason, message),
+            )
+            for number, job, priority, reason, message in rows
+        ]
+
+    def _needs(self, job: str) -> Room:
+        """What a job takes, for which its specification is read once."""
+        if job not in self._known_needs:
+            self._known_needs[job] = _needs_of(self._jobs.get(job).spec)
+        return self._known_needs[job]
+
+    def _tell_why(self, queued: _Queued, reason: str, message: str | None) -> None:
+        if queued.told == (reason, message):
+            return
+        with self._jobs.change(queued.waiting.job) as (session, row):
+            if row.state != JobState.QUEUED:
                 return
-            known = row.reason == verdict.reason
-            row.reason, row.message = verdict.reason, verdict.message
+            is_new = row.reason != reason
+            row.reason, row.message = reason, message
             touch(row, time.time())
-            if not known:
-                note(session, row, "waiting", verdict.message or "", time.time())
+            if is_new:
+                note(session, row, "waiting", message or "", time.time())
 
     def _end_strays(self) -> None:
         """End what runs although the store says that it does not: none may run twice."""
@@ -152,13 +172,18 @@ class Controller:
         return row is not None and (row.attempt != key.attempt or row.state not in ACTIVE)
 
 
-def _needs(row: JobRow) -> Room:
-    spec = parse_spec(row.spec)
-    workers = spec.workers
-    # A GPU is shared by all members of a job where there are fewer than members.
+class _Queued(NamedTuple):
+    """A queued job, and the reason and message that it was told."""
+
+    waiting: Waiting
+    told: tuple[str | None, str | None]
+
+
+def _needs_of(spec: Mapping[str, Any]) -> Room:
+    workers = parse_spec(spec).workers
     return Room(
         cpus=workers.gradient * (workers.threads or 1),
-        gpus=1 if workers.device == "cuda" else 0,
+        gpus=1 if workers.device == "cuda" else 0,  # which all members of a job may share
         inverse_slots=workers.inverse,
     )
 

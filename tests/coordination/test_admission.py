@@ -34,7 +34,7 @@ def test_a_job_that_does_not_fit_now_holds_up_those_after_it() -> None:
     assert first.reason == "waiting_for_room"
     assert first.message == "needs 3 CPUs, 2 of the cluster's 4 are in use"
     assert (second.reason, second.job) == ("waiting_for_turn", "j2")
-    assert second.message == "job j1 is before it and waits for room"
+    assert second.message == "jobs before it in the queue wait for room"
 
 
 def test_a_job_that_never_fits_says_what_is_missing_and_holds_up_nobody() -> None:
