@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,19 @@ import ray
 from kfac_dist.errors import UnreachableError
 from workers.guard import guarded
 from workers.interrupts import deferred
-from workers.ray_internals import free_agent_port, on_loopback, quiet_stdout, whole_connection
+from workers.ray_internals import (
+    free_agent_port,
+    on_loopback,
+    quiet_stdout,
+    use_token,
+    whole_connection,
+)
 
 LOOPBACK = "127.0.0.1"
-# Read by Ray's own processes when they start. Left unset, Ray turns token authentication on in
-# some of its commands and not in others, and gives its workers the lowest priority.
+# Left unset, Ray turns token authentication on in some of its commands and not in others.
+_NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+# Read by Ray's own processes when they start; by itself it gives workers the lowest priority.
 _ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_JOB_STOP_WAIT_TIME_S": "10",  # for the step in hand, its checkpoint, and the farewell
@@ -65,7 +71,9 @@ def ray_cluster(ray_address: str | None) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield _describe(host=LOOPBACK if _is_single_node() else None)
         return
-    with _environment(), quiet_stdout(), _started(ray_address) as cluster:
+    # A cluster that is there has its own mode, which its drivers find in the environment.
+    mode = {} if "RAY_AUTH_MODE" in os.environ and ray_address is not None else _NO_TOKEN
+    with _environment(mode), quiet_stdout(), _started(ray_address) as cluster:
         yield cluster
 
 
@@ -81,14 +89,17 @@ def _started(ray_address: str | None) -> Iterator[Cluster]:
 
 
 @contextmanager
-def head_cluster() -> Iterator[Addresses]:
+def head_cluster(token_path: Path) -> Iterator[Addresses]:
     """Give a cluster of this machine with the Jobs API inside the block, and leave nothing of it.
+
+    Only who can read the secret in `token_path` can reach it.
 
     Raises:
         UnreachableError: Ray does not start here.
     """
     local = _local(include_dashboard=True, dashboard_host=LOOPBACK)
-    with _environment(), quiet_stdout(), free_agent_port(), local as context:
+    use_token(token_path)
+    with _environment({}), quiet_stdout(), free_agent_port(), local as context:
         yield Addresses(
             gcs=context.address_info["gcs_address"], jobs_url=f"http://{context.dashboard_url}"
         )
@@ -159,9 +170,10 @@ def _is_single_node() -> bool:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+def _environment(mode: Mapping[str, str]) -> Iterator[None]:
+    values = {**_ENVIRONMENT, **mode}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

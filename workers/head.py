@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kfac_dist.errors import ConflictError, UnreachableError
-from kfac_dist.runs.journal import write_whole
+from kfac_dist.runs.journal import write_secret, write_whole
 from kfac_dist.runs.lock import FolderLock, holder_of
 
-_FILE, _LOG = "head.json", "head.log"
+_FILE, _LOG, _TOKEN = "head.json", "head.log", "token"
 _START_SECONDS = 120.0
 _END_SECONDS = 60.0
 _LOCK_SECONDS = 2.0
@@ -30,10 +31,14 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A cluster that lives: where drivers and the Jobs API are, and its keeper's process."""
+    """A cluster that lives: where drivers and the Jobs API are, and its keeper's process.
+
+    Whoever can read the secret in the file `token_path` may run code on it.
+    """
 
     gcs_address: str
     jobs_url: str
+    token_path: str
     pid: int
 
 
@@ -132,8 +137,14 @@ def keep(home: Path) -> None:
     lock = _take_lock(folder)
     (folder / _FILE).unlink(missing_ok=True)
     try:
-        with head_cluster() as addresses:
-            head = Head(gcs_address=addresses.gcs, jobs_url=addresses.jobs_url, pid=os.getpid())
+        token = write_secret(folder / _TOKEN, secrets.token_hex(32))
+        with head_cluster(token) as addresses:
+            head = Head(
+                gcs_address=addresses.gcs,
+                jobs_url=addresses.jobs_url,
+                token_path=str(token),
+                pid=os.getpid(),
+            )
             write_whole(folder / _FILE, json.dumps(asdict(head)) + "\n")
             ending.wait()
             (folder / _FILE).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -25,7 +26,9 @@ from kfac_dist.coordination.runner import (
     RunnerStatus,
 )
 from kfac_dist.errors import UnreachableError
+from workers.head import Head
 from workers.leftovers import MARK, kill_processes, processes_of, shared_memory_of
+from workers.ray_internals import use_token
 
 _STATES = {
     JobStatus.PENDING: RunnerState.PENDING,
@@ -53,9 +56,26 @@ class RayJobRunner:
     and shared memory are looked at as well as Ray's own tables.
     """
 
-    def __init__(self, jobs_url: str, driver: Sequence[str] = _DRIVER) -> None:
+    def __init__(
+        self,
+        jobs_url: str,
+        *,
+        gcs_address: str | None = None,
+        token_path: Path | None = None,
+        driver: Sequence[str] = _DRIVER,
+    ) -> None:
+        """Use the secret in `token_path`, without one what the environment says of Ray's mode.
+
+        The secret is the whole process's. Drivers connect to `gcs_address`, without one to where
+        Ray tells them, which on a machine with several clusters may be the wrong one.
+        """
+        if token_path is not None:
+            use_token(token_path)
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         self._url = jobs_url
         self._driver = tuple(driver)
+        self._options = ("--ray-address", gcs_address) if gcs_address else ()
         self._is_local = urlsplit(jobs_url).hostname in _LOCAL
         # What processes that are to end have used; they are gone when one wants to know.
         self._shared_memory: dict[AttemptKey, set[Path]] = {}
@@ -65,9 +85,15 @@ class RayJobRunner:
         with self._reached():
             return JobSubmissionClient(self._url)
 
+    @classmethod
+    def of_head(cls, head: Head) -> RayJobRunner:
+        """Return the runner of an embedded cluster."""
+        token_path = Path(head.token_path)
+        return cls(head.jobs_url, gcs_address=head.gcs_address, token_path=token_path)
+
     def submit(self, key: AttemptKey, run_dir: Path) -> None:
         """Start the driver; submitting an attempt again starts no second one."""
-        command = shlex.join([*self._driver, str(run_dir), str(key.attempt)])
+        command = shlex.join([*self._driver, str(run_dir), str(key.attempt), *self._options])
         with self._reached():
             if self._details(key) is not None:
                 return
@@ -161,7 +187,7 @@ class RayJobRunner:
         """Ray's entry of the attempt, None when there is none."""
         try:
             return self._client.get_job_info(key.submission_id)
-        except RuntimeError as error:
+        except RuntimeError as error:  # Ray's client raises nothing finer
             if "does not exist" in str(error):
                 return None
             raise

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import environ
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from ray import _raylet
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.parameter import RayParams
@@ -26,6 +28,18 @@ def on_loopback() -> Iterator[None]:
     local_only = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
     with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), patch.dict(environ, local_only):
         yield
+
+
+def use_token(path: Path) -> None:
+    """Let this process, and those it starts, show the secret in `path` to Ray, and ask for it.
+
+    Ray has read its environment when it was imported, so it is made to read it again.
+    """
+    environ["RAY_AUTH_MODE"] = "token"
+    environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    internals: Any = _raylet  # compiled, and without stubs for these
+    internals.Config.initialize("")
+    internals.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def _facts() -> dict[str, Any]:
         raise NotFoundError(
             f"no cluster runs with {home()}; kfac-dist cluster up, or serve, starts one"
         )
-    resources = RayJobRunner(head.jobs_url).resources()
+    resources = RayJobRunner.of_head(head).resources()
     return {
         "gcs_address": head.gcs_address,
         "jobs_url": head.jobs_url,

@@ -28,6 +28,12 @@ _FAILED = 1
 def driver(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.")],
     attempt: Annotated[int, typer.Argument(metavar="ATTEMPT", help="The attempt's number.")],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", metavar="HOST:PORT", help="Its cluster; else what Ray's own says."
+        ),
+    ] = None,
 ) -> None:
     """Run an attempt of a job that the control plane has prepared."""
     from kfac_dist.service.launching import read_launch, read_token
@@ -43,7 +49,7 @@ def driver(
     reader = RunReader(run_dir, launch.job, attempt)
     client = ReportClient(launch.home, read_token(run_dir))
     with Reporter(reader, client, lambda answer: _obey(answer, interrupts)):
-        end = _run(launch, run_dir, interrupts)
+        end = _run(launch, run_dir, address or ray_address(), interrupts)
         write_end(run_dir, end)
     if end.state == "FAILED":
         raise typer.Exit(_FAILED)
@@ -69,7 +75,7 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
         interrupts.request("PAUSED", _PAUSE_PATIENCE_SECONDS)
 
 
-def _run(launch: Launch, run_dir: Path, interrupts: Interrupts) -> DriverEnd:
+def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
     """Run the job and return how it ended; whatever it is, the job's user is told."""
     from kfac_dist.runs import RunFolder
     from workers.logs import open_log
@@ -79,7 +85,7 @@ def _run(launch: Launch, run_dir: Path, interrupts: Interrupts) -> DriverEnd:
     log.info("the driver has started")
     try:
         with terminate_is_interrupt():
-            _train(launch, run_dir, interrupts)
+            _train(launch, run_dir, address, interrupts)
     except KeyboardInterrupt:
         log.info("the driver was interrupted", ends_as=interrupts.ends_as)
         return _end(launch, interrupts.ends_as, reason="interrupted")
@@ -94,7 +100,7 @@ def _run(launch: Launch, run_dir: Path, interrupts: Interrupts) -> DriverEnd:
     return _end(launch, "SUCCEEDED")
 
 
-def _train(launch: Launch, run_dir: Path, interrupts: Interrupts) -> None:
+def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> None:
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
     from kfac_dist.service.launching import code_dir
@@ -110,7 +116,7 @@ def _train(launch: Launch, run_dir: Path, interrupts: Interrupts) -> None:
             run_dir=run_dir,
             resume=launch.resume,
             metrics=metrics,
-            ray_address=ray_address(),
+            ray_address=address,
             identity=RunIdentity(job=launch.job, attempt=launch.attempt),
             interrupts=interrupts,
         )

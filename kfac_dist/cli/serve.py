@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kfac_dist.service.controller import Controller
     from kfac_dist.service.jobs import Jobs
     from kfac_dist.service.server.serving import ServerOptions
+    from workers.head import Head
 
 _LISTEN = "127.0.0.1:7341"
 _WILDCARDS = ("0.0.0.0", "[::]", "::")
@@ -155,8 +156,8 @@ def _compose(
     stack.callback(store.close)
     ensure_local_token(folder, Tokens(store))
     jobs = Jobs(store, folder)
-    jobs_url = ray_address or _head(folder)
-    controller = Controller(jobs, RayJobRunner(jobs_url))
+    runner = RayJobRunner(ray_address) if ray_address else RayJobRunner.of_head(_head(folder))
+    controller = Controller(jobs, runner)
     if ray_address is None:
         stack.callback(_leave_head, folder, controller)
     controller.start()
@@ -164,12 +165,12 @@ def _compose(
     return jobs
 
 
-def _head(folder: Path) -> str:
-    """Return the Jobs API of the cluster of this home, which is started if need be."""
+def _head(folder: Path) -> Head:
+    """Return the cluster of this home, which is started if need be."""
     from workers.head import ensure_head
 
     typer.echo("starting Ray on this machine, or finding the one that runs", err=True)
-    return ensure_head(folder).jobs_url
+    return ensure_head(folder)
 
 
 def _leave_head(folder: Path, controller: Controller) -> None:

@@ -7,7 +7,6 @@ dies between them finds an attempt of which the cluster knows nothing, and asks 
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.lifecycle import Event, JobState
-from kfac_dist.runs.journal import write_whole
+from kfac_dist.runs.journal import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
 from kfac_dist.service.job_rows import move, note
 from kfac_dist.service.jobs import Jobs
@@ -81,7 +80,7 @@ def prepare_folder(jobs: Jobs, job: Job, token: str) -> None:
         home=jobs.home,
         data_dir=Path(job.data_dir) if job.data_dir else None,
     )
-    _write_secret(folder / _TOKEN, token)
+    write_secret(folder / _TOKEN, token)
     write_whole(folder / _LAUNCH, launch.model_dump_json(indent=2) + "\n")
 
 
@@ -114,10 +113,3 @@ def _unpack(package: Path, target: Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _write_secret(path: Path, secret: str) -> None:
-    path.unlink(missing_ok=True)  # another mode would be kept
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret)

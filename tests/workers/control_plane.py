@@ -18,7 +18,7 @@ from workers.job_runner import RayJobRunner
 
 
 def main(home: Path) -> None:
-    runner = RayJobRunner(ensure_head(home).jobs_url)
+    runner = RayJobRunner.of_head(ensure_head(home))
     with serving(home) as server:
         write_server(home, LocalServer(address=server.address, pid=os.getpid(), tls_ca=None))
         Controller(server.jobs, runner).start()

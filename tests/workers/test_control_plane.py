@@ -138,7 +138,7 @@ def test_one_is_cancelled_the_other_succeeds_and_nothing_is_left(
     cancelled = plane.wait(second, JobState.CANCELLED)
     assert cancelled.message == "cancelled by request; nothing of it is left"
     assert not any(is_alive(pid) for pid in alive)
-    runner = RayJobRunner(ensure_head(home).jobs_url)
+    runner = RayJobRunner.of_head(ensure_head(home))
     assert runner.remains(key) == []
     assert runner.status(key).is_over
 
