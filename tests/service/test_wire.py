@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kfac_dist.coordination.lifecycle import JobState
 from kfac_dist.errors import FirstFailure
-from kfac_dist.service import wire
+from kfac_dist.service import wire, wire_values
 from kfac_dist.service.logs import LogLine
 from kfac_dist.service.records import (
     Attempt,
@@ -134,5 +134,7 @@ def test_what_was_not_finite_stays_so() -> None:
 
 
 def test_every_state_has_a_number() -> None:
-    assert [wire.from_state(wire.to_state(state)) for state in JobState] == list(JobState)
+    assert [wire_values.from_state(wire_values.to_state(state)) for state in JobState] == list(
+        JobState
+    )
     assert len(job_pb2.JobState.keys()) == len(JobState) + 1
