@@ -28,7 +28,7 @@ _BOTH: Options = [
 SERVER_OPTIONS: Options = [
     *_BOTH,
     ("grpc.keepalive_time_ms", _SERVER_PING_MS),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", _LEAST_PING_MS),
+    ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the calls
 ]

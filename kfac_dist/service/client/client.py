@@ -32,7 +32,7 @@ class Client(AbstractContextManager["Client"]):
     Every method raises KfacDistError subclasses: NotFoundError for a job that is not there,
     ConflictError for what its state does not permit, NotAllowedError, UnreachableError,
     TimedOutError after `timeout_seconds` without an answer. Streams outlive a server that is
-    started again; they give up `reconnect_seconds` after the last answer.
+    started again; they give up when it is away for `reconnect_seconds`.
     """
 
     def __init__(

@@ -32,24 +32,28 @@ def resumed(
     """Yield the answers of a stream that is opened anew when its connection breaks.
 
     `open_stream` takes the token of the last answer. A server that is away is waited for, at most
-    `reconnect_seconds` since the last answer.
+    `reconnect_seconds`.
 
     Raises:
         KfacDistError: what the server says, or UnreachableError.
     """
     token, pause = "", _FIRST_PAUSE_SECONDS
-    heard = time.monotonic()
+    lost_at: float | None = None
     while True:
         call = open_stream(token)
         try:
+            call.initial_metadata()  # comes when the server has taken the call, or it has failed
+            if call.is_active():
+                lost_at, pause = None, _FIRST_PAUSE_SECONDS
             for answer in call:
-                token, pause, heard = answer.resume_token, _FIRST_PAUSE_SECONDS, time.monotonic()
+                token = answer.resume_token
                 yield answer
             return
         except grpc.RpcError as error:
             told = from_rpc_error(error, address)
-            is_lost = isinstance(told, UnreachableError)
-            if not is_lost or time.monotonic() - heard > reconnect_seconds:
+            now = time.monotonic()
+            lost_at = now if lost_at is None else lost_at
+            if not isinstance(told, UnreachableError) or now - lost_at >= reconnect_seconds:
                 raise told from None
         finally:
             call.cancel()

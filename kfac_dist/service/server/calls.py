@@ -121,6 +121,8 @@ class Gate:
             loop = asyncio.get_running_loop()
             checked = loop.time()
             with self._streams.one_more(caller.name):
+                # A stream may be quiet for long: this tells its client that it is open.
+                await context.send_initial_metadata(())
                 async for message in method.function(request):
                     if loop.time() - checked > _RECHECK_SECONDS:  # it may have been revoked
                         await self.caller(context)
