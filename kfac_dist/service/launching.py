@@ -49,6 +49,7 @@ def token_sha256(token: str) -> str:
 def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, now: float) -> None:
     """Write the row of the next attempt; `token` is the secret of its driver."""
     row.attempt += 1
+    row.summary = None  # of the attempt before
     event = Event.RELAUNCH if resumes else Event.LAUNCH
     move(session, row, event, now, message=f"attempt {row.attempt} waits for its driver")
     session.add(
