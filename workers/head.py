@@ -24,6 +24,7 @@ from kfac_dist.runs.lock import FolderLock, holder_of
 
 _FILE, _LOG, _TOKEN = "head.json", "head.log", "token"
 _START_SECONDS = 120.0
+_MOST_STARTS = 2  # Ray gives up on a node after 30 s, which a busy machine may need
 _END_SECONDS = 60.0
 _LOCK_SECONDS = 2.0
 _POLL_SECONDS = 0.1
@@ -52,7 +53,16 @@ def ensure_head(home: Path) -> Head:
     folder.mkdir(parents=True, exist_ok=True)
     if (head := read_head(home)) is not None:
         return head
-    with (folder / _LOG).open("wb") as log:
+    for _ in range(_MOST_STARTS):
+        if (head := _start_keeper(home)) is not None:
+            return head
+    tail = (folder / _LOG).read_text(errors="replace").strip().splitlines()[-5:]
+    raise UnreachableError("the embedded Ray cluster does not start: " + " | ".join(tail))
+
+
+def _start_keeper(home: Path) -> Head | None:
+    """Start a keeper and wait for its cluster, or another's that was faster; None when it ended."""
+    with (_folder(home) / _LOG).open("wb") as log:
         keeper = subprocess.Popen(
             [sys.executable, "-m", "workers.head", str(home)],
             stdin=subprocess.DEVNULL,
@@ -66,12 +76,11 @@ def ensure_head(home: Path) -> Head:
         if (head := read_head(home)) is not None:
             return head
         if ended:
-            break
+            return None
         time.sleep(_POLL_SECONDS)
-    if keeper.poll() is None:
-        keeper.terminate()
-    tail = (folder / _LOG).read_text(errors="replace").strip().splitlines()[-5:]
-    raise UnreachableError("the embedded Ray cluster does not start: " + " | ".join(tail))
+    keeper.terminate()
+    keeper.wait()
+    return None
 
 
 def read_head(home: Path) -> Head | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.lifecycle import Event, JobState
-from kfac_dist.errors import ConflictError, UsageError
+from kfac_dist.errors import UsageError
 from kfac_dist.runs.checkpoints import CheckpointInfo, list_checkpoints
 from kfac_dist.service import history, reports
 from kfac_dist.service.changes import ChangeFeed
@@ -34,8 +32,9 @@ from kfac_dist.service.records import (
     Report,
     ReportAnswer,
 )
-from kfac_dist.service.requests import JobRequest, check_request
+from kfac_dist.service.requests import check_request
 from kfac_dist.service.store import AttemptRow, EventRow, JobRow, Store
+from kfac_dist.service.submission import submit
 
 _MAX_EVENTS = 10_000
 _MAX_POINTS = 100_000
@@ -77,82 +76,10 @@ class Jobs:
             package=package,
             data_dir=data_dir,
         )
-        if (job := self._same(request)) is not None:
-            return job
-        self._keep_package(request)
-        try:
-            job = self._insert(request)
-        except IntegrityError:  # the same key at the same time
-            again = self._same(request)
-            if again is None:
-                raise
-            return again
-        self._feed.publish(job.id)
+        job, is_new = submit(self.store, self.home, request)
+        if is_new:
+            self._feed.publish(job.id)
         return job
-
-    def _same(self, request: JobRequest) -> Job | None:
-        if request.idempotency_key is None:
-            return None
-        with self.store.read() as session:
-            row = session.scalar(
-                select(JobRow).where(
-                    JobRow.owner == request.owner,
-                    JobRow.idempotency_key == request.idempotency_key,
-                )
-            )
-        if row is None:
-            return None
-        if row.request_sha256 != request.sha256:
-            raise ConflictError(
-                f"idempotency_key: {request.idempotency_key} was used for another request, which "
-                f"became job {row.id}; use a new key"
-            )
-        return to_job(row)
-
-    def package_path(self, sha256: str) -> Path:
-        """Where a package is kept."""
-        return self.home / "packages" / f"{sha256}.zip"
-
-    def _keep_package(self, request: JobRequest) -> None:
-        if request.package is None or request.package_sha256 is None:
-            return
-        path = self.package_path(request.package_sha256)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        temporary.write_bytes(request.package)
-        temporary.replace(path)
-
-    def _insert(self, request: JobRequest) -> Job:
-        now = time.time()
-        job_id = f"{request.spec.name}-{secrets.token_hex(4)}"
-        row = JobRow(
-            id=job_id,
-            name=request.spec.name,
-            owner=request.owner,
-            idempotency_key=request.idempotency_key,
-            request_sha256=request.sha256,
-            state=JobState.PENDING,
-            state_since=now,
-            priority=request.priority,
-            spec=request.spec.model_dump(mode="json"),
-            num_steps=request.spec.steps,
-            created_at=now,
-            updated_at=now,
-            run_dir=str(self.home / "runs" / job_id),
-            data_dir=request.data_dir,
-            package=request.package_sha256,
-            attempt=0,
-            num_restarts=0,
-            revision=0,
-            last_sequence=0,
-            events_known=0,
-            steps_known=0,
-        )
-        with self.store.write() as session:
-            session.add(row)
-            session.flush()
-            note(session, row, "submitted", f"submitted by {request.owner}", now)
-        return to_job(row)
 
     def get(self, job_id: str) -> Job:
         """Return a job.

@@ -23,6 +23,7 @@ from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.package import unpack
 from kfac_dist.service.records import Job
 from kfac_dist.service.store import AttemptRow, JobRow
+from kfac_dist.service.submission import package_path
 
 _LAUNCH, _TOKEN, _CODE = "launch.json", "report.token", "code"
 
@@ -48,6 +49,7 @@ def token_sha256(token: str) -> str:
 def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, now: float) -> None:
     """Write the row of the next attempt; `token` is the secret of its driver."""
     row.attempt += 1
+    row.summary = None  # of the attempt before
     event = Event.RELAUNCH if resumes else Event.LAUNCH
     move(session, row, event, now, message=f"attempt {row.attempt} waits for its driver")
     session.add(
@@ -71,7 +73,7 @@ def prepare_folder(jobs: Jobs, job: Job, token: str) -> None:
     folder = Path(job.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if job.package is not None and not (folder / _CODE).exists():
-        _unpack(jobs.package_path(job.package), folder / _CODE)
+        _unpack(package_path(jobs.home, job.package), folder / _CODE)
     launch = Launch(
         job=job.id,
         attempt=job.attempt,

@@ -16,6 +16,7 @@ from kfac_dist.runs import Event as RunEvent
 from kfac_dist.service.job_rows import move
 from kfac_dist.service.launching import begin_attempt
 from kfac_dist.service.records import Report, ReportedEvent, ReportedState, Role, StepValues
+from kfac_dist.service.submission import package_path
 from tests.cli.conftest import KfacDist
 from tests.service.serving import Serving, serving
 
@@ -74,7 +75,7 @@ def test_a_users_task_goes_along(server: Serving, kfac_dist: KfacDist, tmp_path:
     done = kfac_dist("submit", path, "-o", "json")
     stored = server.jobs.get(json.loads(done.out)["job"])
     assert stored.package is not None
-    assert server.jobs.package_path(stored.package).is_file()
+    assert package_path(server.jobs.home, stored.package).is_file()
 
 
 def test_list_and_its_formats(server: Serving, kfac_dist: KfacDist, job: str) -> None:

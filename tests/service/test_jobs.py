@@ -17,6 +17,7 @@ from kfac_dist.service.launching import begin_attempt
 from kfac_dist.service.package import pack
 from kfac_dist.service.records import Job, Report, ReportedState, StepValues
 from kfac_dist.service.store import Store
+from kfac_dist.service.submission import package_path
 from tests.service.requests import report, spec, steps, submit, told
 
 
@@ -87,7 +88,7 @@ def test_user_code_is_kept_by_its_hash(jobs: Jobs, tmp_path: Path) -> None:
     package = pack(folder)
     job = jobs.create(spec(task="own.py:Task"), owner="ada", package=package)
     assert job.package is not None
-    assert jobs.package_path(job.package).read_bytes() == package
+    assert package_path(jobs.home, job.package).read_bytes() == package
 
 
 def test_pages_cover_every_job_once_while_jobs_are_added(jobs: Jobs) -> None:

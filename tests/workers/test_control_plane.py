@@ -29,7 +29,7 @@ from workers.job_runner import RayJobRunner
 from workers.leftovers import processes_of
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 class ControlPlane:
@@ -64,7 +64,7 @@ class ControlPlane:
             assert now.state is state or now.state not in ENDED, now
             return now.state is state
 
-        wait_until(arrived, f"{state} of {job.id}", seconds=240.0)
+        wait_until(arrived, f"{state} of {job.id}", seconds=400.0)
         return self.client.get(job.id)
 
     def wait_for_step(self, job: Job, step: int) -> None:
@@ -73,7 +73,7 @@ class ControlPlane:
             assert now.state not in ENDED, now
             return now.step >= step
 
-        wait_until(arrived, f"step {step} of {job.id}", seconds=240.0)
+        wait_until(arrived, f"step {step} of {job.id}", seconds=400.0)
 
 
 @pytest.fixture(scope="module")
