@@ -99,7 +99,7 @@ def test_a_failing_task_is_explained_and_can_be_tried_again(server: Server) -> N
 
 
 def test_a_second_server_of_the_same_home_is_refused(server: Server) -> None:
-    done = command.run("serve", "--listen", "127.0.0.1:0")
+    done = server.command.run("serve", "--listen", "127.0.0.1:0")
     assert done.returncode == 9
     assert "a server works with this home already" in done.stderr
 
