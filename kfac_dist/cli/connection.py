@@ -47,6 +47,7 @@ def connect(server: str | None, ca: Path | None) -> Client:
         UsageError: the address is none.
     """
     named = server or os.environ.get("KFAC_DIST_SERVER")
+    quiet_grpc()
     if named is None:
         return _local(ca)
 
@@ -60,6 +61,11 @@ def connect(server: str | None, ca: Path | None) -> Client:
         client_key=_path("KFAC_DIST_CLIENT_KEY"),
         insecure=os.environ.get("KFAC_DIST_INSECURE") == "1",
     )
+
+
+def quiet_grpc() -> None:
+    """Keep gRPC's own words off stderr, unless the user asked for them; before it is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _local(ca: Path | None) -> Client:

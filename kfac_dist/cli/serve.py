@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import logging.handlers
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kfac_dist.cli.connection import quiet_grpc
 from kfac_dist.cli.environment import absolute, home
 from kfac_dist.cli.options import OutputOption, StoreOption
 from kfac_dist.cli.output import Format, write_result
@@ -85,6 +83,7 @@ def serve(
     Without --ray-address a Ray cluster is started on this machine, which outlives the server while
     jobs are active.
     """
+    quiet_grpc()
     tls = _tls(tls_cert, tls_key, tls_ca, client_ca)
     folder = home()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -196,6 +195,8 @@ def _serve(
     output: Format,
 ) -> None:
     """Answer until the process is asked to end, and then drain."""
+    import asyncio  # these cost --help too much
+
     from kfac_dist.service.access.local import remove_server, write_server
     from kfac_dist.service.access.tokens import Tokens
     from kfac_dist.service.server.serving import serve as answer
@@ -238,7 +239,10 @@ def _reachable(address: str) -> str:
 
 def _log_to(path: Path) -> None:
     """Write the server's log to a file, which a new one takes the place of when it is large."""
-    handler = logging.handlers.RotatingFileHandler(
+    import logging
+    from logging.handlers import RotatingFileHandler
+
+    handler = RotatingFileHandler(
         path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8"
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
-from kfac_dist.coordination.lifecycle import JobState
-from kfac_dist.errors import FirstFailure
 from kfac_dist.service.logs import LogLine
 from kfac_dist.service.records import (
     Attempt,
@@ -19,47 +13,21 @@ from kfac_dist.service.records import (
     MetricPoint,
     MetricSeries,
 )
+from kfac_dist.service.wire_values import (
+    from_failure,
+    from_json,
+    from_severity,
+    from_state,
+    from_time,
+    from_timestamp,
+    optional,
+    to_failure,
+    to_severity,
+    to_state,
+    to_time,
+    to_timestamp,
+)
 from kfac_dist.v1 import job_pb2
-
-_NANOSECONDS = 1_000_000_000
-
-
-def to_timestamp(seconds: float) -> Timestamp:
-    """Return Unix seconds as a timestamp, to the microsecond."""
-    stamp = Timestamp()
-    stamp.FromMicroseconds(round(seconds * 1e6))
-    return stamp
-
-
-def from_timestamp(stamp: Timestamp) -> float:
-    """Return a timestamp in Unix seconds."""
-    return stamp.seconds + stamp.nanos / _NANOSECONDS
-
-
-def to_state(state: JobState) -> job_pb2.JobState.ValueType:
-    """Return a state's number."""
-    return job_pb2.JobState.Value(f"JOB_STATE_{state}")
-
-
-def from_state(state: job_pb2.JobState.ValueType) -> JobState:
-    """Return the state of a number.
-
-    Raises:
-        ValueError: it is none that this version knows.
-    """
-    name = job_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
-    return JobState(name)
-
-
-def to_severity(severity: str) -> job_pb2.Severity.ValueType:
-    """Return a severity's number."""
-    return job_pb2.Severity.Value(f"SEVERITY_{severity.upper()}")
-
-
-def from_severity(severity: job_pb2.Severity.ValueType) -> str:
-    """Return the severity of a number; what was not told is info."""
-    name = job_pb2.Severity.Name(severity).removeprefix("SEVERITY_")
-    return "info" if name == "UNSPECIFIED" else name.lower()
 
 
 def to_job(job: Job, *, whole: bool = True) -> job_pb2.Job:
@@ -80,8 +48,8 @@ def to_job(job: Job, *, whole: bool = True) -> job_pb2.Job:
         num_steps=job.num_steps,
         created_at=to_timestamp(job.created_at),
         updated_at=to_timestamp(job.updated_at),
-        started_at=_to_time(job.started_at),
-        ended_at=_to_time(job.ended_at),
+        started_at=to_time(job.started_at),
+        ended_at=to_time(job.ended_at),
         run_dir=job.run_dir,
         data_dir=job.data_dir or "",
         package_sha256=job.package or "",
@@ -108,8 +76,8 @@ def from_job(message: job_pb2.Job) -> Job:
         num_steps=message.num_steps,
         created_at=from_timestamp(message.created_at),
         updated_at=from_timestamp(message.updated_at),
-        started_at=_from_time(message, "started_at"),
-        ended_at=_from_time(message, "ended_at"),
+        started_at=from_time(message, "started_at"),
+        ended_at=from_time(message, "ended_at"),
         run_dir=message.run_dir,
         data_dir=message.data_dir or None,
         package=message.package_sha256 or None,
@@ -128,8 +96,8 @@ def to_attempt(attempt: Attempt) -> job_pb2.Attempt:
         reason=attempt.reason or "",
         message=attempt.message or "",
         started_at=to_timestamp(attempt.started_at),
-        ended_at=_to_time(attempt.ended_at),
-        heard_at=_to_time(attempt.heard_at),
+        ended_at=to_time(attempt.ended_at),
+        heard_at=to_time(attempt.heard_at),
         resumed_from_step=attempt.resumed_from_step,
     )
 
@@ -143,8 +111,8 @@ def from_attempt(message: job_pb2.Attempt) -> Attempt:
         reason=message.reason or None,
         message=message.message or None,
         started_at=from_timestamp(message.started_at),
-        ended_at=_from_time(message, "ended_at"),
-        heard_at=_from_time(message, "heard_at"),
+        ended_at=from_time(message, "ended_at"),
+        heard_at=from_time(message, "heard_at"),
         resumed_from_step=optional(message, "resumed_from_step"),
     )
 
@@ -234,7 +202,7 @@ def to_log_line(line: LogLine) -> job_pb2.LogLine:
         rank=line.rank,
         attempt=line.attempt,
         text=line.text,
-        time=_to_time(line.time),
+        time=to_time(line.time),
     )
 
 
@@ -245,57 +213,5 @@ def from_log_line(message: job_pb2.LogLine) -> LogLine:
         rank=message.rank,
         attempt=message.attempt,
         text=message.text,
-        time=_from_time(message, "time"),
+        time=from_time(message, "time"),
     )
-
-
-def from_failure(message: Any) -> FirstFailure | None:
-    """Return the first failure of a message that may have one."""
-    if not message.HasField("first_failure"):
-        return None
-    failure = message.first_failure
-    return FirstFailure(
-        role=failure.role,
-        rank=failure.rank,
-        time_seconds=from_timestamp(failure.time),
-        log_tail=failure.log_tail,
-    )
-
-
-def optional(message: Any, field: str) -> Any:
-    """Return a field, None when it is absent."""
-    return getattr(message, field) if message.HasField(field) else None
-
-
-def from_json(text: str) -> Mapping[str, Any] | None:
-    """Return the object of a JSON field, None when it is empty.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    if not text:
-        return None
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but {type(value).__name__}")
-    return value
-
-
-def to_failure(failure: FirstFailure | None) -> job_pb2.FirstFailure | None:
-    """Return a failure as a message."""
-    if failure is None:
-        return None
-    return job_pb2.FirstFailure(
-        role=failure.role,
-        rank=failure.rank,
-        time=to_timestamp(failure.time_seconds),
-        log_tail=failure.log_tail,
-    )
-
-
-def _to_time(seconds: float | None) -> Timestamp | None:
-    return None if seconds is None else to_timestamp(seconds)
-
-
-def _from_time(message: Any, field: str) -> float | None:
-    return from_timestamp(getattr(message, field)) if message.HasField(field) else None

@@ -43,11 +43,16 @@ class Server:
         self.process.communicate()
 
 
-@pytest.fixture
-def server(command: CommandLine) -> Iterator[Server]:
-    running = Server(command)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests: a Ray cluster takes its time. The last test ends it."""
+    running = Server(CommandLine(tmp_path_factory.mktemp("service")))
     yield running
     running.command.run("cluster", "down", "--force", seconds=PATIENCE)
+    for process in running.command.started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def answer(command: CommandLine, *arguments: str | Path) -> dict[str, Any]:
@@ -65,16 +70,49 @@ def processes_with(text: str) -> list[str]:
     return found
 
 
-def test_two_jobs_one_cancelled_and_a_server_that_is_killed(
-    command: CommandLine, server: Server
-) -> None:
+def test_a_failing_task_is_explained_and_can_be_tried_again(server: Server) -> None:
+    command = server.command
+    folder = command.folder / "own"
+    folder.mkdir()
+    (folder / "task.py").write_text(
+        "class Broken:\n"
+        "    distribution = 'gaussian'\n"
+        "    def model(self):\n"
+        "        raise RuntimeError('no such luck')\n"
+        "    def train_data(self, data_dir):\n"
+        "        raise NotImplementedError\n"
+        "    test_data = train_data\n"
+    )
+    spec = folder / "job.yaml"
+    spec.write_text("name: own\ntask: task.py:Broken\nsteps: 2\nbatch_size: 2\n")
+    done = command.run("submit", spec, "--wait", "-o", "json", seconds=PATIENCE)
+    assert done.returncode == 1
+    facts = json.loads(done.stdout)
+    assert (facts["state"], facts["reason"]) == ("FAILED", "user_task")
+    assert "no such luck" in done.stderr
+    explained = command.run("explain", facts["job"], seconds=PATIENCE)
+    assert explained.returncode == 0
+    assert "no such luck" in explained.stdout
+    assert answer(command, "retry", facts["job"])["state"] == "QUEUED"
+    assert command.run("retry", "none-such").returncode == 4
+    assert command.run("resume", facts["job"], "--server", "127.0.0.1:9").returncode == 5
+
+
+def test_a_second_server_of_the_same_home_is_refused(server: Server) -> None:
+    done = server.command.run("serve", "--listen", "127.0.0.1:0")
+    assert done.returncode == 9
+    assert "a server works with this home already" in done.stderr
+
+
+def test_two_jobs_one_cancelled_and_a_server_that_is_killed(server: Server) -> None:
+    command = server.command
     spec = command.spec(SPEC)
     stays = answer(command, "submit", spec, "--set", f"steps={STEPS}")["job"]
     goes = answer(command, "submit", spec, "--set", "steps=100000", "--priority", "-1")["job"]
     follower = command.start("logs", stays, "-f", "-o", "json")
 
     def row(job: str) -> dict[str, Any]:
-        rows = {row["job"]: row for row in answer(command, "list")["jobs"]}
+        rows = {row["job"]: row for row in answer(command, "list", "--name", "small")["jobs"]}
         assert set(rows) == {stays, goes}
         return rows[job]
 
@@ -125,38 +163,3 @@ def test_two_jobs_one_cancelled_and_a_server_that_is_killed(
     assert "Traceback" not in errors
     home = str(command.folder)
     wait_until(lambda: not processes_with(home), "nothing of the cluster is left", PATIENCE)
-
-
-def test_a_failing_task_is_explained_and_can_be_tried_again(
-    command: CommandLine, server: Server
-) -> None:
-    folder = command.folder / "own"
-    folder.mkdir()
-    (folder / "task.py").write_text(
-        "class Broken:\n"
-        "    distribution = 'gaussian'\n"
-        "    def model(self):\n"
-        "        raise RuntimeError('no such luck')\n"
-        "    def train_data(self, data_dir):\n"
-        "        raise NotImplementedError\n"
-        "    test_data = train_data\n"
-    )
-    spec = folder / "job.yaml"
-    spec.write_text("name: own\ntask: task.py:Broken\nsteps: 2\nbatch_size: 2\n")
-    done = command.run("submit", spec, "--wait", "-o", "json", seconds=PATIENCE)
-    assert done.returncode == 1
-    facts = json.loads(done.stdout)
-    assert (facts["state"], facts["reason"]) == ("FAILED", "user_task")
-    assert "no such luck" in done.stderr
-    explained = command.run("explain", facts["job"], seconds=PATIENCE)
-    assert explained.returncode == 0
-    assert "no such luck" in explained.stdout
-    assert answer(command, "retry", facts["job"])["state"] == "QUEUED"
-    assert command.run("retry", "none-such").returncode == 4
-    assert command.run("resume", facts["job"], "--server", "127.0.0.1:9").returncode == 5
-
-
-def test_a_second_server_of_the_same_home_is_refused(command: CommandLine, server: Server) -> None:
-    done = command.run("serve", "--listen", "127.0.0.1:0")
-    assert done.returncode == 9
-    assert "a server works with this home already" in done.stderr

@@ -20,6 +20,7 @@ from kfac_dist.service.client.streams import Update, resumed
 from kfac_dist.service.logs import LogLine
 from kfac_dist.service.records import Attempt, CheckpointFacts, Job, JobEvent, MetricSeries
 from kfac_dist.service.status import from_rpc_error
+from kfac_dist.service.wire_values import to_state
 from kfac_dist.v1 import job_service_pb2 as pb
 from kfac_dist.v1.job_service_pb2_grpc import JobServiceStub
 
@@ -127,7 +128,7 @@ class Client(AbstractContextManager["Client"]):
     ) -> Iterator[Job]:
         """Yield jobs, newest first, without specification and summary, page by page."""
         request = pb.ListJobsRequest(
-            states=[wire.to_state(state) for state in states],
+            states=[to_state(state) for state in states],
             owner=owner or "",
             name=name or "",
             page_size=page_size,

@@ -13,7 +13,7 @@ from kfac_dist.service.records import Report, ReportedEvent, ReportedState, Step
 from kfac_dist.service.server import requests
 from kfac_dist.service.server.calls import Stream, Unary
 from kfac_dist.service.status import FieldError
-from kfac_dist.service.wire import (
+from kfac_dist.service.wire_values import (
     from_failure,
     from_json,
     from_severity,

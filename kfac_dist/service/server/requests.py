@@ -11,7 +11,7 @@ from kfac_dist.coordination.lifecycle import JobState
 from kfac_dist.errors import UsageError
 from kfac_dist.service.status import FieldError
 from kfac_dist.service.transport import MAX_SPEC_BYTES
-from kfac_dist.service.wire import from_state
+from kfac_dist.service.wire_values import from_state
 from kfac_dist.v1 import job_pb2
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
