@@ -39,7 +39,7 @@ def holder() -> Iterator[tuple[int, int, Path]]:
         path, child = process.stdout.readline().split()
         memory = Path(path)
         yield process.pid, int(child), memory
-        process.kill()
+        kill_processes("job-1-a1")
         memory.unlink(missing_ok=True)
 
 
