@@ -70,6 +70,8 @@ def _start_keeper(home: Path) -> Head | None:
             stderr=log,
             start_new_session=True,  # neither Ctrl-C nor the server's end is for it
         )
+    # Takes note of its end, should it come before the end of this process.
+    threading.Thread(target=keeper.wait, name="keeper", daemon=True).start()
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         ended = keeper.poll() is not None  # before looking: another may have been faster
@@ -79,7 +81,6 @@ def _start_keeper(home: Path) -> Head | None:
             return None
         time.sleep(_POLL_SECONDS)
     keeper.terminate()
-    keeper.wait()
     return None
 
 

@@ -209,6 +209,12 @@ class RayJobRunner:
 def _status(details: Any) -> RunnerStatus:
     return RunnerStatus(
         state=_STATES[details.status],
-        message=details.message or "",
+        message=_first_sentence(details.message or ""),
         exit_code=details.driver_exit_code,
     )
+
+
+def _first_sentence(message: str) -> str:
+    """Leave out the log that Ray appends, which the run's folder has."""
+    lines = message.partition(", last available logs")[0].splitlines()
+    return lines[0] if lines else ""

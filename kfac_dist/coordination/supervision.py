@@ -119,10 +119,12 @@ def _is_over(view: AttemptView, limits: Limits) -> bool:
 def _is_lost(view: AttemptView, limits: Limits) -> bool:
     """Whether nothing is to be expected of an attempt that the cluster does not know.
 
-    An order to end makes that so at once where the driver has never been heard of.
+    It is so at once where the driver has told its end, or is to end and was never heard of.
     """
     if view.cluster != "unknown":
         return False
+    if view.told_end is not None:
+        return True
     if view.silent_seconds is not None:
         return view.silent_seconds > limits.silence_seconds
     ordered = view.job_state in (JobState.CANCELLING, JobState.PAUSING)

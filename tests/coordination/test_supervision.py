@@ -56,6 +56,10 @@ def test_a_driver_that_reports_is_believed_more_than_the_cluster() -> None:
     assert event(cluster="unknown", silent_seconds=31.0) == (Event.RESTART, "driver_died")
 
 
+def test_an_end_that_was_told_needs_no_word_of_a_cluster_that_forgets() -> None:
+    assert event(cluster="unknown", told_end=S.SUCCEEDED) == (Event.SUCCEED, None)
+
+
 def test_an_attempt_that_the_cluster_was_never_told_of_is_submitted() -> None:
     new = {"job_state": S.STARTING, "silent_seconds": None, "attempt_seconds": 2.0}
     assert action(**new, cluster="unknown") is Action.SUBMIT

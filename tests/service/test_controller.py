@@ -26,13 +26,15 @@ from tests.service.serving import Serving, serving
 from tests.service.subprocess_runner import SubprocessRunner
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.timeout(400)
+
 LIMITS = Limits(
-    start_seconds=20.0,
+    start_seconds=120.0,
     cancel_seconds=3.0,
     pause_seconds=10.0,
     stop_seconds=1.0,
     exit_seconds=5.0,
-    silence_seconds=2.0,
+    silence_seconds=30.0,
     doubt_seconds=1.0,
 )
 
@@ -60,11 +62,11 @@ class Plant:
             assert now.state is state or now.state not in ENDED, now
             return now.state is state
 
-        wait_until(arrived, f"{state} of {job.id}", seconds=60.0)
+        wait_until(arrived, f"{state} of {job.id}", seconds=150.0)
         return self.jobs.get(job.id)
 
     def wait_for_step(self, job: Job, step: int) -> None:
-        wait_until(lambda: self.jobs.get(job.id).step >= step, f"step {step}", seconds=60.0)
+        wait_until(lambda: self.jobs.get(job.id).step >= step, f"step {step}", seconds=150.0)
 
     def ran(self, job: Job) -> list[tuple[int, int]]:
         """(attempt, step) of all steps that were done."""
