@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench
+.PHONY: demo test lint format bench proto proto-lint proto-baseline
 
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,23 @@ lint: .venv
 format: .venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The stubs in kfac_dist/v1; a test fails when they are not of the proto files.
+proto: .venv
+	proto/generate
+
+BUF ?= .venv/node/node_modules/.bin/buf
+
+$(BUF): | .venv
+	npm install --silent --no-audit --no-fund --prefix .venv/node @bufbuild/buf@1.75.0
+
+# Breaking is told against the interface of the last release, kept as an image.
+proto-lint: $(BUF)
+	cd proto && ../$(BUF) lint && ../$(BUF) breaking --against baseline.binpb
+
+# With a release, and only then.
+proto-baseline: $(BUF)
+	cd proto && ../$(BUF) build --exclude-source-info -o baseline.binpb
 
 bench: .venv
 	$(BIN)/python benchmarks/time_to_objective.py --short

@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kfac_dist.optimizer import KFAC
     from kfac_dist.preconditioner import KFACPreconditioner
+    from kfac_dist.service.client import Client
     from kfac_dist.step_result import StepResult
     from workers.api import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Client": "kfac_dist.service.client",
     "KFAC": "kfac_dist.optimizer",
     "KFACPreconditioner": "kfac_dist.preconditioner",
     "StepResult": "kfac_dist.step_result",
     "train": "workers.api",
 }
 
-__all__ = ["KFAC", "KFACPreconditioner", "StepResult", "__version__", "train"]
+__all__ = ["KFAC", "Client", "KFACPreconditioner", "StepResult", "__version__", "train"]
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,8 @@
     │   └── DataNotFoundError
     ├── UnreachableError     5   no server, no Ray cluster
     ├── NotAllowedError      6   the token does not permit it
+    │   ├── NotAuthenticatedError   there is no token, or none that is known
+    │   └── LimitExceededError      more than one user may have at once
     ├── TimedOutError        7
     ├── CancelledError       8
     ├── ConflictError        9   an occupied run folder, a checkpoint of another job
@@ -23,6 +25,7 @@ would be right; it is complete without a traceback.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,6 +73,14 @@ class NotAllowedError(KfacDistError):
     """The caller's role does not permit the request."""
 
     exit_code = 6
+
+
+class NotAuthenticatedError(NotAllowedError):
+    """The server does not know who is asking."""
+
+
+class LimitExceededError(NotAllowedError):
+    """The request asks for more than one user, or one message, may have."""
 
 
 class TimedOutError(KfacDistError):
@@ -148,3 +159,10 @@ class WorkerDiedError(JobFailedError):
     """A process died that the job cannot go on without."""
 
     reason = "worker_died"
+
+
+def reason_of(error: KfacDistError) -> str:
+    """Return the machine word of an error: its own, or of TimedOutError timed_out."""
+    if isinstance(error, JobFailedError):
+        return error.reason
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()

@@ -6,35 +6,13 @@ A checkpoint is written under a temporary name, made durable and renamed.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from kfac_dist.runs.checkpoints import REPLACED, list_checkpoints
+
 _TEMPORARY = ".tmp-"
-# A checkpoint that is being replaced by another of the same step keeps its place under this
-# ending until the new one is there, so that no moment has neither.
-_REPLACED = ".replaced"
-_FOLDER_NAME = re.compile(r"step-([0-9]{8,})(\.replaced)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """A checkpoint folder, not verified."""
-
-    step: int
-    path: Path
-
-
-def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
-    """Return the checkpoints in `folder`, newest first; none when there is no such folder."""
-    if not folder.is_dir():
-        return ()
-    matches = [(_FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
-    found.sort(reverse=True)
-    return tuple(CheckpointInfo(step=step, path=path) for step, _, path in found)
 
 
 def write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
@@ -74,7 +52,7 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _put_in_place(temporary: Path, final: Path) -> None:
     if final.exists():
-        aside = final.with_name(f"{final.name}{_REPLACED}")
+        aside = final.with_name(f"{final.name}{REPLACED}")
         _remove(aside)
         final.rename(aside)
     temporary.rename(final)
@@ -106,7 +84,7 @@ def _remove(path: Path) -> None:
 def _prune(folder: Path, newest: Path, keep: int) -> None:
     paths = [info.path for info in list_checkpoints(folder)]
     position = paths.index(newest)
-    kept = [path for path in paths[position:] if not path.name.endswith(_REPLACED)][:keep]
+    kept = [path for path in paths[position:] if not path.name.endswith(REPLACED)][:keep]
     for path in paths:
         if path not in kept:
             _remove(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,22 @@ import ray
 from kfac_dist.errors import UnreachableError
 from workers.guard import guarded
 from workers.interrupts import deferred
-from workers.ray_internals import on_loopback, quiet_stdout, whole_connection
+from workers.ray_internals import (
+    free_agent_port,
+    on_loopback,
+    quiet_stdout,
+    use_token,
+    whole_connection,
+)
 
 LOOPBACK = "127.0.0.1"
-# Read by Ray's own processes when they start. Left unset, Ray turns token authentication on in
-# some of its commands and not in others, and gives its workers the lowest priority.
+# Left unset, Ray turns token authentication on in some of its commands and not in others.
+_NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+# Read by Ray's own processes when they start; by itself it gives workers the lowest priority.
 _ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "10",  # for the step in hand, its checkpoint, and the farewell
 }
 # Factors and inverses of some steps; a job on the paper's autoencoder has 13 MB of each a step.
 _OBJECT_STORE_BYTES = 1_000_000_000
@@ -44,6 +51,14 @@ class Cluster:
     host: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where a cluster is reached: by drivers, and by its Jobs API."""
+
+    gcs: str
+    jobs_url: str
+
+
 @contextmanager
 def ray_cluster(ray_address: str | None) -> Iterator[Cluster]:
     """Give a cluster for the time of the block, and leave nothing of it behind.
@@ -56,7 +71,9 @@ def ray_cluster(ray_address: str | None) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield _describe(host=LOOPBACK if _is_single_node() else None)
         return
-    with _environment(), quiet_stdout(), _started(ray_address) as cluster:
+    # A cluster that is there has its own mode, which its drivers find in the environment.
+    mode = {} if "RAY_AUTH_MODE" in os.environ and ray_address is not None else _NO_TOKEN
+    with _environment(mode), quiet_stdout(), _started(ray_address) as cluster:
         yield cluster
 
 
@@ -67,23 +84,47 @@ def _started(ray_address: str | None) -> Iterator[Cluster]:
         with _shut_down():
             yield _describe(host=None)
         return
+    with _local(include_dashboard=False):
+        yield _describe(host=LOOPBACK)
+
+
+@contextmanager
+def head_cluster(token_path: Path) -> Iterator[Addresses]:
+    """Give a cluster of this machine with the Jobs API inside the block, and leave nothing of it.
+
+    Only who can read the secret in `token_path` can reach it.
+
+    Raises:
+        UnreachableError: Ray does not start here.
+    """
+    local = _local(include_dashboard=True, dashboard_host=LOOPBACK)
+    use_token(token_path)
+    with _environment({}), quiet_stdout(), free_agent_port(), local as context:
+        yield Addresses(
+            gcs=context.address_info["gcs_address"], jobs_url=f"http://{context.dashboard_url}"
+        )
+
+
+@contextmanager
+def _local(**options: Any) -> Iterator[Any]:
+    """Start a cluster on this machine; gives Ray's own description of it."""
     local = local_cluster()
     # Unix sockets have short names: the folder must be near the root.
     folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
     with guarded(Path(folder)), _shut_down():
         with on_loopback():
-            _init(
+            context = _init(
                 "Ray could not be started on this machine",
                 address="local",
                 num_cpus=local.num_cpus,
                 resources={"inverse": local.num_inverse_slots},
-                include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=folder,
                 _node_ip_address=LOOPBACK,
                 **_QUIET,
+                **options,
             )
-        yield _describe(host=LOOPBACK)
+        yield context
 
 
 @contextmanager
@@ -95,10 +136,10 @@ def _shut_down() -> Iterator[None]:
             ray.shutdown()
 
 
-def _init(problem: str, **options: object) -> None:
+def _init(problem: str, **options: object) -> Any:
     try:
         with whole_connection():
-            _ray.init(**options)
+            return _ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise UnreachableError(f"{problem}: {error}") from error
 
@@ -129,9 +170,10 @@ def _is_single_node() -> bool:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
+def _environment(mode: Mapping[str, str]) -> Iterator[None]:
+    values = {**_ENVIRONMENT, **mode}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

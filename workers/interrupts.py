@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Ending = Literal["CANCELLED", "PAUSED"]
 
 
 @contextmanager
@@ -37,14 +39,16 @@ def deferred() -> Iterator[None]:
 
 
 class Interrupts:
-    """Notes the first interrupt, which raises at the next check, and a second one at once.
+    """Notes the first interrupt, which raises at the next check, and a second signal at once.
 
-    `grace_seconds` puts the first one off. Does nothing outside the main thread, where signals do
-    not arrive.
+    `grace_seconds` puts the first one off. Outside the main thread, where signals do not arrive,
+    there are requests only. `ends_as` is what an interrupted run is called.
     """
 
     def __init__(self) -> None:
         self.grace_seconds = 0.0
+        self.ends_as: Ending = "CANCELLED"
+        self._patience_seconds = 0.0
         self._requested_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -68,6 +72,15 @@ class Interrupts:
             raise KeyboardInterrupt
         self._requested_at = time.monotonic()
 
+    def request(self, ends_as: Ending, patience_seconds: float = 0.0) -> None:
+        """Interrupt from any thread.
+
+        Where there is a grace period, it is made at least `patience_seconds`.
+        """
+        self.ends_as = ends_as
+        self._patience_seconds = patience_seconds
+        self._requested_at = time.monotonic()
+
     @property
     def requested(self) -> bool:
         """Whether there was an interrupt."""
@@ -81,5 +94,6 @@ class Interrupts:
         """
         if self._requested_at is None:
             return
-        if time.monotonic() - self._requested_at > self.grace_seconds:
+        grace = max(self.grace_seconds, self._patience_seconds) if self.grace_seconds else 0.0
+        if time.monotonic() - self._requested_at > grace:
             raise KeyboardInterrupt

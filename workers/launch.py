@@ -6,15 +6,14 @@ whatever happens.
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.placement import check_placement
-from kfac_dist.errors import JobFailedError, KfacDistError
-from kfac_dist.runs import FirstFailure, JobState, JobSummary, RunFolder, WorkerCounts
+from kfac_dist.errors import JobFailedError, KfacDistError, reason_of
+from kfac_dist.runs import FirstFailure, JobState, JobSummary, RunFolder, RunIdentity, WorkerCounts
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
 from workers.checkpointing import BEGINNING, ResumePoint, averages_step, find_resume_point
@@ -54,13 +53,16 @@ def run_job(
     on_event: OnEvent | None = None,
     metrics: MetricsServer | None = None,
     ray_address: str | None = None,
+    identity: RunIdentity | None = None,
+    interrupts: Interrupts | None = None,
 ) -> JobSummary:
     """Run `spec` to its end and return the summary, which is also in the run folder.
 
     User files of a task are looked for in `base_dir`; `home` has the data cache and, without
     `run_dir`, the run folders. `resume` goes on with the run in the folder at its newest whole
-    checkpoint. `metrics` serves the job's while it runs. An interrupt ends everything within
-    seconds, leaves a checkpoint where the step in hand ends in time, and is raised again.
+    checkpoint. `metrics` serves the job's while it runs. `identity` is what the run is called. An
+    interrupt, also by `interrupts`, ends everything within seconds, leaves a checkpoint where the
+    step in hand ends in time, and is raised again.
 
     Raises:
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
@@ -69,10 +71,12 @@ def run_job(
         _check_placement(spec, local_cluster())
     preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=home / "data")
     path = run_dir or home / "runs" / spec.name
-    with (RunFolder.resume if resume else RunFolder.create)(path, spec) as folder:
+    with _open_folder(path, spec, resume, identity) as folder:
         point = find_resume_point(folder, spec.steps) if resume else None
         if point is not None:
-            folder.begin_attempt(spec)  # only now: an error before leaves the run as it was
+            folder.begin_attempt(
+                spec, identity
+            )  # only now: an error before leaves the run as it was
         job = JobContext(
             job=folder.read_job().job,
             attempt=folder.read_job().attempt,
@@ -85,7 +89,14 @@ def run_job(
         journal = JobJournal(folder, job.attempt)
         with journal.served(metrics, job.job):
             journal.watch(on_record, on_event)
-            return _Run(job, folder, journal, preparation, point).run(ray_address)
+            run = _Run(job, folder, journal, preparation, point, interrupts or Interrupts())
+            return run.run(ray_address)
+
+
+def _open_folder(
+    path: Path, spec: JobSpec, resume: bool, identity: RunIdentity | None
+) -> RunFolder:
+    return RunFolder.resume(path, spec) if resume else RunFolder.create(path, spec, identity)
 
 
 def _check_placement(spec: JobSpec, cluster: Cluster) -> None:
@@ -102,12 +113,14 @@ class _Run:
         journal: JobJournal,
         preparation: Preparation,
         resume_point: ResumePoint | None,
+        interrupts: Interrupts,
     ) -> None:
         self._job = job
         self._folder = folder
         self._journal = journal
         self._preparation = preparation
         self._resume_point = resume_point
+        self._interrupts = interrupts
         self._recorder = Recorder()
         self._started = time.monotonic()
 
@@ -116,7 +129,8 @@ class _Run:
         try:
             result = self._train(ray_address)
         except KeyboardInterrupt:
-            self._finish(_Outcome(state="CANCELLED", reason="interrupted", message="interrupted"))
+            ending = self._interrupts.ends_as
+            self._finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
             raise
         except KfacDistError as error:
             self._finish(_failed(error))
@@ -130,7 +144,7 @@ class _Run:
     def _train(self, ray_address: str | None) -> TrainingResult:
         self._preparation.check_data()
         point = self._find_start()
-        with ray_cluster(ray_address) as cluster, Interrupts() as interrupts:
+        with ray_cluster(ray_address) as cluster, self._interrupts:
             _check_placement(self._job.spec, cluster)
             loop = TrainingLoop(
                 self._job.spec,
@@ -139,10 +153,12 @@ class _Run:
                 self._recorder,
                 point,
                 self._preparation.num_train_cases,
-                interrupts,
+                self._interrupts,
             )
             plan = self._plan_crew(cluster, point)
-            crew = Crew(self._job, self._folder, plan, loop.on_inverse_worker_death, interrupts)
+            crew = Crew(
+                self._job, self._folder, plan, loop.on_inverse_worker_death, self._interrupts
+            )
             try:
                 self._journal.started(crew.build().precondition)
                 return loop.run(crew)
@@ -159,7 +175,8 @@ class _Run:
         self._folder.truncate_metrics_after(point.step)
         self._recorder = Recorder(self._folder.read_metrics())
         where = f"from the checkpoint of step {point.step}" if point.step else "from the start"
-        self._journal.event("resumed", f"attempt {self._job.attempt} goes on {where}")
+        message = f"attempt {self._job.attempt} goes on {where}"
+        self._journal.event("resumed", message, from_step=point.step)
         return point
 
     def _plan_crew(self, cluster: Cluster, point: ResumePoint) -> CrewPlan:
@@ -228,12 +245,7 @@ def _failed(error: KfacDistError) -> _Outcome:
     failed = error if isinstance(error, JobFailedError) else None
     return _Outcome(
         state="FAILED",
-        reason=failed.reason if failed else _word(type(error).__name__),
+        reason=reason_of(error),
         message=error.message,
         first_failure=FirstFailure.of(failed) if failed else None,
     )
-
-
-def _word(class_name: str) -> str:
-    """Return the machine word of an error that has none: TimedOutError is timed_out."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", class_name.removesuffix("Error")).lower()

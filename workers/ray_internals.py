@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import environ
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from ray import _raylet
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray._private.parameter import RayParams
 
 from workers.interrupts import deferred
 
@@ -18,9 +22,38 @@ def on_loopback() -> Iterator[None]:
     """Keep a cluster that is started inside off the network.
 
     Ray replaces 127.0.0.1 by the machine's address and then listens on all interfaces, where
-    anybody could run code. It does not on the systems it calls local only.
+    anybody could run code. It does not on the systems it calls local only; its other processes,
+    and drivers that they start, take that from the environment.
     """
-    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+    local_only = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), patch.dict(environ, local_only):
+        yield
+
+
+def use_token(path: Path) -> None:
+    """Let this process, and those it starts, show the secret in `path` to Ray, and ask for it.
+
+    Ray has read its environment when it was imported, so it is made to read it again.
+    """
+    environ["RAY_AUTH_MODE"] = "token"
+    environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    internals: Any = _raylet  # compiled, and without stubs for these
+    internals.Config.initialize("")
+    internals.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def free_agent_port() -> Iterator[None]:
+    """Let a cluster's agent, which runs the drivers, take a free port instead of a fixed one.
+
+    A second cluster on the machine would have no Jobs API.
+    """
+    make = RayParams.__init__
+
+    def make_with_free_port(self: RayParams, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **({"dashboard_agent_listen_port": 0} | options))
+
+    with patch.object(RayParams, "__init__", make_with_free_port):
         yield
 
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 from kfac_dist import __version__
+from kfac_dist.cli.cancel import cancel
+from kfac_dist.cli.checkpoints import checkpoints
+from kfac_dist.cli.cluster import cluster_app
 from kfac_dist.cli.completion import completion
+from kfac_dist.cli.describe import describe
 from kfac_dist.cli.doctor import doctor
+from kfac_dist.cli.driver import driver
+from kfac_dist.cli.explain import explain
 from kfac_dist.cli.failure import INTERRUPTED, as_exit_code
 from kfac_dist.cli.layers import layers
+from kfac_dist.cli.list_jobs import list_jobs
+from kfac_dist.cli.logs import logs
+from kfac_dist.cli.metrics import metrics
+from kfac_dist.cli.pause import pause
+from kfac_dist.cli.plan import plan
+from kfac_dist.cli.resume import resume
+from kfac_dist.cli.retry import retry
 from kfac_dist.cli.schema import spec_app
+from kfac_dist.cli.serve import serve
+from kfac_dist.cli.submit import submit
+from kfac_dist.cli.token import token_app
 from kfac_dist.cli.train import train
 from kfac_dist.cli.validate import validate
+from kfac_dist.cli.watch import watch
 
 app = typer.Typer(
     name="kfac-dist",
@@ -27,9 +44,33 @@ app = typer.Typer(
         "130 interrupted."
     ),
 )
-for command in (train, validate, layers, doctor, completion):
-    app.command()(command)
-app.add_typer(spec_app)
+_HERE = "On this machine"
+_JOBS = "Jobs of a server"
+_SERVER = "The server"
+_LOCAL: tuple[Callable[..., None], ...] = (train, validate, plan, layers, doctor, completion)
+_REMOTE: tuple[Callable[..., None], ...] = (
+    submit,
+    describe,
+    logs,
+    watch,
+    metrics,
+    cancel,
+    pause,
+    resume,
+    retry,
+    checkpoints,
+    explain,
+)
+for command in _LOCAL:
+    app.command(rich_help_panel=_HERE)(command)
+app.add_typer(spec_app, rich_help_panel=_HERE)
+app.command("list", rich_help_panel=_JOBS)(list_jobs)
+for command in _REMOTE:
+    app.command(rich_help_panel=_JOBS)(command)
+app.command(rich_help_panel=_SERVER)(serve)
+for group in (token_app, cluster_app):
+    app.add_typer(group, rich_help_panel=_SERVER)
+app.command(hidden=True)(driver)
 
 
 def _show_version(wanted: bool) -> None:

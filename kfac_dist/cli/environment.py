@@ -17,6 +17,11 @@ def data_dir(option: Path | None) -> Path | None:
     return absolute(Path(given)) if given else None
 
 
+def ray_address() -> str | None:
+    """`$RAY_ADDRESS`, which Ray sets for the jobs that it runs."""
+    return os.environ.get("RAY_ADDRESS")
+
+
 def absolute(path: Path) -> Path:
     """Make a path independent of the working folder: workers have another one."""
     return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are left as they are

@@ -42,3 +42,12 @@ MetricsPortOption = Annotated[
 OutputOption = Annotated[
     Format, typer.Option("-o", "--output", help="How the result is written to stdout.")
 ]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE; else $KFAC_DIST_STORE, "
+        "else store.db in $KFAC_DIST_HOME. A password is better in a ~/.pgpass file.",
+    ),
+]

@@ -31,7 +31,7 @@ def write_result(value: Mapping[str, Any], output: Format, table: Table | None =
 
         _write(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).rstrip())
     else:
-        write_table(table or _key_table(value))
+        write_table(table or key_table(value))
 
 
 def write_table(table: Table) -> None:
@@ -40,6 +40,11 @@ def write_table(table: Table) -> None:
 
     width = None if sys.stdout.isatty() else _WIDE
     Console(markup=False, highlight=False, width=width).print(table)
+
+
+def write_text(text: str) -> None:
+    """Write text to stdout as it is."""
+    _write(text)
 
 
 def make_table(
@@ -58,7 +63,8 @@ def make_table(
     return table
 
 
-def _key_table(value: Mapping[str, Any]) -> Table:
+def key_table(value: Mapping[str, Any]) -> Table:
+    """A table of keys and values; keys inside of mappings have dots, what is None is left out."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -6,23 +6,75 @@ import sys
 import time
 from collections import deque
 from contextlib import AbstractContextManager
-from typing import IO, TYPE_CHECKING, Protocol, Self
-
-if TYPE_CHECKING:
-    from kfac_dist.runs import Event, StepRecord
+from typing import IO, Protocol, Self
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 _WINDOW = 20  # steps over which the rate is taken
 
 
+class Staleness(Protocol):
+    """Of the inverses, over the layers, in steps."""
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+
+    @property
+    def max(self) -> float:
+        """The maximum."""
+
+
+class Step(Protocol):
+    """What is shown of a step: of a record of the run's, or of what a server tells."""
+
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+
+    @property
+    def time(self) -> float:
+        """When it ended, in Unix seconds."""
+
+    @property
+    def objective(self) -> float:
+        """Of its batch, in nats a case."""
+
+    @property
+    def damping(self) -> float | None:
+        """The damping lambda, None where there is none."""
+
+    @property
+    def inverse_staleness_steps(self) -> Staleness | None:
+        """None where there are no inverses."""
+
+
+class Happening(Protocol):
+    """What is shown of an event."""
+
+    @property
+    def severity(self) -> str:
+        """The severity info is not shown."""
+
+    @property
+    def step(self) -> int:
+        """The last step that was begun."""
+
+    @property
+    def message(self) -> str:
+        """A whole sentence."""
+
+
 class Progress(AbstractContextManager["Progress"], Protocol):
     """Something that shows how a job goes."""
 
-    def on_record(self, record: StepRecord) -> None:
+    def on_record(self, record: Step) -> None:
         """Show a step."""
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: Happening) -> None:
         """Show an event."""
+
+    def on_state(self, state: str, message: str | None) -> None:
+        """Show where the job stands, when that changes."""
 
 
 def make_progress(num_steps: int, *, plain: bool) -> Progress:
@@ -38,7 +90,7 @@ class _Rate:
     def __init__(self) -> None:
         self._arrivals: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
 
-    def add(self, record: StepRecord) -> float | None:
+    def add(self, record: Step) -> float | None:
         self._arrivals.append((record.step, record.time))
         (first, begun), (last, ended) = self._arrivals[0], self._arrivals[-1]
         return (last - first) / (ended - begun) if ended > begun else None
@@ -59,7 +111,7 @@ class PlainProgress:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def on_record(self, record: StepRecord) -> None:
+    def on_record(self, record: Step) -> None:
         """Write a line if ten seconds have passed since the last, or the job is at its end."""
         facts = describe(record, self._rate.add(record))
         now = time.monotonic()
@@ -68,10 +120,14 @@ class PlainProgress:
         self._shown = now
         self._write(f"step {record.step}/{self._num_steps}  {facts}")
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: Happening) -> None:
         """Write a warning or an error."""
         if event.severity != "info":
             self._write(f"{event.severity}: step {event.step}: {event.message}")
+
+    def on_state(self, state: str, message: str | None) -> None:
+        """Write a line."""
+        self._write(f"{state}: {message}" if message else state)
 
     def _write(self, line: str) -> None:
         if self._stream is not None:
@@ -106,7 +162,7 @@ class LiveProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def on_record(self, record: StepRecord) -> None:
+    def on_record(self, record: Step) -> None:
         """Move the bar."""
         self._bar.update(
             self._task,
@@ -115,15 +171,19 @@ class LiveProgress:
             facts=describe(record, self._rate.add(record)),
         )
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: Happening) -> None:
         """Print a warning or an error above the bar."""
         if event.severity != "info":
             style = "red" if event.severity == "error" else "yellow"
             text = f"step {event.step}: {event.message}"
             self._bar.console.print(text, style=style, markup=False)
 
+    def on_state(self, state: str, message: str | None) -> None:
+        """Say it where the step will be."""
+        self._bar.update(self._task, description=state.lower(), facts=message or "")
 
-def describe(record: StepRecord, rate: float | None) -> str:
+
+def describe(record: Step, rate: float | None) -> str:
     """Objective, rate, staleness and damping of a step, what there is of them."""
     facts = [f"objective {record.objective:.4g}"]
     if rate is not None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +22,7 @@ from kfac_dist.cli.options import (
 )
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.cli.progress import make_progress
+from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.errors import JobFailedError
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def _run(
     check_folder(folder, job, resume=resume)  # before torch and Ray take their seconds
     progress = make_progress(job.steps, plain=output is Format.table)
     try:
-        with _terminate_is_interrupt(), _metrics(metrics_port) as metrics, progress:
+        with terminate_is_interrupt(), _metrics(metrics_port) as metrics, progress:
             from workers.launch import run_job
 
             return run_job(
@@ -139,20 +138,6 @@ def _metrics(port: int | None) -> Iterator[MetricsServer | None]:
         if server is not None:
             typer.echo(f"metrics at {server.url}", err=True)
         yield server
-
-
-@contextmanager
-def _terminate_is_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the job as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _write_failed_summary(folder: Path, error: JobFailedError, output: Format) -> None:

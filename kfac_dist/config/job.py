@@ -92,7 +92,7 @@ class FaultSpec(Section):
     """What a job survives."""
 
     max_restarts: CountOrZero = 3
-    """Restarts of inverse workers before the job fails."""
+    """Restarts of inverse workers, and of a job of the service as a whole, before it fails."""
     max_bad_steps: CountOrZero = 10
     """Steps without a finite update before the job fails."""
     min_gradient_workers: Count = 1

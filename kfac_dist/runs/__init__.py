@@ -1,6 +1,6 @@
 """The folder of a run: records, journal, report. Written by the driver, read by anyone."""
 
-from kfac_dist.runs.folder import RunFolder, check_folder
+from kfac_dist.runs.folder import RunFolder, RunIdentity, check_folder
 from kfac_dist.runs.records import (
     ENDED,
     Evaluation,
@@ -27,6 +27,7 @@ __all__ = [
     "JobSummary",
     "Metrics",
     "RunFolder",
+    "RunIdentity",
     "StalenessSummary",
     "StepRecord",
     "WorkerCounts",

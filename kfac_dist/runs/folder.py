@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,14 @@ from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepReco
 from kfac_dist.runs.resume import check_same_job
 
 _JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What a run is called by whoever keeps count of jobs and attempts."""
+
+    job: str
+    attempt: int
 
 
 class RunFolder:
@@ -42,8 +51,10 @@ class RunFolder:
         self._events = Journal(path / "events.jsonl")
 
     @classmethod
-    def create(cls, path: Path, spec: JobSpec) -> RunFolder:
+    def create(cls, path: Path, spec: JobSpec, identity: RunIdentity | None = None) -> RunFolder:
         """Begin a new run in `path`, which is made if need be.
+
+        Without `identity` it gets an id of its own, and this is its first attempt.
 
         Raises:
             ConflictError: the folder holds a run already, or another process works in it.
@@ -54,9 +65,7 @@ class RunFolder:
             for name in ("logs", "checkpoints"):
                 (path / name).mkdir(exist_ok=True)
             folder.write_spec(spec)
-            now = time.time()
-            job = f"{spec.name}-{secrets.token_hex(4)}"
-            folder._write_job(JobRecord(job=job, state="STARTING", created_at=now, updated_at=now))
+            folder._write_job(_first_record(spec, identity))
         return folder
 
     @classmethod
@@ -113,11 +122,14 @@ class RunFolder:
         suffix = "" if attempt == 1 else f".a{attempt}"
         return self.path / "logs" / f"{role}-{rank}{suffix}.log"
 
-    def begin_attempt(self, spec: JobSpec) -> None:
-        """Begin the next attempt of a run taken up again; `spec` may change what keeps the job."""
+    def begin_attempt(self, spec: JobSpec, identity: RunIdentity | None = None) -> None:
+        """Begin the next attempt of a run taken up again; `spec` may change what keeps the job.
+
+        Without `identity` its number is one more than the last.
+        """
         self.write_spec(spec)
         (self.path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
-        attempt = self.read_job().attempt + 1
+        attempt = identity.attempt if identity else self.read_job().attempt + 1
         self.update_job(
             state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
         )
@@ -184,6 +196,14 @@ class RunFolder:
 
     def _write_job(self, record: JobRecord) -> None:
         write_whole(self.path / _JOB, record.model_dump_json(indent=2) + "\n")
+
+
+def _first_record(spec: JobSpec, identity: RunIdentity | None) -> JobRecord:
+    own = identity or RunIdentity(job=f"{spec.name}-{secrets.token_hex(4)}", attempt=1)
+    now = time.time()
+    return JobRecord(
+        job=own.job, attempt=own.attempt, state="STARTING", created_at=now, updated_at=now
+    )
 
 
 def _lock(path: Path) -> FolderLock:

@@ -21,6 +21,15 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_secret(path: Path, secret: str) -> Path:
+    """Write a file that its user alone can read, from its first moment on; returns it."""
+    path.unlink(missing_ok=True)  # one that is there would keep its mode
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret)
+    return path
+
+
 class Journal:
     """An append-only file of JSON objects, one a line.
 

@@ -8,6 +8,16 @@ from pathlib import Path
 
 from kfac_dist.errors import ConflictError
 
+_NAME = ".lock"
+
+
+def holder_of(folder: Path) -> int | None:
+    """Return the process that took the lock last, whether it holds it or not."""
+    try:
+        return int((folder / _NAME).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
 
 class FolderLock:
     """An exclusive lock on a folder, held until `release` or the end of the process."""
@@ -18,7 +28,7 @@ class FolderLock:
         Raises:
             ConflictError: another process holds it; the message has its process id.
         """
-        self._file = (folder / ".lock").open("a+")
+        self._file = (folder / _NAME).open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

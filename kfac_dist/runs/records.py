@@ -22,8 +22,10 @@ def _nan_for_null(value: object) -> object:
 Measured = Annotated[float, BeforeValidator(_nan_for_null)]
 """A measured number: NaN where it is null in JSON."""
 
-JobState = Literal["STARTING", "RUNNING", "DEGRADED", "SUCCEEDED", "FAILED", "CANCELLED"]
-ENDED: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+JobState = Literal["STARTING", "RUNNING", "DEGRADED", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
+ENDED: frozenset[JobState] = frozenset({"PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"})
+"""States of a run that no process works on."""
+
 Severity = Literal["info", "warning", "error"]
 InversionResult = Literal["ok", "rescued", "failed"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = "import sys; from kfac_dist.cli import main; sys.argv[0] = 'kfac-dist'; main()"
-HEAVY = ("torch", "ray", "numpy")
+HEAVY = ("torch", "ray", "numpy", "grpc", "sqlalchemy")
 
 
 def _start(*arguments: str, code: str = PROGRAM) -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,17 @@ def _start(*arguments: str, code: str = PROGRAM) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["doctor"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["serve", "--help"],
+        ["submit", "--help"],
+        ["--version"],
+        ["doctor"],
+    ],
+)
 def test_what_needs_no_training_loads_nothing_heavy(arguments: list[str]) -> None:
     watched = (
         "import atexit, sys\n"

@@ -103,11 +103,10 @@ class CommandLine:
             cwd=self.folder,
         )
 
-    def train(self, spec: Path, *arguments: str, run_dir: str = "run") -> Running:
-        folder = self.folder / run_dir
-        command = [*COMMAND, "train", str(spec), "--run-dir", str(folder), "-o", "json"]
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """Start a command in the background."""
         process = subprocess.Popen(
-            [*command, *arguments],
+            [*COMMAND, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -115,4 +114,9 @@ class CommandLine:
             cwd=self.folder,
         )
         self.started.append(process)
+        return process
+
+    def train(self, spec: Path, *arguments: str, run_dir: str = "run") -> Running:
+        folder = self.folder / run_dir
+        process = self.start("train", spec, "--run-dir", folder, "-o", "json", *arguments)
         return Running(process=process, run_dir=folder)

@@ -1,0 +1,5 @@
+"""`python -m kfac_dist.cli`: the command line where its script is not on the path."""
+
+from kfac_dist.cli import main
+
+main()

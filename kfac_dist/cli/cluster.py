@@ -1,0 +1,89 @@
+"""`kfac-dist cluster`: the Ray cluster of this machine, which outlives servers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from kfac_dist.cli.environment import home
+from kfac_dist.cli.options import OutputOption, StoreOption
+from kfac_dist.cli.output import Format, write_result
+from kfac_dist.errors import ConflictError, NotFoundError
+
+cluster_app = typer.Typer(name="cluster", help="The Ray cluster of this machine.")
+
+
+@cluster_app.callback()
+def _cluster() -> None:
+    """The Ray cluster of this machine."""
+
+
+@cluster_app.command()
+def up(output: OutputOption = Format.table) -> None:
+    """Start the cluster of this home, unless it runs; serve does so by itself."""
+    from workers.head import ensure_head
+
+    home().mkdir(parents=True, exist_ok=True, mode=0o700)
+    ensure_head(home())
+    write_result(_facts(), output)
+
+
+@cluster_app.command()
+def status(output: OutputOption = Format.table) -> None:
+    """Show where the cluster of this home is and what it has."""
+    write_result(_facts(), output)
+
+
+@cluster_app.command()
+def down(
+    force: Annotated[
+        bool, typer.Option("--force", help="Also while jobs are active, which end with it.")
+    ] = False,
+    store: StoreOption = None,
+    output: OutputOption = Format.table,
+) -> None:
+    """End the cluster of this home and everything on it."""
+    from workers.head import end_head
+
+    active = _active_jobs(store)
+    if active and not force:
+        raise ConflictError(
+            f"{len(active)} jobs are active on the cluster ({', '.join(active[:5])}); cancel them, "
+            "or end them with it by --force"
+        )
+    write_result({"ended": end_head(home())}, output)
+
+
+def _facts() -> dict[str, Any]:
+    from workers.head import read_head
+    from workers.job_runner import RayJobRunner
+
+    head = read_head(home())
+    if head is None:
+        raise NotFoundError(
+            f"no cluster runs with {home()}; kfac-dist cluster up, or serve, starts one"
+        )
+    resources = RayJobRunner.of_head(head).resources()
+    return {
+        "gcs_address": head.gcs_address,
+        "jobs_url": head.jobs_url,
+        "pid": head.pid,
+        "num_cpus": resources.num_cpus,
+        "num_gpus": resources.num_gpus,
+        "num_inverse_slots": resources.num_inverse_slots,
+    }
+
+
+def _active_jobs(store_url: str | None) -> list[str]:
+    """The ids of jobs that have an attempt on the cluster, as far as there is a store."""
+    from kfac_dist.cli.store import open_home_store
+    from kfac_dist.coordination.lifecycle import ACTIVE
+    from kfac_dist.service.jobs import Jobs
+
+    store = open_home_store(home(), store_url)
+    try:
+        jobs, _ = Jobs(store, home()).list(states=ACTIVE)
+        return [job.id for job in jobs]
+    finally:
+        store.close()

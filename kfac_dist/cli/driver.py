@@ -1,0 +1,151 @@
+"""`kfac-dist driver`: what the cluster runs for an attempt of a job. Not for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kfac_dist.cli.environment import ray_address
+from kfac_dist.cli.signals import terminate_is_interrupt
+from kfac_dist.errors import ConflictError, JobFailedError, KfacDistError, reason_of
+
+if TYPE_CHECKING:
+    from kfac_dist.runs import FirstFailure
+    from kfac_dist.service.launching import Launch
+    from kfac_dist.service.records import ReportAnswer
+    from kfac_dist.service.run_reader import DriverEnd
+    from workers.interrupts import Interrupts
+
+_ROLE = "driver"
+_PAUSE_PATIENCE_SECONDS = 60.0  # for the step in hand and its checkpoint
+_FAILED = 1
+
+
+def driver(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.")],
+    attempt: Annotated[int, typer.Argument(metavar="ATTEMPT", help="The attempt's number.")],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", metavar="HOST:PORT", help="Its cluster; else what Ray's own says."
+        ),
+    ] = None,
+) -> None:
+    """Run an attempt of a job that the control plane has prepared."""
+    from kfac_dist.service.launching import read_launch, read_token
+    from kfac_dist.service.reporting import ReportClient, Reporter
+    from kfac_dist.service.run_reader import RunReader, write_end
+    from workers.interrupts import Interrupts
+
+    launch = read_launch(run_dir)
+    if launch.attempt != attempt:  # the cluster has started it after it was given up
+        raise ConflictError(f"{run_dir}: attempt {launch.attempt} has replaced attempt {attempt}")
+    _redirect_output(run_dir, attempt)
+    interrupts = Interrupts()
+    reader = RunReader(run_dir, launch.job, attempt)
+    client = ReportClient(launch.home, read_token(run_dir))
+    with Reporter(reader, client, lambda answer: _obey(answer, interrupts)):
+        end = _run(launch, run_dir, address or ray_address(), interrupts)
+        write_end(run_dir, end)
+    if end.state == "FAILED":
+        raise typer.Exit(_FAILED)
+
+
+def _redirect_output(run_dir: Path, attempt: int) -> None:
+    """Let what is printed go to the run's logs: the cluster keeps it with its own."""
+    from kfac_dist.runs import RunFolder
+
+    path = RunFolder(run_dir, None).log_path(_ROLE, 0, attempt).with_suffix(".out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as printed:
+        os.dup2(printed.fileno(), sys.stdout.fileno())
+        os.dup2(printed.fileno(), sys.stderr.fileno())
+
+
+def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
+    if interrupts.requested and interrupts.ends_as == "CANCELLED":
+        return
+    if answer.fenced or answer.order == "cancel":
+        interrupts.request("CANCELLED")
+    elif answer.order == "pause" and not interrupts.requested:
+        interrupts.request("PAUSED", _PAUSE_PATIENCE_SECONDS)
+
+
+def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
+    """Run the job and return how it ended; whatever it is, the job's user is told."""
+    from kfac_dist.runs import RunFolder
+    from workers.logs import open_log
+
+    path = RunFolder(run_dir, None).log_path(_ROLE, 0, launch.attempt)
+    log = open_log(path, job=launch.job, role=_ROLE, attempt=launch.attempt, pid=os.getpid())
+    log.info("the driver has started")
+    try:
+        with terminate_is_interrupt():
+            _train(launch, run_dir, address, interrupts)
+    except KeyboardInterrupt:
+        log.info("the driver was interrupted", ends_as=interrupts.ends_as)
+        return _end(launch, interrupts.ends_as, reason="interrupted")
+    except KfacDistError as error:
+        log.exception("the attempt failed")
+        return _failed(launch, error)
+    except Exception as error:
+        log.exception("the attempt failed by a bug")
+        message = f"{type(error).__name__}: {error}"
+        return _end(launch, "FAILED", reason="internal_error", message=message)
+    log.info("the attempt has succeeded")
+    return _end(launch, "SUCCEEDED")
+
+
+def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> None:
+    from kfac_dist.config import parse_spec
+    from kfac_dist.runs import RunIdentity
+    from kfac_dist.service.launching import code_dir
+    from workers.launch import run_job
+    from workers.metrics_server import metrics_server
+
+    with metrics_server(0) as metrics:
+        run_job(
+            parse_spec(launch.spec),
+            base_dir=code_dir(run_dir),
+            data_dir=launch.data_dir,
+            home=launch.home,
+            run_dir=run_dir,
+            resume=launch.resume,
+            metrics=metrics,
+            ray_address=address,
+            identity=RunIdentity(job=launch.job, attempt=launch.attempt),
+            interrupts=interrupts,
+        )
+
+
+def _failed(launch: Launch, error: KfacDistError) -> DriverEnd:
+    from kfac_dist.runs import FirstFailure
+
+    failure = FirstFailure.of(error) if isinstance(error, JobFailedError) else None
+    return _end(
+        launch, "FAILED", reason=reason_of(error), message=error.message, first_failure=failure
+    )
+
+
+def _end(
+    launch: Launch,
+    state: str,
+    *,
+    reason: str | None = None,
+    message: str | None = None,
+    first_failure: FirstFailure | None = None,
+) -> DriverEnd:
+    from kfac_dist.coordination.lifecycle import JobState
+    from kfac_dist.service.run_reader import DriverEnd
+
+    return DriverEnd(
+        attempt=launch.attempt,
+        state=JobState(state),
+        reason=reason,
+        message=message,
+        first_failure=first_failure,
+    )

@@ -1,0 +1,65 @@
+"""`kfac-dist explain`: why a job failed, or why it waits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.job_view import event_facts, iso_time
+from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.output import Format, write_result, write_text
+
+if TYPE_CHECKING:
+    from kfac_dist.service.explanation import Explanation
+
+
+def explain(
+    job_id: JobArgument,
+    server: ServerOption = None,
+    ca: CaOption = None,
+    output: OutputOption = Format.table,
+) -> None:
+    """Say why a job is where it is: the worker that failed first, then its echoes, then advice."""
+    from kfac_dist.service.explanation import explain_job
+
+    with connect(server, ca) as client:
+        explanation = explain_job(client.get(job_id), list(client.events(job_id)))
+    if output is Format.table:
+        write_text("\n".join(_lines(explanation)))
+    else:
+        write_result(_facts(explanation), output)
+
+
+def _facts(explanation: Explanation) -> dict[str, Any]:
+    failure = explanation.first_failure
+    return {
+        "job": explanation.job,
+        "state": str(explanation.state),
+        "reason": explanation.reason,
+        "message": explanation.message,
+        "first_failure": None if failure is None else asdict(failure),
+        "echoes": [event_facts(event) for event in explanation.echoes],
+        "advice": explanation.advice,
+    }
+
+
+def _lines(explanation: Explanation) -> list[str]:
+    reason = f" ({explanation.reason})" if explanation.reason else ""
+    lines = [f"{explanation.job} is {explanation.state}{reason}"]
+    if explanation.message:
+        lines += [f"  {line}" for line in explanation.message.splitlines()]
+    failure = explanation.first_failure
+    if failure is not None:
+        when = iso_time(failure.time_seconds)
+        lines += ["", f"first failure: {failure.role} {failure.rank} at {when}"]
+        lines += [f"  | {line}" for line in failure.log_tail.splitlines()]
+    if explanation.echoes:
+        lines += ["", "what followed:" if failure else "warnings and errors:"]
+        lines += [
+            f"  {iso_time(event.time)} {event.severity}: step {event.step}: {event.message}"
+            for event in explanation.echoes
+        ]
+    if explanation.advice:
+        lines += ["", f"advice: {explanation.advice}"]
+    return lines

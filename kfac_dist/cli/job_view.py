@@ -1,0 +1,164 @@
+"""Jobs as commands show them: the same facts in tables, JSON and YAML."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from kfac_dist.cli.output import Format, make_table, write_result
+from kfac_dist.errors import CancelledError, JobFailedError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kfac_dist.service.records import Attempt, Job, JobEvent
+
+# What `train -o json` prints, in its order; a job that has no summary yet has them, too.
+_SUMMARY = (
+    "train",
+    "test",
+    "train_averaged",
+    "test_averaged",
+    "initial_objective",
+    "wall_seconds",
+    "steps_per_second",
+    "inverse_staleness_steps",
+    "workers",
+)
+
+
+def write_state(job: Job, output: Format) -> None:
+    """Write where a job stands after a request."""
+    row = (job.id, str(job.state), job.message)
+    write_result(
+        {"job": job.id, "state": str(job.state)},
+        output,
+        make_table(("job", "state", "message"), [row], right=()),
+    )
+
+
+def job_row(job: Job) -> dict[str, Any]:
+    """Return a job's facts in a listing."""
+    return {
+        "job": job.id,
+        "name": job.name,
+        "state": str(job.state),
+        "step": job.step,
+        "num_steps": job.num_steps,
+        "attempt": job.attempt,
+        "owner": job.owner,
+        "priority": job.priority,
+        "created_at": iso_time(job.created_at),
+        "reason": job.reason,
+        "message": job.message,
+    }
+
+
+def jobs_table(jobs: Iterable[Job]) -> Table:
+    """Return jobs as a table."""
+    now = time.time()
+    rows = [
+        (
+            job.id,
+            str(job.state),
+            f"{job.step}/{job.num_steps}",
+            job.attempt,
+            job.owner,
+            age(now - job.created_at),
+            job.message,
+        )
+        for job in jobs
+    ]
+    columns = ("job", "state", "step", "attempt", "owner", "age", "message")
+    return make_table(columns, rows, right=("step", "attempt", "age"))
+
+
+def described(job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
+    """Return everything of a job: its summary's keys first, as `train` prints them."""
+    summary = job.summary or {}
+    workers = job.spec.get("workers") or {}
+    counts = {key: workers.get(key) for key in ("gradient", "inverse", "parameter_server")}
+    facts: dict[str, Any] = {"job": job.id, "state": str(job.state), "step": job.step}
+    facts |= {key: summary.get(key) for key in _SUMMARY}
+    facts["workers"] = summary.get("workers") or counts
+    failure = job.first_failure
+    return facts | {
+        "run_dir": job.run_dir,
+        "reason": job.reason,
+        "message": job.message,
+        "first_failure": None if failure is None else asdict(failure),
+        "name": job.name,
+        "owner": job.owner,
+        "priority": job.priority,
+        "num_steps": job.num_steps,
+        "attempt": job.attempt,
+        "num_restarts": job.num_restarts,
+        "created_at": iso_time(job.created_at),
+        "started_at": iso_time(job.started_at),
+        "ended_at": iso_time(job.ended_at),
+        "data_dir": job.data_dir,
+        "package_sha256": job.package,
+        "attempts": [_attempt(attempt) for attempt in attempts],
+        "spec": dict(job.spec),
+    }
+
+
+def event_facts(event: JobEvent) -> dict[str, Any]:
+    """Return an event's facts."""
+    return {
+        "sequence": event.sequence,
+        "time": iso_time(event.time),
+        "severity": event.severity,
+        "kind": event.kind,
+        "step": event.step,
+        "attempt": event.attempt,
+        "role": event.role,
+        "rank": event.rank,
+        "message": event.message,
+    }
+
+
+def raise_for_end(job: Job) -> None:
+    """Raise the error of a job that did not succeed: its exit code is the command's.
+
+    Raises:
+        JobFailedError: it failed.
+        CancelledError: it was cancelled.
+    """
+    told = job.message or job.reason or "no message"
+    if job.state == "FAILED":
+        failed = f"job {job.id} failed: {told} (kfac-dist explain {job.id} says more)"
+        raise JobFailedError(failed, reason=job.reason, first_failure=job.first_failure)
+    if job.state == "CANCELLED":
+        raise CancelledError(f"job {job.id} was cancelled: {told}")
+
+
+def iso_time(seconds: float | None) -> str | None:
+    """Return Unix seconds as ISO 8601 in UTC."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def age(seconds: float) -> str:
+    """Return a duration in its largest unit, as 35s, 12m, 5h, 3d."""
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "m"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{max(0, int(seconds)) // divisor}{unit}"
+    return f"{int(seconds) // 86_400}d"
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "number": attempt.number,
+        "state": str(attempt.state),
+        "reason": attempt.reason,
+        "message": attempt.message,
+        "started_at": iso_time(attempt.started_at),
+        "ended_at": iso_time(attempt.ended_at),
+        "heard_at": iso_time(attempt.heard_at),
+        "resumed_from_step": attempt.resumed_from_step,
+    }

@@ -1,0 +1,83 @@
+"""`kfac-dist metrics`: the history of a job's numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.output import Format, make_table, write_result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kfac_dist.service.records import MetricSeries
+
+
+def metrics(
+    job_id: JobArgument,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Metrics; without one, the names there are."),
+    ] = None,
+    first_step: Annotated[
+        int | None, typer.Option("--from", metavar="STEP", min=1, help="First step.")
+    ] = None,
+    last_step: Annotated[
+        int | None, typer.Option("--to", metavar="STEP", min=1, help="Last step, included.")
+    ] = None,
+    points: Annotated[
+        int,
+        typer.Option(
+            "--points",
+            metavar="N",
+            min=1,
+            max=10_000,
+            help="At most so many points: each is then the mean of several steps, of a staleness "
+            "their maximum.",
+        ),
+    ] = 40,
+    server: ServerOption = None,
+    ca: CaOption = None,
+    output: OutputOption = Format.table,
+) -> None:
+    """Show how metrics went over the steps, also after the job's end."""
+    with connect(server, ca) as client:
+        if not names:
+            there = client.metric_names(job_id)
+            table = make_table(("metric",), [(name,) for name in there], right=())
+            write_result({"job": job_id, "names": there}, output, table)
+            return
+        series = client.metrics(
+            job_id, names, first_step=first_step, last_step=last_step, max_points=points
+        )
+    write_result({"job": job_id, "series": [_facts(one) for one in series]}, output, _table(series))
+
+
+def _facts(series: MetricSeries) -> dict[str, Any]:
+    return {
+        "name": series.name,
+        "sampled_every": series.sampled_every,
+        "steps": [point.step for point in series.points],
+        "times": [point.time for point in series.points],
+        "values": [_finite(point.value) for point in series.points],
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if abs(value) < float("inf") else None
+
+
+def _table(series: list[MetricSeries]) -> Table:
+    by_step: dict[int, dict[str, float]] = {}
+    for one in series:
+        for point in one.points:
+            by_step.setdefault(point.step, {})[one.name] = point.value
+    names = [one.name for one in series]
+    rows = [
+        (step, *(values.get(name) for name in names)) for step, values in sorted(by_step.items())
+    ]
+    return make_table(("step", *names), rows, right=("step", *names))

@@ -1,0 +1,23 @@
+"""Which store the server and the commands beside it use: an option, the environment, the home."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kfac_dist.service.store import Store
+
+
+def open_home_store(home: Path, url: str | None) -> Store:
+    """Open the store at `url`, else at `$KFAC_DIST_STORE`, else the file in `home`.
+
+    Raises:
+        UsageError: the URL is none.
+        UnreachableError: the database does not answer.
+    """
+    from kfac_dist.service.store import open_store
+
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return open_store(url or os.environ.get("KFAC_DIST_STORE") or f"sqlite:///{home}/store.db")

@@ -1,0 +1,109 @@
+"""`kfac-dist token`: who may use the server. Works on the store, on the server's machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kfac_dist.cli.environment import home
+from kfac_dist.cli.job_view import iso_time
+from kfac_dist.cli.options import OutputOption, StoreOption
+from kfac_dist.cli.output import Format, make_table, write_result
+
+if TYPE_CHECKING:
+    from kfac_dist.service.access.tokens import Token, Tokens
+
+token_app = typer.Typer(name="token", help="Tokens for the server: who may do what.")
+
+_DAY_SECONDS = 86_400
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Jobs belong to this name.")]
+
+
+class RoleName(StrEnum):
+    """Roles, each of which may do all that those before it may."""
+
+    viewer = "viewer"
+    submitter = "submitter"
+    admin = "admin"
+
+
+@token_app.callback()
+def _token() -> None:
+    """Tokens for the server: who may do what."""
+
+
+@token_app.command()
+def create(
+    name: NameArgument,
+    role: Annotated[
+        RoleName,
+        typer.Option(
+            "--role", help="viewer looks, submitter runs jobs of its own, admin may do all."
+        ),
+    ] = RoleName.viewer,
+    days: Annotated[
+        float | None,
+        typer.Option(
+            "--days", metavar="N", help="How long it is valid; without it, until revoked."
+        ),
+    ] = None,
+    store: StoreOption = None,
+    output: OutputOption = Format.table,
+) -> None:
+    """Make a token and print it, this once: only its hash is kept."""
+    from kfac_dist.service.records import Role
+
+    lifetime = None if days is None else days * _DAY_SECONDS
+    with _tokens(store) as tokens:
+        token, secret = tokens.create(name, Role(role), lifetime_seconds=lifetime)
+    write_result({"token": secret} | _facts(token), output)
+
+
+@token_app.command("list")
+def list_tokens(store: StoreOption = None, output: OutputOption = Format.table) -> None:
+    """List all tokens, newest first; never the secrets themselves."""
+    with _tokens(store) as tokens:
+        facts = [_facts(token) for token in tokens.list()]
+    columns = ("name", "role", "id", "created_at", "expires_at", "revoked_at", "last_used_at")
+    table = make_table(columns, [[fact[column] for column in columns] for fact in facts], right=())
+    write_result({"tokens": facts}, output, table)
+
+
+@token_app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The token's name or id.")],
+    store: StoreOption = None,
+    output: OutputOption = Format.table,
+) -> None:
+    """End the validity of a token at once."""
+    with _tokens(store) as tokens:
+        token = tokens.revoke(name)
+    write_result(_facts(token), output)
+
+
+@contextmanager
+def _tokens(store_url: str | None) -> Iterator[Tokens]:
+    from kfac_dist.cli.store import open_home_store
+    from kfac_dist.service.access.tokens import Tokens
+
+    store = open_home_store(home(), store_url)
+    try:
+        yield Tokens(store)
+    finally:
+        store.close()
+
+
+def _facts(token: Token) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "name": token.name,
+        "role": str(token.role),
+        "created_at": iso_time(token.created_at),
+        "expires_at": iso_time(token.expires_at),
+        "revoked_at": iso_time(token.revoked_at),
+        "last_used_at": iso_time(token.last_used_at),
+    }

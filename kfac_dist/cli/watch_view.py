@@ -1,0 +1,116 @@
+"""What `watch` draws: state, progress, numbers, a bar of staleness a layer, the last events."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from kfac_dist.cli.job_view import age
+from kfac_dist.coordination.lifecycle import ENDED
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kfac_dist.service.client import Update
+    from kfac_dist.service.records import Job, JobEvent, MetricSeries
+
+_VERSIONS = "inverse_version_step."
+_SHOWN = ("objective", "damping", "gamma", "reduction_ratio", "lr", "step_seconds")
+METRICS = (
+    *_SHOWN,
+    "inverse_staleness_steps.mean",
+    "inverse_staleness_steps.max",
+    f"{_VERSIONS}*",
+)
+_NUM_EVENTS, _NUM_LAYERS, _BAR_WIDTH = 6, 16, 30
+_STYLES = {"warning": "yellow", "error": "red"}
+
+
+class WatchView:
+    """A job as it is known by now; rich draws it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._values: dict[str, float] = {}
+        self._versions: dict[str, int] = {}
+        self._step = job.step
+        self._events: deque[JobEvent] = deque(maxlen=_NUM_EVENTS)
+
+    def add(self, update: Update) -> None:
+        """Take news up."""
+        if update.job is not None:
+            self._job = update.job
+            self._step = max(self._step, update.job.step)
+        self._events.extend(update.events)
+        for series in update.metrics:
+            self._take(series)
+
+    def _take(self, series: MetricSeries) -> None:
+        last = series.points[-1]
+        self._step = max(self._step, last.step)
+        if series.name.startswith(_VERSIONS):
+            self._versions[series.name.removeprefix(_VERSIONS)] = int(last.value)
+        else:
+            self._values[series.name] = last.value
+
+    def __rich__(self) -> RenderableType:
+        return Group(
+            self._head(), *self._progress(), *self._numbers(), *self._layers(), *self._log()
+        )
+
+    def _head(self) -> Text:
+        job = self._job
+        until = job.ended_at or time.time()
+        text = Text.assemble(
+            (job.id, "bold"),
+            f"  {job.state}",
+            f"  attempt {job.attempt}",
+            f"  {age(until - (job.started_at or job.created_at))}",
+        )
+        if job.message:
+            text.append(f"\n{job.message}", style="red" if job.state == "FAILED" else "dim")
+        return text
+
+    def _progress(self) -> Iterable[RenderableType]:
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._job.num_steps, completed=self._step, width=40)
+        grid.add_row(f"step {self._step}/{self._job.num_steps}", bar)
+        yield grid
+
+    def _numbers(self) -> Iterable[RenderableType]:
+        shown = [f"{name} {self._values[name]:.4g}" for name in _SHOWN if name in self._values]
+        mean = self._values.get("inverse_staleness_steps.mean")
+        most = self._values.get("inverse_staleness_steps.max")
+        if mean is not None and most is not None:
+            shown.append(f"staleness {mean:.1f} (max {most:.0f})")
+        if shown:
+            yield Text("  ".join(shown))
+
+    def _layers(self) -> Iterable[RenderableType]:
+        """The stalest layers, the bound of the job as the full bar."""
+        if not self._versions or self._job.state in ENDED:
+            return
+        ages = {layer: self._step - version for layer, version in self._versions.items()}
+        bound = int((self._job.spec.get("staleness") or {}).get("max_steps") or 0)
+        full = max(bound, *ages.values(), 1)
+        table = Table.grid(padding=(0, 1))
+        for layer in sorted(ages, key=lambda layer: -ages[layer])[:_NUM_LAYERS]:
+            length = round(_BAR_WIDTH * ages[layer] / full)
+            style = "red" if bound and ages[layer] > bound else "cyan"
+            table.add_row(layer, Text("█" * length or "·", style=style), str(ages[layer]))
+        limit = f", at most {bound}" if bound else ""
+        yield Text(f"age of each layer's inverse in steps{limit}", style="dim")
+        yield table
+
+    def _log(self) -> Iterable[RenderableType]:
+        for event in self._events:
+            when = time.strftime("%H:%M:%S", time.localtime(event.time))
+            line = f"{when} step {event.step} {event.message}"
+            yield Text(line, style=_STYLES.get(event.severity, "dim"))

@@ -1,0 +1,65 @@
+"""Following a journal while somebody else writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kfac_dist.errors import KfacDistError
+
+
+class JournalTail:
+    """Reads the whole lines of a journal once each, from where it was left.
+
+    A journal that was replaced by another is read from its beginning again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin again at the first line."""
+        self._inode: int | None = None
+        self._offset = 0
+        self._line = 0
+
+    def read(self, most: int) -> list[tuple[int, dict[str, Any]]]:
+        """Return at most so many new objects, each with its line, counted from 1.
+
+        Raises:
+            KfacDistError: a line that was written whole is no JSON object.
+        """
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        found: list[tuple[int, dict[str, Any]]] = []
+        with file:
+            self._check_replaced(file.fileno())
+            file.seek(self._offset)
+            while len(found) < most:
+                line = file.readline()
+                if not line.endswith(b"\n"):  # the end, or a line that is being written
+                    break
+                self._offset += len(line)
+                self._line += 1
+                found.append((self._line, self._parse(line)))
+        return found
+
+    def _check_replaced(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if status.st_ino != self._inode or status.st_size < self._offset:
+            self.rewind()
+            self._inode = status.st_ino
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise KfacDistError(f"{self._path}: line {self._line} is damaged: {error}") from error
+        if not isinstance(values, dict):
+            raise KfacDistError(f"{self._path}: line {self._line} is not a JSON object")
+        return values

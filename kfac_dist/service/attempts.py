@@ -1,0 +1,216 @@
+"""One attempt of a job: begun, watched, ended, and proved to be gone."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.runner import AttemptKey, JobRunner, Remnant, RunnerState, RunnerStatus
+from kfac_dist.coordination.supervision import (
+    Action,
+    AttemptView,
+    ClusterWord,
+    Decision,
+    Limits,
+    decide,
+)
+from kfac_dist.errors import KfacDistError, UnreachableError
+from kfac_dist.runs.records import Severity
+from kfac_dist.service.job_rows import find, find_attempt, move, note, text_of, to_job
+from kfac_dist.service.jobs import Jobs
+from kfac_dist.service.launching import begin_attempt, has_run, prepare_folder, token_sha256
+from kfac_dist.service.run_reader import RunReader
+from kfac_dist.service.store import AttemptRow, JobRow
+
+# After so long without a report the run folder is read in the driver's stead.
+_READ_FOLDER_SECONDS = 3.0
+_TELL_REMNANTS_SECONDS = 10.0
+
+_CLUSTER_WORDS: dict[RunnerState, ClusterWord] = {
+    RunnerState.UNKNOWN: "unknown",
+    RunnerState.PENDING: "pending",
+    RunnerState.RUNNING: "running",
+}
+_SEVERITIES: dict[Event, Severity] = {Event.FAIL: "error", Event.RESTART: "warning"}
+# Of an attempt that ended without a word.
+_ATTEMPT_STATES = {
+    Event.SUCCEED: JobState.SUCCEEDED,
+    Event.FAIL: JobState.FAILED,
+    Event.RESTART: JobState.FAILED,
+    Event.HALT: JobState.PAUSED,
+    Event.VANISH: JobState.CANCELLED,
+}
+
+
+def start_attempt(jobs: Jobs, runner: JobRunner, job_id: str) -> None:
+    """Give the next attempt of a queued job to the cluster; its row is durable before.
+
+    Raises:
+        UnreachableError: the cluster does not answer; the attempt will be submitted later.
+    """
+    token = secrets.token_urlsafe(32)
+    with jobs.change(job_id) as (session, row):
+        if row.state != JobState.QUEUED:
+            return  # a user was faster
+        resumes = has_run(Path(row.run_dir))
+        begin_attempt(session, row, token, resumes=resumes, now=time.time())
+    _submit(jobs, runner, row, token)
+
+
+def _submit(jobs: Jobs, runner: JobRunner, row: JobRow, token: str) -> None:
+    key = AttemptKey(row.id, row.attempt)
+    try:
+        prepare_folder(jobs, to_job(row), token)
+        runner.submit(key, Path(row.run_dir))
+    except UnreachableError:
+        raise
+    except (KfacDistError, OSError) as error:
+        message = error.message if isinstance(error, KfacDistError) else str(error)
+        with jobs.change(row.id) as (session, locked):
+            attempt = find_attempt(session, locked)
+            if attempt is not None and attempt.number == key.attempt:
+                attempt.state, attempt.ended_at = JobState.FAILED, time.time()
+                attempt.reason, attempt.message = "not_launched", message
+
+
+class Supervisor:
+    """Looks after the attempts on the cluster; for one thread."""
+
+    def __init__(self, jobs: Jobs, runner: JobRunner, limits: Limits) -> None:
+        self._jobs = jobs
+        self._runner = runner
+        self._limits = limits
+        self._readers: dict[AttemptKey, RunReader] = {}
+        self._stopped: set[AttemptKey] = set()
+        self._remnants_since: dict[AttemptKey, float] = {}
+
+    def look_after(self, job_id: str) -> None:
+        """Find out how the newest attempt of a job stands, and do what is to be done.
+
+        Raises:
+            UnreachableError: the cluster or the store does not answer.
+        """
+        row, attempt = self._load(job_id)
+        if attempt is None or row.state not in ACTIVE:
+            return
+        key = AttemptKey(row.id, attempt.number)
+        status = self._runner.status(key)
+        if attempt.ended_at is None and (status.is_over or _is_silent(attempt)):
+            self._read_folder(key, Path(row.run_dir))
+            row, attempt = self._load(job_id)
+            if attempt is None or attempt.number != key.attempt:
+                return
+        self._act(key, row, decide(_view(row, attempt, status), self._limits))
+
+    def _load(self, job_id: str) -> tuple[JobRow, AttemptRow | None]:
+        with self._jobs.store.read() as session:
+            row = find(session, job_id)
+            return row, find_attempt(session, row)
+
+    def _read_folder(self, key: AttemptKey, run_dir: Path) -> None:
+        """Take up what the driver has not told, from the folder that it wrote."""
+        reader = self._readers.setdefault(key, RunReader(run_dir, key.job, key.attempt))
+        while True:
+            report = reader.read()
+            if report.is_empty:
+                return
+            has_more = reader.has_more
+            reader.acknowledge(self._jobs.report(report, heard=False))
+            if not has_more:
+                return
+
+    def _act(self, key: AttemptKey, row: JobRow, decision: Decision) -> None:
+        match decision.action:
+            case Action.SUBMIT:
+                self._submit_again(key)
+            case Action.STOP if key not in self._stopped:
+                self._stopped.add(key)
+                self._runner.stop(key)
+            case Action.KILL:
+                self._runner.kill(key)
+            case Action.SETTLE:
+                self._settle(key, row, decision)
+
+    def _submit_again(self, key: AttemptKey) -> None:
+        """Ask the cluster for an attempt it does not know: a server died before it had asked."""
+        token = secrets.token_urlsafe(32)
+        with self._jobs.change(key.job) as (session, row):
+            attempt = find_attempt(session, row)
+            if attempt is None or attempt.number != key.attempt or row.state not in ACTIVE:
+                return
+            attempt.token_sha256 = token_sha256(token)
+        _submit(self._jobs, self._runner, row, token)
+
+    def _settle(self, key: AttemptKey, row: JobRow, decision: Decision) -> None:
+        """Conclude, once nothing of the attempt is left; end what is."""
+        remnants = self._runner.remains(key)
+        if remnants:
+            self._runner.kill(key)
+            self._tell_remnants(key, remnants)
+            return
+        with self._jobs.change(key.job) as (session, locked):
+            if (locked.state, locked.attempt) == (row.state, key.attempt):
+                _conclude(session, locked, decision)
+        self._readers.pop(key, None)
+        self._stopped.discard(key)
+        self._remnants_since.pop(key, None)
+
+    def _tell_remnants(self, key: AttemptKey, remnants: Sequence[Remnant]) -> None:
+        """Tell, once, of what does not go."""
+        since = self._remnants_since.setdefault(key, time.monotonic())
+        if time.monotonic() - since < _TELL_REMNANTS_SECONDS:
+            return
+        self._remnants_since[key] = math.inf
+        what = ", ".join(remnant.description for remnant in remnants)
+        with self._jobs.change(key.job) as (session, row):
+            message = f"still there although it was killed: {what}"
+            note(session, row, "remnants", message, time.time(), severity="warning")
+
+
+def _is_silent(attempt: AttemptRow) -> bool:
+    return time.time() - (attempt.heard_at or attempt.started_at) > _READ_FOLDER_SECONDS
+
+
+def _view(row: JobRow, attempt: AttemptRow, status: RunnerStatus) -> AttemptView:
+    now = time.time()
+    told_end = JobState(attempt.state) if attempt.ended_at is not None else None
+    return AttemptView(
+        job_state=JobState(row.state),
+        state_seconds=now - row.state_since,
+        cancel_now=row.cancel_now,
+        attempt_seconds=now - attempt.started_at,
+        silent_seconds=None if attempt.heard_at is None else now - attempt.heard_at,
+        told_end=told_end,
+        told_seconds=now - (attempt.ended_at or now),
+        reason=attempt.reason,
+        message=attempt.message,
+        cluster=_CLUSTER_WORDS.get(status.state, "over"),
+        cluster_message=status.message,
+        num_restarts=row.num_restarts,
+        max_restarts=int(row.spec["faults"]["max_restarts"]),
+    )
+
+
+def _conclude(session: Session, row: JobRow, decision: Decision) -> None:
+    """Let the end of the newest attempt happen to its job."""
+    event = decision.event
+    assert event is not None, "a settlement has an event"
+    now = time.time()
+    attempt = find_attempt(session, row)
+    assert attempt is not None, "what is settled has an attempt"
+    if attempt.ended_at is None:  # it ended without a word
+        attempt.state, attempt.ended_at = _ATTEMPT_STATES[event], now
+        attempt.reason, attempt.message = decision.reason, text_of(decision.message)
+    move(session, row, event, now, reason=decision.reason, message=decision.message)
+    if event is Event.RESTART:
+        row.num_restarts += 1
+    why = f": {decision.message}" if decision.message else ""
+    message = f"attempt {attempt.number} ended and nothing of it is left on the cluster{why}"
+    severity: Severity = _SEVERITIES.get(event, "info")
+    note(session, row, "attempt_ended", message, now, severity=severity)

@@ -1,0 +1,6 @@
+"""The control plane from Python."""
+
+from kfac_dist.service.client.client import Client
+from kfac_dist.service.client.streams import Update
+
+__all__ = ["Client", "Update"]

@@ -1,0 +1,284 @@
+"""`kfac_dist.Client`: the verbs of the command line as methods, typed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from kfac_dist.config import JobSpec, load_spec, parse_spec
+from kfac_dist.coordination.lifecycle import ENDED, JobState
+from kfac_dist.errors import TimedOutError
+from kfac_dist.service import wire
+from kfac_dist.service.client.channel import ServerAddress
+from kfac_dist.service.client.code import package_of
+from kfac_dist.service.client.streams import Update, resumed
+from kfac_dist.service.logs import LogLine
+from kfac_dist.service.records import Attempt, CheckpointFacts, Job, JobEvent, MetricSeries
+from kfac_dist.service.status import from_rpc_error
+from kfac_dist.service.wire_values import to_state
+from kfac_dist.v1 import job_service_pb2 as pb
+from kfac_dist.v1.job_service_pb2_grpc import JobServiceStub
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+class Client(AbstractContextManager["Client"]):
+    """A connection to a control plane. Thread-safe; a context manager, or wants `close`.
+
+    Every method raises KfacDistError subclasses: NotFoundError for a job that is not there,
+    ConflictError for what its state does not permit, NotAllowedError, UnreachableError,
+    TimedOutError after `timeout_seconds` without an answer. Streams outlive a server that is
+    started again; they give up when it is away for `reconnect_seconds`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        ca: Path | None = None,
+        client_certificate: Path | None = None,
+        client_key: Path | None = None,
+        insecure: bool = False,
+        timeout_seconds: float = 30.0,
+        reconnect_seconds: float = 60.0,
+    ) -> None:
+        """Connect to HOST:PORT, or grpcs://HOST:PORT for TLS; the first call finds out if it works.
+
+        `ca` is a PEM file of who vouches for the server, by default the system's authorities.
+        `insecure` permits to send the token beyond this machine without TLS.
+        """
+        where = ServerAddress.parse(
+            address,
+            ca=ca,
+            client_certificate=client_certificate,
+            client_key=client_key,
+            insecure=insecure,
+        )
+        self.address = address
+        self._channel = where.open()
+        self._stub = JobServiceStub(self._channel)
+        self._metadata: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._timeout_seconds = timeout_seconds
+        self._reconnect_seconds = reconnect_seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; open streams end."""
+        self._channel.close()
+
+    def submit(
+        self,
+        spec: JobSpec | Mapping[str, Any] | Path | str,
+        *,
+        overrides: Sequence[str] = (),
+        base_dir: Path | None = None,
+        priority: int = 0,
+        idempotency_key: str | None = None,
+        data_dir: str | None = None,
+    ) -> Job:
+        """Submit a job: a specification, the mapping of one, or its file.
+
+        User code is sent along: the file's folder, or `base_dir`. `data_dir` is a folder on the
+        cluster. The same `idempotency_key` with the same request gives the job that is there.
+
+        Raises:
+            InvalidSpecError: with every problem.
+            ConflictError: the key was used for another request.
+        """
+        if isinstance(spec, Path | str):
+            base_dir = base_dir or Path(spec).absolute().parent
+            spec = load_spec(Path(spec), overrides)
+        elif not isinstance(spec, JobSpec):
+            spec = parse_spec(spec, overrides=overrides)
+        request = pb.CreateJobRequest(
+            spec_json=spec.model_dump_json(),
+            idempotency_key=idempotency_key or secrets.token_hex(16),
+            priority=priority,
+            package=package_of(spec, base_dir) or b"",
+            data_dir=data_dir or "",
+        )
+        return wire.from_job(self._call(self._stub.CreateJob, request).job)
+
+    def get(self, job_id: str) -> Job:
+        """Return a job."""
+        return wire.from_job(self._get(job_id).job)
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        """Return the attempts of a job, oldest first."""
+        return [wire.from_attempt(attempt) for attempt in self._get(job_id).attempts]
+
+    def jobs(
+        self,
+        *,
+        states: Iterable[JobState] = (),
+        owner: str | None = None,
+        name: str | None = None,
+        page_size: int = 200,
+    ) -> Iterator[Job]:
+        """Yield jobs, newest first, without specification and summary, page by page."""
+        request = pb.ListJobsRequest(
+            states=[to_state(state) for state in states],
+            owner=owner or "",
+            name=name or "",
+            page_size=page_size,
+        )
+        while True:
+            page = self._call(self._stub.ListJobs, request)
+            yield from (wire.from_job(job) for job in page.jobs)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def cancel(self, job_id: str, *, now: bool = False) -> Job:
+        """End a job; `now` without leaving a checkpoint."""
+        request = pb.CancelJobRequest(job_id=job_id, now=now)
+        return wire.from_job(self._call(self._stub.CancelJob, request).job)
+
+    def pause(self, job_id: str) -> Job:
+        """Stop a job at a checkpoint."""
+        request = pb.PauseJobRequest(job_id=job_id)
+        return wire.from_job(self._call(self._stub.PauseJob, request).job)
+
+    def resume(self, job_id: str) -> Job:
+        """Let a paused job go on."""
+        request = pb.ResumeJobRequest(job_id=job_id)
+        return wire.from_job(self._call(self._stub.ResumeJob, request).job)
+
+    def retry(self, job_id: str) -> Job:
+        """Try a failed or cancelled job again, from its newest checkpoint."""
+        request = pb.RetryJobRequest(job_id=job_id)
+        return wire.from_job(self._call(self._stub.RetryJob, request).job)
+
+    def events(self, job_id: str) -> Iterator[JobEvent]:
+        """Yield what happened to a job, oldest first."""
+        request = pb.ListEventsRequest(job_id=job_id)
+        while True:
+            events = self._call(self._stub.ListEvents, request).events
+            if not events:
+                return
+            yield from (wire.from_event(event) for event in events)
+            request.after = events[-1].sequence
+
+    def metric_names(self, job_id: str) -> list[str]:
+        """Return the metrics that a job has a history of."""
+        request = pb.QueryMetricsRequest(job_id=job_id)
+        return [series.name for series in self._call(self._stub.QueryMetrics, request).series]
+
+    def metrics(
+        self,
+        job_id: str,
+        names: Sequence[str],
+        *,
+        first_step: int | None = None,
+        last_step: int | None = None,
+        max_points: int = 1000,
+    ) -> list[MetricSeries]:
+        """Return histories in the order of `names`, thinned out to at most `max_points` each."""
+        if not names:
+            return []
+        request = pb.QueryMetricsRequest(
+            job_id=job_id,
+            names=names,
+            first_step=first_step,
+            last_step=last_step,
+            max_points=max_points,
+        )
+        answer = self._call(self._stub.QueryMetrics, request)
+        return [wire.from_series(series) for series in answer.series]
+
+    def checkpoints(self, job_id: str) -> list[CheckpointFacts]:
+        """Return the checkpoints of a job, newest first."""
+        request = pb.ListCheckpointsRequest(job_id=job_id)
+        answer = self._call(self._stub.ListCheckpoints, request)
+        return [wire.from_checkpoint(checkpoint) for checkpoint in answer.checkpoints]
+
+    def watch(
+        self, job_id: str, *, events: bool = True, metrics: Sequence[str] = ()
+    ) -> Iterator[Update]:
+        """Yield the job now and whatever is new of it, until it has ended."""
+
+        def open_stream(token: str) -> Any:
+            request = pb.WatchJobRequest(
+                job_id=job_id, resume_token=token, events=events, metrics=metrics
+            )
+            return self._stub.WatchJob(request, metadata=self._metadata)
+
+        for answer in resumed(open_stream, self.address, self._reconnect_seconds):
+            yield Update(
+                job=wire.from_job(answer.job) if answer.HasField("job") else None,
+                events=[wire.from_event(event) for event in answer.events],
+                metrics=[wire.from_series(series) for series in answer.metrics],
+            )
+
+    def wait(self, job_id: str, *, timeout_seconds: float | None = None) -> Job:
+        """Wait for a job's end and return it as it ended, whatever the end was.
+
+        Raises:
+            TimedOutError: it has not ended in time.
+        """
+
+        def open_stream(token: str) -> Any:
+            request = pb.WatchJobRequest(job_id=job_id, resume_token=token)
+            return self._stub.WatchJob(request, metadata=self._metadata, timeout=timeout_seconds)
+
+        try:
+            for answer in resumed(open_stream, self.address, self._reconnect_seconds):
+                job = wire.from_job(answer.job)
+                if job.state in ENDED:
+                    return job
+        except TimedOutError:
+            pass
+        job = self.get(job_id)
+        if job.state in ENDED:
+            return job
+        raise TimedOutError(f"job {job_id} is {job.state} after {timeout_seconds:g} s")
+
+    def logs(
+        self,
+        job_id: str,
+        *,
+        follow: bool = False,
+        roles: Iterable[str] = (),
+        ranks: Iterable[int] = (),
+        attempts: Iterable[int] = (),
+        tail_lines: int | None = None,
+    ) -> Iterator[LogLine]:
+        """Yield the lines of the workers' logs, also after the job's end.
+
+        `follow` waits for more until the job has ended. Empty filters take everything.
+        """
+        request = pb.StreamLogsRequest(
+            job_id=job_id, follow=follow, roles=roles, ranks=ranks, attempts=attempts
+        )
+
+        def open_stream(token: str) -> Any:
+            request.resume_token = token
+            if token or tail_lines is None:
+                request.ClearField("tail_lines")
+            else:
+                request.tail_lines = tail_lines
+            return self._stub.StreamLogs(request, metadata=self._metadata)
+
+        for answer in resumed(open_stream, self.address, self._reconnect_seconds):
+            yield from map(wire.from_log_line, answer.lines)
+
+    def _get(self, job_id: str) -> pb.GetJobResponse:
+        answer: pb.GetJobResponse = self._call(self._stub.GetJob, pb.GetJobRequest(job_id=job_id))
+        return answer
+
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        try:
+            return method(request, metadata=self._metadata, timeout=self._timeout_seconds)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from None

@@ -1,0 +1,61 @@
+"""Streams that outlive their connection: each goes on at the token of its last answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from kfac_dist.errors import UnreachableError
+from kfac_dist.service.records import Job, JobEvent, MetricSeries
+from kfac_dist.service.status import from_rpc_error
+
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What is new of a job that is watched; `job` is None when only events or metrics are."""
+
+    job: Job | None = None
+    events: Sequence[JobEvent] = field(default_factory=tuple)
+    metrics: Sequence[MetricSeries] = field(default_factory=tuple)
+
+
+def resumed(
+    open_stream: Callable[[str], Any], address: str, reconnect_seconds: float
+) -> Iterator[Any]:
+    """Yield the answers of a stream that is opened anew when its connection breaks.
+
+    `open_stream` takes the token of the last answer. A server that is away is waited for, at most
+    `reconnect_seconds`.
+
+    Raises:
+        KfacDistError: what the server says, or UnreachableError.
+    """
+    token, pause = "", _FIRST_PAUSE_SECONDS
+    lost_at: float | None = None
+    while True:
+        call = open_stream(token)
+        try:
+            call.initial_metadata()  # comes when the server has taken the call, or it has failed
+            if call.is_active():
+                lost_at, pause = None, _FIRST_PAUSE_SECONDS
+            for answer in call:
+                token = answer.resume_token
+                yield answer
+            return
+        except grpc.RpcError as error:
+            told = from_rpc_error(error, address)
+            now = time.monotonic()
+            lost_at = now if lost_at is None else lost_at
+            if not isinstance(told, UnreachableError) or now - lost_at >= reconnect_seconds:
+                raise told from None
+        finally:
+            call.cancel()
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

@@ -1,0 +1,142 @@
+"""Which log files a run has, by what their names say, and the lines in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+# RunFolder.log_path names them, and what a driver prints is beside its log; what has another name
+# is not ours and is not shown to anybody.
+_NAME = re.compile(
+    r"(?P<role>[a-z][a-z_]{0,40})-(?P<rank>\d{1,6})(?:\.a(?P<attempt>\d{1,6}))?\.(?:log|out)"
+)
+
+MAX_LINE_BYTES = 64 * 1024
+"""A longer line is sent in pieces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLine:
+    """A line of a worker's log, without its newline; `time` in Unix seconds, if it says one."""
+
+    role: str
+    rank: int
+    attempt: int
+    text: str
+    time: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogFilter:
+    """Which workers' lines are wanted; an empty set does not filter."""
+
+    roles: frozenset[str] = frozenset()
+    ranks: frozenset[int] = frozenset()
+    attempts: frozenset[int] = frozenset()
+
+    def wants(self, file: LogFile) -> bool:
+        """Whether lines of this file are wanted."""
+        return (
+            (not self.roles or file.role in self.roles)
+            and (not self.ranks or file.rank in self.ranks)
+            and (not self.attempts or file.attempt in self.attempts)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class LogFile:
+    """The log of one worker in one attempt."""
+
+    attempt: int
+    role: str
+    rank: int
+    name: str
+
+    @classmethod
+    def named(cls, name: str) -> LogFile | None:
+        """Return the log of this file name, None when it is the name of none."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        return cls(
+            attempt=int(match["attempt"] or 1),
+            role=match["role"],
+            rank=int(match["rank"]),
+            name=name,
+        )
+
+    def line(self, text: str) -> LogLine:
+        """Return a line of this log."""
+        return LogLine(
+            role=self.role, rank=self.rank, attempt=self.attempt, text=text, time=_time(text)
+        )
+
+
+def find_logs(folder: Path, wanted: LogFilter) -> list[LogFile]:
+    """Return the logs in `folder`, older attempts first; none when there is no such folder."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - the names are all that is needed
+    except FileNotFoundError:
+        return []
+    logs = [log for name in names if (log := LogFile.named(name)) is not None]
+    return sorted(log for log in logs if wanted.wants(log))
+
+
+def open_log_file(folder: Path, log: LogFile) -> IO[bytes] | None:
+    """Open a log; None when it is no plain file: a link could lead anywhere."""
+    try:
+        descriptor = os.open(folder / log.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # of what was opened, not of its name
+        os.close(descriptor)
+        return None
+    return os.fdopen(descriptor, "rb")
+
+
+def raw_lines(file: IO[bytes], *, partial: bool) -> Iterator[bytes]:
+    """Yield lines with their newlines, long ones in pieces.
+
+    A last line without a newline is still being written: it comes only when `partial`.
+    """
+    while line := file.readline(MAX_LINE_BYTES):
+        if line.endswith(b"\n") or len(line) == MAX_LINE_BYTES or partial:
+            yield line
+        else:
+            return
+
+
+def tail_offset(file: IO[bytes], num_lines: int) -> int:
+    """Return the place in the file where its last `num_lines` whole lines begin."""
+    end = file.seek(0, os.SEEK_END)
+    if num_lines == 0:
+        return end
+    position, newlines = end, 0
+    while position > 0:
+        start = max(0, position - MAX_LINE_BYTES)
+        file.seek(start)
+        block = file.read(position - start)
+        for index in range(len(block) - 1, -1, -1):
+            if block[index] == 0x0A and start + index + 1 < end:
+                newlines += 1
+                if newlines == num_lines:
+                    return start + index + 1
+        position = start
+    return 0
+
+
+def _time(text: str) -> float | None:
+    """The time that a line of the project's own logs has."""
+    if not text.startswith("{"):
+        return None
+    try:
+        return datetime.fromisoformat(json.loads(text)["timestamp"]).timestamp()
+    except (ValueError, KeyError, TypeError):
+        return None

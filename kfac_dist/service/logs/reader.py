@@ -1,0 +1,78 @@
+"""Reads on in all logs of a run at once and merges their lines by time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from kfac_dist.service.logs.cursor import LogCursor
+from kfac_dist.service.logs.files import (
+    LogFile,
+    LogFilter,
+    LogLine,
+    find_logs,
+    open_log_file,
+    raw_lines,
+    tail_offset,
+)
+
+MAX_LINES = 500
+MAX_BYTES = 512 * 1024
+
+
+class _Read(NamedTuple):
+    """A line with its place in the merge; times of one log never go back."""
+
+    time: float
+    log: LogFile
+    end: int
+    line: LogLine
+
+
+def read_lines(
+    folder: Path,
+    wanted: LogFilter,
+    cursor: LogCursor,
+    *,
+    complete: bool,
+    tail_lines: int | None = None,
+) -> tuple[list[LogLine], LogCursor]:
+    """Return the next lines after `cursor`, and the cursor after them; at most a batch.
+
+    Lines of one worker come in their order, those of different workers by their times. Where
+    nobody writes any more the logs are `complete`, and a last line without a newline counts.
+    `tail_lines` begins that many lines before the end of each log that the cursor does not know.
+    """
+    offsets = dict(cursor.offsets)
+    lines: list[LogLine] = []
+    num_bytes = 0
+    with ExitStack() as stack:
+        streams = []
+        for log in find_logs(folder, wanted):
+            file = open_log_file(folder, log)
+            if file is None:
+                continue
+            stack.enter_context(file)
+            if tail_lines is not None and log.name not in offsets:
+                offsets[log.name] = tail_offset(file, tail_lines)
+            streams.append(_read(file, log, offsets.get(log.name, 0), partial=complete))
+        for read in heapq.merge(*streams):
+            lines.append(read.line)
+            num_bytes += read.end - offsets.get(read.log.name, 0)
+            offsets[read.log.name] = read.end
+            if len(lines) == MAX_LINES or num_bytes >= MAX_BYTES:
+                break
+    return lines, LogCursor(offsets=offsets)
+
+
+def _read(file: IO[bytes], log: LogFile, offset: int, *, partial: bool) -> Iterator[_Read]:
+    file.seek(offset)
+    time = 0.0
+    for raw in raw_lines(file, partial=partial):
+        offset += len(raw)
+        line = log.line(raw.removesuffix(b"\n").decode("utf-8", errors="replace"))
+        time = max(time, line.time or 0.0)
+        yield _Read(time, log, offset, line)

@@ -1,0 +1,157 @@
+"""The user's code on its way to the cluster: a folder as a zip, checked before it is unpacked.
+
+A package holds plain files below its root and nothing else: no links, no devices, no name that
+leads out. Submitting a job is running its code; these checks are for the server's own files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from kfac_dist.errors import InvalidSpecError
+
+MAX_PACKED_BYTES = 32 * 2**20
+MAX_UNPACKED_BYTES = 256 * 2**20
+MAX_FILES = 10_000
+
+# What no job needs and what makes packages large.
+_LEFT_OUT_FOLDERS = frozenset(
+    {"__pycache__", "node_modules", "runs", ".git", ".venv", "venv", ".mypy_cache", ".ruff_cache"}
+)
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same package, whenever they were written
+_CHUNK_BYTES = 2**20
+
+
+def pack(folder: Path) -> bytes:
+    """Return `folder` as a package; hidden files and folders, caches and links are left out.
+
+    Raises:
+        InvalidSpecError: there is too much in it.
+    """
+    buffer = io.BytesIO()
+    total = 0
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for count, path in enumerate(_files_in(folder), start=1):
+            content = path.read_bytes()
+            total += len(content)
+            _check_size(folder, total, count)
+            name = path.relative_to(folder).as_posix()
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
+    data = buffer.getvalue()
+    if len(data) > MAX_PACKED_BYTES:
+        raise InvalidSpecError(_too_much(f"{folder}: packed it has", len(data), MAX_PACKED_BYTES))
+    return data
+
+
+def check_package(data: bytes) -> None:
+    """Refuse what is no package.
+
+    Raises:
+        InvalidSpecError: it is no zip, is too large, or a name in it leads out or is a link.
+    """
+    if len(data) > MAX_PACKED_BYTES:
+        raise InvalidSpecError(_too_much("package: it has", len(data), MAX_PACKED_BYTES))
+    with _open(data) as archive:
+        _check_entries(archive)
+
+
+def unpack(data: bytes, target: Path) -> None:
+    """Write the files of a package into `target`, which must not exist yet.
+
+    Raises:
+        InvalidSpecError: as `check_package`, or the content is not what the zip's index says.
+    """
+    if len(data) > MAX_PACKED_BYTES:
+        raise InvalidSpecError(_too_much("package: it has", len(data), MAX_PACKED_BYTES))
+    with _open(data) as archive:
+        entries = _check_entries(archive)
+        target.mkdir(parents=True)
+        for entry in entries:
+            _write(archive, entry, target / entry.filename)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):  # follows no links
+        folders[:] = sorted(
+            name for name in folders if name not in _LEFT_OUT_FOLDERS and not name.startswith(".")
+        )
+        for name in sorted(files):
+            path = Path(root, name)
+            if not name.startswith(".") and stat.S_ISREG(path.lstat().st_mode):
+                yield path
+
+
+def _check_size(folder: Path, num_bytes: int, count: int) -> None:
+    if count > MAX_FILES:
+        raise InvalidSpecError(
+            f"{folder}: the folder of the specification is sent along with the user's code and has "
+            f"more than {MAX_FILES:,} files; move specification and code to a folder of their own"
+        )
+    if num_bytes > MAX_UNPACKED_BYTES:
+        raise InvalidSpecError(_too_much(f"{folder}: it has", num_bytes, MAX_UNPACKED_BYTES))
+
+
+def _too_much(what: str, num_bytes: int, limit: int) -> str:
+    return (
+        f"{what} {num_bytes / 2**20:.1f} MiB or more, and {limit / 2**20:.0f} MiB of user code can "
+        "be sent; move specification and code to a folder of their own, data goes by --data-dir"
+    )
+
+
+def _open(data: bytes) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(io.BytesIO(data))
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise InvalidSpecError(f"package: not a zip file: {error}") from error
+
+
+def _check_entries(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the files of the archive after a look at every entry."""
+    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    if len(entries) > MAX_FILES:
+        raise InvalidSpecError(f"package: {len(entries):,} files; at most {MAX_FILES:,}")
+    total = sum(entry.file_size for entry in entries)
+    if total > MAX_UNPACKED_BYTES:
+        raise InvalidSpecError(_too_much("package: unpacked it has", total, MAX_UNPACKED_BYTES))
+    paths = [_check_name(entry) for entry in entries]
+    folders = {parent for path in paths for parent in path.parents}
+    for path, count in Counter(paths).items():
+        if count > 1 or path in folders:
+            raise InvalidSpecError(f"package: {str(path)!r} is in it twice, or as a folder")
+    return entries
+
+
+def _check_name(entry: zipfile.ZipInfo) -> PurePosixPath:
+    name = entry.filename
+    path = PurePosixPath(name)
+    kind = stat.S_IFMT(entry.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG):
+        raise InvalidSpecError(f"package: {name!r} is a link or a device; only files are taken")
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+        raise InvalidSpecError(f"package: {name!r} leads out of the package")
+    if entry.flag_bits & 0x1:
+        raise InvalidSpecError(f"package: {name!r} is encrypted")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InvalidSpecError(f"package: {name!r} is compressed by another method than deflate")
+    return path
+
+
+def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
+    """Write one file; the zip's index is not believed about its size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left = entry.file_size
+    try:
+        with archive.open(entry) as source, path.open("xb") as file:
+            while chunk := source.read(_CHUNK_BYTES):
+                left -= len(chunk)
+                if left < 0:
+                    raise InvalidSpecError(f"package: {entry.filename!r} is larger than it says")
+                file.write(chunk)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise InvalidSpecError(f"package: {entry.filename!r} is damaged: {error}") from error

@@ -1,0 +1,78 @@
+"""Pages of a listing, newest first, that stay right while jobs are added."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import defer
+
+from kfac_dist.errors import UsageError
+from kfac_dist.service.store import JobRow
+
+MAX_PAGE_SIZE = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Which jobs are wanted; empty and None are all."""
+
+    states: Sequence[str]
+    owner: str | None
+    name: str | None
+
+    def query(self, page_size: int, page_token: str) -> Select[JobRow]:
+        """Return the question for one page and one job more, which tells if there is another.
+
+        Specifications and summaries are not loaded.
+
+        Raises:
+            UsageError: the size or the token is wrong.
+        """
+        if not 1 <= page_size <= MAX_PAGE_SIZE:
+            raise UsageError(f"page_size: {page_size} is not between 1 and {MAX_PAGE_SIZE}")
+        query = select(JobRow).options(defer(JobRow.spec), defer(JobRow.summary))
+        query = query.order_by(JobRow.number.desc()).limit(page_size + 1)
+        if self.states:
+            query = query.where(JobRow.state.in_(self.states))
+        if self.owner is not None:
+            query = query.where(JobRow.owner == _plain("owner", self.owner))
+        if self.name is not None:
+            query = query.where(JobRow.name == _plain("name", self.name))
+        return query.where(JobRow.number < self._read(page_token)) if page_token else query
+
+    def token(self, last: int) -> str:
+        """Return the token of the page after the job numbered `last`."""
+        text = json.dumps([last, self._digest()], separators=(",", ":"))
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    def _digest(self) -> str:
+        listing = asdict(self) | {"states": sorted(self.states)}
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]
+
+    def _read(self, token: str) -> int:
+        try:
+            text = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+            last, digest = json.loads(text)
+        except (binascii.Error, ValueError, TypeError) as error:
+            raise UsageError(_wrong("is none of ours")) from error
+        if not isinstance(last, int) or not 0 < last < 2**63:
+            raise UsageError(_wrong("is none of ours"))
+        if digest != self._digest():
+            raise UsageError(_wrong("is of a listing with other filters"))
+        return last
+
+
+def _wrong(problem: str) -> str:
+    return f"page_token: {problem}; take it unchanged from the page before, with the same filters"
+
+
+def _plain(field: str, value: str) -> str:
+    if "\x00" in value:  # no database takes it
+        raise UsageError(f"{field}: must not contain a NUL character")
+    return value

@@ -1,0 +1,146 @@
+"""The driver's side of ReportService: what is new in the run folder, told until it is known.
+
+The server may be away for as long as it likes. The folder keeps what it has missed, and the first
+answer after its return says from where to go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from kfac_dist.errors import KfacDistError, UnreachableError
+from kfac_dist.service.access.local import read_server
+from kfac_dist.service.client.channel import ServerAddress
+from kfac_dist.service.records import Report, ReportAnswer
+from kfac_dist.service.report_wire import from_response, to_request
+from kfac_dist.service.run_reader import RunReader
+from kfac_dist.service.status import from_rpc_error
+from kfac_dist.v1.report_service_pb2_grpc import ReportServiceStub
+
+_log = logging.getLogger(__name__)
+
+_PERIOD_SECONDS = 0.5
+_HEARTBEAT_SECONDS = 1.0  # an order waits no longer
+_CALL_SECONDS = 10.0
+_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 5.0
+_FAREWELL_SECONDS = 5.0
+
+
+class ReportClient:
+    """Sends reports to the server of a home folder, wherever it listens now. For one thread."""
+
+    def __init__(self, home: Path, token: str) -> None:
+        self._home = home
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._address = ""
+        self._channel: grpc.Channel | None = None
+
+    def send(self, report: Report) -> ReportAnswer:
+        """Send a report.
+
+        Raises:
+            UnreachableError: there is no server, or it does not answer.
+            KfacDistError: it does not take the report.
+        """
+        stub = ReportServiceStub(self._connect())
+        try:
+            response = stub.Report(
+                to_request(report), metadata=self._metadata, timeout=_CALL_SECONDS
+            )
+        except grpc.RpcError as error:
+            self.close()  # the next server may listen elsewhere
+            raise from_rpc_error(error, self._address) from error
+        return from_response(response)
+
+    def _connect(self) -> grpc.Channel:
+        if self._channel is None:
+            server = read_server(self._home)
+            if server is None:
+                raise UnreachableError(f"{self._home}: no server has run here")
+            self._address = server.address
+            self._channel = ServerAddress.of_local(server).open()
+        return self._channel
+
+    def close(self) -> None:
+        """Close the connection; the next report opens one."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+class Reporter:
+    """Reports from a thread of its own, inside the block; at its end, what is left is told.
+
+    `on_answer` is called with each answer, on that thread.
+    """
+
+    def __init__(
+        self, reader: RunReader, client: ReportClient, on_answer: Callable[[ReportAnswer], None]
+    ) -> None:
+        self._reader = reader
+        self._client = client
+        self._on_answer = on_answer
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self._sent_at = 0.0
+        self._backoff_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ending.wait(self._backoff_seconds or _PERIOD_SECONDS):
+            self._tell()
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while not self._tell() and time.monotonic() < deadline:
+            time.sleep(_FIRST_BACKOFF_SECONDS)
+        self._client.close()
+
+    def _tell(self) -> bool:
+        """Tell all that is new, and return whether the server knows it."""
+        try:
+            while self._tell_some():
+                pass
+        except UnreachableError:
+            self._back_off()
+            return False
+        except KfacDistError as error:
+            _log.warning("report: %s", error.message)
+            self._back_off()
+            return False
+        self._backoff_seconds = 0.0
+        return True
+
+    def _tell_some(self) -> bool:
+        """Send one report, if there is need of one, and return whether there may be more."""
+        report = self._reader.read()
+        if report.is_empty and time.monotonic() - self._sent_at < _HEARTBEAT_SECONDS:
+            return False
+        has_more = self._reader.has_more
+        answer = self._client.send(report)
+        self._sent_at = time.monotonic()
+        self._reader.acknowledge(answer)
+        self._on_answer(answer)
+        return has_more
+
+    def _back_off(self) -> None:
+        doubled = max(_FIRST_BACKOFF_SECONDS, 2 * self._backoff_seconds)
+        self._backoff_seconds = min(_LAST_BACKOFF_SECONDS, doubled)

@@ -1,0 +1,1 @@
+"""The gRPC server: calls in, verbs of `Jobs` out. Everything below it is synchronous."""

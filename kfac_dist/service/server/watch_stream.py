@@ -1,0 +1,120 @@
+"""WatchJob: a job, its events and its steps as they come, until it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from kfac_dist.coordination.lifecycle import ENDED
+from kfac_dist.errors import UsageError
+from kfac_dist.service.jobs import Jobs
+from kfac_dist.service.records import Job, MetricSeries
+from kfac_dist.service.server import requests
+from kfac_dist.service.server.changes import Changes
+from kfac_dist.service.wire import to_event, to_job, to_series
+from kfac_dist.v1 import job_service_pb2
+
+_LEAST_SECONDS = 0.2  # between two answers: a fast job takes more steps than anybody can read
+_MOST_SECONDS = 5.0  # a change of which this server was not told, as by another one
+_MAX_EVENTS = 500
+_MAX_POINTS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchCursor:
+    """What its reader knows: the job's revision, the last event and the last step."""
+
+    revision: int = 0
+    event: int = 0
+    step: int = 0
+
+    def encode(self) -> str:
+        """Return the token."""
+        text = json.dumps([self.revision, self.event, self.step])
+        return base64.urlsafe_b64encode(text.encode()).decode()
+
+    @classmethod
+    def decode(cls, token: str) -> WatchCursor:
+        """Return the cursor of a token; of an empty one, the beginning.
+
+        Raises:
+            UsageError: it is no token that `encode` made.
+        """
+        if not token:
+            return cls()
+        try:
+            values = json.loads(base64.b64decode(token.encode(), b"-_", validate=True))
+            revision, event, step = values
+            if not all(type(value) is int and 0 <= value < 2**62 for value in values):
+                raise ValueError("no numbers")
+        except (ValueError, TypeError, RecursionError):
+            raise UsageError("resume_token: not a token that this server gave") from None
+        return cls(revision=revision, event=event, step=step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchStreams:
+    """Streams of what becomes of a job."""
+
+    jobs: Jobs
+    changes: Changes
+
+    async def stream(
+        self, request: job_service_pb2.WatchJobRequest
+    ) -> AsyncIterator[job_service_pb2.WatchJobResponse]:
+        """Yield what is new, at once and at every change."""
+        job_id = requests.job_id(request.job_id)
+        names = requests.names("metrics", request.metrics)
+        cursor = WatchCursor.decode(request.resume_token)
+        with self.changes.of(job_id) as changed:
+            while True:
+                job, message, cursor = await asyncio.to_thread(
+                    self._news, job_id, cursor, request.events, names
+                )
+                if message is not None:
+                    yield message
+                elif job.state in ENDED:
+                    return
+                if job.state not in ENDED:
+                    await self.changes.wait(changed, _MOST_SECONDS)
+                    await asyncio.sleep(_LEAST_SECONDS)
+
+    def _news(
+        self, job_id: str, known: WatchCursor, with_events: bool, names: Sequence[str]
+    ) -> tuple[Job, job_service_pb2.WatchJobResponse | None, WatchCursor]:
+        """Return the job and what is new; read first, it makes no end miss an event."""
+        job = self.jobs.get(job_id)
+        cursor = replace(known, revision=job.revision)
+        message = job_service_pb2.WatchJobResponse()
+        if job.revision != known.revision:
+            message.job.CopyFrom(to_job(job))
+        if with_events:
+            events = self.jobs.events(job_id, after=known.event, limit=_MAX_EVENTS)
+            message.events.extend(to_event(event) for event in events)
+            cursor = replace(cursor, event=events[-1].sequence if events else known.event)
+        series = self._new_points(job, known.step, names)
+        if series:
+            message.metrics.extend(to_series(one) for one in series)
+            cursor = replace(cursor, step=max(one.points[-1].step for one in series))
+        if not message.ListFields():
+            return job, None, cursor
+        message.resume_token = cursor.encode()
+        return job, message, cursor
+
+    def _new_points(self, job: Job, after: int, names: Sequence[str]) -> list[MetricSeries]:
+        if not names:
+            return []
+        after = min(after, job.step)  # an attempt from a checkpoint does steps again
+        wanted = _matching(names, self.jobs.metric_names(job.id))
+        series = self.jobs.metrics(job.id, wanted, first_step=after + 1, max_points=_MAX_POINTS)
+        return [one for one in series if one.points]
+
+
+def _matching(names: Sequence[str], there: Sequence[str]) -> list[str]:
+    """The metrics that there are of those asked for; `a.*` asks for all that begin with `a.`."""
+    exact = set(names)
+    prefixes = tuple(name[:-1] for name in names if name.endswith(".*"))
+    return [name for name in there if name in exact or (prefixes and name.startswith(prefixes))]

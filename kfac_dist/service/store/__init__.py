@@ -1,0 +1,22 @@
+"""The database of the control plane: its tables, how they are opened, and questions to them."""
+
+from kfac_dist.service.store.database import Store, open_store
+from kfac_dist.service.store.models import (
+    AttemptRow,
+    EventRow,
+    JobRow,
+    PointRow,
+    SeriesRow,
+    TokenRow,
+)
+
+__all__ = [
+    "AttemptRow",
+    "EventRow",
+    "JobRow",
+    "PointRow",
+    "SeriesRow",
+    "Store",
+    "TokenRow",
+    "open_store",
+]

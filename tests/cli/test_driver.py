@@ -1,0 +1,80 @@
+"""The hidden command of the cluster, as far as it goes without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.service.job_rows import move
+from kfac_dist.service.jobs import Jobs
+from kfac_dist.service.launching import begin_attempt, prepare_folder
+from kfac_dist.service.package import pack
+from kfac_dist.service.records import Job
+from kfac_dist.service.run_reader import RunReader
+from kfac_dist.service.store import open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Any:
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    yield Jobs(store, tmp_path)
+    store.close()
+
+
+def prepared(jobs: Jobs, source: str) -> Job:
+    """A job with this user code, whose first attempt waits for its driver."""
+    code = jobs.home / "code"
+    code.mkdir()
+    (code / "own.py").write_text(source)
+    spec = {"name": "own", "task": "own.py:Task", "steps": 2, "batch_size": 2}
+    job = jobs.create(spec, owner="ada", package=pack(code))
+    with jobs.change(job.id) as (session, row):
+        move(session, row, Event.ENQUEUE, 1.0)
+        begin_attempt(session, row, "secret", resumes=False, now=2.0)
+    prepare_folder(jobs, jobs.get(job.id), "secret")
+    return jobs.get(job.id)
+
+
+def drive(job: Job, attempt: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kfac_dist.cli", "driver", job.run_dir, str(attempt)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_only_the_driver_can_read_its_secret(jobs: Jobs) -> None:
+    job = prepared(jobs, "class Task: ...\n")
+    token = Path(job.run_dir) / "report.token"
+    assert token.read_text() == "secret"
+    assert token.stat().st_mode & 0o777 == 0o600
+    launch = json.loads((Path(job.run_dir) / "launch.json").read_text())
+    assert "secret" not in json.dumps(launch)
+    assert (Path(job.run_dir) / "code" / "own.py").read_text() == "class Task: ...\n"
+
+
+def test_a_driver_that_was_started_too_late_does_nothing(jobs: Jobs) -> None:
+    job = prepared(jobs, "class Task: ...\n")
+    done = drive(job, 7)
+    assert done.returncode == 9
+    assert "attempt 1 has replaced attempt 7" in done.stderr
+    assert not (Path(job.run_dir) / "driver.json").exists()
+
+
+def test_an_end_before_the_run_is_told_all_the_same(jobs: Jobs) -> None:
+    job = prepared(jobs, "raise LookupError('no such column')\n")
+    assert drive(job, 1).returncode == 1
+    state = RunReader(Path(job.run_dir), job.id, 1).read().state
+    assert state is not None
+    assert (state.state, state.reason) == (JobState.FAILED, "user_task")
+    assert "LookupError: no such column" in str(state.message)
+    log = (Path(job.run_dir) / "logs" / "driver-0.log").read_text()
+    assert "the driver has started" in log
+    assert "no such column" in log

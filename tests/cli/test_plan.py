@@ -1,0 +1,59 @@
+"""`kfac-dist plan`: who does what, and what it would take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import KfacDist
+
+SMALL = """\
+name: small
+task: autoencoder
+task_args: {hidden: [24, 8]}
+data: {name: mnist-5k, limit: 200}
+steps: 10
+batch_size: 100
+workers: {gradient: 2, inverse: 2}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_every_layer_has_an_owner_and_every_role_its_memory(
+    kfac_dist: KfacDist, small: Path
+) -> None:
+    done = kfac_dist("plan", small, "-o", "json")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    assert [row["role"] for row in plan["placement"]] == [
+        "gradient_worker",
+        "inverse_worker",
+        "parameter_server",
+    ]
+    assert [row["processes"] for row in plan["placement"]] == [2, 2, 1]
+    assert all(row["memory_bytes_each"] > 4 * plan["num_parameters"] for row in plan["placement"])
+    orders = {row["layer"]: row["orders"] for row in plan["layers"]}
+    assert orders["encoder1"] == [785, 24]
+    assert {row["inverse_worker"] for row in plan["layers"]} == {0, 1}
+    assert plan["predicted"]["step_seconds"] > 0
+    assert plan["predicted"]["refresh_seconds"] > 0
+    assert plan["predicted"]["staleness_max"] >= plan["predicted"]["staleness_mean"]
+    table = kfac_dist("plan", small).out
+    assert "encoder1" in table
+    assert "refresh_seconds" in table
+
+
+def test_a_baseline_has_no_layers(kfac_dist: KfacDist, small: Path) -> None:
+    done = kfac_dist("plan", small, "--set", "optimizer={name: sgd, lr: 0.1}", "-o", "json")
+    plan = json.loads(done.out)
+    assert plan["layers"] == []
+    assert plan["predicted"]["refresh_seconds"] is None
+    assert [row["processes"] for row in plan["placement"]] == [2, 0, 1]

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState, next_state
+from kfac_dist.coordination.supervision import (
+    Action,
+    AttemptView,
+    ClusterWord,
+    Limits,
+    decide,
+)
+
+S = JobState
+LIMITS = Limits()
+RUNNING = AttemptView(
+    job_state=S.RUNNING,
+    state_seconds=50.0,
+    cancel_now=False,
+    attempt_seconds=60.0,
+    silent_seconds=0.5,
+    told_end=None,
+    told_seconds=0.0,
+    reason=None,
+    message=None,
+    cluster="running",
+    cluster_message="",
+    num_restarts=0,
+    max_restarts=3,
+)
+
+
+def action(**changes: Any) -> Action:
+    return decide(replace(RUNNING, **changes), LIMITS).action
+
+
+def event(**changes: Any) -> tuple[Event | None, str | None]:
+    decision = decide(replace(RUNNING, **({"cluster": "over"} | changes)), LIMITS)
+    assert decision.action is Action.SETTLE
+    return decision.event, decision.reason
+
+
+def test_a_healthy_job_is_left_alone() -> None:
+    assert action() is Action.WAIT
+
+
+def test_a_driver_that_reports_is_believed_more_than_the_cluster() -> None:
+    assert action(cluster="over") is Action.WAIT
+    assert action(cluster="unknown") is Action.WAIT
+    assert event(silent_seconds=6.0) == (Event.RESTART, "driver_died")
+    assert event(cluster="unknown", silent_seconds=31.0) == (Event.RESTART, "driver_died")
+
+
+def test_an_end_that_was_told_needs_no_word_of_a_cluster_that_forgets() -> None:
+    assert event(cluster="unknown", told_end=S.SUCCEEDED) == (Event.SUCCEED, None)
+
+
+def test_an_attempt_that_the_cluster_was_never_told_of_is_submitted() -> None:
+    new = {"job_state": S.STARTING, "silent_seconds": None, "attempt_seconds": 2.0}
+    assert action(**new, cluster="unknown") is Action.SUBMIT
+    assert action(**new, cluster="pending") is Action.WAIT
+    new["job_state"] = S.CANCELLING
+    assert event(**new, cluster="unknown") == (Event.VANISH, "requested")
+
+
+def test_a_driver_that_never_reports_is_ended_at_the_start_deadline() -> None:
+    late = {"job_state": S.STARTING, "silent_seconds": None, "attempt_seconds": 121.0}
+    assert action(**late, cluster="pending") is Action.KILL
+    decision = decide(replace(RUNNING, **late, cluster="over", cluster_message="no room"), LIMITS)
+    assert (decision.event, decision.reason) == (Event.FAIL, "start_timed_out")
+    assert decision.message == "the driver did not report within 120 s (no room)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(9.0, Action.WAIT), (11.0, Action.STOP), (21.0, Action.KILL)],
+)
+def test_an_order_to_cancel_is_given_force(seconds: float, expected: Action) -> None:
+    assert action(job_state=S.CANCELLING, state_seconds=seconds) is expected
+
+
+def test_cancel_now_does_not_wait() -> None:
+    assert action(job_state=S.CANCELLING, state_seconds=0.0, cancel_now=True) is Action.KILL
+
+
+def test_a_pause_has_time_for_its_checkpoint() -> None:
+    assert action(job_state=S.PAUSING, state_seconds=80.0) is Action.WAIT
+    assert action(job_state=S.PAUSING, state_seconds=95.0) is Action.STOP
+
+
+def test_a_driver_that_has_told_its_end_must_exit() -> None:
+    assert action(told_end=S.SUCCEEDED, told_seconds=5.0) is Action.WAIT
+    assert action(told_end=S.SUCCEEDED, told_seconds=60.0) is Action.KILL
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        ({"told_end": S.SUCCEEDED}, (Event.SUCCEED, None)),
+        ({"told_end": S.SUCCEEDED, "job_state": S.CANCELLING}, (Event.SUCCEED, None)),
+        ({"told_end": S.CANCELLED, "job_state": S.CANCELLING}, (Event.VANISH, "requested")),
+        ({"told_end": S.FAILED, "job_state": S.CANCELLING}, (Event.VANISH, "requested")),
+        ({"told_end": S.PAUSED, "job_state": S.PAUSING}, (Event.HALT, "requested")),
+        ({"silent_seconds": 9.0, "job_state": S.PAUSING}, (Event.HALT, "requested")),
+        ({"told_end": S.FAILED, "reason": "user_task"}, (Event.FAIL, "user_task")),
+        ({"told_end": S.FAILED, "reason": "worker_died"}, (Event.RESTART, "worker_died")),
+        (
+            {"told_end": S.FAILED, "reason": "worker_died", "num_restarts": 3},
+            (Event.FAIL, "worker_died"),
+        ),
+        (
+            {"told_end": S.FAILED, "reason": "worker_died", "job_state": S.PAUSING},
+            (Event.FAIL, "worker_died"),
+        ),
+        ({"told_end": S.CANCELLED}, (Event.RESTART, "interrupted")),
+        ({"told_end": S.PAUSED, "max_restarts": 0}, (Event.FAIL, "interrupted")),
+    ],
+)
+def test_ends(view: dict[str, Any], expected: tuple[Event, str | None]) -> None:
+    assert event(**view) == expected
+
+
+SECONDS = st.floats(0, 300)
+VIEWS = st.builds(
+    AttemptView,
+    job_state=st.sampled_from(sorted(ACTIVE)),
+    state_seconds=SECONDS,
+    cancel_now=st.booleans(),
+    attempt_seconds=SECONDS,
+    silent_seconds=st.none() | SECONDS,
+    told_end=st.none() | st.sampled_from([S.SUCCEEDED, S.FAILED, S.CANCELLED, S.PAUSED]),
+    told_seconds=SECONDS,
+    reason=st.sampled_from([None, "user_task", "worker_died"]),
+    message=st.none(),
+    cluster=st.sampled_from(get_args(ClusterWord)),
+    cluster_message=st.just(""),
+    num_restarts=st.integers(0, 4),
+    max_restarts=st.integers(0, 3),
+)
+
+
+@given(VIEWS)
+def test_what_is_decided_can_always_happen(view: AttemptView) -> None:
+    decision = decide(view, LIMITS)
+    if decision.action is Action.SETTLE:
+        assert decision.event is not None
+        assert next_state(view.job_state, decision.event) not in ACTIVE
+
+
+@given(VIEWS)
+def test_nothing_waits_forever(view: AttemptView) -> None:
+    """Whatever an order meets, in the end force is used or the end is settled."""
+    ordered = view.job_state in (S.CANCELLING, S.PAUSING) or view.told_end is not None
+    late = replace(view, state_seconds=1e4, told_seconds=1e4, attempt_seconds=1e4)
+    if ordered:
+        assert decide(late, LIMITS).action in (Action.KILL, Action.SETTLE) or (
+            late.cluster == "unknown" and late.silent_seconds is not None
+        )
+
+
+@given(VIEWS)
+def test_restarts_have_an_end(view: AttemptView) -> None:
+    if decide(view, LIMITS).event is Event.RESTART:
+        assert view.num_restarts < view.max_restarts

@@ -1,0 +1,58 @@
+"""The pages on protocol and security say what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.service.access.limits import Limits
+from kfac_dist.service.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_BYTES
+from kfac_dist.service.records import Role
+from kfac_dist.service.status import CODES
+from kfac_dist.service.transport import MAX_MESSAGE_BYTES, MAX_SPEC_BYTES
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PROTOCOL = (DOCS / "protocol.md").read_text()
+SECURITY = (DOCS / "security.md").read_text()
+
+
+def rows(page: str, head: str) -> list[list[str]]:
+    table = page[page.index(head) :].split("\n\n")[0]
+    return [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+
+
+def test_every_state_is_explained() -> None:
+    assert [row[0] for row in rows(PROTOCOL, "| state |")] == [f"`{state}`" for state in JobState]
+
+
+def test_the_table_of_errors_is_the_codes() -> None:
+    documented = [tuple(row) for row in rows(PROTOCOL, "| error |")]
+    assert documented == [
+        (f"`{kind.__name__}`", f"`{code.name}`", str(kind.exit_code))
+        for kind, code in CODES.items()
+    ]
+
+
+def test_every_role_is_explained() -> None:
+    assert [row[0] for row in rows(SECURITY, "| role |")] == [f"`{role}`" for role in Role]
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    limits = Limits()
+    for text in (
+        f"after {limits.call_seconds:g} s",
+        f"{MAX_MESSAGE_BYTES / 2**20:g} MiB",
+        f"{MAX_SPEC_BYTES // 2**10} KiB",
+        f"{MAX_PACKED_BYTES // 2**20} MiB packed",
+        f"{MAX_UNPACKED_BYTES // 2**20} MiB unpacked",
+        f"{MAX_FILES:,} files",
+        f"{limits.streams_a_user} streams",
+    ):
+        assert text in PROTOCOL, text
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (PROTOCOL, SECURITY):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (DOCS / link).exists(), link

@@ -1,0 +1,99 @@
+"""The tables on both databases, and what is said when they cannot be opened."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, select, text
+
+from kfac_dist.errors import UnreachableError, UsageError
+from kfac_dist.service.store import Store, TokenRow, open_store
+from kfac_dist.service.store.models import Base
+
+
+def token(number: int) -> TokenRow:
+    return TokenRow(id=str(number), name="a", role="viewer", sha256=f"{number:064}", created_at=1.5)
+
+
+def test_the_migrations_make_the_tables_of_the_models(store: Store, store_url: str) -> None:
+    engine = create_engine(store_url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+
+
+def test_opening_again_keeps_what_is_there(store: Store, store_url: str) -> None:
+    with store.write() as session:
+        session.add(token(1))
+    again = open_store(store_url)
+    with again.read() as session:
+        assert session.scalars(select(TokenRow.created_at)).all() == [1.5]
+    again.close()
+
+
+def test_a_transaction_that_fails_leaves_nothing(store: Store) -> None:
+    def fail() -> None:
+        with store.write() as session:
+            session.add(token(1))
+            session.flush()
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    with store.read() as session:
+        assert session.scalars(select(TokenRow)).all() == []
+
+
+def test_many_threads_write_and_none_is_lost(store: Store) -> None:
+    def write(first: int) -> None:
+        for number in range(first, first + 10):
+            with store.write() as session:
+                session.add(token(number))
+
+    threads = [threading.Thread(target=write, args=(100 * index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with store.read() as session:
+        assert len(session.scalars(select(TokenRow)).all()) == 60
+
+
+def test_two_openings_at_once_migrate_once(store_url: str) -> None:
+    stores: list[Store] = []
+    threads = [
+        threading.Thread(target=lambda: stores.append(open_store(store_url))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stores) == 4
+    for opened in stores:
+        opened.close()
+
+
+def test_tables_of_a_later_version_are_refused(store: Store, store_url: str) -> None:
+    with store.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(UsageError, match="of another version of kfac-dist"):
+        open_store(store_url)
+
+
+@pytest.mark.parametrize("url", ["", "store.db", "mysql://root@localhost/jobs", "sqlite://"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="sqlite:///FILE"):
+        open_store(url)
+
+
+def test_a_database_that_does_not_answer_is_told_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match="unable to open database file"):
+        open_store(f"sqlite:///{tmp_path}/missing/store.db")
+    with pytest.raises(UnreachableError) as caught:
+        open_store(f"postgresql+psycopg://kfac:hidden@/jobs?host={tmp_path}")
+    assert "hidden" not in caught.value.message
