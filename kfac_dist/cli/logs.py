@@ -66,7 +66,8 @@ def logs(
                 sys.stdout.write(_shown(line, output) + "\n")
                 sys.stdout.flush()
         except KeyboardInterrupt as error:
-            raise Interrupted(f"detached; job {job_id} goes on") from error
+            hint = f"detached; job {job_id} goes on, kfac-dist logs {job_id} -f --tail 0 follows it"
+            raise Interrupted(hint) from error
 
 
 def _shown(line: LogLine, output: Format) -> str:

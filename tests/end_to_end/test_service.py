@@ -17,7 +17,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(1200)
 PATIENCE = 400.0  # seconds for what takes tens on a machine of one's own
-STEPS = 150
+STEPS = 300
 
 
 class Server:
@@ -121,19 +121,18 @@ def test_two_jobs_one_cancelled_and_a_server_that_is_killed(server: Server) -> N
         assert now["state"] in ("PENDING", "QUEUED", "STARTING", "RUNNING", "DEGRADED"), now
         return now["step"] >= step
 
-    wait_until(lambda: runs(goes), "the second job trains", PATIENCE)
-    assert processes_with(f"runs/{goes}")
-    assert answer(command, "cancel", goes, "--wait")["state"] == "CANCELLED"
-    assert processes_with(f"runs/{goes}") == []
-
     wait_until(lambda: runs(stays), "the first job trains", PATIENCE)
     server.kill()
-    driver = processes_with(f"runs/{stays}")
-    assert driver  # it went on
+    assert processes_with(f"runs/{stays}")  # it went on
     unreachable = command.run("list")
     assert unreachable.returncode == 5
     assert "Traceback" not in unreachable.stderr
     server.start()
+
+    wait_until(lambda: runs(goes), "the second job trains", PATIENCE)
+    assert processes_with(f"runs/{goes}")
+    assert answer(command, "cancel", goes, "--wait")["state"] == "CANCELLED"
+    assert processes_with(f"runs/{goes}") == []
 
     wait_until(lambda: row(stays)["state"] == "SUCCEEDED", "the first job succeeds", PATIENCE)
     assert row(goes)["state"] == "CANCELLED"
