@@ -19,6 +19,7 @@ from workers.interrupts import deferred
 from workers.ray_internals import (
     free_agent_port,
     on_loopback,
+    patient_start,
     quiet_stdout,
     use_token,
     whole_connection,
@@ -112,7 +113,7 @@ def _local(**options: Any) -> Iterator[Any]:
     # Unix sockets have short names: the folder must be near the root.
     folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
     with guarded(Path(folder)), _shut_down():
-        with on_loopback():
+        with on_loopback(), patient_start():
             context = _init(
                 "Ray could not be started on this machine",
                 address="local",

@@ -24,7 +24,8 @@ from kfac_dist.runs.lock import FolderLock, holder_of
 
 _FILE, _LOG, _TOKEN = "head.json", "head.log", "token"
 _START_SECONDS = 120.0
-_MOST_STARTS = 2  # Ray gives up on a node after 30 s, which a busy machine may need
+# A raylet gives up when its own agents need more than 15 s, as they may on a busy machine.
+_MOST_STARTS = 2
 _END_SECONDS = 60.0
 _LOCK_SECONDS = 2.0
 _POLL_SECONDS = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import environ
@@ -10,11 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 from ray import _raylet
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 from ray._private.parameter import RayParams
 
 from workers.interrupts import deferred
+
+_START_SECONDS = 60.0
+_POLL_SECONDS = 0.1
 
 
 @contextmanager
@@ -40,6 +44,25 @@ def use_token(path: Path) -> None:
     internals: Any = _raylet  # compiled, and without stubs for these
     internals.Config.initialize("")
     internals.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def patient_start() -> Iterator[None]:
+    """Give a node that is started inside the time that a busy machine needs; Ray gives it 30 s."""
+    get_node: Any = services.get_node
+
+    def get_node_patiently(gcs_address: str, node_id: str) -> Any:
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                return get_node(gcs_address, node_id)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_SECONDS)
+
+    with patch.object(services, "get_node", get_node_patiently):
+        yield
 
 
 @contextmanager

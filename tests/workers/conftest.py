@@ -17,7 +17,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import ray
 
     from workers.guard import guarded
-    from workers.ray_internals import on_loopback, quiet_stdout
+    from workers.ray_internals import on_loopback, patient_start, quiet_stdout
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
         with guarded(Path(folder)), quiet_stdout():
-            with on_loopback():
+            with on_loopback(), patient_start():
                 ray.init(
                     address="local",
                     num_cpus=4,
