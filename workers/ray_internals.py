@@ -17,7 +17,7 @@ from ray._private.parameter import RayParams
 
 from workers.interrupts import deferred
 
-_START_SECONDS = 120.0
+_START_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 
 

@@ -17,6 +17,7 @@ from tests.waiting import wait_until
 
 NUM_STREAMS = 200
 NUM_LINES = 50
+PATIENCE = 240.0  # seconds, for a crowded machine
 
 
 def log_dir(server: Serving, job: Job) -> Path:
@@ -92,6 +93,7 @@ def test_following_outlives_the_server_without_a_line_twice(tmp_path: Path) -> N
     assert got == ["one", "two"]
 
 
+@pytest.mark.timeout(600)
 def test_two_hundred_streams_at_once(tmp_path: Path) -> None:
     with serving(tmp_path / "home") as server, server.client() as client:
         job = client.submit(spec())
@@ -108,7 +110,7 @@ def test_two_hundred_streams_at_once(tmp_path: Path) -> None:
         with ThreadPoolExecutor(NUM_STREAMS) as pool:
             followers = [pool.submit(follow) for _ in range(NUM_STREAMS)]
             for _ in followers:
-                assert opened.acquire(timeout=60)  # all are open at the same time
+                assert opened.acquire(timeout=PATIENCE)  # all are open at the same time
             threads_of_server = [t for t in threading.enumerate() if t.name.startswith("calls")]
             assert len(threads_of_server) < NUM_STREAMS / 4
             written = [f"line {number}" for number in range(NUM_LINES)]
@@ -117,4 +119,4 @@ def test_two_hundred_streams_at_once(tmp_path: Path) -> None:
             assert client.get(job.id).id == job.id  # other calls are answered meanwhile
             client.cancel(job.id)
             for follower in followers:
-                assert follower.result(60) == ["first", *written]
+                assert follower.result(PATIENCE) == ["first", *written]
