@@ -125,7 +125,8 @@ def _race_lines(runs: Sequence[Run]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     for number, run in enumerate(runs, start=1):
         for name, one in run["entrants"].items():
-            options = ", ".join(f"{key} {value}" for key, value in one["options"].items())
+            told = {} if one["ours"] else one["options"]  # ours are long, and in the JSON
+            options = ", ".join(f"{key} {value}" for key, value in told.items())
             cost = one["seconds_a_step"] / run["sgd_step_seconds"]
             end = one["curve"][-1]
             at = f"{score(end):.2f} after {end['cpu_seconds']:.0f} s"
