@@ -46,3 +46,8 @@ bench: .venv
 	$(BIN)/python benchmarks/time_to_objective.py --short
 	$(BIN)/python benchmarks/structures.py --short
 	$(BIN)/python benchmarks/step_cost.py --short
+	$(BIN)/python benchmarks/staleness.py --short
+	$(BIN)/python benchmarks/distributed_cost.py --short
+	$(BIN)/python benchmarks/scaling.py --short
+	$(BIN)/python benchmarks/inversion.py --short
+	$(BIN)/python benchmarks/memory.py --short
