@@ -62,7 +62,7 @@ def compute_alone(
 
     def step() -> None:
         sums = computer.gradient(inputs, targets)
-        computer.fisher_gram(inputs, [sums.gradient, sums.gradient], sums.trace)
+        computer.fisher_sums(inputs, [sums.gradient, sums.gradient], sums.trace)
 
     step()
     start.wait()
@@ -75,17 +75,17 @@ def compute_alone(
 def seconds_alone(spec: JobSpec, data_dir: Path | None, num_processes: int) -> float:
     """Return the seconds of a step of `num_processes` that compute at the same time."""
     context = multiprocessing.get_context("spawn")
-    start, seconds = context.Barrier(num_processes), context.Queue()
+    start, seconds = context.Barrier(num_processes, timeout=120), context.Queue()
     arguments = (spec, data_dir, start, seconds)
     processes = [
         context.Process(target=compute_alone, args=arguments) for _ in range(num_processes)
     ]
     for process in processes:
         process.start()
-    found = [seconds.get() for _ in processes]
     for process in processes:
         process.join()
-    return mean(found)
+    assert all(process.exitcode == 0 for process in processes), "see its traceback above"
+    return mean(seconds.get() for _ in processes)
 
 
 class Measured:

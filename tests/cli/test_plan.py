@@ -16,6 +16,7 @@ task_args: {hidden: [24, 8]}
 data: {name: mnist-5k, limit: 200}
 steps: 10
 batch_size: 100
+optimizer: {name: kfac, max_factor_dim: null}
 workers: {gradient: 2, inverse: 2}
 """
 
