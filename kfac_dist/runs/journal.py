@@ -59,16 +59,7 @@ class Journal:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
-                    yield self._parse(number, line)
-
-    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise KfacDistError(f"{self.path}: line {number} is damaged: {error}") from error
-        if not isinstance(values, dict):
-            raise KfacDistError(f"{self.path}: line {number} is not a JSON object")
-        return values
+                    yield parse_line(self.path, number, line)
 
     def replace(self, lines: Iterator[str]) -> None:
         """Put other lines in the place of all there are."""
@@ -85,6 +76,21 @@ class Journal:
         file = self.path.open("ab")
         _remove_torn_tail(self.path)
         return file
+
+
+def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Return the object in a whole line, the `number`-th from 1, of the journal at `path`.
+
+    Raises:
+        KfacDistError: it is no JSON object.
+    """
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise KfacDistError(f"{path}: line {number} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise KfacDistError(f"{path}: line {number} is not a JSON object")
+    return values
 
 
 def _remove_torn_tail(path: Path) -> None:

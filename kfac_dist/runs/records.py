@@ -6,6 +6,7 @@ These are the lines of `metrics.jsonl` and `events.jsonl`, and the whole of `job
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import Annotated, Any, Literal
@@ -125,6 +126,11 @@ class Event(_Record):
     rank: int | None = None
     attempt: int = 1
     details: dict[str, Any] = Field(default_factory=dict)
+
+    def plain_details(self) -> dict[str, Any]:
+        """Return the details as JSON has them, in which what is not finite is null."""
+        plain: dict[str, Any] = json.loads(self.model_dump_json(include={"details"}))["details"]
+        return plain
 
 
 class FirstFailure(_Record):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from kfac_dist.errors import KfacDistError
+from kfac_dist.runs.journal import parse_line
 
 
 class JournalTail:
@@ -46,7 +45,7 @@ class JournalTail:
                     break
                 self._offset += len(line)
                 self._line += 1
-                found.append((self._line, self._parse(line)))
+                found.append((self._line, parse_line(self._path, self._line, line)))
         return found
 
     def _check_replaced(self, descriptor: int) -> None:
@@ -54,12 +53,3 @@ class JournalTail:
         if status.st_ino != self._inode or status.st_size < self._offset:
             self.rewind()
             self._inode = status.st_ino
-
-    def _parse(self, line: bytes) -> dict[str, Any]:
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise KfacDistError(f"{self._path}: line {self._line} is damaged: {error}") from error
-        if not isinstance(values, dict):
-            raise KfacDistError(f"{self._path}: line {self._line} is not a JSON object")
-        return values

@@ -53,7 +53,6 @@ def _state(state: ReportedState) -> pb.ReportedState:
 
 def _event(told: ReportedEvent) -> pb.ReportedEvent:
     event = told.event
-    details = event.model_dump_json(include={"details"})
     return pb.ReportedEvent(
         line=told.line,
         kind=event.kind,
@@ -63,7 +62,7 @@ def _event(told: ReportedEvent) -> pb.ReportedEvent:
         severity=to_severity(event.severity),
         role=event.role or "",
         rank=event.rank,
-        details_json=json.dumps(json.loads(details)["details"]),
+        details_json=json.dumps(event.plain_details()),
         attempt=event.attempt,
     )
 

@@ -6,7 +6,6 @@ another has replaced is told so and changes nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
@@ -85,8 +84,7 @@ def _take_events(
                 role=event.role,
                 rank=event.rank,
                 attempt=event.attempt,
-                # By pydantic's own JSON, in which what is not finite is null.
-                details=json.loads(event.model_dump_json(include={"details"}))["details"],
+                details=event.plain_details(),
             )
         )
         if event.kind == "resumed" and event.attempt == attempt.number:

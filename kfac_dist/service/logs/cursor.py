@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kfac_dist.errors import UsageError
+from kfac_dist.service import resume_token
 from kfac_dist.service.logs.files import LogFile
-
-_MAX_TOKEN_CHARACTERS = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +17,7 @@ class LogCursor:
 
     def encode(self) -> str:
         """Return the token."""
-        text = json.dumps(self.offsets, separators=(",", ":"))
-        return base64.urlsafe_b64encode(text.encode()).decode()
+        return resume_token.encode(self.offsets)
 
     @classmethod
     def decode(cls, token: str) -> LogCursor:
@@ -32,17 +26,7 @@ class LogCursor:
         Raises:
             UsageError: it is no token that `encode` made.
         """
-        if not token:
-            return cls()
-        try:
-            if len(token) > _MAX_TOKEN_CHARACTERS:
-                raise ValueError("too long")
-            offsets = json.loads(base64.b64decode(token.encode(), b"-_", validate=True))
-            if not _are_offsets(offsets):
-                raise ValueError("no offsets")
-        except (ValueError, binascii.Error, RecursionError):
-            raise UsageError("resume_token: not a token that this server gave") from None
-        return cls(offsets=offsets)
+        return cls(offsets=resume_token.decode(token, _are_offsets)) if token else cls()
 
 
 def _are_offsets(value: object) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from kfac_dist.coordination.lifecycle import ENDED
-from kfac_dist.errors import UsageError
+from kfac_dist.service import resume_token
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.records import Job, MetricSeries
 from kfac_dist.service.server import requests
@@ -33,8 +31,7 @@ class WatchCursor:
 
     def encode(self) -> str:
         """Return the token."""
-        text = json.dumps([self.revision, self.event, self.step])
-        return base64.urlsafe_b64encode(text.encode()).decode()
+        return resume_token.encode([self.revision, self.event, self.step])
 
     @classmethod
     def decode(cls, token: str) -> WatchCursor:
@@ -45,13 +42,7 @@ class WatchCursor:
         """
         if not token:
             return cls()
-        try:
-            values = json.loads(base64.b64decode(token.encode(), b"-_", validate=True))
-            revision, event, step = values
-            if not all(type(value) is int and 0 <= value < 2**62 for value in values):
-                raise ValueError("no numbers")
-        except (ValueError, TypeError, RecursionError):
-            raise UsageError("resume_token: not a token that this server gave") from None
+        revision, event, step = resume_token.decode(token, _is_place)
         return cls(revision=revision, event=event, step=step)
 
 
@@ -111,6 +102,14 @@ class WatchStreams:
         wanted = _matching(names, self.jobs.metric_names(job.id))
         series = self.jobs.metrics(job.id, wanted, first_step=after + 1, max_points=_MAX_POINTS)
         return [one for one in series if one.points]
+
+
+def _is_place(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(number) is int and 0 <= number < 2**62 for number in value)
+    )
 
 
 def _matching(names: Sequence[str], there: Sequence[str]) -> list[str]:
