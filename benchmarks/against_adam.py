@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from report import surroundings
 
 from kfac_dist import train
 from kfac_dist.config import JobSpec, load_spec, parse_spec
@@ -77,6 +76,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="an override, as of the CLI")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
+    started = surroundings()
     runs = [
         contest(path.absolute(), [*arguments.set, f"seed={seed}"], arguments.data_dir)
         for path in arguments.spec
@@ -84,7 +84,7 @@ def main() -> None:
     ]
     result = {
         "question": "training objective after the same number of steps, K-FAC against tuned Adam",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **started,
         "learning_rates": LEARNING_RATES,
         "runs": runs,
     }

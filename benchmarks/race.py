@@ -8,7 +8,6 @@ CPU time.
 from __future__ import annotations
 
 import itertools
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,11 +102,10 @@ def evaluate(model: nn.Module, task: Task, data: MapDataset) -> dict[str, float]
 
 
 def conditions(spec: JobSpec) -> dict[str, Any]:
-    """Return what a reader needs to repeat a run."""
+    """Return what a reader needs to repeat a run, beside `report.surroundings`."""
     return {
         "job": spec.name,
         "batch_size": spec.model_dump()["batch_size"],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads()},
+        "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from peers.first_order import gradient_step, sgd
 from race import ROOT, STEPS_A_TURN, batches, conditions
+from report import surroundings
 from torch import Tensor
 
 from kfac_dist import KFAC
@@ -151,13 +151,13 @@ def main() -> None:
     path = ROOT / f"examples/{'mnist_5k' if arguments.short else 'mnist_autoencoder'}.yaml"
     sizes = [500] if arguments.short else arguments.batch_size or [1000, 4000]
     num_steps = 20 if arguments.short else arguments.steps
-    runs = []
+    started, runs = surroundings(), []
     for size in sizes:
         spec = load_spec(path, overrides=[f"batch_size={size}"])
         runs.append(measure(spec, arguments.data_dir, num_steps, variants))
     result = {
         "question": "CPU seconds of a step next to one of SGD, one thread, by phase",
-        "load_average": os.getloadavg(),
+        **started,
         "runs": runs,
     }
     print(json.dumps(result))

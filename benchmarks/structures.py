@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from race import ROOT, Contestant, MakeStep, Step, conditions, race
+from report import surroundings
 from torch import nn
 
 from kfac_dist import KFAC
@@ -79,7 +80,7 @@ def main() -> None:
     named = [ROOT / f"examples/{name}_autoencoder.yaml" for name in ("mnist", "curves")]
     paths = [ROOT / "examples/mnist_5k.yaml"] if arguments.short else arguments.spec or named
     steps, seeds = (40, 1) if arguments.short else (arguments.steps, arguments.seeds)
-    results = []
+    started, results = surroundings(), []
     for path in paths:
         runs = []
         for seed in range(seeds):
@@ -89,7 +90,8 @@ def main() -> None:
             runs.append(compare(seed, field))
             print(spec.name, seed, runs[-1]["steps_saved"], file=sys.stderr)
         results.append({**conditions(spec), "steps": steps, "runs": runs})
-    print(json.dumps({"question": "progress a step by structure of the inverse", "jobs": results}))
+    question = "progress a step by structure of the inverse"
+    print(json.dumps({"question": question, **started, "jobs": results}))
 
 
 if __name__ == "__main__":

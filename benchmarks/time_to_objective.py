@@ -31,6 +31,7 @@ from peers.comparison import compare, compare_jobs, table
 from peers.distributed import jobs, run_job
 from peers.field import FIELD, Options
 from race import ROOT, conditions
+from report import surroundings
 from timed_race import Entrant, Setting, enter, race_by_time, score
 
 from kfac_dist.config import load_spec
@@ -119,6 +120,7 @@ def measure(setting: Setting, plan: Plan, stored: dict[str, Any]) -> dict[str, A
         **stored,
         "question": "CPU seconds to an objective: cross-entropy over the training set, nats a case",
         **conditions(setting.spec),
+        **surroundings(),
         "packages": {PACKAGES[m]: version(PACKAGES[m]) for m in {FIELD[n].needs for n in names}},
         "seed": setting.spec.seed,
         "tuning": tuning,
@@ -203,7 +205,7 @@ def main() -> None:
         tuning = {name: tune(setting, name, 0) for name in ("sgd", "adam")}
         tuning |= stored.get("tuning", {})
         found = measure_jobs(setting, arguments.distributed, arguments.data_dir, tuning)
-        result = {**stored, **conditions(setting.spec), "distributed": found}
+        result = {**stored, **conditions(setting.spec), **surroundings(), "distributed": found}
     else:
         result = measure(setting, plan, stored)
     text = json.dumps(result)

@@ -54,11 +54,13 @@ def _ours(changes: Options) -> Contestant:
     return Contestant(start=SerialRunner, grid=(changes,), ours=True, evaluations=9)
 
 
-# Small batches and little damping early on, where noise matters less than the number of steps.
+# Small batches and little damping early on, where noise matters less than the number of steps;
+# inverses twice as often as by default, for a few per cent of a step.
 _FAST: Options = {
     "batch_size": {"schedule": "exponential", "initial": 250, "full_at": 900},
     "optimizer.damping.initial": 0.1,
-    "optimizer.statistics_fraction": 0.25,
+    "optimizer.inverse_update_period": 10,
+    "optimizer.statistics_fraction": 0.125,
     "optimizer.fisher_fraction": "auto",
     "optimizer.max_factor_dim": 512,
     "optimizer.averaging": {"decay": 0.95, "start": 150},
