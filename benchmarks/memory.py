@@ -7,8 +7,9 @@ that of the same role with a net of almost nothing is explained as
     num_vectors * 4 P + num_factors * 4 F      (+ 4 B a gradient worker)
 
 with P the parameters, F the elements of all factors, unpacked, and B the elements of the
-activations of a batch. The two numbers are fitted over the sizes and compared with the peaks, size
-by size. In the second part one net is trained on the first 1,000, 10,000 and 60,000 cases.
+activations of a batch. The two numbers are fitted over the nets, none below 0, and compared with
+the peaks, net by net. Cutting wide factors tells P and F apart: it changes F alone. In the second
+part one net is trained on the first 1,000, 10,000 and 60,000 cases.
 
     python benchmarks/memory.py --data-dir ../shared/data --out benchmarks/results
     python benchmarks/memory.py --short
@@ -28,6 +29,7 @@ import numpy as np
 from processes import cpu_seconds_by_role, descendants, private_bytes, role_of
 from race import ROOT, conditions
 from report import add_output_options, deliver, document, surroundings, table
+from scipy.optimize import nnls
 from turns import WITHOUT_EXTRAS, Turns, run_turns
 
 from kfac_dist.config import JobSpec, KFACSpec, load_spec
@@ -36,9 +38,6 @@ from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.cluster import ray_cluster
 
 ROLES = ("gradient_worker", "inverse_worker", "parameter_server")
-IDLE = [2]
-SIZES = ([400, 200, 30], [800, 400, 30], [1200, 500, 30], [1600, 800, 30])
-SHORT_SIZES = ([50, 20], [100, 50], [200, 50])
 LIMITS = (1_000, 10_000, 60_000)
 SHORT_LIMITS = (200, 1_000)
 STEPS = 22  # with a refresh and a search for gamma, in step 20
@@ -46,6 +45,30 @@ BATCH_SIZE = 200
 SAMPLE_SECONDS = 0.01
 SAMPLES_A_SEARCH = 50  # for new processes
 MEBIBYTE = 2**20
+
+
+class Net(NamedTuple):
+    """An autoencoder: its hidden layers, and above which order its factors are cut."""
+
+    hidden: tuple[int, ...]
+    max_factor_dim: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        cut = "" if self.max_factor_dim is None else f", cut at {self.max_factor_dim}"
+        return "-".join(map(str, self.hidden)) + cut
+
+
+IDLE = Net((2,))
+NETS = (
+    Net((1600, 800, 30)),
+    Net((1600, 800, 30), 200),
+    Net((2400, 1200, 30), 200),
+    Net((2000, 100, 30)),
+    Net((1000, 1000, 30)),
+)
+SHORT_NETS = (Net((50, 20)), Net((100, 50)), Net((100, 50), 20))
 
 
 class Peaks:
@@ -94,9 +117,10 @@ class Run(NamedTuple):
     inverse_cpu_seconds: float
 
 
-def job(path: Path, hidden: Sequence[int], extra: Sequence[str]) -> JobSpec:
+def job(path: Path, net: Net, extra: Sequence[str] = ()) -> JobSpec:
     overrides = [
-        f"task_args.hidden={list(hidden)}",
+        f"task_args.hidden={list(net.hidden)}",
+        f"optimizer.max_factor_dim={net.max_factor_dim or 'null'}",
         "workers.gradient=1",
         f"batch_size={BATCH_SIZE}",
         f"steps={STEPS}",
@@ -130,9 +154,10 @@ def run(spec: JobSpec, data_dir: Path | None) -> Run:
         for record in turns.records
         if record.inversions
     ]
-    print(spec.task_args["hidden"], spec.data.limit, peaks.bytes, file=sys.stderr)
+    size = size_of(spec, data_dir)
+    print(size, spec.data.limit, peaks.bytes, file=sys.stderr)
     return Run(
-        size=size_of(spec, data_dir),
+        size=size,
         peak_bytes={role: peaks.bytes[role] for role in ROLES},
         refresh_seconds=median(by_step),
         inverse_cpu_seconds=turns.cpu_seconds["inverse_worker"],
@@ -153,7 +178,7 @@ def explain(idle: Run, runs: Sequence[Run], role: str) -> dict[str, Any]:
     matrix = np.array(columns, dtype=float).T
     # Relative residuals are what counts.
     weights = 1 / own
-    found, *_ = np.linalg.lstsq(matrix * weights[:, None], (own - known) * weights, rcond=None)
+    found, _ = nnls(matrix * weights[:, None], (own - known) * weights)
     explained = matrix @ found + known
     return {
         "idle_mib": round(idle.peak_bytes[role] / MEBIBYTE, 1),
@@ -185,7 +210,7 @@ def by_limit(runs: Mapping[int, Run]) -> list[dict[str, Any]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    sizes = ["-".join(map(str, hidden)) for hidden in result["hidden"]]
+    nets = result["nets"]
     rows = [
         [
             role,
@@ -211,9 +236,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{1e3 * SAMPLE_SECONDS:g} ms) in MiB over that of the same role with a net of almost "
         "nothing; in brackets what `vectors * 4 P + factors * 4 F` explains of it, with P the "
         "parameters and F the elements of all factors, and for a gradient worker the activations "
-        "of its batch. The two numbers of a role are fitted over all sizes.",
-        table(["role", "idle, MiB", "vectors", "factors", *sizes], rows),
-        f"The number of cases, net {sizes[-1]}: factors and their inversion do not depend on it. A "
+        "of its batch. The two numbers of a role are fitted over all nets.",
+        table(["role", "idle, MiB", "vectors", "factors", *nets], rows),
+        f"The number of cases, net {nets[0]}: factors and their inversion do not depend on it. A "
         "gradient worker holds the data set.",
         table([name.replace("_", " ") for name in result["limits"][0]], limits),
     )
@@ -224,23 +249,23 @@ def main() -> None:
     add_output_options(parser)
     arguments = parser.parse_args()
     path = ROOT / f"examples/{'mnist_5k' if arguments.short else 'mnist_autoencoder'}.yaml"
-    sizes = SHORT_SIZES if arguments.short else SIZES
+    nets = SHORT_NETS if arguments.short else NETS
     limits = SHORT_LIMITS if arguments.short else LIMITS
     data_dir: Path | None = arguments.data_dir
     started = surroundings()
-    spec = job(path, sizes[-1], [])
+    spec = job(path, nets[0])
     with ray_cluster(None):
-        idle = run(job(path, IDLE, []), data_dir)
-        runs = [run(job(path, hidden, []), data_dir) for hidden in sizes]
+        idle = run(job(path, IDLE), data_dir)
+        runs = [run(job(path, net), data_dir) for net in nets]
         limited = {
-            limit: run(job(path, sizes[-1], [f"data.limit={limit}"]), data_dir) for limit in limits
+            limit: run(job(path, nets[0], [f"data.limit={limit}"]), data_dir) for limit in limits
         }
     result = {
         "question": "peak memory by role from sizes, and the factors' cost by number of cases",
         **conditions(spec),
         **started,
         "seed": spec.seed,
-        "hidden": sizes,
+        "nets": [net.name for net in nets],
         "sizes": [one.size._asdict() for one in runs],
         "roles": {role: explain(idle, runs, role) for role in ROLES},
         "limits": by_limit(limited),
