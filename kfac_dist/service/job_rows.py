@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.lifecycle import ENDED, Event, JobState, next_state
@@ -114,8 +114,8 @@ def failure_row(failure: FirstFailure | None) -> dict[str, Any] | None:
     return asdict(failure) if failure else None
 
 
-def to_job(row: JobRow, *, whole: bool = True) -> Job:
-    """Read a job; not `whole` leaves out specification and summary, which may not be loaded."""
+def to_job(row: JobRow | Row[Any], *, whole: bool = True) -> Job:
+    """Read a job; not `whole` leaves out specification and summary, which a listing's rows lack."""
     failure = row.first_failure
     return Job(
         id=row.id,
