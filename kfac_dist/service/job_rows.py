@@ -5,7 +5,6 @@ Everything that changes a job goes through `move`, `note` or `touch`, in a trans
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,10 +15,8 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.lifecycle import ENDED, Event, JobState, next_state
 from kfac_dist.errors import FirstFailure, NotFoundError
 from kfac_dist.runs.records import Severity
-from kfac_dist.service.records import Attempt, Job, JobEvent
+from kfac_dist.service.records import Attempt, Job, JobEvent, is_job_id
 from kfac_dist.service.store import AttemptRow, EventRow, JobRow
-
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 def find(session: Session, job_id: str, *, to_change: bool = False) -> JobRow:
@@ -30,7 +27,7 @@ def find(session: Session, job_id: str, *, to_change: bool = False) -> JobRow:
     """
     query = select(JobRow).where(JobRow.id == job_id)
     row = None
-    if _ID.fullmatch(job_id):  # anything else is no id, and may be no text to a database
+    if is_job_id(job_id):  # anything else is no id, and may be no text to a database
         row = session.scalar(query.with_for_update() if to_change else query)
     if row is None:
         raise NotFoundError(f"job {job_id[:120]!r}: there is no such job")

@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.end_to_end.command import SPEC, CommandLine
+from tests.end_to_end.server import PATIENCE, Server, answer, processes_with
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(1200)
-PATIENCE = 400.0  # seconds for what takes tens on a machine of one's own
 STEPS = 300
-
-
-class Server:
-    """`kfac-dist serve` in the background, always at the same port."""
-
-    def __init__(self, command: CommandLine) -> None:
-        self.command = command
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.start()
-
-    def start(self) -> None:
-        self.process = self.command.start(
-            "serve", "--listen", f"127.0.0.1:{self.port}", "-o", "json"
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.process.communicate()
-        assert json.loads(line)["address"] == f"127.0.0.1:{self.port}"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests: a Ray cluster takes its time. The last test ends it."""
     running = Server(CommandLine(tmp_path_factory.mktemp("service")))
     yield running
-    running.command.run("cluster", "down", "--force", seconds=PATIENCE)
-    for process in running.command.started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-
-
-def answer(command: CommandLine, *arguments: str | Path) -> dict[str, Any]:
-    done = command.run(*arguments, "-o", "json", seconds=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def processes_with(text: str) -> list[str]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if text in line:
-            found.append(line)
-    return found
+    running.end()
 
 
 def test_a_failing_task_is_explained_and_can_be_tried_again(server: Server) -> None:
