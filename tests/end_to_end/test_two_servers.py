@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import psutil
 import pytest
 
+from kfac_dist import Client
+from kfac_dist.coordination.lifecycle import ENDED, JobState
+from kfac_dist.errors import NotFoundError
+from kfac_dist.service.access.local import read_local_token, read_server
 from tests.end_to_end.command import SPEC, CommandLine
-from tests.end_to_end.server import PATIENCE, Server, answer
+from tests.end_to_end.server import PATIENCE, Server
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(1200)
@@ -17,10 +22,12 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    running = [Server(CommandLine(tmp_path_factory.mktemp(name))) for name in ("one", "two")]
-    yield running
-    for server in running:
-        server.end()
+    with ExitStack() as stack:
+        running = []
+        for name in ("one", "two"):
+            running.append(Server(CommandLine(tmp_path_factory.mktemp(name))))
+            stack.callback(running[-1].end)
+        yield running
 
 
 def drivers(job: str) -> list[psutil.Process]:
@@ -33,39 +40,46 @@ def drivers(job: str) -> list[psutil.Process]:
     return found
 
 
+def client_of(server: Server) -> Client:
+    """A client as the server's own user has one."""
+    home = server.command.folder / "home"
+    local = read_server(home)
+    assert local is not None
+    return Client(local.address, token=read_local_token(home))
+
+
+def cluster_of(server: Server) -> str:
+    facts = json.loads((server.command.folder / "home/ray/head.json").read_text())
+    return str(facts["gcs_address"])
+
+
 def test_both_run_a_job_at_once_and_neither_sees_the_others(servers: list[Server]) -> None:
-    commands = [server.command for server in servers]
-    jobs = [
-        answer(command, "submit", command.spec(SPEC), "--set", "steps=100000")["job"]
-        for command in commands
-    ]
-    clusters = [
-        json.loads((command.folder / "home/ray/head.json").read_text())["gcs_address"]
-        for command in commands
-    ]
-    assert clusters[0] != clusters[1]
+    one, two = servers
+    assert cluster_of(one) != cluster_of(two)
+    with client_of(one) as first, client_of(two) as second:
+        spec = one.command.spec(SPEC)
+        ours, theirs = (c.submit(spec, overrides=["steps=100000"]).id for c in (first, second))
 
-    def trains(command: CommandLine, job: str) -> bool:
-        (row,) = answer(command, "list")["jobs"]
-        assert row["job"] == job
-        assert row["state"] in ("PENDING", "QUEUED", "STARTING", "RUNNING", "DEGRADED"), row
-        return bool(row["step"] >= 1)
+        def trains(client: Client, job: str) -> bool:
+            (listed,) = client.jobs()
+            assert listed.id == job
+            assert listed.state not in ENDED, listed
+            return listed.step >= 1
 
-    for command, job in zip(commands, jobs, strict=True):
-        wait_until(lambda c=command, j=job: trains(c, j), f"{job} trains", PATIENCE)
-    for job, own, others in zip(jobs, clusters, reversed(clusters), strict=True):
-        (driver,) = drivers(job)
-        assert own in driver.cmdline()  # it was sent to the cluster of its server
-        assert others not in driver.cmdline()
-    for command, foreign in zip(commands, reversed(jobs), strict=True):
-        assert command.run("describe", foreign).returncode == 4
+        wait_until(lambda: trains(first, ours), "the first job trains", PATIENCE)
+        wait_until(lambda: trains(second, theirs), "the second job trains", PATIENCE)
+        for job, server, other in ((ours, one, two), (theirs, two, one)):
+            (driver,) = drivers(job)
+            assert cluster_of(server) in driver.cmdline()  # it was sent to its server's cluster
+            assert cluster_of(other) not in driver.cmdline()
+        for client, foreign in ((first, theirs), (second, ours)):
+            with pytest.raises(NotFoundError):
+                client.get(foreign)
 
-    # What ends one leaves the other alone.
-    assert answer(commands[0], "cancel", jobs[0], "--now", "--wait")["state"] == "CANCELLED"
-    servers[0].end()
-    reached = answer(commands[1], "describe", jobs[1])["step"]
-    wait_until(
-        lambda: answer(commands[1], "describe", jobs[1])["step"] > reached, "more steps", PATIENCE
-    )
-    (attempt,) = answer(commands[1], "describe", jobs[1])["attempts"]
-    assert attempt["attempt"] == 1
+        # What ends one leaves the other alone.
+        first.cancel(ours, now=True)
+        assert first.wait(ours, timeout_seconds=PATIENCE).state is JobState.CANCELLED
+        one.end()
+        reached = second.get(theirs).step
+        wait_until(lambda: second.get(theirs).step > reached, "more steps", PATIENCE)
+        assert [attempt.number for attempt in second.attempts(theirs)] == [1]
