@@ -51,3 +51,4 @@ bench: .venv
 	$(BIN)/python benchmarks/scaling.py --short
 	$(BIN)/python benchmarks/inversion.py --short
 	$(BIN)/python benchmarks/memory.py --short
+	$(BIN)/python benchmarks/service_calls.py --short

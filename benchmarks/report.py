@@ -7,24 +7,19 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import ray
-import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def surroundings() -> dict[str, Any]:
-    """Return versions, hardware, and how busy the machine is now."""
+def surroundings(packages: Sequence[str] = ("torch", "numpy", "ray")) -> dict[str, Any]:
+    """Return versions of Python and of what is measured, hardware, and how busy the machine is."""
     return {
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "ray": ray.__version__,
+            **{package: version(package) for package in packages},
         },
         "hardware": {
             "machine": platform.machine(),

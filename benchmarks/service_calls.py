@@ -1,22 +1,27 @@
-"""How long the control plane takes to list a thousand jobs, beside an empty call to it.
+"""How long does the control plane take to list a thousand jobs, next to an empty call to it?
 
-Server and client are in one process, on loopback, with a token; the store is SQLite's file.
+Server and client are one process on one CPU, over loopback and with a token, so a call's time is
+the work of both ends: the query in SQLite's file, the records, the messages, and the way back. The
+calls are made in turns. An empty call is one of the health service.
+
+    taskset -c 0 python benchmarks/service_calls.py --out benchmarks/results
+    python benchmarks/service_calls.py --short
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from report import add_output_options, deliver, document, surroundings, table
 
 from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.client import Client
@@ -32,15 +37,25 @@ SHORT_REPEATS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    add_output_options(parser)
     parser.add_argument("--jobs", type=int, default=1000)
-    parser.add_argument("--short", action="store_true", help="fewer repeats")
     options = parser.parse_args()
-    repeats = SHORT_REPEATS if options.short else REPEATS
+    num_repeats = SHORT_REPEATS if options.short else REPEATS
+    started = surroundings(("grpcio", "protobuf", "sqlalchemy"))
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(asyncio.run(measure(Path(folder), options.jobs, repeats)), indent=2))
+        seconds = asyncio.run(measure(Path(folder), options.jobs, num_repeats))
+    result = {
+        "question": "wall time of a call that lists jobs, next to an empty call",
+        **started,
+        "num_jobs": options.jobs,
+        "num_repeats": num_repeats,
+        "calls": summary(seconds),
+    }
+    deliver("service_calls", result, markdown(result), options.out)
 
 
-async def measure(home: Path, num_jobs: int, repeats: int) -> dict[str, Any]:
+async def measure(home: Path, num_jobs: int, num_repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each repeat of each call to a server with so many jobs."""
     store = open_store(f"sqlite:///{home}/store.db")
     jobs, tokens = Jobs(store, home), Tokens(store)
     for _ in range(num_jobs):
@@ -49,39 +64,59 @@ async def measure(home: Path, num_jobs: int, repeats: int) -> dict[str, Any]:
     address = await server.start()
     _, token = tokens.create("ada", Role.VIEWER)
     try:
-        return await asyncio.to_thread(time_calls, address, token, repeats) | {
-            "num_jobs": num_jobs,
-            "repeats": repeats,
-        }
+        return await asyncio.to_thread(time_calls, address, token, num_jobs, num_repeats)
     finally:
         await server.drain()
         store.close()
 
 
-def time_calls(address: str, token: str, repeats: int) -> dict[str, Any]:
+def time_calls(address: str, token: str, num_jobs: int, num_repeats: int) -> dict[str, list[float]]:
     with Client(address, token=token) as client, grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         calls: dict[str, Callable[[], object]] = {
-            "empty_call": lambda: health.Check(health_pb2.HealthCheckRequest()),
-            "first_page_of_50": lambda: next(client.jobs(page_size=50)),
-            "all_in_one_page": lambda: list(client.jobs(page_size=1000)),
+            "empty call": lambda: health.Check(health_pb2.HealthCheckRequest()),
+            "first page of 50 jobs": lambda: next(client.jobs(page_size=50)),
+            f"{num_jobs} jobs in pages of 200": lambda: list(client.jobs()),
+            f"{num_jobs} jobs in one answer": lambda: list(client.jobs(page_size=num_jobs)),
         }
-        for call in calls.values():
-            call()
         seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(repeats):  # in turns, so that a slow moment is everybody's
+        for number in range(num_repeats + 1):
             for name, call in calls.items():
                 started = time.perf_counter()
                 call()
-                seconds[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "median_ms": {name: round(1000 * value, 2) for name, value in median.items()},
-        "worst_ms": {name: round(1000 * max(values), 2) for name, values in seconds.items()},
-        "times_an_empty_call": {
-            name: round(value / median["empty_call"], 1) for name, value in median.items()
-        },
-    }
+                if number:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    (empty, *_) = (median(values) for values in seconds.values())
+    return [
+        {
+            "call": name,
+            "median_ms": round(1e3 * median(values), 2),
+            "best_ms": round(1e3 * min(values), 2),
+            "worst_ms": round(1e3 * max(values), 2),
+            "over_empty_call": round(median(values) / empty, 1),
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    header = ["call", "median, ms", "best, ms", "worst, ms", "median over an empty call's"]
+    versions = result["versions"]
+    return document(
+        "What a call to the control plane costs",
+        "`taskset -c 0 python benchmarks/service_calls.py --out benchmarks/results`: a store of "
+        f"{result['num_jobs']} jobs in SQLite, {result['num_repeats']} repeats, the calls in "
+        "turns. Server and client are one process, on "
+        f"{result['hardware']['cores_used']} of {result['hardware']['cores']} CPUs, so a time is "
+        f"the work of both ends. gRPC {versions['grpcio']}, protobuf {versions['protobuf']}, "
+        f"SQLAlchemy {versions['sqlalchemy']}, Python {versions['python']}, "
+        f"{result['hardware']['model']}, load average {result['load_average'][0]} at the start.",
+        table(header, [list(call.values()) for call in result["calls"]]),
+    )
 
 
 if __name__ == "__main__":

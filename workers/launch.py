@@ -12,8 +12,15 @@ from pathlib import Path
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.placement import check_placement
-from kfac_dist.errors import JobFailedError, KfacDistError, reason_of
-from kfac_dist.runs import FirstFailure, JobState, JobSummary, RunFolder, RunIdentity, WorkerCounts
+from kfac_dist.runs import (
+    Failure,
+    FirstFailure,
+    JobState,
+    JobSummary,
+    RunFolder,
+    RunIdentity,
+    WorkerCounts,
+)
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
 from workers.checkpointing import BEGINNING, ResumePoint, averages_step, find_resume_point
@@ -132,12 +139,8 @@ class _Run:
             ending = self._interrupts.ends_as
             self._finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
             raise
-        except KfacDistError as error:
-            self._finish(_failed(error))
-            raise
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            self._finish(_Outcome(state="FAILED", reason="internal_error", message=message))
+            self._finish(_Outcome(state="FAILED", **Failure.of(error)._asdict()))
             raise
         return self._finish(_Outcome(state="SUCCEEDED", result=result))
 
@@ -239,13 +242,3 @@ class _Run:
             message=outcome.message,
             first_failure=outcome.first_failure,
         )
-
-
-def _failed(error: KfacDistError) -> _Outcome:
-    failed = error if isinstance(error, JobFailedError) else None
-    return _Outcome(
-        state="FAILED",
-        reason=reason_of(error),
-        message=error.message,
-        first_failure=FirstFailure.of(failed) if failed else None,
-    )

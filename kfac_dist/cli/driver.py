@@ -11,7 +11,7 @@ import typer
 
 from kfac_dist.cli.environment import ray_address
 from kfac_dist.cli.signals import terminate_is_interrupt
-from kfac_dist.errors import ConflictError, JobFailedError, KfacDistError, reason_of
+from kfac_dist.errors import ConflictError, KfacDistError
 
 if TYPE_CHECKING:
     from kfac_dist.runs import FirstFailure
@@ -77,7 +77,7 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
 
 def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
     """Run the job and return how it ended; whatever it is, the job's user is told."""
-    from kfac_dist.runs import RunFolder
+    from kfac_dist.runs import Failure, RunFolder
     from workers.logs import open_log
 
     path = RunFolder(run_dir, None).log_path(_ROLE, 0, launch.attempt)
@@ -89,13 +89,10 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
     except KeyboardInterrupt:
         log.info("the driver was interrupted", ends_as=interrupts.ends_as)
         return _end(launch, interrupts.ends_as, reason="interrupted")
-    except KfacDistError as error:
-        log.exception("the attempt failed")
-        return _failed(launch, error)
     except Exception as error:
-        log.exception("the attempt failed by a bug")
-        message = f"{type(error).__name__}: {error}"
-        return _end(launch, "FAILED", reason="internal_error", message=message)
+        known = isinstance(error, KfacDistError)
+        log.exception("the attempt failed" if known else "the attempt failed by a bug")
+        return _end(launch, "FAILED", **Failure.of(error)._asdict())
     log.info("the attempt has succeeded")
     return _end(launch, "SUCCEEDED")
 
@@ -120,15 +117,6 @@ def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Inter
             identity=RunIdentity(job=launch.job, attempt=launch.attempt),
             interrupts=interrupts,
         )
-
-
-def _failed(launch: Launch, error: KfacDistError) -> DriverEnd:
-    from kfac_dist.runs import FirstFailure
-
-    failure = FirstFailure.of(error) if isinstance(error, JobFailedError) else None
-    return _end(
-        launch, "FAILED", reason=reason_of(error), message=error.message, first_failure=failure
-    )
 
 
 def _end(

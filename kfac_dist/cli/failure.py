@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,19 +29,22 @@ _USAGE, _ABORTED, _INTERNAL = 2, 1, 70
 class Interrupted(Exception):  # noqa: N818 - no error
     """An interrupt that knows what the user may want to be told about it.
 
-    No KeyboardInterrupt, of which typer would make a bare exit code.
+    No KeyboardInterrupt, of which typer would make a bare exit code. `facts` are told to programs,
+    beside type, message and exit code.
     """
 
-    def __init__(self, hint: str) -> None:
+    def __init__(self, hint: str, facts: Mapping[str, object] | None = None) -> None:
         super().__init__(hint)
         self.hint = hint
+        self.facts = facts or {}
 
 
 def as_exit_code(error: BaseException, arguments: Sequence[str]) -> int:
     """Tell the user about `error` and return the exit code; `arguments` is the command line."""
     kind, message, code = _describe(error)
     if _wants_json(arguments):
-        body = {"type": kind, "message": message, "exit_code": code}
+        facts = error.facts if isinstance(error, Interrupted) else {}
+        body = {"type": kind, "message": message, "exit_code": code, **facts}
         _say(json.dumps({"error": body}, ensure_ascii=False))
     else:
         for line in message.splitlines():

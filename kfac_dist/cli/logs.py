@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,8 @@ from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.job_view import iso_time
 from kfac_dist.cli.options import OutputOption
 from kfac_dist.cli.output import Format
+from kfac_dist.cli.signals import interrupt_at_end
+from kfac_dist.errors import UnreachableError, UsageError
 
 if TYPE_CHECKING:
     from kfac_dist.service.logs import LogLine
@@ -44,30 +48,74 @@ def logs(
         int | None,
         typer.Option("--tail", metavar="N", min=0, help="Begin N lines before each log's end."),
     ] = None,
+    resume_token: Annotated[
+        str | None,
+        typer.Option(
+            "--resume-token",
+            metavar="TOKEN",
+            help="Go on after the last line of an interrupted call, which has told this token.",
+        ),
+    ] = None,
     server: ServerOption = None,
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
     """Print the workers' logs, merged by time. With -o json one object a line.
 
-    Ctrl-C detaches and leaves the job alone. A server that is started again is waited for.
+    Ctrl-C detaches, leaves the job alone, and tells how to go on after the last line shown. A
+    server that is started again is waited for.
     """
+    if tail is not None and resume_token:
+        raise UsageError("--tail: not together with --resume-token, which says where to begin")
+    command = _command(
+        job_id,
+        *(("--role", role) for role in roles or ()),
+        *(("--rank", rank) for rank in ranks or ()),
+        *(("--attempt", attempt) for attempt in attempts or ()),
+        ("--server", server),
+        ("--ca", ca),
+        ("-o", None if output is Format.table else output.value),
+        follow=follow,
+    )
     with connect(server, ca) as client:
-        lines = client.logs(
+        stream = client.logs(
             job_id,
             follow=follow,
             roles=roles or (),
             ranks=ranks or (),
             attempts=attempts or (),
             tail_lines=tail,
+            resume_token=resume_token or "",
         )
+        token = resume_token
         try:
-            for line in lines:
-                sys.stdout.write(_shown(line, output) + "\n")
-                sys.stdout.flush()
-        except KeyboardInterrupt as error:
-            hint = f"detached; job {job_id} goes on, kfac-dist logs {job_id} -f --tail 0 follows it"
-            raise Interrupted(hint) from error
+            for batch in stream.batches:
+                with interrupt_at_end():  # a token stands for whole batches
+                    _write(batch.lines, output)
+                    token = batch.resume_token
+        except (KeyboardInterrupt, UnreachableError) as error:
+            place = (
+                f" --resume-token {token}" if token else "" if tail is None else f" --tail {tail}"
+            )
+            hint = f"go on after the last line with: {command}{place}"
+            if isinstance(error, UnreachableError):
+                raise UnreachableError(f"{error.message}; {hint}") from error
+            hint = f"detached; job {job_id} goes on; {hint}"
+            raise Interrupted(hint, {"resume_token": token}) from error
+
+
+def _command(job_id: str, *options: tuple[str, object], follow: bool) -> str:
+    """The command line of a call with these options, without those that are None."""
+    words = [word for name, value in options if value is not None for word in (name, str(value))]
+    return shlex.join(["kfac-dist", "logs", job_id, *(["-f"] if follow else []), *words])
+
+
+def _write(lines: Sequence[LogLine], output: Format) -> None:
+    text = "".join(_shown(line, output) + "\n" for line in lines)
+    left = memoryview(text.encode(sys.stdout.encoding, sys.stdout.errors or "strict"))
+    while left:  # with PYTHONUNBUFFERED a signal cuts a write short, and a text's rest were lost
+        left = left[sys.stdout.buffer.write(left) :]
+    sys.stdout.flush()
 
 
 def _shown(line: LogLine, output: Format) -> str:

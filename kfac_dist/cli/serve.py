@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
-    from kfac_dist.service.access.local import LocalServer
     from kfac_dist.service.access.tls import TlsFiles
     from kfac_dist.service.controller import Controller
     from kfac_dist.service.jobs import Jobs
@@ -63,6 +61,19 @@ def serve(
             help="Ask clients for a certificate of this authority, beside their token (mTLS).",
         ),
     ] = None,
+    driver_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--driver-cert",
+            metavar="FILE",
+            help="With --client-ca: what drivers of jobs, and commands of this user, show; else "
+            "the server's own.",
+        ),
+    ] = None,
+    driver_key: Annotated[
+        Path | None,
+        typer.Option("--driver-key", metavar="FILE", help="The key of --driver-cert, PEM."),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option("--insecure", help="Listen beyond this machine without TLS all the same."),
@@ -84,7 +95,7 @@ def serve(
     jobs are active.
     """
     quiet_grpc()
-    tls = _tls(tls_cert, tls_key, tls_ca, client_ca)
+    tls = _tls(tls_cert, tls_key, tls_ca, client_ca, driver_cert, driver_key)
     folder = home()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with terminate_is_interrupt(), ExitStack() as stack:
@@ -95,21 +106,38 @@ def serve(
 
 
 def _tls(
-    cert: Path | None, key: Path | None, ca: Path | None, client_ca: Path | None
+    cert: Path | None,
+    key: Path | None,
+    ca: Path | None,
+    client_ca: Path | None,
+    driver_cert: Path | None,
+    driver_key: Path | None,
 ) -> TlsFiles | None:
-    if cert is None and key is None and client_ca is None:
+    if not any((cert, key, client_ca, driver_cert, driver_key)):
         return None
     if cert is None or key is None:
         raise UsageError("TLS needs both --tls-cert and --tls-key")
+    if (driver_cert is None) != (driver_key is None):
+        raise UsageError("--driver-cert and --driver-key go together")
+    if driver_cert is not None and client_ca is None:
+        raise UsageError("--driver-cert: no certificate is asked for without --client-ca")
 
     from kfac_dist.service.access.tls import TlsFiles
 
-    return TlsFiles(
+    tls = TlsFiles(
         certificate=absolute(cert),
         key=absolute(key),
-        ca=None if ca is None else absolute(ca),
-        client_ca=None if client_ca is None else absolute(client_ca),
+        ca=_absolute(ca),
+        client_ca=_absolute(client_ca),
+        driver_certificate=_absolute(driver_cert),
+        driver_key=_absolute(driver_key),
     )
+    tls.check_shown()
+    return tls
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else absolute(path)
 
 
 def _options(listen: str, tls: TlsFiles | None, insecure: bool) -> ServerOptions:
@@ -197,12 +225,12 @@ def _serve(
     """Answer until the process is asked to end, and then drain."""
     import asyncio  # these cost --help too much
 
-    from kfac_dist.service.access.local import remove_server, write_server
+    from kfac_dist.service.access.local import local_server, remove_server, write_server
     from kfac_dist.service.access.tokens import Tokens
     from kfac_dist.service.server.serving import serve as answer
 
     def on_ready(address: str) -> None:
-        server = _local_server(advertise or _reachable(address), options)
+        server = local_server(advertise or _reachable(address), options.tls)
         write_server(folder, server)
         facts = {"address": server.address, "pid": server.pid, "home": str(folder)}
         write_result(facts, output)
@@ -211,24 +239,6 @@ def _serve(
         asyncio.run(answer(jobs, Tokens(jobs.store), options, on_ready))
     finally:
         remove_server(folder)
-
-
-def _local_server(address: str, options: ServerOptions) -> LocalServer:
-    """How commands of this user, and drivers, reach the server."""
-    from kfac_dist.service.access.local import LocalServer
-
-    tls = options.tls
-    if tls is None:
-        return LocalServer(address=address, pid=os.getpid())
-    # Where clients must show a certificate, those of the server's own user show the server's.
-    shown = tls if tls.client_ca is not None else None
-    return LocalServer(
-        address=f"grpcs://{address}",
-        pid=os.getpid(),
-        tls_ca=str(tls.trust()),
-        client_certificate=None if shown is None else str(shown.certificate),
-        client_key=None if shown is None else str(shown.key),
-    )
 
 
 def _reachable(address: str) -> str:

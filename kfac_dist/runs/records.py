@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -153,6 +153,22 @@ class FirstFailure(_Record):
             time_seconds=first.time_seconds,
             log_tail=first.log_tail,
         )
+
+
+class Failure(NamedTuple):
+    """What is told of an error that ended a run: a machine word, a sentence, what came first."""
+
+    reason: str
+    message: str
+    first_failure: FirstFailure | None
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Take it from an error; one that is none of the project's own is a bug."""
+        if not isinstance(error, errors.KfacDistError):
+            return cls("internal_error", f"{type(error).__name__}: {error}", None)
+        first = FirstFailure.of(error) if isinstance(error, errors.JobFailedError) else None
+        return cls(errors.reason_of(error), error.message, first)
 
 
 class JobRecord(_Record):

@@ -5,21 +5,18 @@ Everything that changes a job goes through `move`, `note` or `touch`, in a trans
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.lifecycle import ENDED, Event, JobState, next_state
 from kfac_dist.errors import FirstFailure, NotFoundError
 from kfac_dist.runs.records import Severity
-from kfac_dist.service.records import Attempt, Job, JobEvent
+from kfac_dist.service.records import Attempt, Job, JobEvent, is_job_id
 from kfac_dist.service.store import AttemptRow, EventRow, JobRow
-
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 def find(session: Session, job_id: str, *, to_change: bool = False) -> JobRow:
@@ -30,7 +27,7 @@ def find(session: Session, job_id: str, *, to_change: bool = False) -> JobRow:
     """
     query = select(JobRow).where(JobRow.id == job_id)
     row = None
-    if _ID.fullmatch(job_id):  # anything else is no id, and may be no text to a database
+    if is_job_id(job_id):  # anything else is no id, and may be no text to a database
         row = session.scalar(query.with_for_update() if to_change else query)
     if row is None:
         raise NotFoundError(f"job {job_id[:120]!r}: there is no such job")
@@ -114,8 +111,8 @@ def failure_row(failure: FirstFailure | None) -> dict[str, Any] | None:
     return asdict(failure) if failure else None
 
 
-def to_job(row: JobRow, *, whole: bool = True) -> Job:
-    """Read a job; not `whole` leaves out specification and summary, which may not be loaded."""
+def to_job(row: JobRow | Row[Any], *, whole: bool = True) -> Job:
+    """Read a job; not `whole` leaves out specification and summary, which a listing's rows lack."""
     failure = row.first_failure
     return Job(
         id=row.id,

@@ -116,7 +116,7 @@ class Jobs:
         """
         listing = Listing(states=tuple(states), owner=owner, name=name)
         with self.store.read() as session:
-            rows = session.scalars(listing.query(page_size, page_token)).all()
+            rows = session.execute(listing.query(page_size, page_token)).all()
         page = rows[:page_size]
         more = listing.token(page[-1].number) if len(rows) > page_size else ""
         return [to_job(row, whole=False) for row in page], more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,6 +14,14 @@ from kfac_dist.runs import Event
 
 Order = Literal["none", "pause", "cancel"]
 """What a driver is told in answer to a report."""
+
+
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a job may have this id, which is also the name of its folder."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 class Role(StrEnum):

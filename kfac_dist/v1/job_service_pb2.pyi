@@ -494,9 +494,13 @@ class StreamLogsRequest(_message.Message):
     follow: _builtins.bool
     """Wait for more lines until the job has ended."""
     tail_lines: _builtins.int
-    """Begin with the last so many lines of each log; absent for all lines. Not with a resume token."""
+    """Begin with the last so many lines of each log; absent for all lines. Not with a resume token.
+    The first answer comes at once, with the token of where they begin, if without a line.
+    """
     resume_token: _builtins.str
-    """`resume_token` of the last answer that was received; empty to begin at the beginning."""
+    """`resume_token` of the last answer of this job that was received; empty to begin at the
+    beginning.
+    """
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only workers of these roles; empty for all."""

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from kfac_dist import Client
+from kfac_dist.coordination.lifecycle import ENDED, JobState
+from kfac_dist.errors import NotFoundError
+from kfac_dist.service.access.local import read_local_token, read_server
 from tests.end_to_end.command import SPEC, CommandLine
+from tests.end_to_end.server import PATIENCE, Server, answer, processes_with
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(1200)
-PATIENCE = 400.0  # seconds for what takes tens on a machine of one's own
 STEPS = 300
-
-
-class Server:
-    """`kfac-dist serve` in the background, always at the same port."""
-
-    def __init__(self, command: CommandLine) -> None:
-        self.command = command
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.start()
-
-    def start(self) -> None:
-        self.process = self.command.start(
-            "serve", "--listen", f"127.0.0.1:{self.port}", "-o", "json"
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.process.communicate()
-        assert json.loads(line)["address"] == f"127.0.0.1:{self.port}"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +27,38 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests: a Ray cluster takes its time. The last test ends it."""
     running = Server(CommandLine(tmp_path_factory.mktemp("service")))
     yield running
-    running.command.run("cluster", "down", "--force", seconds=PATIENCE)
-    for process in running.command.started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    running.end()
 
 
-def answer(command: CommandLine, *arguments: str | Path) -> dict[str, Any]:
-    done = command.run(*arguments, "-o", "json", seconds=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A control plane of another home on the same machine."""
+    running = Server(CommandLine(tmp_path_factory.mktemp("neighbour")))
+    yield running
+    running.end()
 
 
-def processes_with(text: str) -> list[str]:
+def drivers(job: str) -> list[psutil.Process]:
+    """The processes that run an attempt of a job."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if text in line:
-            found.append(line)
+        words = process.info["cmdline"] or []
+        if "driver" in words and any(word.endswith(f"runs/{job}") for word in words):
+            found.append(process)
     return found
+
+
+def client_of(server: Server) -> Client:
+    """A client as the server's own user has one."""
+    home = server.command.folder / "home"
+    local = read_server(home)
+    assert local is not None
+    return Client(local.address, token=read_local_token(home))
+
+
+def cluster_of(server: Server) -> str:
+    facts = json.loads((server.command.folder / "home/ray/head.json").read_text())
+    return str(facts["gcs_address"])
 
 
 def test_a_failing_task_is_explained_and_can_be_tried_again(server: Server) -> None:
@@ -102,6 +93,43 @@ def test_a_second_server_of_the_same_home_is_refused(server: Server) -> None:
     done = server.command.run("serve", "--listen", "127.0.0.1:0")
     assert done.returncode == 9
     assert "a server works with this home already" in done.stderr
+
+
+def test_both_run_a_job_at_once_and_neither_sees_the_others(
+    server: Server, neighbour: Server
+) -> None:
+    one, two = neighbour, server
+    assert cluster_of(one) != cluster_of(two)
+    with client_of(one) as first, client_of(two) as second:
+        spec = one.command.spec(SPEC)
+        changes = ["name=shared", "steps=100000"]
+        ours, theirs = (client.submit(spec, overrides=changes).id for client in (first, second))
+
+        def trains(client: Client, job: str) -> bool:
+            (listed,) = client.jobs(name="shared")
+            assert listed.id == job
+            assert listed.state not in ENDED, listed
+            return listed.step >= 1
+
+        wait_until(lambda: trains(first, ours), "the first job trains", PATIENCE)
+        wait_until(lambda: trains(second, theirs), "the second job trains", PATIENCE)
+        for job, server, other in ((ours, one, two), (theirs, two, one)):
+            (driver,) = drivers(job)
+            assert cluster_of(server) in driver.cmdline()  # it was sent to its server's cluster
+            assert cluster_of(other) not in driver.cmdline()
+        for client, foreign in ((first, theirs), (second, ours)):
+            with pytest.raises(NotFoundError):
+                client.get(foreign)
+
+        # What ends one leaves the other alone.
+        first.cancel(ours, now=True)
+        assert first.wait(ours, timeout_seconds=PATIENCE).state is JobState.CANCELLED
+        one.end()
+        reached = second.get(theirs).step
+        wait_until(lambda: second.get(theirs).step > reached, "more steps", PATIENCE)
+        assert [attempt.number for attempt in second.attempts(theirs)] == [1]
+        second.cancel(theirs, now=True)
+        assert second.wait(theirs, timeout_seconds=PATIENCE).state is JobState.CANCELLED
 
 
 def test_two_jobs_one_cancelled_and_a_server_that_is_killed(server: Server) -> None:

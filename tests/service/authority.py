@@ -36,12 +36,14 @@ class Authority:
             own.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         )
 
-    def sign(self, name: str) -> Certificate:
-        """A certificate for 127.0.0.1, good for servers and clients."""
+    def sign(self, name: str, *, for_clients: bool = True) -> Certificate:
+        """A certificate for 127.0.0.1, good for servers and, if so, for clients."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH]
+        if for_clients:
+            usages.append(ExtendedKeyUsageOID.CLIENT_AUTH)
         signed = (
             _builder(subject, self._subject, key)
             .add_extension(x509.SubjectAlternativeName([address]), critical=False)

@@ -93,6 +93,23 @@ def test_following_outlives_the_server_without_a_line_twice(tmp_path: Path) -> N
     assert got == ["one", "two"]
 
 
+def test_a_tail_begins_where_it_was_asked_for_even_if_the_server_goes_away(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with serving(home) as server:
+        client = server.client()
+        job = client.submit(spec())
+        folder = log_dir(server, job)
+        append(folder, "driver-0.log", "old\n")
+        batches = client.logs(job.id, follow=True, tail_lines=0).batches
+        assert next(batches).lines == []
+        port = int(server.address.rpartition(":")[2])
+    append(folder, "driver-0.log", "new\n")
+    with serving(home, ServerOptions(host="127.0.0.1", port=port)) as again:
+        again.jobs.cancel(job.id)
+        assert [line.text for batch in batches for line in batch.lines] == ["new"]
+    client.close()
+
+
 @pytest.mark.timeout(600)
 def test_two_hundred_streams_at_once(tmp_path: Path) -> None:
     with serving(tmp_path / "home") as server, server.client() as client:

@@ -33,7 +33,7 @@ def read_all(folder: Path, wanted: LogFilter = ALL, *, complete: bool = True) ->
         if not batch:
             return lines
         lines += batch
-        cursor = LogCursor.decode(cursor.encode())
+        cursor = LogCursor.decode(cursor.encode("job"), "job")
 
 
 def test_lines_of_workers_come_by_time(tmp_path: Path) -> None:
@@ -140,17 +140,27 @@ def token(value: object) -> str:
         "no token",
         "äöü",
         token([]),
-        token({"../secret.txt": 0}),
-        token({"driver-0.log": -1}),
-        token({"driver-0.log": 2**70}),
-        token({"driver-0.log": True}),
-        token({"driver-0.log": "1"}),
+        token({"driver-0.log": 0}),
+        token(["job", ["driver-0.log"]]),
+        token([1, {}]),
+        token(["job", {"../secret.txt": 0}]),
+        token(["job", {"driver-0.log": -1}]),
+        token(["job", {"driver-0.log": 2**70}]),
+        token(["job", {"driver-0.log": True}]),
+        token(["job", {"driver-0.log": "1"}]),
         "A" * 100_000,
     ],
 )
 def test_a_made_up_token_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="resume_token"):
-        LogCursor.decode(text)
+    with pytest.raises(UsageError, match="resume_token: not a token"):
+        LogCursor.decode(text, "job")
+
+
+def test_a_token_of_another_job_is_refused() -> None:
+    given = LogCursor(offsets={"driver-0.log": 5}).encode("one")
+    assert LogCursor.decode(given, "one").offsets == {"driver-0.log": 5}
+    with pytest.raises(UsageError, match="of the logs of job one, not of two"):
+        LogCursor.decode(given, "two")
 
 
 def test_an_offset_beyond_the_end_gives_nothing(tmp_path: Path) -> None:

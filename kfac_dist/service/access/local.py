@@ -18,6 +18,7 @@ from kfac_dist.runs.journal import write_whole
 from kfac_dist.service.records import Role
 
 if TYPE_CHECKING:  # commands that only read do not load the store
+    from kfac_dist.service.access.tls import TlsFiles
     from kfac_dist.service.access.tokens import Tokens
 
 _SERVER, _TOKEN = "server.json", "local.token"
@@ -37,6 +38,20 @@ class LocalServer:
     tls_ca: str | None = None
     client_certificate: str | None = None
     client_key: str | None = None
+
+
+def local_server(address: str, tls: TlsFiles | None) -> LocalServer:
+    """Return how drivers, and commands of this user, reach this process at HOST:PORT."""
+    if tls is None:
+        return LocalServer(address=address, pid=os.getpid())
+    certificate, key = tls.shown() or (None, None)
+    return LocalServer(
+        address=f"grpcs://{address}",
+        pid=os.getpid(),
+        tls_ca=str(tls.trust()),
+        client_certificate=None if certificate is None else str(certificate),
+        client_key=None if key is None else str(key),
+    )
 
 
 def write_server(home: Path, server: LocalServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +17,56 @@ class TlsFiles:
     """PEM files of a server. With `client_ca`, a client must show a certificate of that authority.
 
     `ca` is what the server's own certificate is checked with; without it, the certificate itself.
+    `driver_certificate` and `driver_key` are what drivers, and commands of the server's own user,
+    show to it; without them, the server's own.
     """
 
     certificate: Path
     key: Path
     client_ca: Path | None = None
     ca: Path | None = None
+    driver_certificate: Path | None = None
+    driver_key: Path | None = None
 
     def trust(self) -> Path:
         """Return the file that a client of this machine checks the server with."""
         return (self.ca or self.certificate).absolute()
+
+    def shown(self) -> tuple[Path, Path] | None:
+        """Return certificate and key of the clients of this home, None where none is asked for."""
+        if self.client_ca is None:
+            return None
+        return self.driver_certificate or self.certificate, self.driver_key or self.key
+
+    def check_shown(self) -> None:
+        """Refuse a server that would not let in the drivers of its jobs.
+
+        Raises:
+            NotFoundError: a file is not there, or may not be read.
+            UsageError: their certificate is none of the clients' authority, or none for clients.
+        """
+        shown = self.shown()
+        if self.client_ca is None or shown is None:
+            return
+        for path in (self.client_ca, self.certificate, self.key, *shown):
+            read_pem(path)
+        try:
+            server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            server.load_cert_chain(self.certificate, self.key)
+            server.load_verify_locations(self.client_ca)
+            server.verify_mode = ssl.CERT_REQUIRED
+            server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC does
+            client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+            client.load_cert_chain(*shown)
+            _shake_hands(server, client)
+        except ssl.SSLError as error:
+            why = getattr(error, "verify_message", None) or error.reason or error
+            raise UsageError(
+                f"--client-ca {self.client_ca}: does not vouch for {shown[0]} as a client's "
+                f"certificate ({why}), which drivers of jobs and commands of this user show; give "
+                "one that it vouches for by --driver-cert and --driver-key"
+            ) from error
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
@@ -57,6 +98,22 @@ def read_pem(path: Path) -> bytes:
     if b"-----BEGIN " not in content:
         raise UsageError(f"{path}: not a PEM file (no -----BEGIN line)")
     return content
+
+
+def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
+    """Let the two connect in memory; raises SSLError when one refuses the other."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    while ends:
+        for end in list(ends):
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue  # it is the other's turn
+            ends.remove(end)
 
 
 def check_exposure(host: str, *, has_tls: bool, insecure: bool) -> None:

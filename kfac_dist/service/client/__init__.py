@@ -1,6 +1,6 @@
 """The control plane from Python."""
 
 from kfac_dist.service.client.client import Client
-from kfac_dist.service.client.streams import Update
+from kfac_dist.service.client.streams import LogBatch, LogStream, Update
 
-__all__ = ["Client", "Update"]
+__all__ = ["Client", "LogBatch", "LogStream", "Update"]

@@ -16,8 +16,7 @@ from kfac_dist.errors import TimedOutError
 from kfac_dist.service import wire
 from kfac_dist.service.client.channel import ServerAddress
 from kfac_dist.service.client.code import package_of
-from kfac_dist.service.client.streams import Update, resumed
-from kfac_dist.service.logs import LogLine
+from kfac_dist.service.client.streams import LogStream, Update, resumed
 from kfac_dist.service.records import Attempt, CheckpointFacts, Job, JobEvent, MetricSeries
 from kfac_dist.service.status import from_rpc_error
 from kfac_dist.service.wire_values import to_state
@@ -253,10 +252,16 @@ class Client(AbstractContextManager["Client"]):
         ranks: Iterable[int] = (),
         attempts: Iterable[int] = (),
         tail_lines: int | None = None,
-    ) -> Iterator[LogLine]:
-        """Yield the lines of the workers' logs, also after the job's end.
+        resume_token: str = "",
+    ) -> LogStream:
+        """Return the lines of the workers' logs, also after the job's end.
 
         `follow` waits for more until the job has ended. Empty filters take everything.
+        `tail_lines` begins so many lines before each log's end, `resume_token` after the batch that
+        has this token.
+
+        Raises:
+            UsageError: the token is none of these logs'.
         """
         request = pb.StreamLogsRequest(
             job_id=job_id, follow=follow, roles=roles, ranks=ranks, attempts=attempts
@@ -264,14 +269,13 @@ class Client(AbstractContextManager["Client"]):
 
         def open_stream(token: str) -> Any:
             request.resume_token = token
-            if token or tail_lines is None:
+            if tail_lines is None or token != resume_token:  # the tail has begun
                 request.ClearField("tail_lines")
             else:
                 request.tail_lines = tail_lines
             return self._stub.StreamLogs(request, metadata=self._metadata)
 
-        for answer in resumed(open_stream, self.address, self._reconnect_seconds):
-            yield from map(wire.from_log_line, answer.lines)
+        return LogStream(resumed(open_stream, self.address, self._reconnect_seconds, resume_token))
 
     def _get(self, job_id: str) -> pb.GetJobResponse:
         answer: pb.GetJobResponse = self._call(self._stub.GetJob, pb.GetJobRequest(job_id=job_id))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import grpc
 
 from kfac_dist.errors import UnreachableError
+from kfac_dist.service.logs import LogLine
 from kfac_dist.service.records import Job, JobEvent, MetricSeries
 from kfac_dist.service.status import from_rpc_error
+from kfac_dist.service.wire import from_log_line
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 3.0
@@ -26,18 +29,46 @@ class Update:
     metrics: Sequence[MetricSeries] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogBatch:
+    """Lines of logs, and the token with which a later call goes on after the last of them.
+
+    There may be none: with `tail_lines` the first token says where the tails begin.
+    """
+
+    lines: Sequence[LogLine]
+    resume_token: str
+
+
+class LogStream(Iterator[LogLine]):
+    """Lines of logs as they come; `batches` are the same lines with tokens to go on at."""
+
+    def __init__(self, answers: Iterator[Any]) -> None:
+        self.batches: Iterator[LogBatch] = (
+            LogBatch(
+                lines=[from_log_line(line) for line in answer.lines],
+                resume_token=answer.resume_token,
+            )
+            for answer in answers
+        )
+        self._lines = chain.from_iterable(batch.lines for batch in self.batches)
+
+    def __next__(self) -> LogLine:
+        return next(self._lines)
+
+
 def resumed(
-    open_stream: Callable[[str], Any], address: str, reconnect_seconds: float
+    open_stream: Callable[[str], Any], address: str, reconnect_seconds: float, token: str = ""
 ) -> Iterator[Any]:
     """Yield the answers of a stream that is opened anew when its connection breaks.
 
-    `open_stream` takes the token of the last answer. A server that is away is waited for, at most
-    `reconnect_seconds`.
+    `open_stream` takes the token of the last answer, at first the one given. A server that is away
+    is waited for, at most `reconnect_seconds`.
 
     Raises:
         KfacDistError: what the server says, or UnreachableError.
     """
-    token, pause = "", _FIRST_PAUSE_SECONDS
+    pause = _FIRST_PAUSE_SECONDS
     lost_at: float | None = None
     while True:
         call = open_stream(token)

@@ -35,7 +35,7 @@ class LogStreams:
         job_id = requests.job_id(request.job_id)
         wanted = _filter(request)
         tail = _tail(request)
-        cursor = LogCursor.decode(request.resume_token)
+        cursor = LogCursor.decode(request.resume_token, job_id)
         folder = await asyncio.to_thread(self.jobs.log_dir, job_id)
         pause = _LEAST_SECONDS
         with self.changes.of(job_id) as changed:
@@ -43,9 +43,10 @@ class LogStreams:
                 has_ended, lines, cursor = await asyncio.to_thread(
                     self._read, job_id, folder, wanted, cursor, tail
                 )
+                if lines or tail is not None:  # no line is lost from where the tail begins
+                    yield _message(lines, cursor.encode(job_id))
                 tail = None
                 if lines:
-                    yield _message(lines, cursor)
                     pause = _LEAST_SECONDS
                 elif has_ended or not request.follow:
                     return
@@ -78,8 +79,7 @@ def _tail(request: job_service_pb2.StreamLogsRequest) -> int | None:
     return requests.in_range("tail_lines", request.tail_lines, 0, _MAX_TAIL)
 
 
-def _message(lines: list[LogLine], cursor: LogCursor) -> job_service_pb2.StreamLogsResponse:
+def _message(lines: list[LogLine], token: str) -> job_service_pb2.StreamLogsResponse:
     return job_service_pb2.StreamLogsResponse(
-        lines=[to_log_line(line) for line in lines],
-        resume_token=cursor.encode(),
+        lines=[to_log_line(line) for line in lines], resume_token=token
     )

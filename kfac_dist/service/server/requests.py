@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfac_dist.coordination.lifecycle import JobState
 from kfac_dist.errors import UsageError
+from kfac_dist.service.records import is_job_id
 from kfac_dist.service.status import FieldError
 from kfac_dist.service.transport import MAX_SPEC_BYTES
 from kfac_dist.service.wire_values import from_state
 from kfac_dist.v1 import job_pb2
 
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_NAMES = 50
 _MAX_LIST = 1000
 
 
 def job_id(value: str) -> str:
-    """Return a job's id, which is also the name of its folder."""
-    if not _JOB_ID.fullmatch(value):
+    """Return a job's id."""
+    if not is_job_id(value):
         raise FieldError("job_id", f"{_shown(value)} is no job's id (letters, digits, . _ -)")
     return value
 

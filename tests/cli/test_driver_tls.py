@@ -1,0 +1,100 @@
+"""Drivers, and the server's own user, where clients must show a certificate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kfac_dist.coordination.lifecycle import ENDED, JobState
+from kfac_dist.coordination.supervision import Limits
+from kfac_dist.errors import NotFoundError, UsageError
+from kfac_dist.service.access.local import ensure_local_token, local_server, write_server
+from kfac_dist.service.access.tls import TlsFiles
+from kfac_dist.service.controller import Controller
+from kfac_dist.service.server.serving import ServerOptions
+from tests.cli.conftest import KfacDist
+from tests.service.authority import Authority
+from tests.service.requests import spec
+from tests.service.serving import serving
+from tests.service.subprocess_runner import SubprocessRunner
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> TlsFiles:
+    """The server's certificate is of an authority that makes none for clients."""
+    public, own = Authority(tmp_path / "public", "public"), Authority(tmp_path / "own", "own")
+    server, driver = public.sign("server", for_clients=False), own.sign("driver")
+    return TlsFiles(
+        certificate=server.certificate,
+        key=server.key,
+        ca=public.ca,
+        client_ca=own.ca,
+        driver_certificate=driver.certificate,
+        driver_key=driver.key,
+    )
+
+
+@pytest.mark.timeout(300)
+def test_drivers_report_and_commands_get_through(
+    tls: TlsFiles, home: Path, kfac_dist: KfacDist
+) -> None:
+    tls.check_shown()
+    runner = SubprocessRunner()
+    with serving(home, ServerOptions(host="127.0.0.1", port=0, tls=tls)) as server:
+        write_server(home, local_server(server.address, tls))
+        ensure_local_token(home, server.tokens)
+        # Drivers that could not report would be taken for dead before they have ended.
+        controller = Controller(server.jobs, runner, Limits(silence_seconds=200.0))
+        controller.start()
+        try:
+            job = server.jobs.create(spec(steps=20, task_args={"seconds": 0.05}), owner="ada")
+            wait_until(lambda: server.jobs.get(job.id).state in ENDED, "the end", seconds=150.0)
+            assert server.jobs.get(job.id).state is JobState.SUCCEEDED
+            (attempt,) = server.jobs.attempts(job.id)
+            assert attempt.heard_at is not None
+            done = kfac_dist("describe", job.id)
+            assert (done.code, job.id in done.out) == (0, True), done.err
+        finally:
+            controller.stop()
+            runner.close()
+
+
+def test_a_server_that_would_not_let_its_drivers_in_is_refused(
+    tls: TlsFiles, tmp_path: Path, kfac_dist: KfacDist
+) -> None:
+    options = (
+        ("--tls-cert", tls.certificate),
+        ("--tls-key", tls.key),
+        ("--client-ca", tls.client_ca),
+    )
+    words = [word for option in options for word in option]
+    done = kfac_dist("serve", "--listen", "127.0.0.1:0", *words)
+    assert (done.code, done.out) == (2, "")
+    assert f"does not vouch for {tls.certificate}" in done.err
+    assert "--driver-cert" in done.err
+    alone = kfac_dist("serve", *words, "--driver-cert", tls.driver_certificate)
+    assert (alone.code, "go together" in alone.err) == (2, True)
+    unasked = ("--driver-cert", tls.driver_certificate, "--driver-key", tls.driver_key)
+    assert kfac_dist("serve", *words[:4], *unasked).code == 2
+    assert kfac_dist("serve", *unasked).code == 2
+
+
+def test_what_drivers_show_must_be_a_clients_and_of_the_right_authority(
+    tls: TlsFiles, tmp_path: Path
+) -> None:
+    one = Authority(tmp_path / "one", "one")
+    both = one.sign("both")
+    TlsFiles(certificate=both.certificate, key=both.key, client_ca=one.ca).check_shown()
+    replace(tls, client_ca=None).check_shown()  # nothing is asked for
+    servers = one.sign("servers", for_clients=False)
+    for made in (servers, Authority(tmp_path / "other", "other").sign("other")):
+        shown = {"driver_certificate": made.certificate, "driver_key": made.key}
+        with pytest.raises(UsageError, match="does not vouch for"):
+            replace(tls, client_ca=one.ca, **shown).check_shown()
+    with pytest.raises(UsageError, match="does not vouch for"):
+        replace(tls, driver_key=both.key).check_shown()  # of another certificate
+    with pytest.raises(NotFoundError, match=r"missing\.pem"):
+        replace(tls, driver_certificate=tmp_path / "missing.pem").check_shown()
