@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kfac_dist.errors import JobFailedError, NotFoundError
 from kfac_dist.runs import StepRecord
-from kfac_dist.runs.replay import Difference, ReplayPlan, first_difference
+from kfac_dist.runs.replay import REASON, Difference, ReplayPlan, first_difference
 from workers.checkpoint import load_newest
 from workers.checkpointing import FACTORS_ROLE
 from workers.crew import SERVER_ROLE
@@ -18,7 +18,6 @@ from workers.journal import OnEvent, OnRecord
 from workers.launch import run_job
 from workers.transport import Array
 
-REASON = "replay_differs"
 # Of the server's state these depend on what came in and was not used, or count over a run.
 _NOT_COMPARED = ("inverse:", "count:", "stale_applied")
 
@@ -62,15 +61,7 @@ class _Comparison:
         self.num_steps = record.step
         self.difference = first_difference(self.plan.records[record.step - 1], record)
         if self.difference is not None:
-            raise JobFailedError(describe(self.difference), reason=REASON)
-
-
-def describe(difference: Difference) -> str:
-    """Return a sentence that names step, field and both values."""
-    return (
-        f"step {difference.step}: {difference.field} is {difference.replayed} in the replay and "
-        f"{difference.recorded} in the records"
-    )
+            raise JobFailedError(str(self.difference), reason=REASON)
 
 
 def run_replay(

@@ -18,6 +18,9 @@ from kfac_dist.runs.checkpoints import list_checkpoints
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.records import Event, StepRecord
 
+REASON = "replay_differs"
+"""The machine word of a replay that is not what was recorded."""
+
 _COMPARED = (
     "inverse_version_step",
     "loss",
@@ -70,6 +73,13 @@ class Difference:
     field: str
     recorded: Any
     replayed: Any
+
+    def __str__(self) -> str:
+        """Say it with both values."""
+        return (
+            f"step {self.step}: {self.field} is {self.replayed} in the replay and "
+            f"{self.recorded} in the records"
+        )
 
 
 def plan_replay(folder: RunFolder, num_steps: int | None) -> ReplayPlan:

@@ -116,7 +116,7 @@ def test_life_by_requests(server: Serving, kfac_dist: KfacDist, job: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "verb", ["describe", "logs", "cancel", "metrics", "explain", "checkpoints"]
+    "verb", ["describe", "logs", "cancel", "metrics", "explain", "checkpoints", "replay"]
 )
 def test_no_such_job_is_exit_code_4(server: Serving, kfac_dist: KfacDist, verb: str) -> None:
     done = kfac_dist(verb, "none-such")
