@@ -26,10 +26,9 @@ FIRST = {
 def recorded_step(step: int, **changes: Any) -> StepRecord:
     """One layer, a new version every three steps, used one step after its statistics."""
     version = max(1, (step - 1) // 3 * 3)
-    is_new = step == 1 or (step - 1) % 3 == 0 and version > 1
     values = {
         "inverse_version_step": {"a": version},
-        "inverse_gammas": {"a": [2.0 + version / 10, 1.0]} if is_new else {},
+        "inverse_gammas": {"a": [2.0 + version / 10, 1.0]} if step % 3 == 1 else {},
     }
     return sample_record(step, **(values | changes))
 
