@@ -94,7 +94,7 @@ def _find(
     """
     own_base_dir = absolute(base_dir) if base_dir else None
     path = absolute(Path(job))
-    if path.is_dir() or len(Path(job).parts) > 1:
+    if path.is_dir() or os.sep in job:
         if not path.is_dir():
             raise NotFoundError(f"{path}: no such folder, of which a run could be replayed")
         code = path / "code"
