@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,17 +47,20 @@ class _Tensors(NamedTuple):
 
 @dataclass
 class _Comparison:
-    """Compares each step as it is recorded, and ends the job at the first difference."""
+    """Compares each step as it is recorded, and ends the job at the first difference.
+
+    `watcher` is told of each step before.
+    """
 
     plan: ReplayPlan
+    watcher: OnRecord | None
     num_steps: int = 0
     difference: Difference | None = None
-    _on_record: OnRecord | None = field(default=None, kw_only=True)
 
     def on_record(self, record: StepRecord) -> None:
         """Raise when the step is not what was recorded."""
-        if self._on_record is not None:
-            self._on_record(record)
+        if self.watcher is not None:
+            self.watcher(record)
         self.num_steps = record.step
         self.difference = first_difference(self.plan.records[record.step - 1], record)
         if self.difference is not None:
@@ -84,7 +87,7 @@ def run_replay(
         KfacDistError: the replay cannot start, or failed by something else than a difference.
     """
     recorded = _load(checkpoints_dir, plan)
-    comparison = _Comparison(plan, _on_record=on_record)
+    comparison = _Comparison(plan, on_record)
     try:
         run_job(
             plan.spec,
