@@ -17,6 +17,7 @@ from kfac_dist.runs.journal import write_whole
 from kfac_dist.runs.replay import ReplayPlan, plan_replay
 from tests.workers.jobs import Jobs, line_spec
 from workers import inverse_health
+from workers.checkpoint import load_newest, write_checkpoint
 from workers.cluster import local_cluster
 from workers.replay import ReplayResult, run_replay
 
@@ -112,7 +113,7 @@ def test_an_asynchronous_job_and_its_resumption_are_done_again(
     assert [r.inverse_gammas for r in again] == [r.inverse_gammas for r in records]
 
 
-def test_tampered_records_and_checkpoints_are_found(jobs: Jobs) -> None:
+def test_tampered_records_are_found(jobs: Jobs) -> None:
     jobs.run(asynchronous())
     folder = jobs.run_folder()
     records = folder.read_metrics()
@@ -163,10 +164,18 @@ def test_a_dead_inverse_worker_ends_what_can_be_done_again(jobs: Jobs) -> None:
     assert (result.num_steps, result.difference) == (died - 1, None)
 
 
-def test_a_baseline_is_done_again_without_any_inverse(jobs: Jobs) -> None:
+def test_a_baseline_is_done_again_and_another_checkpoint_is_found(jobs: Jobs) -> None:
     jobs.run(asynchronous(optimizer={"name": "adam"}, steps=6, checkpoint={"every_steps": 3}))
     result = replay(jobs, plan_replay(jobs.run_folder(), None))
     assert (result.num_steps, result.difference, result.checkpoint_step) == (6, None, 6)
+
+    whole = load_newest(jobs.run_folder().checkpoints_dir)
+    assert whole is not None
+    whole.roles["parameter_server"]["parameters"][0] += 1e-12
+    write_checkpoint(jobs.run_folder().checkpoints_dir, 6, whole.roles, whole.state, keep=1)
+    found = replay(jobs, plan_replay(jobs.run_folder(), None), "other").difference
+    assert found is not None
+    assert (found.step, found.field) == (6, "checkpoint parameter_server/parameters")
 
 
 def test_a_replay_has_room_for_more_workers_than_the_machine_has_cpus() -> None:
