@@ -20,7 +20,7 @@ data: {name: null}
 steps: 16
 batch_size: 20
 optimizer: {name: kfac, damping: {initial: 1}, inverse_update_period: 4}
-workers: {gradient: 1, inverse: 2}
+workers: {gradient: 1, inverse: 1}
 staleness: {max_steps: 8}
 checkpoint: {every_steps: 4}
 """
