@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,16 +137,19 @@ def _seal(manifest: bytes) -> bytes:
     return f"{_sha256(manifest)}  {_MANIFEST}\n".encode()
 
 
-def load_newest(folder: Path) -> LoadedCheckpoint | None:
+def load_newest(folder: Path, steps: Container[int] | None = None) -> LoadedCheckpoint | None:
     """Return the newest checkpoint in `folder` that is whole; None when there is none at all.
 
-    Every file is read and compared with its size and hash before anything in it is used.
+    With `steps` only one of these. Every file is read and compared with its size and hash before
+    anything in it is used.
 
     Raises:
         NotFoundError: there are checkpoints, but none is whole; the message says why, for each.
     """
     refused: list[str] = []
     for info in list_checkpoints(folder):
+        if steps is not None and info.step not in steps:
+            continue
         try:
             return _load(info, tuple(refused))
         except (_RefusedError, OSError) as error:

@@ -14,7 +14,7 @@ from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint
 from workers.crew import SERVER_ROLE, Crew
 from workers.transport import Array
 
-_FACTORS_ROLE = "factors"
+FACTORS_ROLE = "factors"
 _BUFFERS_ROLE = "buffers"
 
 
@@ -72,7 +72,7 @@ def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:
         step=loaded.step,
         cursor=SamplerCursor(epoch=cursor["epoch"], offset=cursor["offset"]),
         server_snapshot=loaded.roles[SERVER_ROLE],
-        averages=loaded.roles.get(_FACTORS_ROLE, {}),
+        averages=loaded.roles.get(FACTORS_ROLE, {}),
         buffers=loaded.roles.get(_BUFFERS_ROLE, {}),
         refused=loaded.refused,
     )
@@ -99,7 +99,7 @@ def save(
     (server,) = crew.gather(crew.call_server("snapshot"))
     roles: dict[str, Mapping[str, Array]] = {SERVER_ROLE: server}
     if averages:
-        roles[_FACTORS_ROLE] = averages
+        roles[FACTORS_ROLE] = averages
     if buffers := crew.share_buffers():
         roles[_BUFFERS_ROLE] = buffers
     state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from kfac_dist.config import WorkersSpec
 from kfac_dist.errors import UnreachableError
 from workers.guard import guarded
 from workers.interrupts import deferred
@@ -61,10 +62,12 @@ class Addresses:
 
 
 @contextmanager
-def ray_cluster(ray_address: str | None) -> Iterator[Cluster]:
+def ray_cluster(ray_address: str | None, room_for: WorkersSpec | None = None) -> Iterator[Cluster]:
     """Give a cluster for the time of the block, and leave nothing of it behind.
 
-    A Ray that this process has already initialised is used and left as it is.
+    A Ray that this process has already initialised is used and left as it is. One that is started
+    here has a CPU for each of this machine; `room_for` some workers it has more, if these need
+    them, which then share the machine.
 
     Raises:
         UnreachableError: there is no cluster at `ray_address`, or Ray does not start here.
@@ -74,18 +77,18 @@ def ray_cluster(ray_address: str | None) -> Iterator[Cluster]:
         return
     # A cluster that is there has its own mode, which its drivers find in the environment.
     mode = {} if "RAY_AUTH_MODE" in os.environ and ray_address is not None else _NO_TOKEN
-    with _environment(mode), quiet_stdout(), _started(ray_address) as cluster:
+    with _environment(mode), quiet_stdout(), _started(ray_address, room_for) as cluster:
         yield cluster
 
 
 @contextmanager
-def _started(ray_address: str | None) -> Iterator[Cluster]:
+def _started(ray_address: str | None, room_for: WorkersSpec | None) -> Iterator[Cluster]:
     if ray_address is not None:
         _init(f"no Ray cluster at {ray_address}", address=ray_address, **_QUIET)
         with _shut_down():
             yield _describe(host=None)
         return
-    with _local(include_dashboard=False):
+    with _local(local_cluster(room_for), include_dashboard=False):
         yield _describe(host=LOOPBACK)
 
 
@@ -98,7 +101,7 @@ def head_cluster(token_path: Path) -> Iterator[Addresses]:
     Raises:
         UnreachableError: Ray does not start here.
     """
-    local = _local(include_dashboard=True, dashboard_host=LOOPBACK)
+    local = _local(local_cluster(), include_dashboard=True, dashboard_host=LOOPBACK)
     use_token(token_path)
     with _environment({}), quiet_stdout(), free_agent_port(), local as context:
         yield Addresses(
@@ -107,9 +110,8 @@ def head_cluster(token_path: Path) -> Iterator[Addresses]:
 
 
 @contextmanager
-def _local(**options: Any) -> Iterator[Any]:
+def _local(local: Cluster, **options: Any) -> Iterator[Any]:
     """Start a cluster on this machine; gives Ray's own description of it."""
-    local = local_cluster()
     # Unix sockets have short names: the folder must be near the root.
     folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
     with guarded(Path(folder)), _shut_down():
@@ -150,10 +152,13 @@ def is_embedded(ray_address: str | None) -> bool:
     return ray_address is None and not ray.is_initialized()
 
 
-def local_cluster() -> Cluster:
+def local_cluster(room_for: WorkersSpec | None = None) -> Cluster:
     """Return what an embedded cluster will have, without starting it; GPUs are not counted."""
-    num_cpus = len(os.sched_getaffinity(0))
-    return Cluster(num_cpus=num_cpus, num_gpus=0, num_inverse_slots=num_cpus, host=LOOPBACK)
+    num_cpus = num_slots = len(os.sched_getaffinity(0))
+    if room_for is not None:
+        num_cpus = max(num_cpus, room_for.gradient * (room_for.threads or 1))
+        num_slots = max(num_slots, room_for.inverse)
+    return Cluster(num_cpus=num_cpus, num_gpus=0, num_inverse_slots=num_slots, host=LOOPBACK)
 
 
 def _describe(host: str | None) -> Cluster:

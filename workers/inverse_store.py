@@ -88,11 +88,9 @@ class InverseStore:
     def is_ready(self, step: int) -> bool:
         """Tell whether `step` may use what is here, whatever becomes of its own statistics."""
         with self._changed:
-            only = self._only_admissible(step)
             return all(
-                (self._shelf.version(name, only[name] if only else None) or 0)
-                >= self.bound.oldest_admissible(step, name)
-                for name in self.layers
+                (version or 0) >= self.bound.oldest_admissible(step, name)
+                for name, version in self._versions(step).items()
             )
 
     def admit(self, step: int) -> Admitted:
@@ -113,16 +111,15 @@ class InverseStore:
                     )
                 admission = self._decide(step)
             return Admitted(
-                held=self._shelf.take(self._only_admissible(step)),
+                held=self._shelf.take(self.bound.only_admissible(step, self.layers)),
                 admission=admission,
                 waited_seconds=time.perf_counter() - started,
             )
 
-    def _only_admissible(self, step: int) -> dict[str, int] | None:
-        """Return the one version of each layer that `step` may use, None where newer ones do."""
-        if not self.bound.is_exact(step):
-            return None
-        return {name: self.bound.oldest_admissible(step, name) for name in self.layers}
+    def _versions(self, step: int) -> dict[str, int | None]:
+        """Return the version of each layer that is here for `step`, None without any."""
+        only = self.bound.only_admissible(step, self.layers) or {}
+        return {name: self._shelf.version(name, only.get(name)) for name in self.layers}
 
     def install(self, admitted: Admitted) -> Admitted:
         """Return them as a step uses them: newer ones with what they take over from those in use.
@@ -132,13 +129,9 @@ class InverseStore:
         return replace(admitted, held=self._shelf.installed(admitted.held))
 
     def _decide(self, step: int) -> Admission:
-        only = self._only_admissible(step)
-        versions = {
-            name: self._shelf.version(name, only[name] if only else None) for name in self.layers
-        }
         return admit(
             step,
-            versions,
+            self._versions(step),
             self.bound,
             self.staleness.at_bound,
             self._orphaned | self._failed(step),

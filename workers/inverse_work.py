@@ -77,7 +77,7 @@ class InverseWork:
         self._versions: dict[str, int] = {}
         self._drift = FactorDrift()
         self._requests: deque[RefreshRequest] = deque()
-        self._bound = staleness_bound(job.spec)
+        self._bound = staleness_bound(job.spec, job.recording)
         # Exact versions up to here are made. A successor does not know of its predecessor's.
         self._exact_step = setup.applied_step if setup.assignment_epoch == 1 else None
         self._last_chosen: str | None = None
@@ -128,8 +128,7 @@ class InverseWork:
         """The step whose statistics may be the newest now, for an exact version; None is any."""
         if self._exact_step is None:
             return None
-        step = self._bound.schedule.next_refresh(self._exact_step)
-        return step if self._bound.is_exact(step) else None
+        return self._bound.next_exact_refresh(self._exact_step)
 
     @property
     def is_settled(self) -> bool:
@@ -169,11 +168,16 @@ class InverseWork:
         """Invert the one layer that the policy puts first; None when nothing is due."""
         while self._requests and self._dealt_step >= self._requests[0].min_statistics_step:
             request = self._requests[0]
-            states = [self._refresh_state(name, request.step) for name in self._averages]
+            wanted = {name: request.gammas_of(name) for name in self._averages}
+            states = [
+                self._refresh_state(name, request.step)
+                for name, gammas in wanted.items()
+                if gammas is not None
+            ]
             name = choose_next(states, self._policy, request.step, self._last_chosen)
-            if name is not None:
+            if name is not None and (gammas := wanted[name]) is not None:
                 self._last_chosen = name
-                return self._invert(name, request.gammas)
+                return self._invert(name, gammas)
             if not request.exact:
                 return None
             self._exact_step = self._requests.popleft().step
@@ -229,6 +233,7 @@ class InverseWork:
             name
             for name, averages in self._averages.items()
             if request is not None
+            and request.gammas_of(name) is not None
             and self._versions.get(name, 0) < min(request.step, averages.step)
         ]
         return InverseStatus(

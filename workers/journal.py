@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,10 +74,15 @@ class JobJournal:
         for on_event in self._on_event:
             on_event(event)
 
-    def started(self, precondition: PreconditionDtype | None) -> None:
-        """Write that all members are there, and what was measured for `precondition`."""
+    def started(
+        self, precondition: PreconditionDtype | None, arithmetic: Mapping[str, Any]
+    ) -> None:
+        """Write that all members are there, and what was measured for `precondition`.
+
+        `arithmetic` has what may differ between attempts of a job and decides about its numbers.
+        """
         self.state("RUNNING")
-        self.event("started", f"attempt {self._attempt} trains")
+        self.event("started", f"attempt {self._attempt} trains", **arithmetic)
         if precondition is not None:
             self.event("precondition_dtype", str(precondition), dtype=precondition.dtype)
 

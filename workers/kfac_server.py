@@ -89,7 +89,7 @@ class KFACServer:
         choice = self._update.choose(mean.gradient, directions, gammas, fisher, lr=plan.lr)
         side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
-            return self._skipped(order, mean, phases)
+            return self._skipped(order, mean, phases, inverses)
         self._apply(plan, inverses, choice, directions, phases)
         self._send_bases(phases)
         ratio = self._adapt_damping(order, side, choice, mean, phases)
@@ -191,9 +191,15 @@ class KFACServer:
             after = side.receive_loss() / order.window.size + self.state.l2_term()
             return self._update.adapt_damping(choice, after - mean.objective)
 
-    def _skipped(self, order: StepOrder, mean: MeanGradient, phases: Phases) -> ServerReport:
+    def _skipped(
+        self,
+        order: StepOrder,
+        mean: MeanGradient,
+        phases: Phases,
+        inverses: StepInverses | None = None,
+    ) -> ServerReport:
         self._counts["bad_step"] += 1
-        return self._report(order, mean, None, None, None, phases)
+        return self._report(order, mean, inverses, None, None, phases)
 
     def _report(
         self,
@@ -205,6 +211,7 @@ class KFACServer:
         phases: Phases,
     ) -> ServerReport:
         held = inverses.admitted.held if inverses else {}
+        names = [name for name in self._layers if name in held]
         return ServerReport(
             step=order.plan.step,
             applied=choice is not None,
@@ -221,8 +228,9 @@ class KFACServer:
             gamma=self._update.gamma,
             lr=order.plan.lr,
             next_gammas=self.next_gammas(order.plan.step + 1),
-            inverse_version_step={n: held[n].version_step for n in self._layers if n in held},
-            stale_layers=inverses.admitted.admission.stale if inverses else (),
+            inverse_version_step={name: held[name].version_step for name in names},
+            inverse_gammas={name: tuple(held[name].by_gamma) for name in names},
+            stale_layers=inverses.admitted.admission.beyond_bound if inverses else {},
             accepted=self._store.take_accepted(),
             stale_applied_total=self._stale_applied,
             numeric_events=dict(self._counts + self._store.counts()),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.placement import check_placement
+from kfac_dist.coordination.recorded import Recording
 from kfac_dist.runs import (
     Failure,
     FirstFailure,
@@ -31,7 +32,7 @@ from workers.interrupts import Interrupts
 from workers.journal import JobJournal, OnEvent, OnRecord
 from workers.messages import InverseSetup, JobContext
 from workers.metrics_server import MetricsServer
-from workers.planning import inverse_setups
+from workers.planning import arithmetic_of, inverse_setups
 from workers.preparation import Preparation, prepare
 from workers.recording import Recorder
 from workers.training_loop import TrainingLoop, TrainingResult
@@ -62,6 +63,7 @@ def run_job(
     ray_address: str | None = None,
     identity: RunIdentity | None = None,
     interrupts: Interrupts | None = None,
+    recording: Recording | None = None,
 ) -> JobSummary:
     """Run `spec` to its end and return the summary, which is also in the run folder.
 
@@ -69,12 +71,13 @@ def run_job(
     `run_dir`, the run folders. `resume` goes on with the run in the folder at its newest whole
     checkpoint. `metrics` serves the job's while it runs. `identity` is what the run is called. An
     interrupt, also by `interrupts`, ends everything within seconds, leaves a checkpoint where the
-    step in hand ends in time, and is raised again.
+    step in hand ends in time, and is raised again. With a `recording` the job does again what is
+    recorded, on this machine however many CPUs it has.
 
     Raises:
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
     """
-    if is_embedded(ray_address):
+    if is_embedded(ray_address) and recording is None:
         _check_placement(spec, local_cluster())
     preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=home / "data")
     path = run_dir or home / "runs" / spec.name
@@ -92,6 +95,7 @@ def run_job(
             data_dir=data_dir,
             cache_dir=home / "data",
             run_dir=folder.path,
+            recording=recording,
         )
         journal = JobJournal(folder, job.attempt)
         with journal.served(metrics, job.job):
@@ -147,10 +151,11 @@ class _Run:
     def _train(self, ray_address: str | None) -> TrainingResult:
         self._preparation.check_data()
         point = self._find_start()
-        with ray_cluster(ray_address) as cluster, self._interrupts:
+        room_for = self._job.spec.workers if self._job.recording else None
+        with ray_cluster(ray_address, room_for) as cluster, self._interrupts:
             _check_placement(self._job.spec, cluster)
             loop = TrainingLoop(
-                self._job.spec,
+                self._job,
                 self._folder,
                 self._journal,
                 self._recorder,
@@ -163,7 +168,9 @@ class _Run:
                 self._job, self._folder, plan, loop.on_inverse_worker_death, self._interrupts
             )
             try:
-                self._journal.started(crew.build().precondition)
+                precondition = crew.build().precondition
+                arithmetic = arithmetic_of(self._job.spec, plan.devices, precondition)
+                self._journal.started(precondition, arithmetic)
                 return loop.run(crew)
             finally:
                 crew.kill()

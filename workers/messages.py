@@ -12,13 +12,17 @@ from pathlib import Path
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.assignment import CostModel, LayerCost
 from kfac_dist.coordination.plan import StepPlan
+from kfac_dist.coordination.recorded import BeyondBound, Recording
 from kfac_dist.coordination.sampling import BatchWindow
 from kfac_dist.core.factors import Link
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobContext:
-    """What every actor needs to build its part of a job; paths are of the machine it runs on."""
+    """What every actor needs to build its part of a job; paths are of the machine it runs on.
+
+    With a `recording` the job does again what was recorded.
+    """
 
     job: str
     attempt: int
@@ -27,6 +31,7 @@ class JobContext:
     data_dir: Path | None
     cache_dir: Path
     run_dir: Path
+    recording: Recording | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,9 @@ class ServerReport:
     `loss` is the mean over the batch before the update, in nats a case; `objective` adds the l2
     term. What first-order optimizers do not have is None or empty. `next_gammas` are those to
     invert with in the next step. `inverse_version_step` maps each layer to the step of the newest
-    statistics in the inverse that was used; `stale_layers` went beyond the bound. `accepted` are
-    the inverses that came in since the last report. `numeric_events`, `stale_applied_total` and
+    statistics in the inverse that was used, `inverse_gammas` to what its version was made for;
+    `stale_layers` went beyond the bound. `accepted` are the inverses that came in since the last
+    report. `numeric_events`, `stale_applied_total` and
     `parameter_version` grow over the job; the seconds are of this step.
     """
 
@@ -102,7 +108,8 @@ class ServerReport:
     lr: float | None
     next_gammas: tuple[float, ...]
     inverse_version_step: Mapping[str, int]
-    stale_layers: tuple[str, ...]
+    inverse_gammas: Mapping[str, tuple[float, ...]]
+    stale_layers: Mapping[str, BeyondBound]
     accepted: tuple[InverseHeader, ...]
     stale_applied_total: int
     numeric_events: Mapping[str, int]
@@ -131,6 +138,8 @@ class StatisticsHeader:
 class RefreshRequest:
     """Invert every layer anew with each of `gammas`; a newer request replaces an older one.
 
+    With `gammas_by_layer` only its layers, each with its own.
+
     A layer is not inverted before the statistics of `min_statistics_step` have been dealt with. An
     `exact` request is not replaced: statistics of later steps than its own wait until every layer
     has been inverted for it.
@@ -140,6 +149,13 @@ class RefreshRequest:
     gammas: tuple[float, ...]
     min_statistics_step: int
     exact: bool = False
+    gammas_by_layer: Mapping[str, tuple[float, ...]] | None = None
+
+    def gammas_of(self, layer: str) -> tuple[float, ...] | None:
+        """Return the gammas to invert a layer with, None where it is to be left."""
+        if self.gammas_by_layer is None:
+            return self.gammas
+        return self.gammas_by_layer.get(layer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,16 @@ from kfac_dist.coordination.assignment import (
     fit_cost_model,
 )
 from kfac_dist.coordination.plan import StepSchedule
+from kfac_dist.coordination.recorded import Recording
 from kfac_dist.coordination.schedule import GrowingBatch, batch_size_at
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
 from kfac_dist.core.registration import Registration
 from kfac_dist.core.structure import Structure, structure_for
+from kfac_dist.precision import PreconditionDtype
 from kfac_dist.schedules import kfac_schedule, schedule_of
 from kfac_dist.tasks import torch_dtype
+from workers.device import DevicePlan
 from workers.messages import InverseSetup
 
 _MEASURED_ORDERS = (96, 192, 384)
@@ -44,14 +47,34 @@ def step_schedule(spec: JobSpec) -> StepSchedule:
     )
 
 
-def staleness_bound(spec: JobSpec) -> StalenessBound:
-    """Return the bound of a job."""
+def staleness_bound(spec: JobSpec, recording: Recording | None = None) -> StalenessBound:
+    """Return the bound of a job; with a `recording` what it says."""
     return StalenessBound(
         max_steps=spec.staleness.max_steps,
         warmup_steps=spec.staleness.warmup_steps,
         schedule=step_schedule(spec),
         delay_steps=spec.staleness.delay_steps,
+        recorded=None if recording is None else recording.inverses,
     )
+
+
+def arithmetic_of(
+    spec: JobSpec, devices: DevicePlan, precondition: PreconditionDtype | None
+) -> dict[str, Any]:
+    """Return what may differ between attempts of a job and decides about its numbers.
+
+    `precondition` is in which type inverses are applied, where that was measured.
+    """
+    arithmetic: dict[str, Any] = {
+        "gradient_workers": spec.workers.gradient,
+        "threads": spec.workers.threads or 1,
+        "device": devices.kind,
+        "staleness_max_steps": spec.staleness.max_steps,
+    }
+    if isinstance(spec.optimizer, KFACSpec):
+        chosen = precondition.dtype if precondition else spec.optimizer.precondition_dtype
+        arithmetic["precondition_dtype"] = chosen
+    return arithmetic
 
 
 def batch_size(spec: JobSpec, step: int, num_cases: int) -> int:

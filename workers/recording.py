@@ -36,6 +36,7 @@ class Recorder:
         self._inverse_events: dict[int, Mapping[str, int]] = {}
         self._retired_events: Counter[str] = Counter()
         self._staleness: list[StalenessSummary] = []
+        self._versions: dict[str, int] = {}
         self.initial_objective: float | None = None
         for record in earlier:
             self._remember(record)
@@ -65,6 +66,12 @@ class Recorder:
             mu=report.mu,
             predicted_change=report.predicted_change,
             inverse_version_step=dict(report.inverse_version_step),
+            inverse_gammas={
+                name: list(report.inverse_gammas[name])
+                for name, version in report.inverse_version_step.items()
+                if self._versions.get(name) != version
+            },
+            stale_layers=dict(report.stale_layers),
             inverse_staleness_steps=_staleness(report),
             parameter_version=report.parameter_version,
             numeric_events=self._numeric_events(report, statuses),
@@ -83,6 +90,7 @@ class Recorder:
             self.initial_objective = record.objective
         if record.inverse_staleness_steps is not None:
             self._staleness.append(record.inverse_staleness_steps)
+        self._versions |= record.inverse_version_step
 
     def _phases(
         self,

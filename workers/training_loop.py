@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from kfac_dist.config import JobSpec
 from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import next_window
 from kfac_dist.errors import NumericError, WorkerDiedError
@@ -22,7 +21,7 @@ from workers.interrupts import Interrupts
 from workers.inverse_pool import ROLE as INVERSE_ROLE
 from workers.inverse_pool import InverseWorkerDied
 from workers.journal import JobJournal
-from workers.messages import RefreshRequest, ServerReport, StepOrder
+from workers.messages import JobContext, RefreshRequest, ServerReport, StepOrder
 from workers.planning import batch_size, staleness_bound, step_schedule
 from workers.recording import Recorder
 
@@ -43,7 +42,7 @@ class TrainingLoop:
 
     def __init__(
         self,
-        spec: JobSpec,
+        job: JobContext,
         folder: RunFolder,
         journal: JobJournal,
         recorder: Recorder,
@@ -51,14 +50,15 @@ class TrainingLoop:
         num_train_cases: int,
         interrupts: Interrupts,
     ) -> None:
-        self._spec = spec
+        self._spec = job.spec
+        self._recording = job.recording
         self._interrupts = interrupts
         self._folder = folder
         self._journal = journal
         self._recorder = recorder
         self._num_train_cases = num_train_cases
-        self._schedule = step_schedule(spec)
-        self._bound = staleness_bound(spec)
+        self._schedule = step_schedule(job.spec)
+        self._bound = staleness_bound(job.spec, job.recording)
         self._cursor = point.cursor
         self._statistics_step = checkpointing.averages_step(point.averages)
         self._first_step = point.step + 1
@@ -79,7 +79,7 @@ class TrainingLoop:
             self._journal.step = crew.step = step
             self._take_over(crew, step)
             self._step(crew, self._schedule.plan(step))
-            if self._is_due(step, self._spec.checkpoint.every_steps):
+            if self._recording or self._is_due(step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
             if self._interrupts.requested:
                 self._checkpoint(crew)
@@ -114,14 +114,21 @@ class TrainingLoop:
         seconds = time.perf_counter() - started
         self._training_seconds += seconds
         record = self._recorder.record(server, workers, crew.inverse_pool.statuses(), seconds)
-        if self._is_due(plan.step, self._spec.evaluation.every_steps):
+        if self._evaluates(plan.step):
             evaluation = evaluate(crew, self._spec.optimizer.l2)
             record = record.model_copy(update={"evaluation": evaluation})
         self._journal.record(record)
         self._count_bad_steps(server)
 
+    def _evaluates(self, step: int) -> bool:
+        if self._recording is not None:
+            return step in self._recording.evaluation_steps
+        return self._is_due(step, self._spec.evaluation.every_steps)
+
     def _request_inverses(self, crew: Crew, plan: StepPlan) -> None:
-        if not plan.refresh_inverses:
+        recorded = self._bound.recorded
+        by_layer = None if recorded is None else recorded.refresh(plan.step)
+        if not (plan.refresh_inverses if by_layer is None else by_layer):
             return
         exact = self._bound.is_exact(plan.step)
         crew.inverse_pool.request(
@@ -130,6 +137,7 @@ class TrainingLoop:
                 gammas=self._gammas,
                 min_statistics_step=plan.step if exact else 1,
                 exact=exact,
+                gammas_by_layer=by_layer,
             )
         )
 
@@ -205,7 +213,7 @@ class TrainingLoop:
 
     def _checkpoint(self, crew: Crew) -> None:
         """Write a checkpoint of the step just done, unless there is one or none are wanted."""
-        if self._checkpointed_step == crew.step or self._spec.checkpoint.every_steps is None:
+        if self._checkpointed_step == crew.step or not self._wants_checkpoint(crew.step):
             return
         checkpointing.save(
             self._folder,
@@ -216,3 +224,8 @@ class TrainingLoop:
         )
         self._checkpointed_step = crew.step
         self._journal.event("checkpoint", f"checkpoint of step {crew.step} written")
+
+    def _wants_checkpoint(self, step: int) -> bool:
+        if self._recording is not None:
+            return step in self._recording.checkpoint_steps
+        return self._spec.checkpoint.every_steps is not None

@@ -23,6 +23,7 @@ from kfac_dist.cli.logs import logs
 from kfac_dist.cli.metrics import metrics
 from kfac_dist.cli.pause import pause
 from kfac_dist.cli.plan import plan
+from kfac_dist.cli.replay import replay
 from kfac_dist.cli.resume import resume
 from kfac_dist.cli.retry import retry
 from kfac_dist.cli.schema import spec_app
@@ -47,7 +48,15 @@ app = typer.Typer(
 _HERE = "On this machine"
 _JOBS = "Jobs of a server"
 _SERVER = "The server"
-_LOCAL: tuple[Callable[..., None], ...] = (train, validate, plan, layers, doctor, completion)
+_LOCAL: tuple[Callable[..., None], ...] = (
+    train,
+    replay,
+    validate,
+    plan,
+    layers,
+    doctor,
+    completion,
+)
 _REMOTE: tuple[Callable[..., None], ...] = (
     submit,
     describe,

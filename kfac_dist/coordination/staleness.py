@@ -13,6 +13,7 @@ from typing import Literal
 
 from kfac_dist.coordination.checks import check_interval
 from kfac_dist.coordination.plan import StepSchedule
+from kfac_dist.coordination.recorded import BeyondBound, RecordedInverses
 
 AtBound = Literal["wait", "damp"]
 
@@ -25,12 +26,14 @@ class StalenessBound:
     `warmup_steps` steps. A synchronous step uses what `schedule` last refreshed, in that step
     itself when a refresh is due. `delay_steps` scripts an asynchronous run: by patterns of layer
     names, of which the last that matches counts, how many steps late a refresh is used.
+    `recorded` makes every step use what that run used, whatever the rest says.
     """
 
     max_steps: int
     warmup_steps: int
     schedule: StepSchedule
     delay_steps: Mapping[str, int] = field(default_factory=dict)
+    recorded: RecordedInverses | None = None
 
     def __post_init__(self) -> None:
         check_interval("staleness.max_steps", self.max_steps, 0)
@@ -40,19 +43,41 @@ class StalenessBound:
 
     def is_exact(self, step: int) -> bool:
         """Tell whether `step` uses exactly one version of each layer, whatever else there is."""
-        return self.max_steps == 0 or step <= self.warmup_steps or bool(self.delay_steps)
+        if self.recorded is not None or self.max_steps == 0:
+            return True
+        return step <= self.warmup_steps or bool(self.delay_steps)
 
     def oldest_admissible(self, step: int, layer: str) -> int:
         """Return the oldest version that may precondition a layer in `step`, counted from 1.
 
-        Where `is_exact`, it is the only one.
+        Where `is_exact`, it is the only one; 0 where a recorded step used none.
         """
         check_interval("step", step, 1)
+        if self.recorded is not None:
+            return self.recorded.version(step, layer)
         if not self.is_exact(step):
             return max(1, step - self.max_steps)
         # The end of the warm-up does not make a version go back.
         synchronous_until = min(step, self.warmup_steps)
         return self.schedule.last_refresh(max(1, step - self._delay(layer), synchronous_until))
+
+    def only_admissible(self, step: int, layers: Collection[str]) -> dict[str, int] | None:
+        """Return the one version of each layer that `step` may use, None where newer ones do.
+
+        A layer that a recorded step used none of is left out.
+        """
+        if not self.is_exact(step):
+            return None
+        if self.recorded is not None:
+            return self.recorded.versions(step)
+        return {layer: self.oldest_admissible(step, layer) for layer in layers}
+
+    def next_exact_refresh(self, step: int) -> int | None:
+        """Return the next refresh after `step`, None where its version need not be exact."""
+        if self.recorded is not None:
+            return self.recorded.next_refresh(step)
+        refresh = self.schedule.next_refresh(step)
+        return refresh if self.is_exact(refresh) else None
 
     def _delay(self, layer: str) -> int:
         matching = [
@@ -82,6 +107,12 @@ class Admission:
         """The layers whose inverse is beyond the bound and is applied all the same."""
         return self.damp + self.degraded
 
+    @property
+    def beyond_bound(self) -> dict[str, BeyondBound]:
+        """How each of the `stale` layers is used."""
+        damped: dict[str, BeyondBound] = dict.fromkeys(self.damp, "damp")
+        return damped | dict.fromkeys(self.degraded, "degraded")
+
 
 def admit(
     step: int,
@@ -101,12 +132,16 @@ def admit(
     can be newer, so one that is as new is not waited for either.
 
     With `at_bound` "damp" a layer beyond the bound is damped and not waited for, but not in a
-    step that uses exact versions and not before its first inverse.
+    step that uses exact versions and not before its first inverse. A recorded step has the layers
+    beyond the bound that it had.
     """
     may_damp = at_bound == "damp" and not bound.is_exact(step)
     decided: dict[str, list[str]] = {"wait_for": [], "damp": [], "degraded": [], "gradient": []}
+    recorded = bound.recorded.beyond_bound.get(step, {}) if bound.recorded else {}
     for name, version in versions.items():
-        if version is not None and version >= bound.oldest_admissible(step, name):
+        if (version or 0) >= bound.oldest_admissible(step, name):
+            if name in recorded:
+                decided[recorded[name]].append(name)
             continue
         exhausted = newest_statistics is not None and newest_statistics <= (version or 0)
         if name in orphaned or exhausted:

@@ -94,9 +94,14 @@ class InverseShelf:
         return max(fitting) if fitting else min(versions)
 
     def take(self, at_most: Mapping[str, int] | None = None) -> Held:
-        """Return the `version` of each layer that has one; older ones will not be asked for."""
+        """Return the `version` of each layer that has one; older ones will not be asked for.
+
+        Layers that are not in `at_most` are left where they are.
+        """
         taken = {}
         for name, versions in self._versions.items():
+            if at_most is not None and name not in at_most:
+                continue
             version = self.version(name, at_most[name] if at_most else None)
             assert version is not None, "a layer on the shelf has a version"
             taken[name] = versions[version]

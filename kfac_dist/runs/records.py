@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from kfac_dist import errors
+from kfac_dist.coordination.recorded import BeyondBound
 
 
 def _nan_for_null(value: object) -> object:
@@ -74,8 +75,10 @@ class StepRecord(_Record):
     `time` is in Unix seconds, `loss` the batch mean before the update in nats a case, `objective`
     adds the l2 term. `lr` is that of the step. `reduction_ratio` is rho where it was measured.
     `predicted_change` is M(delta) - M(0). `inverse_version_step` maps a layer to the step of the
-    newest statistics in the inverse that was used for it. `numeric_events` and
-    `stale_applied_total` count from the start of the job; `waited_seconds` is the time spent at
+    newest statistics in the inverse that was used for it; `inverse_gammas` has, of the layers that
+    use a version for the first time, the gammas it was made for, and `stale_layers` those whose
+    version is beyond the staleness bound. `numeric_events` and `stale_applied_total` count from the
+    start of the job; `waited_seconds` is the time spent at
     the staleness bound in this step. `exchanged_bytes` are those of the tensors that a gradient
     worker exchanged with the parameter server, sent and received, `num_messages` how many tensors;
     statistics go another way. `inversions` are those that came in since the last record.
@@ -98,6 +101,8 @@ class StepRecord(_Record):
     mu: float | None = None
     predicted_change: float | None = None
     inverse_version_step: dict[str, int] = Field(default_factory=dict)
+    inverse_gammas: dict[str, list[float]] = Field(default_factory=dict)
+    stale_layers: dict[str, BeyondBound] = Field(default_factory=dict)
     inverse_staleness_steps: StalenessSummary | None = None
     parameter_version: int
     numeric_events: dict[str, int] = Field(default_factory=dict)

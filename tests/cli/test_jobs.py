@@ -116,7 +116,7 @@ def test_life_by_requests(server: Serving, kfac_dist: KfacDist, job: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "verb", ["describe", "logs", "cancel", "metrics", "explain", "checkpoints"]
+    "verb", ["describe", "logs", "cancel", "metrics", "explain", "checkpoints", "replay"]
 )
 def test_no_such_job_is_exit_code_4(server: Serving, kfac_dist: KfacDist, verb: str) -> None:
     done = kfac_dist(verb, "none-such")
@@ -276,3 +276,16 @@ def test_serve_refuses_to_be_exposed(kfac_dist: KfacDist) -> None:
     assert "--insecure" in done.err
     assert kfac_dist("serve", "--listen", "nonsense").code == 2
     assert kfac_dist("serve", "--tls-cert", "x.pem").code == 2
+
+
+def test_what_of_a_job_is_not_on_this_machine_is_named(
+    server: Serving, kfac_dist: KfacDist, job: str
+) -> None:
+    run_dir = server.jobs.get(job).run_dir
+    done = kfac_dist("replay", job)
+    assert (done.code, done.out) == (4, "")
+    assert f"its run folder, {run_dir} at the server, cannot be read on this machine" in done.err
+    Path(run_dir).mkdir(parents=True)
+    done = kfac_dist("replay", job)
+    assert done.code == 4
+    assert f"{run_dir}: not the folder of a run" in done.err

@@ -25,6 +25,7 @@ def _start(*arguments: str, code: str = PROGRAM) -> subprocess.CompletedProcess[
     [
         ["--help"],
         ["train", "--help"],
+        ["replay", "--help"],
         ["serve", "--help"],
         ["submit", "--help"],
         ["--version"],

@@ -169,6 +169,8 @@ def test_two_jobs_one_cancelled_and_a_server_that_is_killed(server: Server) -> N
     assert facts["train"]["objective"] < facts["initial_objective"]
     (series,) = answer(command, "metrics", stays, "loss", "--points", "10000")["series"]
     assert series["steps"] == list(range(1, STEPS + 1))
+    replayed = answer(command, "replay", stays, "--steps", "20")
+    assert (replayed["job"], replayed["steps"], replayed["identical"]) == (stays, 20, True)
 
     out, errors = follower.communicate(timeout=PATIENCE)
     assert follower.returncode == 0, errors

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
+from kfac_dist.coordination.recorded import InverseUse, RecordedInverses, Recording
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.statistics import BatchStatistics
 from tests.workers.local_job import job_context, small_spec
@@ -13,12 +16,23 @@ from workers.inverse_work import InverseWork
 from workers.messages import InverseSetup, RefreshRequest, StatisticsHeader
 from workers.parcels import pack_statistics
 
+RECORDING = Recording(
+    inverses=RecordedInverses(
+        uses={
+            "a": [InverseUse(first_step=6, version_step=4, gammas=(3.0,))],
+            "b": [InverseUse(first_step=3, version_step=2, gammas=(1.0, 2.0))],
+        },
+        beyond_bound={},
+    ),
+    checkpoint_steps=frozenset(),
+    evaluation_steps=frozenset(),
+)
 LAYERS = (LayerCost(name="a", orders=(4, 3)), LayerCost(name="b", orders=(3, 2)))
 
 
 @pytest.fixture
 def make(tmp_path):
-    def build(**sections) -> InverseWork:
+    def build(recording: Recording | None = None, **sections) -> InverseWork:
         sections = {"staleness": {"max_steps": 40}} | sections
         spec = small_spec(workers={"gradient": 2, "inverse": 1}, **sections)
         setup = InverseSetup(
@@ -29,7 +43,7 @@ def make(tmp_path):
             assignment_epoch=1,
             applied_step=0,
         )
-        return InverseWork(job_context(spec, tmp_path), setup)
+        return InverseWork(replace(job_context(spec, tmp_path), recording=recording), setup)
 
     return build
 
@@ -116,3 +130,33 @@ def test_a_synchronous_request_waits_for_its_statistics(make):
     assert work.invert_next() is None
     deliver(work, *IN_ORDER[2:4])
     assert work.invert_next().header.version_step == 2
+
+
+def test_a_recorded_request_is_for_some_layers_each_with_its_gammas(make):
+    work = make(recording=RECORDING)
+    statistics = {step: [message(step, rank) for rank in (0, 1)] for step in (1, 2, 3, 4)}
+    deliver(work, *statistics[1], *statistics[2], *statistics[3])
+    assert work.dealt_step == 2  # the first inverse is of step 2
+    work.request(recorded_request(2))
+    assert not work.is_settled
+    first = work.invert_next().header
+    assert (first.layer, first.version_step, first.gammas) == ("b", 2, (1.0, 2.0))
+    assert work.status(0).queue_depth == 0  # of a nothing is asked
+    assert work.invert_next() is None
+    assert work.is_settled
+    assert work.dealt_step == 3
+    deliver(work, *statistics[4])
+    work.request(recorded_request(4))
+    second = work.invert_next().header
+    assert (second.layer, second.version_step, second.gammas) == ("a", 4, (3.0,))
+    assert work.invert_next() is None
+
+
+def recorded_request(step: int) -> RefreshRequest:
+    return RefreshRequest(
+        step=step,
+        gammas=(9.0,),
+        min_statistics_step=step,
+        exact=True,
+        gammas_by_layer=RECORDING.inverses.refresh(step),
+    )

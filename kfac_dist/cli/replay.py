@@ -1,0 +1,176 @@
+"""`kfac-dist replay`: a recorded run once more, and whether it is the same to the last bit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kfac_dist.cli.connection import CaOption, ServerOption, connect
+from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.failure import Interrupted
+from kfac_dist.cli.options import DataDirOption, OutputOption
+from kfac_dist.cli.output import Format, write_result
+from kfac_dist.cli.progress import make_progress
+from kfac_dist.cli.signals import terminate_is_interrupt
+from kfac_dist.errors import ConflictError, JobFailedError, NotFoundError
+
+if TYPE_CHECKING:
+    from kfac_dist.runs.replay import ReplayPlan
+    from kfac_dist.service.records import Job
+    from workers.replay import ReplayResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where a recorded run, its user code and its data are on this machine."""
+
+    run_dir: Path
+    base_dir: Path
+    data_dir: Path | None
+
+
+def replay(
+    job: Annotated[
+        str,
+        typer.Argument(metavar="JOB", help="The folder of a run, or the id of a server's job."),
+    ],
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", min=1, help="Only the first N steps; else all."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="The replay's own folder; else that of the run with .replay behind its name.",
+        ),
+    ] = None,
+    data: DataDirOption = None,
+    base_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--base-dir",
+            metavar="DIR",
+            help="Where files of your own task are; else in the run's folder if it has code, else "
+            "here.",
+        ),
+    ] = None,
+    server: ServerOption = None,
+    ca: CaOption = None,
+    output: OutputOption = Format.table,
+) -> None:
+    """Do a recorded run again on this machine, with the inverse versions that it used.
+
+    Every step, and the tensors of a checkpoint, are compared to the last bit; the first difference
+    ends it with exit code 1. The run itself is left as it is.
+    """
+    from kfac_dist.runs import RunFolder
+    from kfac_dist.runs.replay import REASON, plan_replay
+
+    source = _find(job, base_dir, data, server, ca)
+    plan = plan_replay(RunFolder.open(source.run_dir), steps)
+    target = _target(source.run_dir, run_dir)
+    result = _run(plan, source, target, output)
+    for message in result.refused:
+        typer.echo(f"warning: {message}", err=True)
+    write_result(_facts(plan, result), output)
+    if result.difference is not None:
+        raise JobFailedError(str(result.difference), reason=REASON)
+
+
+def _find(
+    job: str, base_dir: Path | None, data: Path | None, server: str | None, ca: Path | None
+) -> _Source:
+    """Return where the run is that is meant: a folder that exists, else a job of a server.
+
+    Raises:
+        NotFoundError: there is none, or something of it is not on this machine.
+    """
+    own_base_dir = absolute(base_dir) if base_dir else None
+    path = absolute(Path(job))
+    if path.is_dir() or os.sep in job:
+        if not path.is_dir():
+            raise NotFoundError(f"{path}: no such folder, of which a run could be replayed")
+        code = path / "code"
+        found = own_base_dir or (code if code.is_dir() else Path.cwd())
+        return _Source(run_dir=path, base_dir=found, data_dir=data_dir(data))
+    with connect(server, ca) as client:
+        return _source_of(client.get(job), own_base_dir, data)
+
+
+def _source_of(job: Job, base_dir: Path | None, data: Path | None) -> _Source:
+    from kfac_dist.service.launching import code_dir
+
+    run_dir = Path(job.run_dir)
+    _check_readable(job, "run folder", run_dir, "copy it here and name the copy instead of the id")
+    code = code_dir(run_dir)
+    if base_dir is None and job.package is not None:
+        _check_readable(job, "user code", code, "name a copy of it with --base-dir")
+    if data is None and job.data_dir is not None:
+        _check_readable(job, "data", Path(job.data_dir), "name a copy of them with --data-dir")
+    data = data or (Path(job.data_dir) if job.data_dir else None)
+    return _Source(run_dir=run_dir, base_dir=base_dir or code, data_dir=data_dir(data))
+
+
+def _check_readable(job: Job, what: str, path: Path, otherwise: str) -> None:
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise NotFoundError(
+            f"job {job.id}: its {what}, {path} at the server, cannot be read on this machine; "
+            f"{otherwise}"
+        )
+
+
+def _target(recorded: Path, wanted: Path | None) -> Path:
+    """Return the folder of the replay: the one that is wanted, else the first that is free.
+
+    Raises:
+        ConflictError: the wanted one holds a run.
+    """
+    if wanted is None:
+        names = (f"{recorded.name}.replay{'' if n == 1 else f'-{n}'}" for n in count(1))
+        return next(path for name in names if not (path := recorded.with_name(name)).exists())
+    wanted = absolute(wanted)
+    if (wanted / "job.json").exists():
+        raise ConflictError(
+            f"{wanted}: this folder holds a run; choose another with --run-dir, or leave "
+            "it out for a new one beside the run"
+        )
+    return wanted
+
+
+def _run(plan: ReplayPlan, source: _Source, target: Path, output: Format) -> ReplayResult:
+    progress = make_progress(plan.last_step, plain=output is Format.table)
+    try:
+        with terminate_is_interrupt(), progress:
+            from workers.replay import run_replay  # takes torch and Ray along
+
+            return run_replay(
+                plan,
+                checkpoints_dir=source.run_dir / "checkpoints",
+                base_dir=source.base_dir,
+                data_dir=source.data_dir,
+                home=home(),
+                run_dir=target,
+                on_record=progress.on_record,
+                on_event=progress.on_event,
+            )
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"what was replayed is in {target}; a replay does not go on") from error
+
+
+def _facts(plan: ReplayPlan, result: ReplayResult) -> dict[str, Any]:
+    return {
+        "job": plan.job,
+        "run_dir": str(result.run_dir),
+        "steps": result.num_steps,
+        "identical": result.difference is None,
+        "first_difference": None if result.difference is None else asdict(result.difference),
+        "checkpoint": result.checkpoint_step,
+        "stopped_at": None if plan.stop is None else asdict(plan.stop),
+    }
