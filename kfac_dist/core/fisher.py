@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_FRACTIONS = (0.125, 0.25, 0.5)
+_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 # The relative error that a curvature may have: two hundredths of the decrease are given away.
 _TOLERANCE = 0.15
 # On fewer cases of the gradient's own batch the quadratic model fits the gradient's noise, the
@@ -79,8 +79,8 @@ class FisherMeans:
 def fisher_fraction(setting: float | Literal["auto"], noise: float, num_cases: int) -> float:
     """Return on which fraction of a batch of `num_cases` the products of a step are computed.
 
-    `auto` is the least of 1/8, 1/4, 1/2 and 1 that keeps the relative error of the curvature
-    below 0.15, with the `noise` of the last step, and that has a hundred cases.
+    `auto` is the least of 1/32, 1/16, 1/8, 1/4, 1/2 and 1 that keeps the relative error of the
+    curvature below 0.15, with the `noise` of the last step, and that has a hundred cases.
     """
     if setting != "auto":
         return setting

@@ -44,7 +44,9 @@ def test_products_that_tell_nothing_have_infinite_noise(value):
         (2.9, 1000, 0.25),
         (11.0, 1000, 0.5),
         (12.0, 1000, 1.0),
-        (2.9, 4000, 0.125),  # of a larger batch a smaller part
+        (2.9, 4000, 0.0625),  # of a larger batch a smaller part
+        (0.0, 4000, 0.03125),
+        (0.0, 60_000, 0.03125),
         (0.0, 400, 0.25),  # a hundred cases at least
         (0.0, 64, 1.0),
     ],
