@@ -4,12 +4,13 @@ Jobs on nets of several sizes, on the project's workers. The private memory of e
 anonymous pages; what it maps of the object store belongs to that) is sampled, and its peak over
 that of the same role with a net of almost nothing is explained as
 
-    num_vectors * 4 P + num_factors * 4 F      (+ 4 B a gradient worker)
+    num_vectors * 4 P + num_factors * 4 F + num_largest * 4 L      (+ 4 B a gradient worker)
 
-with P the parameters, F the elements of all factors, unpacked, and B the elements of the
-activations of a batch. The two numbers are fitted over the nets, none below 0, and compared with
-the peaks, net by net. Cutting wide factors tells P and F apart: it changes F alone. In the second
-part one net is trained on the first 1,000, 10,000 and 60,000 cases.
+with P the parameters, F the elements of all factors, unpacked, L those of the largest one, which
+is what a transient costs, and B the elements of the activations of a batch. The three numbers are
+fitted over the nets, none below 0, and compared with the peaks, net by net. Cutting wide factors
+tells them apart: it changes F and L and not P. In the second part one net is trained on the first
+1,000, 10,000 and 60,000 cases.
 
     python benchmarks/memory.py --data-dir ../shared/data --out benchmarks/results
     python benchmarks/memory.py --short
@@ -30,6 +31,7 @@ from processes import cpu_seconds_by_role, descendants, private_bytes, role_of
 from race import ROOT, conditions
 from report import add_output_options, deliver, document, surroundings, table
 from scipy.optimize import nnls
+from torch import nn
 from turns import WITHOUT_EXTRAS, Turns, run_turns
 
 from kfac_dist.config import JobSpec, KFACSpec, load_spec
@@ -63,12 +65,13 @@ class Net(NamedTuple):
 IDLE = Net((2,))
 NETS = (
     Net((1600, 800, 30)),
-    Net((1600, 800, 30), 200),
-    Net((2400, 1200, 30), 200),
+    Net((1600, 800, 30), 600),
+    Net((2400, 1200, 30), 600),
     Net((2000, 100, 30)),
     Net((1000, 1000, 30)),
+    Net((1200, 500, 30)),
 )
-SHORT_NETS = (Net((50, 20)), Net((100, 50)), Net((100, 50), 20))
+SHORT_NETS = (Net((50, 20)), Net((100, 50)), Net((100, 50), 40))
 
 
 class Peaks:
@@ -101,10 +104,11 @@ class Peaks:
 
 
 class Size(NamedTuple):
-    """What a net has: parameters, elements of its factors, and of a batch's activations."""
+    """What a net has: parameters, elements of its factors, of the largest, of its activations."""
 
     num_parameters: int
     factor_elements: int
+    largest_elements: int
     activation_elements: int
 
 
@@ -135,12 +139,14 @@ def size_of(spec: JobSpec, data_dir: Path | None) -> Size:
     task = load_task(spec, ROOT / "examples", data_dir=data_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     registration = register(model, spec.optimizer)
-    blocks = registration.blocks
+    squares = [order**2 for block in registration.blocks for order in block.orders]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return Size(
         num_parameters=registration.num_parameters,
-        factor_elements=sum(order**2 for block in blocks for order in block.orders),
+        factor_elements=sum(squares),
+        largest_elements=max(squares),
         # Inputs and outputs of the linear modules; an activation keeps one more of each.
-        activation_elements=BATCH_SIZE * sum(block.dim_A + 2 * block.dim_G for block in blocks),
+        activation_elements=BATCH_SIZE * sum(m.in_features + 2 * m.out_features for m in linear),
     )
 
 
@@ -171,6 +177,7 @@ def explain(idle: Run, runs: Sequence[Run], role: str) -> dict[str, Any]:
     columns = [
         [4 * size.num_parameters for size in sizes],
         [4 * size.factor_elements for size in sizes],
+        [4 * size.largest_elements for size in sizes],
     ]
     known = np.zeros(len(runs))
     if role == "gradient_worker":
@@ -184,6 +191,7 @@ def explain(idle: Run, runs: Sequence[Run], role: str) -> dict[str, Any]:
         "idle_mib": round(idle.peak_bytes[role] / MEBIBYTE, 1),
         "num_vectors": round(float(found[0]), 2),
         "num_factors": round(float(found[1]), 2),
+        "num_largest": round(float(found[2]), 2),
         "own_mib": [round(value / MEBIBYTE, 1) for value in own],
         "explained_over_own": [round(value, 3) for value in explained / own],
     }
@@ -217,6 +225,7 @@ def markdown(result: dict[str, Any]) -> str:
             found["idle_mib"],
             found["num_vectors"],
             found["num_factors"],
+            found["num_largest"],
             *(
                 f"{own} ({explained})"
                 for own, explained in zip(
@@ -234,10 +243,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"gradient worker, one inverse worker; torch {result['versions']['torch']}, Ray "
         f"{result['versions']['ray']}. Peak of private memory (anonymous pages, sampled every "
         f"{1e3 * SAMPLE_SECONDS:g} ms) in MiB over that of the same role with a net of almost "
-        "nothing; in brackets what `vectors * 4 P + factors * 4 F` explains of it, with P the "
-        "parameters and F the elements of all factors, and for a gradient worker the activations "
-        "of its batch. The two numbers of a role are fitted over all nets.",
-        table(["role", "idle, MiB", "vectors", "factors", *nets], rows),
+        "nothing; in brackets what `vectors * 4 P + factors * 4 F + largest * 4 L` explains of it, "
+        "with P the parameters, F the elements of all factors, L those of the largest, and for a "
+        "gradient worker the activations of its batch. The three numbers of a role are fitted "
+        "over all nets.",
+        table(["role", "idle, MiB", "vectors", "factors", "largest", *nets], rows),
         f"The number of cases, net {nets[0]}: factors and their inversion do not depend on it. A "
         "gradient worker holds the data set.",
         table([name.replace("_", " ") for name in result["limits"][0]], limits),

@@ -20,8 +20,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def runs_of(memory: Any, **peaks: Any) -> list[Any]:
-    sizes = [memory.Size(p, f, 0) for p, f in ((1e6, 2e6), (3e6, 5e6), (4e6, 9e6))]
-    idle = memory.Size(0, 0, 0)
+    rows = ((1e6, 2e6, 1e6), (3e6, 5e6, 1e6), (4e6, 9e6, 3e6), (5e6, 6e6, 2e6))
+    sizes = [memory.Size(*row, 0) for row in rows]
+    idle = memory.Size(0, 0, 0, 0)
     return [
         memory.Run(
             size=size,
@@ -35,12 +36,13 @@ def runs_of(memory: Any, **peaks: Any) -> list[Any]:
 
 def test_vectors_and_factors_are_counted(memory: Any) -> None:
     def peak(size: Any) -> float:
-        return 1e8 + 4 * (7 * size.num_parameters + 1.5 * size.factor_elements)
+        of_factors = 1.5 * size.factor_elements + 9 * size.largest_elements
+        return 1e8 + 4 * (7 * size.num_parameters + of_factors)
 
     idle, *runs = runs_of(memory, parameter_server=peak)
     found = memory.explain(idle, runs, "parameter_server")
-    assert (found["num_vectors"], found["num_factors"]) == (7, 1.5)
-    assert found["explained_over_own"] == [1, 1, 1]
+    assert (found["num_vectors"], found["num_factors"], found["num_largest"]) == (7, 1.5, 9)
+    assert found["explained_over_own"] == [1, 1, 1, 1]
 
 
 def test_memory_that_grows_otherwise_is_not_explained(memory: Any) -> None:
@@ -58,5 +60,5 @@ def test_activations_count_for_gradient_workers_alone(memory: Any) -> None:
     runs = [
         run._replace(peak_bytes={role: peak(run.size) for role in run.peak_bytes}) for run in runs
     ]
-    assert memory.explain(idle, runs, "gradient_worker")["explained_over_own"] == [1, 1, 1]
-    assert memory.explain(idle, runs, "parameter_server")["explained_over_own"] != [1, 1, 1]
+    assert memory.explain(idle, runs, "gradient_worker")["explained_over_own"] == [1] * 4
+    assert memory.explain(idle, runs, "parameter_server")["explained_over_own"] != [1] * 4
