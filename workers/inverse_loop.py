@@ -1,7 +1,7 @@
 """The one thread in which an inverse worker works, and the mailbox in front of it.
 
-Statistics come first, so that an inverse is made of the newest there are; then snapshots that are
-asked for; then one layer is inverted, and the mailbox is looked at again.
+Statistics come first, so that an inverse is made of the newest there are; then one layer is
+inverted; then come the snapshots that are asked for, and the mailbox is looked at again.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ class InverseLoop:
                 for letter in self._take(wait=idle):
                     self._read(letter)
                 self._work.apply_statistics()
-                self._answer_wishes()
                 message = self._work.invert_next()
                 idle = message is None
                 if message is not None:
                     self._publish(message)
+                self._answer_wishes()  # before a wait: an inversion may have been what was left
         except Exception as error:  # noqa: BLE001 - whatever it is, the driver must hear of it
             self._end.set_exception(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
 from kfac_dist.coordination.recorded import InverseUse, RecordedInverses, Recording
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.statistics import BatchStatistics
+from tests.waiting import wait_until
 from tests.workers.local_job import job_context, small_spec
+from workers.inverse_loop import InverseLoop
 from workers.inverse_work import InverseWork
 from workers.messages import InverseSetup, RefreshRequest, StatisticsHeader
 from workers.parcels import pack_statistics
@@ -160,3 +163,19 @@ def recorded_request(step: int) -> RefreshRequest:
         exact=True,
         gammas_by_layer=RECORDING.inverses.refresh(step),
     )
+
+
+def test_a_snapshot_does_not_wait_for_another_letter_once_all_is_inverted(make):
+    published = []
+    loop = InverseLoop(make(staleness={"max_steps": 0}), published.append)
+    for header, parcel in IN_ORDER[:2]:
+        loop.put_statistics(header, parcel)
+    loop.put_request(RefreshRequest(step=1, gammas=(1.0,), min_statistics_step=1, exact=True))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(loop.snapshot, 1, 20.0)
+        wait_until(lambda: loop.status().queue_depth == 4, "the snapshot is asked for", 20.0)
+        loop.start()
+        snapshot = asked.result()
+    loop.stop()
+    assert len(published) == len(LAYERS)
+    assert int(snapshot["a:step"]) == 1
