@@ -80,18 +80,20 @@ def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:
 
 def save(
     folder: RunFolder, crew: Crew, *, statistics_step: int, cursor: SamplerCursor, keep: int
-) -> None:
+) -> int:
     """Write a checkpoint of the step that the crew has just done.
 
-    The factors are those with the statistics of `statistics_step` in them.
+    The factors are those with the statistics of `statistics_step` in them. Returns how many
+    inverse workers gave none, because they died or did not answer in time: their layers are as the
+    last checkpoint had them.
 
     Raises:
         JobFailedError: the mirrors of the parameters are not all the same, or the disk is full.
     """
     _check_mirrors(crew)
     timeout = crew.group_timeout_seconds
-    # An inverse worker that dies here leaves its layers as the last checkpoint had them.
-    parts = crew.gather_optional(crew.inverse_pool.snapshots(statistics_step, timeout))
+    asked = crew.inverse_pool.snapshots(statistics_step, timeout)
+    parts = crew.gather_optional(asked)
     averages: dict[str, Array] = {}
     for part in parts:
         averages |= part
@@ -104,6 +106,7 @@ def save(
         roles[_BUFFERS_ROLE] = buffers
     state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
     write_checkpoint(folder.checkpoints_dir, crew.step, roles, state, keep)
+    return len(asked) - len(parts)
 
 
 def _check_mirrors(crew: Crew) -> None:

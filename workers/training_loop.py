@@ -215,7 +215,7 @@ class TrainingLoop:
         """Write a checkpoint of the step just done, unless there is one or none are wanted."""
         if self._checkpointed_step == crew.step or not self._wants_checkpoint(crew.step):
             return
-        checkpointing.save(
+        num_missing = checkpointing.save(
             self._folder,
             crew,
             statistics_step=self._statistics_step,
@@ -224,6 +224,13 @@ class TrainingLoop:
         )
         self._checkpointed_step = crew.step
         self._journal.event("checkpoint", f"checkpoint of step {crew.step} written")
+        if num_missing:
+            self._journal.event(
+                "factors_missing",
+                f"{num_missing} inverse workers gave no factors for the checkpoint of step "
+                f"{crew.step}, which has their last ones",
+                severity="warning",
+            )
 
     def _wants_checkpoint(self, step: int) -> bool:
         if self._recording is not None:
