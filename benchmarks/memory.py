@@ -47,6 +47,7 @@ BATCH_SIZE = 200
 SAMPLE_SECONDS = 0.01
 SAMPLES_A_SEARCH = 50  # for new processes
 MEBIBYTE = 2**20
+COUNTS = ("num_vectors", "num_factors", "num_largest")
 
 
 class Net(NamedTuple):
@@ -174,24 +175,19 @@ def explain(idle: Run, runs: Sequence[Run], role: str) -> dict[str, Any]:
     """Fit the peaks of a role over that of an idle one, and compare size by size."""
     own = np.array([one.peak_bytes[role] - idle.peak_bytes[role] for one in runs], dtype=float)
     sizes = [one.size for one in runs]
-    columns = [
-        [4 * size.num_parameters for size in sizes],
-        [4 * size.factor_elements for size in sizes],
-        [4 * size.largest_elements for size in sizes],
-    ]
     known = np.zeros(len(runs))
     if role == "gradient_worker":
         known = np.array([4.0 * size.activation_elements for size in sizes])
-    matrix = np.array(columns, dtype=float).T
+    matrix = 4.0 * np.array(
+        [(one.num_parameters, one.factor_elements, one.largest_elements) for one in sizes]
+    )
     # Relative residuals are what counts.
     weights = 1 / own
     found, _ = nnls(matrix * weights[:, None], (own - known) * weights)
     explained = matrix @ found + known
     return {
         "idle_mib": round(idle.peak_bytes[role] / MEBIBYTE, 1),
-        "num_vectors": round(float(found[0]), 2),
-        "num_factors": round(float(found[1]), 2),
-        "num_largest": round(float(found[2]), 2),
+        **dict(zip(COUNTS, found.round(2).tolist(), strict=True)),
         "own_mib": [round(value / MEBIBYTE, 1) for value in own],
         "explained_over_own": [round(value, 3) for value in explained / own],
     }
@@ -223,9 +219,7 @@ def markdown(result: dict[str, Any]) -> str:
         [
             role,
             found["idle_mib"],
-            found["num_vectors"],
-            found["num_factors"],
-            found["num_largest"],
+            *(found[count] for count in COUNTS),
             *(
                 f"{own} ({explained})"
                 for own, explained in zip(

@@ -201,10 +201,9 @@ class KFAC(torch.optim.Optimizer):
 
     def _admit(self, plan: StepPlan) -> Held:
         """Return the inverses that the step uses: the newest, but for scripted delays."""
-        shelf, names = self._curvature.shelf, self._registration.names
-        return shelf.installed(
-            shelf.take({name: self._bound.oldest_admissible(plan.step, name) for name in names})
-        )
+        shelf = self._curvature.shelf
+        only = self._bound.only_admissible(plan.step, self._registration.names)
+        return shelf.installed(shelf.take(only))
 
     def _tried_gammas(self, plan: StepPlan, held: Held) -> tuple[float, ...]:
         return self._update.tried_gammas(

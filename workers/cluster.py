@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from kfac_dist.config import WorkersSpec
+from kfac_dist.coordination.placement import cpus_of
 from kfac_dist.errors import UnreachableError
 from workers.guard import guarded
 from workers.interrupts import deferred
@@ -156,7 +157,7 @@ def local_cluster(room_for: WorkersSpec | None = None) -> Cluster:
     """Return what an embedded cluster will have, without starting it; GPUs are not counted."""
     num_cpus = num_slots = len(os.sched_getaffinity(0))
     if room_for is not None:
-        num_cpus = max(num_cpus, room_for.gradient * (room_for.threads or 1))
+        num_cpus = max(num_cpus, cpus_of(room_for))
         num_slots = max(num_slots, room_for.inverse)
     return Cluster(num_cpus=num_cpus, num_gpus=0, num_inverse_slots=num_slots, host=LOOPBACK)
 

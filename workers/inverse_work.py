@@ -168,16 +168,16 @@ class InverseWork:
         """Invert the one layer that the policy puts first; None when nothing is due."""
         while self._requests and self._dealt_step >= self._requests[0].min_statistics_step:
             request = self._requests[0]
-            wanted = {name: request.gammas_of(name) for name in self._averages}
-            states = [
-                self._refresh_state(name, request.step)
-                for name, gammas in wanted.items()
-                if gammas is not None
-            ]
+            wanted = {
+                name: gammas
+                for name in self._averages
+                if (gammas := request.gammas_of(name)) is not None
+            }
+            states = [self._refresh_state(name, request.step) for name in wanted]
             name = choose_next(states, self._policy, request.step, self._last_chosen)
-            if name is not None and (gammas := wanted[name]) is not None:
+            if name is not None:
                 self._last_chosen = name
-                return self._invert(name, gammas)
+                return self._invert(name, wanted[name])
             if not request.exact:
                 return None
             self._exact_step = self._requests.popleft().step

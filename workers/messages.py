@@ -88,8 +88,8 @@ class ServerReport:
     invert with in the next step. `inverse_version_step` maps each layer to the step of the newest
     statistics in the inverse that was used, `inverse_gammas` to what its version was made for;
     `stale_layers` went beyond the bound. `accepted` are the inverses that came in since the last
-    report. `numeric_events`, `stale_applied_total` and
-    `parameter_version` grow over the job; the seconds are of this step.
+    report. `numeric_events`, `stale_applied_total` and `parameter_version` grow over the job; the
+    seconds are of this step.
     """
 
     step: int
@@ -138,11 +138,10 @@ class StatisticsHeader:
 class RefreshRequest:
     """Invert every layer anew with each of `gammas`; a newer request replaces an older one.
 
-    With `gammas_by_layer` only its layers, each with its own.
-
-    A layer is not inverted before the statistics of `min_statistics_step` have been dealt with. An
-    `exact` request is not replaced: statistics of later steps than its own wait until every layer
-    has been inverted for it.
+    With `gammas_by_layer` only the layers in it are inverted, each with its own gammas. A layer is
+    not inverted before the statistics of `min_statistics_step` have been dealt with. An `exact`
+    request is not replaced: statistics of later steps than its own wait until every layer has been
+    inverted for it.
     """
 
     step: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kfac_dist.errors import JobFailedError, NotFoundError
-from kfac_dist.runs import StepRecord
+from kfac_dist.runs import RunFolder, StepRecord
 from kfac_dist.runs.replay import REASON, Difference, ReplayPlan, first_difference
 from workers.checkpoint import load_newest
 from workers.checkpointing import FACTORS_ROLE
@@ -105,7 +105,8 @@ def run_replay(
             raise
     difference = comparison.difference
     if difference is None and recorded.step is not None:
-        difference = _compare(recorded.arrays, recorded.step, run_dir / "checkpoints")
+        replayed_dir = RunFolder.open(run_dir).checkpoints_dir
+        difference = _compare(recorded.arrays, recorded.step, replayed_dir)
     return ReplayResult(
         run_dir=run_dir,
         num_steps=comparison.num_steps,

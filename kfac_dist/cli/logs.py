@@ -67,16 +67,14 @@ def logs(
     """
     if tail is not None and resume_token:
         raise UsageError("--tail: not together with --resume-token, which says where to begin")
-    command = _command(
-        job_id,
+    options: list[tuple[str, object]] = [
         *(("--role", role) for role in roles or ()),
         *(("--rank", rank) for rank in ranks or ()),
         *(("--attempt", attempt) for attempt in attempts or ()),
         ("--server", server),
         ("--ca", ca),
         ("-o", None if output is Format.table else output.value),
-        follow=follow,
-    )
+    ]
     with connect(server, ca) as client:
         stream = client.logs(
             job_id,
@@ -94,17 +92,15 @@ def logs(
                     _write(batch.lines, output)
                     token = batch.resume_token
         except (KeyboardInterrupt, UnreachableError) as error:
-            place = (
-                f" --resume-token {token}" if token else "" if tail is None else f" --tail {tail}"
-            )
-            hint = f"go on after the last line with: {command}{place}"
+            options.append(("--resume-token", token) if token else ("--tail", tail))
+            hint = f"go on after the last line with: {_command(job_id, options, follow=follow)}"
             if isinstance(error, UnreachableError):
                 raise UnreachableError(f"{error.message}; {hint}") from error
             hint = f"detached; job {job_id} goes on; {hint}"
             raise Interrupted(hint, {"resume_token": token}) from error
 
 
-def _command(job_id: str, *options: tuple[str, object], follow: bool) -> str:
+def _command(job_id: str, options: Sequence[tuple[str, object]], *, follow: bool) -> str:
     """The command line of a call with these options, without those that are None."""
     words = [word for name, value in options if value is not None for word in (name, str(value))]
     return shlex.join(["kfac-dist", "logs", job_id, *(["-f"] if follow else []), *words])

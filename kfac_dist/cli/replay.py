@@ -74,9 +74,10 @@ def replay(
     from kfac_dist.runs.replay import REASON, plan_replay
 
     source = _find(job, base_dir, data, server, ca)
-    plan = plan_replay(RunFolder.open(source.run_dir), steps)
+    folder = RunFolder.open(source.run_dir)
+    plan = plan_replay(folder, steps)
     target = _target(source.run_dir, run_dir)
-    result = _run(plan, source, target, output)
+    result = _run(plan, folder.checkpoints_dir, source, target, output)
     for message in result.refused:
         typer.echo(f"warning: {message}", err=True)
     write_result(_facts(plan, result), output)
@@ -92,12 +93,14 @@ def _find(
     Raises:
         NotFoundError: there is none, or something of it is not on this machine.
     """
+    from kfac_dist.service.launching import code_dir
+
     own_base_dir = absolute(base_dir) if base_dir else None
     path = absolute(Path(job))
     if path.is_dir() or os.sep in job:
         if not path.is_dir():
             raise NotFoundError(f"{path}: no such folder, of which a run could be replayed")
-        code = path / "code"
+        code = code_dir(path)
         found = own_base_dir or (code if code.is_dir() else Path.cwd())
         return _Source(run_dir=path, base_dir=found, data_dir=data_dir(data))
     with connect(server, ca) as client:
@@ -144,7 +147,9 @@ def _target(recorded: Path, wanted: Path | None) -> Path:
     return wanted
 
 
-def _run(plan: ReplayPlan, source: _Source, target: Path, output: Format) -> ReplayResult:
+def _run(
+    plan: ReplayPlan, checkpoints_dir: Path, source: _Source, target: Path, output: Format
+) -> ReplayResult:
     progress = make_progress(plan.last_step, plain=output is Format.table)
     try:
         with terminate_is_interrupt(), progress:
@@ -152,7 +157,7 @@ def _run(plan: ReplayPlan, source: _Source, target: Path, output: Format) -> Rep
 
             return run_replay(
                 plan,
-                checkpoints_dir=source.run_dir / "checkpoints",
+                checkpoints_dir=checkpoints_dir,
                 base_dir=source.base_dir,
                 data_dir=source.data_dir,
                 home=home(),

@@ -23,6 +23,11 @@ class WorkerCounts(Protocol):
         """CPU threads of a gradient worker; None is 1."""
 
 
+def cpus_of(workers: WorkerCounts) -> int:
+    """Return how many CPUs the gradient workers of a job reserve: one for each of their threads."""
+    return workers.gradient * (workers.threads or 1)
+
+
 def check_placement(workers: WorkerCounts, num_cpus: int, num_inverse_slots: int) -> None:
     """Accept workers for which there is room.
 
@@ -33,8 +38,7 @@ def check_placement(workers: WorkerCounts, num_cpus: int, num_inverse_slots: int
     Raises:
         InvalidSpecError: there are too few CPUs or slots; the message says how many are missing.
     """
-    threads = workers.threads or 1
-    needed = workers.gradient * threads
+    threads, needed = workers.threads or 1, cpus_of(workers)
     if needed > num_cpus:
         raise InvalidSpecError(
             f"workers.gradient: needs {_count(needed, 'CPU')} "

@@ -38,11 +38,6 @@ class RecordedInverses:
     uses: Mapping[str, Sequence[InverseUse]]
     beyond_bound: Mapping[int, Mapping[str, BeyondBound]]
 
-    def versions(self, step: int) -> dict[str, int]:
-        """Return the versions that `step` used; a layer that had none is left out."""
-        found = {layer: self.version(step, layer) for layer in self.uses}
-        return {layer: version for layer, version in found.items() if version}
-
     def version(self, step: int, layer: str) -> int:
         """Return the version of a layer in `step`, 0 where it had none."""
         uses = self.uses.get(layer, ())

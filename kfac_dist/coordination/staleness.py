@@ -68,9 +68,8 @@ class StalenessBound:
         """
         if not self.is_exact(step):
             return None
-        if self.recorded is not None:
-            return self.recorded.versions(step)
-        return {layer: self.oldest_admissible(step, layer) for layer in layers}
+        oldest = {layer: self.oldest_admissible(step, layer) for layer in layers}
+        return {layer: version for layer, version in oldest.items() if version}
 
     def next_exact_refresh(self, step: int) -> int | None:
         """Return the next refresh after `step`, None where its version need not be exact."""

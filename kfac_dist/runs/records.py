@@ -78,10 +78,10 @@ class StepRecord(_Record):
     newest statistics in the inverse that was used for it; `inverse_gammas` has, of the layers that
     use a version for the first time, the gammas it was made for, and `stale_layers` those whose
     version is beyond the staleness bound. `numeric_events` and `stale_applied_total` count from the
-    start of the job; `waited_seconds` is the time spent at
-    the staleness bound in this step. `exchanged_bytes` are those of the tensors that a gradient
-    worker exchanged with the parameter server, sent and received, `num_messages` how many tensors;
-    statistics go another way. `inversions` are those that came in since the last record.
+    start of the job; `waited_seconds` is the time spent at the staleness bound in this step.
+    `exchanged_bytes` are those of the tensors that a gradient worker exchanged with the parameter
+    server, sent and received, `num_messages` how many tensors; statistics go another way.
+    `inversions` are those that came in since the last record.
     What an optimizer does not have, such as the damping of SGD, is null or empty.
     """
 

@@ -18,6 +18,7 @@ from sqlalchemy import select
 from kfac_dist.config import parse_spec
 from kfac_dist.coordination.admission import NOTHING, Room, Waiting, admit
 from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.placement import cpus_of
 from kfac_dist.coordination.runner import AttemptKey, ClusterResources, JobRunner
 from kfac_dist.coordination.supervision import Limits
 from kfac_dist.errors import KfacDistError, UnreachableError
@@ -182,7 +183,7 @@ class _Queued(NamedTuple):
 def _needs_of(spec: Mapping[str, Any]) -> Room:
     workers = parse_spec(spec).workers
     return Room(
-        cpus=workers.gradient * (workers.threads or 1),
+        cpus=cpus_of(workers),
         gpus=1 if workers.device == "cuda" else 0,  # which all members of a job may share
         inverse_slots=workers.inverse,
     )
