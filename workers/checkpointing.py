@@ -84,8 +84,8 @@ def save(
     """Write a checkpoint of the step that the crew has just done.
 
     The factors are those with the statistics of `statistics_step` in them. Returns how many
-    inverse workers gave none, because they died or did not answer in time: their layers are as the
-    last checkpoint had them.
+    inverse workers gave none, because they died, are only starting, or did not answer in time:
+    their layers are as the last checkpoint had them.
 
     Raises:
         JobFailedError: the mirrors of the parameters are not all the same, or the disk is full.
@@ -106,7 +106,7 @@ def save(
         roles[_BUFFERS_ROLE] = buffers
     state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
     write_checkpoint(folder.checkpoints_dir, crew.step, roles, state, keep)
-    return len(asked) - len(parts)
+    return crew.inverse_pool.num_starting + len(asked) - len(parts)
 
 
 def _check_mirrors(crew: Crew) -> None:

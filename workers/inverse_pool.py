@@ -220,6 +220,11 @@ class InversePool:
         """Return the newest answer of each worker."""
         return self._health.statuses()
 
+    @property
+    def num_starting(self) -> int:
+        """Number of workers not connected yet: in a running job, successors of dead ones."""
+        return sum(worker.connected_step is None for worker in self._workers.values())
+
     def snapshots(self, step: int, timeout_seconds: float) -> dict[Ref, Member]:
         """Ask the connected workers for their averages, with the statistics of `step` in them."""
         return {

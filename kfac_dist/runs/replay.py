@@ -124,13 +124,15 @@ class _History:
 
     attempts: list[_Attempt] = field(default_factory=list)
     checkpoint_steps: set[int] = field(default_factory=set)
-    deaths: list[Event] = field(default_factory=list)
+    without_factors: set[int] = field(default_factory=set)
+    stops: list[Stop] = field(default_factory=list)
 
     def go_back_to(self, step: int) -> None:
         """Forget what came of the steps after `step`, which were done again."""
         self.attempts = [one for one in self.attempts if one.first_step <= step]
         self.checkpoint_steps = {one for one in self.checkpoint_steps if one <= step}
-        self.deaths = [one for one in self.deaths if one.step <= step]
+        self.without_factors = {one for one in self.without_factors if one <= step}
+        self.stops = [one for one in self.stops if one.step <= step]
 
 
 def _history(events: Iterable[Event]) -> _History:
@@ -140,18 +142,38 @@ def _history(events: Iterable[Event]) -> _History:
             case "resumed":
                 history.go_back_to(event.step)
                 history.checkpoint_steps.add(event.step)
+                if event.step in history.without_factors:
+                    history.stops.append(_resumed_without_factors(event))
             case "started":
                 attempt = _Attempt(first_step=event.step + 1, arithmetic=event.details)
                 history.attempts.append(attempt)
             case "checkpoint":
                 history.checkpoint_steps.add(event.step)
+            case "factors_missing":
+                history.without_factors.add(event.step)
             case "inverse_worker_died":
-                history.deaths.append(event)
+                history.stops.append(_death(event))
     return history
 
 
+def _death(event: Event) -> Stop:
+    reason = (
+        f"inverse worker {event.rank} died in step {event.step}, and what its successor averaged "
+        "then is not recorded"
+    )
+    return Stop(step=max(event.step, 1), reason=reason)
+
+
+def _resumed_without_factors(event: Event) -> Stop:
+    reason = (
+        f"step {event.step + 1} was resumed from a checkpoint that lacks the factors of an inverse "
+        "worker (factors_missing)"
+    )
+    return Stop(step=event.step + 1, reason=reason)
+
+
 def _first_stop(records: Sequence[StepRecord], history: _History) -> Stop | None:
-    stops = [*_gaps(records), *_deaths(history), *_changes(history)]
+    stops = [*_gaps(records), *history.stops, *_changes(history)]
     first = min(stops, key=lambda stop: stop.step, default=None)
     return first if first is not None and first.step <= len(records) else None
 
@@ -161,15 +183,6 @@ def _gaps(records: Sequence[StepRecord]) -> Iterator[Stop]:
         if record.step != expected:
             yield Stop(step=expected, reason=f"step {expected} is not in the records")
             return
-
-
-def _deaths(history: _History) -> Iterator[Stop]:
-    for event in history.deaths:
-        reason = (
-            f"inverse worker {event.rank} died in step {event.step}, and what its successor "
-            "averaged then is not recorded"
-        )
-        yield Stop(step=max(event.step, 1), reason=reason)
 
 
 def _changes(history: _History) -> Iterator[Stop]:

@@ -97,7 +97,18 @@ def test_fewer_steps_are_inverted_for_alone(tmp_path: Path) -> None:
             5,
             "threads 1 to 2, precondition_dtype bfloat16 to float32",
         ),
+        (
+            [event("factors_missing", 5), event("resumed", 5), started(5)],
+            5,
+            "step 6 was resumed from a checkpoint that lacks the factors",
+        ),
+        ([event("factors_missing", 5)], 10, None),
         # What was done again does not count any more.
+        (
+            [event("factors_missing", 5), event("resumed", 3), started(3), event("resumed", 5)],
+            10,
+            None,
+        ),
         (
             [event("inverse_worker_died", 7, rank=0), event("resumed", 5), started(5)],
             10,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from kfac_dist import train
 from kfac_dist.config import parse_spec
@@ -30,9 +30,13 @@ def jobs(tmp_path: Path) -> Jobs:
     return Jobs(tmp_path)
 
 
-def parameters(jobs: Jobs, step: int, run_dir: str = "run") -> torch.Tensor:
-    folder = jobs.run_folder(run_dir).checkpoints_dir / f"step-{step:08d}"
-    return torch.from_numpy(load_file(folder / "parameter_server.safetensors")["parameters"])
+def checkpointed(jobs: Jobs, role: str, step: int) -> bytes:
+    folder = jobs.run_folder().checkpoints_dir / f"step-{step:08d}"
+    return (folder / f"{role}.safetensors").read_bytes()
+
+
+def parameters(jobs: Jobs, step: int) -> torch.Tensor:
+    return torch.from_numpy(load(checkpointed(jobs, "parameter_server", step))["parameters"])
 
 
 def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jobs) -> None:
@@ -152,6 +156,20 @@ def test_a_stalled_inverse_worker_is_replaced_like_a_dead_one(
     spec["optimizer"]["inverse"] = "ekfac"
     run_until_recovered(jobs, signal.SIGSTOP, spec)
     assert jobs.event("inverse_worker_died").details["exit"] == "stalled"
+
+
+def test_a_checkpoint_has_the_last_factors_of_a_worker_that_died(jobs: Jobs) -> None:
+    def kill_one(record: object) -> None:
+        if len(jobs.records) == 8:
+            os.kill(jobs.pid("inverse_worker"), signal.SIGKILL)
+
+    jobs.on_step = kill_one
+    jobs.run(parse_spec(line_spec(staleness={"max_steps": 20})))
+    missing = [event.step for event in jobs.events if event.kind == "factors_missing"]
+    assert missing[0] == 8
+    before = checkpointed(jobs, "factors", 4)
+    # The successor may be there at step 12, or still start.
+    assert missing == [step for step in (8, 12) if checkpointed(jobs, "factors", step) == before]
 
 
 def test_more_deaths_than_allowed_end_the_job(jobs: Jobs) -> None:
