@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -66,16 +67,30 @@ def test_many_threads_write_and_none_is_lost(store: Store) -> None:
 
 def test_two_openings_at_once_migrate_once(store_url: str) -> None:
     stores: list[Store] = []
-    threads = [
-        threading.Thread(target=lambda: stores.append(open_store(store_url))) for _ in range(4)
-    ]
+    all_there = threading.Barrier(8)
+
+    def open_one() -> None:
+        all_there.wait()
+        stores.append(open_store(store_url))
+
+    threads = [threading.Thread(target=open_one) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(stores) == 4
+    assert len(stores) == 8
     for opened in stores:
         opened.close()
+
+
+def test_a_new_file_that_another_writes_to_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    threading.Timer(0.2, lambda: other.execute("COMMIT")).start()
+    open_store(f"sqlite:///{path}").close()
+    assert not other.in_transaction
+    other.close()
 
 
 def test_tables_of_a_later_version_are_refused(store: Store, store_url: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from kfac_dist.errors import UnreachableError, UsageError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _WRITES = "kfac_dist_writes"
-_BUSY_SECONDS = 30
+_BUSY_SECONDS, _RETRY_SECONDS = 30, 0.01
 _LOCK = 0x6B666163  # of the advisory lock, "kfac"
 _SUPPORTED = "sqlite:///FILE and postgresql+psycopg://USER@HOST/DATABASE"
 
@@ -108,10 +110,28 @@ def _make_engine(url: URL) -> Engine:
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # transactions begin where `_begin_sqlite` says
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
+    _use_wal(cursor)
     cursor.execute("PRAGMA synchronous=FULL")  # what was promised survives a power cut
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Switch to the write-ahead log; a lock that another opening holds is waited for.
+
+    SQLite itself waits for every lock but this one.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_busy or time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_SECONDS)
+        else:
+            return
 
 
 def _begin_sqlite(connection: Connection) -> None:
