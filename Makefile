@@ -13,7 +13,7 @@ demo: .venv
 	$(BIN)/kfac-dist train examples/mnist_5k.yaml --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S) -o json
 
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: .venv
 	$(BIN)/ruff format --check .

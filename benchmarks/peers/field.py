@@ -63,7 +63,7 @@ _FAST: Options = {
     "optimizer.statistics_fraction": 0.125,
     "optimizer.fisher_fraction": "auto",
     "optimizer.max_factor_dim": 512,
-    "optimizer.averaging": {"decay": 0.95, "start": 150},
+    "optimizer.averaging": {"decay": 0.9, "start": 100},
 }
 _NORM_CONSTRAINT: Options = _FAST | {
     "optimizer.step_rule": "norm_constraint",
