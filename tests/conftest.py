@@ -14,16 +14,17 @@ settings.load_profile("kfac_dist")
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Tests that start clusters of processes run one after the other, also where others run beside them.
-_WITH_PROCESSES = ("benchmarks", "end_to_end", "workers")
+# Where `make test` runs tests side by side, those of a group run one after the other: no more than
+# two start clusters of processes at once.
+_GROUPS = {"benchmarks": "benchmarks", "end_to_end": "processes", "workers": "processes"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    folders = [ROOT / "tests" / name for name in _WITH_PROCESSES]
     for item in items:
-        if any(item.path.is_relative_to(folder) for folder in folders):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in _GROUPS:
+            item.add_marker(pytest.mark.xdist_group(_GROUPS[folder]))
 
 
 def _given() -> list[Path]:
