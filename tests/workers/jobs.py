@@ -131,6 +131,10 @@ class Jobs:
     def run_folder(self, run_dir: str = "run") -> RunFolder:
         return RunFolder.open(self.folder / run_dir)
 
+    def checkpoint(self, step: int, run_dir: str = "run") -> Path:
+        """The folder of the checkpoint of a step."""
+        return self.run_folder(run_dir).checkpoints_dir / f"step-{step:08d}"
+
     def pid(self, role: str, run_dir: str = "run") -> int:
         """The process id of the newest actor of this role and rank 0."""
         log = self.run_folder(run_dir).log_path(role, 0)

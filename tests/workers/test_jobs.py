@@ -31,8 +31,7 @@ def jobs(tmp_path: Path) -> Jobs:
 
 
 def checkpointed(jobs: Jobs, role: str, step: int) -> bytes:
-    folder = jobs.run_folder().checkpoints_dir / f"step-{step:08d}"
-    return (folder / f"{role}.safetensors").read_bytes()
+    return (jobs.checkpoint(step) / f"{role}.safetensors").read_bytes()
 
 
 def parameters(jobs: Jobs, step: int) -> torch.Tensor:

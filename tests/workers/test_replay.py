@@ -75,10 +75,9 @@ def replay(jobs: Jobs, plan: ReplayPlan, run_dir: str = "again") -> ReplayResult
 
 
 def tensors(jobs: Jobs, run_dir: str, step: int) -> dict[str, bytes]:
-    folder = jobs.run_folder(run_dir).checkpoints_dir / f"step-{step:08d}"
     return {
         f"{path.name}/{name}": array.tobytes()
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in sorted(jobs.checkpoint(step, run_dir).glob("*.safetensors"))
         for name, array in load_file(path).items()
         if not name.startswith(("inverse:", "count:"))
     }
@@ -113,10 +112,26 @@ def test_an_asynchronous_job_and_its_resumption_are_done_again(
     assert [r.inverse_gammas for r in again] == [r.inverse_gammas for r in records]
 
 
-def test_a_version_that_is_used_too_early_is_found(jobs: Jobs) -> None:
+def test_tampered_records_are_found(jobs: Jobs) -> None:
     jobs.run(asynchronous())
     folder = jobs.run_folder()
     records = folder.read_metrics()
+
+    def write(changed: StepRecord) -> None:
+        lines = [changed if record.step == changed.step else record for record in records]
+        text = "".join(f"{record.model_dump_json()}\n" for record in lines)
+        write_whole(folder.path / "metrics.jsonl", text)
+
+    write(records[6].model_copy(update={"loss": records[6].loss * (1 + 1e-15)}))
+    found = replay(jobs, plan_replay(folder, None), "loss").difference
+    assert found is not None
+    assert (found.step, found.field) == (7, "loss")
+    assert found.replayed == records[6].loss
+    summary = jobs.run_folder("loss").read_summary()
+    assert summary is not None
+    assert (summary.state, summary.reason, summary.step) == ("FAILED", "replay_differs", 7)
+
+    # A version is used one step before it was.
     late, layer = next(
         (record, layer)
         for record in records[10:]
@@ -125,17 +140,11 @@ def test_a_version_that_is_used_too_early_is_found(jobs: Jobs) -> None:
     )
     before = records[late.step - 2]
     versions = before.inverse_version_step | {layer: late.inverse_version_step[layer]}
-    records[late.step - 2] = before.model_copy(update={"inverse_version_step": versions})
-    text = "".join(f"{record.model_dump_json()}\n" for record in records)
-    write_whole(folder.path / "metrics.jsonl", text)
-    found = replay(jobs, plan_replay(folder, None)).difference
+    write(before.model_copy(update={"inverse_version_step": versions}))
+    found = replay(jobs, plan_replay(folder, None), "version").difference
     assert found is not None
     assert found.step == before.step
     assert found.field != "inverse_version_step"
-    summary = jobs.run_folder("again").read_summary()
-    assert summary is not None
-    assert (summary.state, summary.reason) == ("FAILED", "replay_differs")
-    assert summary.step == before.step
 
 
 def test_a_dead_inverse_worker_ends_what_can_be_done_again(jobs: Jobs) -> None:
