@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.paths import ROOT
+
 # A shared machine is no reason for a property to fail, and CI tries the same examples each time.
 settings.register_profile("kfac_dist", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("kfac_dist")
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Where `make test` runs tests side by side, those of a group run one after the other: no more than
 # two start clusters of processes at once.

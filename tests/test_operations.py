@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import yaml
 
 from kfac_dist.coordination.metrics import CATALOGUE
+from tests.paths import ROOT
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs/operations.md").read_text()
+PAGE = (ROOT / "docs/operations.md").read_text()
 
 
 def test_the_table_of_metrics_is_the_catalogue() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.config import load_spec
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 OWN_LOOP = (ROOT / "docs/own_loop.md").read_text()
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 SCRIPT = ROOT / "benchmarks/time_to_objective.py"
 SMALL_JOB = """
 name: small

@@ -19,8 +19,7 @@ from kfac_dist.service.package import pack
 from kfac_dist.service.records import Job
 from kfac_dist.service.run_reader import RunReader
 from kfac_dist.service.store import open_store
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
 
 
 @pytest.fixture

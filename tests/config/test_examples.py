@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.config import load_spec
+from tests.paths import ROOT
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from kfac_dist import KFAC
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.statistics import BatchStatistics
 from tests.core.troubled_factors import EVENTS, FACTORS, GAMMA, LADDER
+from tests.paths import ROOT
 
-OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from kfac_dist.coordination.runner import (
     RunnerStatus,
 )
 from kfac_dist.errors import UnreachableError
+from tests.paths import ROOT
 
-_ROOT = Path(__file__).resolve().parents[2]
 _SCRIPT = Path(__file__).with_name("scripted_driver.py")
 
 
@@ -43,7 +43,7 @@ class SubprocessRunner:
         with (run_dir / "driver.out").open("ab") as out:
             self.processes[key] = subprocess.Popen(
                 [sys.executable, str(_SCRIPT), str(run_dir), str(key.attempt)],
-                env=os.environ | {"PYTHONPATH": str(_ROOT)},
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdout=out,
                 stderr=out,
                 start_new_session=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from kfac_dist.coordination.lifecycle import JobState
 from kfac_dist.service.access.limits import Limits
@@ -11,8 +10,9 @@ from kfac_dist.service.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_
 from kfac_dist.service.records import Role
 from kfac_dist.service.status import CODES
 from kfac_dist.service.transport import MAX_MESSAGE_BYTES, MAX_SPEC_BYTES
+from tests.paths import ROOT
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 PROTOCOL = (DOCS / "protocol.md").read_text()
 SECURITY = (DOCS / "security.md").read_text()
 

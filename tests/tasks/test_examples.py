@@ -1,15 +1,14 @@
 """Each example's specification, task, model and data fit together."""
 
-from pathlib import Path
-
 import pytest
 
 from kfac_dist.config import load_spec
 from kfac_dist.data import check_finite
 from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype
 from tests.data.small_sets import write_cifar10, write_faces, write_text
+from tests.paths import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def parts(name, *overrides, data_dir=None):

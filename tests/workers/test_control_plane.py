@@ -22,18 +22,19 @@ from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.client import Client
 from kfac_dist.service.records import Job, Role
 from kfac_dist.service.store import open_store
+from tests.paths import ROOT
 from tests.waiting import wait_until
 from tests.workers.jobs import TASK, line_spec
 from workers.head import end_head, ensure_head, read_head
 from workers.leftovers import processes_of
 
-ROOT = Path(__file__).resolve().parents[2]
 LEFT = """
 import sys
 from pathlib import Path
 from kfac_dist.coordination.runner import AttemptKey
 from workers.head import ensure_head
 from workers.job_runner import RayJobRunner
+from tests.paths import ROOT
 runner = RayJobRunner.of_head(ensure_head(Path(sys.argv[1])))
 key = AttemptKey(sys.argv[2], int(sys.argv[3]))
 print(runner.remains(key), runner.status(key).is_over)

@@ -12,13 +12,14 @@ import torch
 
 from kfac_dist.config import parse_spec
 from kfac_dist.core.vector import flatten
+from tests.paths import ROOT
 from tests.workers.local_job import LocalJob, small_spec
 from tests.workers.test_distributed_is_serial import serial_run
 
 NUM_STEPS = 26
 INVERSES = ("block_diagonal", "block_tridiagonal", "ekfac")
 DELAYS = ({"*": 0}, {"*": 3}, {"*": 9, "2": 2, "[34]": 5})
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def scripted_spec(inverse: str, delays: dict[str, int], **changes: Any) -> Any:
