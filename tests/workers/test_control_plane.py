@@ -34,7 +34,6 @@ from pathlib import Path
 from kfac_dist.coordination.runner import AttemptKey
 from workers.head import ensure_head
 from workers.job_runner import RayJobRunner
-from tests.paths import ROOT
 runner = RayJobRunner.of_head(ensure_head(Path(sys.argv[1])))
 key = AttemptKey(sys.argv[2], int(sys.argv[3]))
 print(runner.remains(key), runner.status(key).is_over)
