@@ -35,7 +35,7 @@ from torch import nn
 from turns import WITHOUT_EXTRAS, Turns, run_turns
 
 from kfac_dist.config import JobSpec, KFACSpec, load_spec
-from kfac_dist.core.registration import register
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.cluster import ray_cluster
 

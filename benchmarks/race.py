@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
-from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.sampling import permutation
+from kfac_dist.core.passes.distributions import get_distribution
+from kfac_dist.core.passes.noise import permutation
 from kfac_dist.data import MapDataset, fetch
 from kfac_dist.tasks import Task, build_model, load_task, torch_dtype
 from workers.planning import batch_size

@@ -28,10 +28,10 @@ from report import add_output_options, deliver, document, surroundings, table
 from turns import WITHOUT_EXTRAS, Turns, run_turns
 
 from kfac_dist.config import JobSpec, KFACSpec, load_spec
+from kfac_dist.core.blocks.registration import Registration, register
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.distributions import get_distribution
 from kfac_dist.core.packing import packed_size
-from kfac_dist.core.registration import Registration, register
+from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.cluster import ray_cluster
 

@@ -20,20 +20,19 @@ from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.plan import StepPlan
 from kfac_dist.coordination.sampling import subset_positions
 from kfac_dist.coordination.staleness import StalenessBound
-from kfac_dist.core.averaging import ParameterAverage
-from kfac_dist.core.chain import Trace
-from kfac_dist.core.choice import Choice
+from kfac_dist.core.blocks.registration import register
+from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.curvature import Curvature
-from kfac_dist.core.distributions import DistributionName, get_distribution
 from kfac_dist.core.factors import LayerFactors
-from kfac_dist.core.finite import is_finite
-from kfac_dist.core.fisher import FisherMeans
-from kfac_dist.core.registration import register
-from kfac_dist.core.registration_report import ReportRow
-from kfac_dist.core.shelf import Held, all_carry, at_gamma, ready
-from kfac_dist.core.update import KFACUpdate
-from kfac_dist.core.vector import add_to_parameters, flatten
+from kfac_dist.core.inverse.curvature import Curvature
+from kfac_dist.core.inverse.shelf import Held, all_carry, at_gamma, ready
+from kfac_dist.core.passes.chain import Trace
+from kfac_dist.core.passes.distributions import DistributionName, get_distribution
+from kfac_dist.core.passes.fisher import FisherMeans
+from kfac_dist.core.step.averaging import ParameterAverage
+from kfac_dist.core.step.step_rule import Choice
+from kfac_dist.core.step.update import KFACUpdate
+from kfac_dist.core.vector import add_to_parameters, flatten, is_finite
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.precision import choose_precondition_dtype
 from kfac_dist.schedules import kfac_schedule

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.blocks import LayerBlock
+from kfac_dist.core.blocks.block import LayerBlock
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.errors import InvalidSpecError
 

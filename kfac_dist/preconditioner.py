@@ -23,16 +23,15 @@ from torch import Tensor, nn
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.core.blocks.registration import register
+from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.curvature import Curvature
-from kfac_dist.core.distributions import DistributionName, get_distribution
-from kfac_dist.core.finite import is_finite
-from kfac_dist.core.precondition import matrices_of, vector_of
-from kfac_dist.core.registration import register
-from kfac_dist.core.registration_report import ReportRow
-from kfac_dist.core.statistics import BatchStatistics
-from kfac_dist.core.step_rule import constrained_step
-from kfac_dist.core.vector import trainable_parameters, unflatten
+from kfac_dist.core.inverse.curvature import Curvature
+from kfac_dist.core.inverse.precondition import matrices_of, vector_of
+from kfac_dist.core.passes.distributions import DistributionName, get_distribution
+from kfac_dist.core.statistics.sums import BatchStatistics
+from kfac_dist.core.step.step_rule import constrained_step
+from kfac_dist.core.vector import is_finite, trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.observer import ForwardObserver, plain_module, process_group_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kfac_dist.config import KFACSpec, LearningRateSchedule, ValueSchedule
 from kfac_dist.coordination.plan import StepSchedule
 from kfac_dist.coordination.schedule import Schedule
-from kfac_dist.core.update import searches_gamma
+from kfac_dist.core.step.update import searches_gamma
 
 
 def kfac_schedule(settings: KFACSpec) -> StepSchedule:

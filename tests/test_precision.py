@@ -5,7 +5,7 @@ import torch
 
 from kfac_dist import KFAC, precision
 from kfac_dist.config import KFACSpec, kfac_settings
-from kfac_dist.core.registration import register
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.precision import choose_precondition_dtype
 from tests.oracles.cases import Case

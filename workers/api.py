@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kfac_dist.config import JobSpec, KFACSpec, load_spec, parse_spec
-from kfac_dist.core.registration import register
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.runs import JobSummary
 from kfac_dist.tasks import build_model, load_task, torch_dtype

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.coordination.sampling import BatchWindow, shard, subset_positions
-from kfac_dist.core.sampling import permutation
+from kfac_dist.core.passes.noise import permutation
 from kfac_dist.data import MapDataset, fetch
 
 

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import GradientSums
-from kfac_dist.core.fisher import FisherSums
+from kfac_dist.core.passes.fisher import FisherSums
+from kfac_dist.core.step.step_rule import Choice
 from workers.process_group import Group
 
 _SKIP = (0.0, 0.0)

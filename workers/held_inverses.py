@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kfac_dist.coordination.staleness import Admission
-from kfac_dist.core.inverse import Inverted
-from kfac_dist.core.precondition import LayerInverse
-from kfac_dist.core.shelf import Held, all_carry, ready
+from kfac_dist.core.inverse.damped import Inverted
+from kfac_dist.core.inverse.precondition import LayerInverse
+from kfac_dist.core.inverse.shelf import Held, all_carry, ready
 
 
 @dataclass(frozen=True, kw_only=True)

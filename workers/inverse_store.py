@@ -17,9 +17,9 @@ import torch
 
 from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
-from kfac_dist.core.finite import is_finite
-from kfac_dist.core.shelf import HeldInverses, InverseShelf, at_gamma
-from kfac_dist.core.structure import Structure
+from kfac_dist.core.inverse.shelf import HeldInverses, InverseShelf, at_gamma
+from kfac_dist.core.inverse.structure import Structure
+from kfac_dist.core.vector import is_finite
 from kfac_dist.errors import TimedOutError
 from workers.held_inverses import Admitted, Candidate
 from workers.messages import InverseHeader

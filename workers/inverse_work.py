@@ -17,8 +17,8 @@ from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.ledger import StatisticsLedger
 from kfac_dist.coordination.refresh import LayerRefreshState, choose_next
 from kfac_dist.core.factors import FactorAverages
+from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.packing import pack_symmetric
-from kfac_dist.core.structure import structure_for
 from workers.factor_drift import FactorDrift
 from workers.messages import (
     InverseHeader,

@@ -15,10 +15,10 @@ from torch import Tensor
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.sampling import subset_positions
-from kfac_dist.core.choice import Choice
-from kfac_dist.core.fisher import FisherMeans
-from kfac_dist.core.registration import Registration
-from kfac_dist.core.update import KFACUpdate
+from kfac_dist.core.blocks.registration import Registration
+from kfac_dist.core.passes.fisher import FisherMeans
+from kfac_dist.core.step.step_rule import Choice
+from kfac_dist.core.step.update import KFACUpdate
 from workers.checksum import checksum
 from workers.exchange import Directions, ServerSide
 from workers.held_inverses import StepInverses

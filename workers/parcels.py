@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kfac_dist.core.factors import KroneckerPair, Link, PackedFactors
-from kfac_dist.core.inverse import Inverted
+from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.packing import pack_symmetric, unpack_symmetric
-from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.statistics.sums import BatchStatistics
 from workers.transport import Arrays, to_array, to_arrays, to_tensor, to_tensors
 
 

@@ -20,9 +20,9 @@ from kfac_dist.coordination.plan import StepSchedule
 from kfac_dist.coordination.recorded import Recording
 from kfac_dist.coordination.schedule import GrowingBatch, batch_size_at
 from kfac_dist.coordination.staleness import StalenessBound
+from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
-from kfac_dist.core.registration import Registration
-from kfac_dist.core.structure import Structure, structure_for
+from kfac_dist.core.inverse.structure import Structure, structure_for
 from kfac_dist.precision import PreconditionDtype
 from kfac_dist.schedules import kfac_schedule, schedule_of
 from kfac_dist.tasks import torch_dtype

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.registration import register
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.vector import flatten, trainable_parameters
 from kfac_dist.precision import PreconditionDtype, choose_precondition_dtype
 from kfac_dist.tasks import build_model, load_task, torch_dtype

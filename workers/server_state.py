@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import AveragingSpec
-from kfac_dist.core.averaging import ParameterAverage
-from kfac_dist.core.finite import is_finite
+from kfac_dist.core.step.averaging import ParameterAverage
+from kfac_dist.core.vector import is_finite
 from workers.exchange import BatchSums
 from workers.transport import Array, section, to_array, to_arrays, to_tensor, to_tensors
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.chain import Trace
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import KroneckerPair, Link
-from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.passes.chain import Trace
+from kfac_dist.core.statistics.sums import BatchStatistics
 from workers.batches import BatchPart, Subset
 from workers.messages import JobContext, StatisticsHeader
 from workers.parcels import StatisticsParcel, pack_statistics

@@ -9,8 +9,8 @@ import torch
 from timed_race import Setting
 from torch import Tensor, nn
 
-from kfac_dist.core.averaging import ParameterAverage
-from kfac_dist.core.distributions import get_distribution
+from kfac_dist.core.passes.distributions import get_distribution
+from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.vector import flatten
 from kfac_dist.tasks import Task
 

@@ -12,17 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.core.capture import capturing
-from kfac_dist.core.chain import Trace, chain_of
-from kfac_dist.core.chain_products import ChainProducts
-from kfac_dist.core.distributions import Distribution
+from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
-from kfac_dist.core.fisher import FisherSums
-from kfac_dist.core.jacobian_products import JacobianProducts
-from kfac_dist.core.registration import Registration
-from kfac_dist.core.running_statistics import running_statistics_kept
-from kfac_dist.core.statistics import BatchStatistics, FisherType
-from kfac_dist.core.statistics_pass import StatisticsPass
+from kfac_dist.core.passes.capture import capturing
+from kfac_dist.core.passes.chain import Trace, chain_of
+from kfac_dist.core.passes.chain_products import ChainProducts
+from kfac_dist.core.passes.distributions import Distribution
+from kfac_dist.core.passes.fisher import FisherSums
+from kfac_dist.core.passes.jacobian_products import JacobianProducts
+from kfac_dist.core.passes.running_statistics import running_statistics_kept
+from kfac_dist.core.statistics.statistics_pass import StatisticsPass
+from kfac_dist.core.statistics.sums import BatchStatistics, FisherType
 from kfac_dist.core.vector import flatten, trainable_parameters
 
 

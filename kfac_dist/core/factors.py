@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_dist.core.finite import is_finite
 from kfac_dist.core.packing import LOWER, mirror_lower, unpack_symmetric
 from kfac_dist.core.products import two_sided
+from kfac_dist.core.vector import is_finite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from torch import nn
 
 from kfac_dist import KFACPreconditioner
 from kfac_dist.config import kfac_settings
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.registration import register
+from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.errors import InvalidSpecError
 
 JOB = Path(__file__).parent / "ddp_job.py"

@@ -9,8 +9,8 @@ from torch import nn
 
 from kfac_dist import KFAC
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.statistics import BatchStatistics
-from tests.core.troubled_factors import EVENTS, FACTORS, GAMMA, LADDER
+from kfac_dist.core.statistics.sums import BatchStatistics
+from tests.core.inverse.troubled_factors import EVENTS, FACTORS, GAMMA, LADDER
 from tests.paths import ROOT
 
 OPERATIONS = ROOT / "docs" / "operations.md"

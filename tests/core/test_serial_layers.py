@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kfac_dist.optimizer import KFAC
-from tests.core.layers_of_a_chain import STRUCTURES
+from tests.core.inverse.layers_of_a_chain import STRUCTURES
 
 
 class Convnet(nn.Module):

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from kfac_dist import KFAC
-from kfac_dist.core import structure as structure_module
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.fisher import FisherSums
-from kfac_dist.core.inverse import InversionFailedError
-from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.inverse import structure as structure_module
+from kfac_dist.core.inverse.damped import InversionFailedError
+from kfac_dist.core.passes.fisher import FisherSums
+from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
 from tests.oracles import dense
 from tests.oracles.cases import DISTRIBUTIONS, Case

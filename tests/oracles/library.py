@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from kfac_dist.config import kfac_settings
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.distributions import get_distribution
-from kfac_dist.core.registration import register
+from kfac_dist.core.passes.distributions import get_distribution
 
 
 def computer_for(

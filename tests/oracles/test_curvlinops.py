@@ -11,7 +11,7 @@ from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 from torch import nn
 
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.inverse import invert_pair
+from kfac_dist.core.inverse.damped import invert_pair
 from tests.oracles.library import mean_tensors
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}

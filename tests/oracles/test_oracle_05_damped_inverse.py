@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.inverse import invert_pair, redamp
-from kfac_dist.core.precondition import precondition
+from kfac_dist.core.inverse.damped import invert_pair, redamp
+from kfac_dist.core.inverse.precondition import precondition
 from tests.oracles import dense
 
 TOLERANCE = 1e-10

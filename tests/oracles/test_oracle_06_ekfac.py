@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kfac_dist.core.eigenbasis import eigen_inverse
 from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.inverse.ekfac import eigen_inverse
 from tests.oracles import dense
 from tests.oracles.cases import DEEP_LINEAR, NONLINEAR_BATCH, ONE_CASE, Case, layer_names
 from tests.oracles.library import computer_for

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
-from kfac_dist.core.inverse import invert_pair
-from kfac_dist.core.precondition import precondition
-from kfac_dist.core.tridiagonal import invert_conditional, redamp_conditional, solve_chain
+from kfac_dist.core.inverse.damped import invert_pair
+from kfac_dist.core.inverse.precondition import precondition
+from kfac_dist.core.inverse.tridiagonal import invert_conditional, redamp_conditional, solve_chain
 from tests.oracles import dense, dense_chain
 
 TOLERANCE = 1e-9

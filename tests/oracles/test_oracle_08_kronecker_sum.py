@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kfac_dist.core.inverse import InversionFailedError
-from kfac_dist.core.kronecker_sum import invert_kronecker_sum
+from kfac_dist.core.inverse.damped import InversionFailedError
+from kfac_dist.core.inverse.kronecker_sum import invert_kronecker_sum
 from tests.oracles import dense
 
 TOLERANCE = 1e-10

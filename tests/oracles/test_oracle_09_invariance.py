@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import FactorAverages
-from kfac_dist.core.registration import register
-from kfac_dist.core.structure import structure_for
+from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.optimizer import kfac_settings
 from tests.oracles import dense
 from tests.oracles.cases import layer_names

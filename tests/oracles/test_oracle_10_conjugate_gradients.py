@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kfac_dist import KFAC
-from kfac_dist.core.step_rule import PlaneModel, adaptive_coefficients
+from kfac_dist.core.step.step_rule import PlaneModel, adaptive_coefficients
 from tests.oracles import dense
 from tests.oracles.cases import Case
 

@@ -7,7 +7,7 @@ targets depend on the place of a case, not on its shard) and Fisher products.
 import pytest
 import torch
 
-from kfac_dist.core.sampling import keyed_noise
+from kfac_dist.core.passes.noise import keyed_noise
 from tests.oracles import dense
 from tests.oracles.cases import DISTRIBUTIONS, Case
 from tests.oracles.library import computer_for

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.distributions import get_distribution
+from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.tasks.convolutional import (
     PadShortcut,
     ResNet20,

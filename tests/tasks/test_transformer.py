@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.distributions import get_distribution
+from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.data import fetch
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks import build_model, check_model, load_task

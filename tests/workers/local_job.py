@@ -16,8 +16,8 @@ import torch
 
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
-from kfac_dist.core.fisher import FisherSums
-from kfac_dist.core.registration import register
+from kfac_dist.core.blocks.registration import register
+from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from tests.workers.jobs import TASK
 from workers.gradient_work import GradientWork

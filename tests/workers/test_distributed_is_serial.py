@@ -11,7 +11,7 @@ import torch
 from kfac_dist import KFAC
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.sampling import SamplerCursor, next_window
-from kfac_dist.core.sampling import permutation
+from kfac_dist.core.passes.noise import permutation
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import fetch
 from kfac_dist.tasks import build_model, load_task, torch_dtype

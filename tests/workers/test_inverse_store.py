@@ -10,10 +10,10 @@ import torch
 from kfac_dist.config import KFACSpec, StalenessSpec
 from kfac_dist.coordination.plan import StepSchedule
 from kfac_dist.coordination.staleness import StalenessBound
-from kfac_dist.core.eigenbasis import EigenInverse
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot
-from kfac_dist.core.inverse import invert_pair
-from kfac_dist.core.structure import structure_for
+from kfac_dist.core.inverse.damped import invert_pair
+from kfac_dist.core.inverse.ekfac import EigenInverse
+from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.errors import TimedOutError
 from workers.inverse_store import InverseStore
 from workers.messages import InverseHeader

@@ -11,7 +11,7 @@ import torch
 from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
 from kfac_dist.coordination.recorded import InverseUse, RecordedInverses, Recording
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.statistics.sums import BatchStatistics
 from tests.waiting import wait_until
 from tests.workers.local_job import job_context, small_spec
 from workers.inverse_loop import InverseLoop

@@ -12,9 +12,9 @@ from kfac_dist.config import StalenessSpec
 from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
 from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.statistics import BatchStatistics
-from kfac_dist.core.structure import structure_for
-from tests.core.troubled_factors import EVENTS, FACTORS, GAMMA, LADDER
+from kfac_dist.core.inverse.structure import structure_for
+from kfac_dist.core.statistics.sums import BatchStatistics
+from tests.core.inverse.troubled_factors import EVENTS, FACTORS, GAMMA, LADDER
 from tests.workers.local_job import LocalJob, job_context, small_spec
 from workers.inverse_store import InverseStore
 from workers.inverse_work import InverseWork

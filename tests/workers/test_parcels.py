@@ -7,9 +7,9 @@ import pickle
 import torch
 
 from kfac_dist.core.factors import KroneckerPair, Link
-from kfac_dist.core.inverse import Inverted
+from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.packing import packed_size, unpack_symmetric
-from kfac_dist.core.statistics import BatchStatistics
+from kfac_dist.core.statistics.sums import BatchStatistics
 from workers.parcels import (
     add_up,
     pack_inverses,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kfac_dist.config import KFACSpec
+from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import Link
-from kfac_dist.core.registration import register
-from kfac_dist.core.structure import structure_for
+from kfac_dist.core.inverse.structure import structure_for
 from tests.workers.local_job import chain_spec
 from workers.planning import inverse_setups, measure_cost_model, probe_snapshot
 

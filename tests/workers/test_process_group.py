@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from kfac_dist.core.choice import Choice
 from kfac_dist.core.compute import GradientSums
-from kfac_dist.core.fisher import FisherSums
+from kfac_dist.core.passes.fisher import FisherSums
+from kfac_dist.core.step.step_rule import Choice
 from tests.workers.local_job import in_threads, make_group
 from workers.exchange import Directions, ServerSide, WorkerSide
 from workers.process_group import Group, PeerLostError

@@ -1,0 +1,1 @@
+"""Which parameters form which curvature block, and the rule for each type of layer."""

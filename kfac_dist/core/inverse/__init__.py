@@ -1,0 +1,1 @@
+"""Inverses of the curvature: block-diagonal, block-tridiagonal or EKFAC; damped, kept, applied."""

@@ -1,0 +1,190 @@
+"""The passes over a part of a batch that its curvature statistics come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.core.blocks.registration import Registration
+from kfac_dist.core.blocks.sites import Site
+from kfac_dist.core.factors import KroneckerPair, Link
+from kfac_dist.core.passes.capture import (
+    Captures,
+    Gradients,
+    capturing,
+    modules_without_cases,
+    output_gradients,
+)
+from kfac_dist.core.passes.case_gradients import CaseGradients
+from kfac_dist.core.passes.chain import Trace
+from kfac_dist.core.passes.chain_products import ChainProducts
+from kfac_dist.core.passes.distributions import Distribution
+from kfac_dist.core.passes.noise import keyed_noise
+from kfac_dist.core.passes.running_statistics import (
+    batch_norms,
+    batch_statistics_fixed,
+    running_statistics_kept,
+)
+from kfac_dist.core.statistics.sums import BatchStatistics, FisherType, StatisticsSums
+from kfac_dist.errors import InvalidSpecError
+
+
+class _Observed(NamedTuple):
+    """The outputs of a pass, the calls in it, and how derivatives go back to those."""
+
+    outputs: Tensor
+    captures: Captures
+    output_gradients: Callable[[Tensor], Gradients]
+
+
+class StatisticsPass:
+    """Computes the statistics of all blocks of a model, which may be the `chain` given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distribution: Distribution,
+        seed: int,
+        registration: Registration,
+        fisher_type: FisherType,
+        chain: ChainProducts | None,
+    ) -> None:
+        self._model = model
+        self._chain = chain
+        self._distribution = distribution
+        self._seed = seed
+        self._registration = registration
+        self._fisher_type = fisher_type
+        self._like = next(p for p in model.parameters() if p.requires_grad)
+        self._modules = tuple(dict.fromkeys(m for s in registration.sites for m in s.modules))
+        diagonal = [s.parameters[0] for s in registration.sites if s.kind == "diagonal"]
+        self._case_gradients = CaseGradients(model, diagonal) if diagonal else None
+        self._without_cases: frozenset[nn.Module] | None = None
+
+    def run(
+        self,
+        inputs: Tensor,
+        targets: Tensor | None,
+        *,
+        step: int,
+        first_row: int,
+        links: Iterable[Link],
+        bases: Mapping[str, KroneckerPair],
+        trace: Trace | None = None,
+    ) -> BatchStatistics:
+        """Return the sums of the statistics over the cases given.
+
+        `trace` is what a pass over the same cases has seen; without it there is a pass.
+
+        `first_row` is the place of the first case among the statistics cases of the whole batch:
+        the sampled targets of a case depend on (seed, step, place) alone. With `mc`, targets are
+        sampled from the model's predictive distribution; `exact` sums over the columns of a root
+        of the Fisher of the outputs; `empirical` uses the training targets, which is biased: it
+        is not a Fisher, and it vanishes where the data are fitted. Only `empirical` looks at the
+        targets. The moments in `bases` are of the same gradients that G is the second moment of.
+
+        Raises:
+            InvalidSpecError: the model uses a layer's weight without calling the layer.
+        """
+        collector = StatisticsSums(
+            self._registration, self._fisher_type, len(inputs), self._like, links, bases
+        )
+        if len(inputs) == 0:
+            return collector.sums
+        with torch.enable_grad(), running_statistics_kept(self._model):
+            outputs, captures, back = self._observe(inputs, trace)
+            collector.add_inputs(captures, self._modules_without_cases(inputs))
+            for derivative in self._output_derivatives(outputs, targets, step, first_row):
+                self._check_uncalled(outputs, derivative, captures)
+                collector.add_gradients(back(derivative))
+                if self._case_gradients is not None:
+                    with batch_statistics_fixed(self._model, captures):
+                        squares = self._case_gradients.squares(inputs, derivative)
+                    collector.add_squares(squares)
+        return collector.sums
+
+    def _observe(self, inputs: Tensor, trace: Trace | None) -> _Observed:
+        if trace is not None:
+            assert self._chain is not None, "only a chain has a trace"
+            back = partial(self._chain.output_gradients, trace)
+            return _Observed(trace.outputs, self._chain.captures(trace), back)
+        with capturing(self._observed()) as captures:
+            outputs = self._model(inputs)
+        return _Observed(outputs, captures, partial(output_gradients, outputs, captures))
+
+    def _observed(self) -> Iterator[nn.Module]:
+        yield from self._modules
+        if self._case_gradients is not None:
+            yield from batch_norms(self._model)
+
+    def _modules_without_cases(self, inputs: Tensor) -> frozenset[nn.Module]:
+        """Return them as found once; only what looks up positions is expected to be one."""
+        if self._without_cases is None:
+            has_embedding = any(isinstance(module, nn.Embedding) for module in self._modules)
+            self._without_cases = (
+                modules_without_cases(self._model, inputs, self._modules)
+                if has_embedding
+                else frozenset()
+            )
+        return self._without_cases
+
+    def _check_uncalled(self, outputs: Tensor, derivative: Tensor, captures: Captures) -> None:
+        """Check that layers that were not called have no gradient."""
+        uncalled: list[Site] = [
+            site
+            for site in self._registration.sites
+            if site.modules and not any(captures[module] for module in site.modules)
+        ]
+        if not uncalled:
+            return
+        parameters = dict(self._model.named_parameters())
+        names = [name for site in uncalled for name in site.parameters]
+        gradients = torch.autograd.grad(
+            outputs,
+            [parameters[name] for name in names],
+            derivative,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        used = [name for name, g in zip(names, gradients, strict=True) if g is not None]
+        if used:
+            raise InvalidSpecError(
+                f"the model uses {', '.join(used)} without calling the module, so that K-FAC "
+                f"cannot observe it; ask for a diagonal block by diagonal: [{used[0]}]"
+            )
+
+    def _output_derivatives(
+        self, outputs: Tensor, targets: Tensor | None, step: int, first_row: int
+    ) -> Iterator[Tensor]:
+        """Yield derivatives of per-case losses with respect to the outputs, shaped like them."""
+        detached = outputs.detach()
+        if self._fisher_type == "exact":
+            yield from _root_columns(self._distribution, detached)
+            return
+        if self._fisher_type == "mc":
+            noise = keyed_noise(
+                self._distribution.noise,
+                seed=self._seed,
+                step=step,
+                rows=range(first_row, first_row + len(detached)),
+                shape=self._distribution.noise_shape(detached),
+                like=detached,
+            )
+            targets = self._distribution.sample(detached, noise)
+        assert targets is not None, "the empirical Fisher is one of training targets"
+        leaf = detached.clone().requires_grad_()
+        loss = self._distribution.loss(leaf, targets).sum()
+        yield torch.autograd.grad(loss, leaf)[0]
+
+
+def _root_columns(distribution: Distribution, outputs: Tensor) -> Iterator[Tensor]:
+    """Yield B e_c for every output coordinate c of a case."""
+    num_columns = outputs[0].numel()
+    for column in range(num_columns):
+        unit = outputs.new_zeros((len(outputs), num_columns))
+        unit[:, column] = 1
+        yield distribution.root_product(outputs, unit.view_as(outputs))

@@ -1,0 +1,205 @@
+"""Curvature statistics of a part of a batch, added up layer by layer (algorithm.md section 2).
+
+Sums over cases of per-case quantities, as everything in `compute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.core.blocks.block import LayerBlock
+from kfac_dist.core.blocks.layer_rules import has_case_axis
+from kfac_dist.core.blocks.registration import Registration
+from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
+from kfac_dist.core.passes.capture import Captures, Gradients
+from kfac_dist.core.statistics.site_sums import KroneckerSums, SiteCall, SiteSums
+from kfac_dist.core.statistics.unit_sums import DiagonalSums, sums_for
+from kfac_dist.core.vector import is_finite
+from kfac_dist.errors import InvalidSpecError
+
+FisherType = Literal["mc", "exact", "empirical"]
+
+# Elements of the per-case gradients [cases, dim_G, dim_A] of shared layers held at a time.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStatistics:
+    """Sums over the statistics cases of a part of a batch, by layer.
+
+    `factors` has those of every block; blocks of one layer may have tensors in common. `crosses`
+    has, by the first layer of each link, the cross factors with the next. `moments` has, for each
+    layer whose basis was given, the squares of the gradient of each case in that basis, [dim_G,
+    dim_A].
+    """
+
+    factors: dict[str, LayerFactors]
+    crosses: dict[str, KroneckerPair]
+    moments: dict[str, Tensor]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor once, not copied, in an order that depends on the layers alone."""
+        by_layer = (*self.factors.values(), *self.crosses.values())
+        tensors = [tensor for pair in by_layer for tensor in pair.tensors().values()]
+        tensors += self.moments.values()
+        yield from {id(tensor): tensor for tensor in tensors}.values()
+
+    def add_(self, other: BatchStatistics) -> None:
+        """Add the sums of other cases, in place."""
+        for own, more in zip(self.tensors(), other.tensors(), strict=True):
+            own.add_(more)
+
+    def is_finite(self) -> bool:
+        """Tell whether no element is NaN or infinite.
+
+        Of factors the diagonals tell it, in a thousandth of the time: they are sums of squares,
+        and no element of a second moment is larger than the largest of them.
+        """
+        factors = {id(t): t for pair in self.factors.values() for t in pair.tensors().values()}
+        return (
+            all(is_finite(_diagonal(factor)) for factor in factors.values())
+            and all(pair.is_finite() for pair in self.crosses.values())
+            and all(is_finite(moments) for moments in self.moments.values())
+        )
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1)
+
+
+class StatisticsSums:
+    """Adds up the statistics of `num_cases` cases: inputs once, then each derivative.
+
+    Linked layers that are applied at different numbers of positions are taken to be uncorrelated.
+    `like` has the dtype and the device of the parameters.
+    """
+
+    def __init__(
+        self,
+        registration: Registration,
+        fisher_type: FisherType,
+        num_cases: int,
+        like: Tensor,
+        links: Iterable[Link],
+        bases: Mapping[str, KroneckerPair],
+    ) -> None:
+        self._num_cases = num_cases
+        self._fisher_type = fisher_type
+        self._links = tuple(links)
+        self._bases = bases
+        self._sites = [
+            sums_for(site, num_cases, like, registration.weight_sharing)
+            for site in registration.sites
+        ]
+        self._blocks: dict[str, tuple[SiteSums, LayerBlock]] = {
+            block.name: (sums, block) for sums in self._sites for block in sums.site.blocks
+        }
+        self.sums = BatchStatistics(
+            factors={name: sums.factors[name] for name, (sums, _) in self._blocks.items()},
+            crosses={name: self._no_cross(name, following, like) for name, following in links},
+            moments={
+                name: like.new_zeros((len(basis.G), len(basis.A))) for name, basis in bases.items()
+            },
+        )
+
+    def _no_cross(self, name: str, next_name: str, like: Tensor) -> KroneckerPair:
+        left, right = self._blocks[name][1], self._blocks[next_name][1]
+        return KroneckerPair(
+            A=like.new_zeros((left.dim_A, right.dim_A)),
+            G=like.new_zeros((left.dim_G, right.dim_G)),
+        )
+
+    def add_inputs(self, captures: Captures, without_cases: frozenset[nn.Module]) -> None:
+        """Take in the calls of each module; those `without_cases` have no axis of cases.
+
+        Raises:
+            InvalidSpecError: a call has no axis of cases, and the gradients of cases are needed.
+        """
+        for sums in self._sites:
+            sums.add_inputs(
+                [
+                    SiteCall(module, call.inputs, self._cases_of(owner, module, call.inputs, known))
+                    for owner, module in zip(sums.site.owners, sums.site.modules, strict=False)
+                    for known in [module not in without_cases]
+                    for call in captures[module]
+                ]
+            )
+        for name, next_name in self._links:
+            left, right = self._kronecker(name), self._kronecker(next_name)
+            rows, next_rows = left.averaged_inputs, right.averaged_inputs
+            if self._linked(left, rows, right, next_rows):
+                positions = len(torch.cat(rows)) // self._num_cases
+                cross = torch.cat(rows).T @ torch.cat(next_rows)
+                self.sums.crosses[name].A.add_(cross / positions)
+
+    def _cases_of(self, owner: str, module: nn.Module, inputs: Tensor, known: bool) -> int:
+        if known and has_case_axis(module, inputs, self._num_cases):
+            return self._num_cases
+        if self._fisher_type == "mc":
+            return 1
+        raise InvalidSpecError(
+            f"layer {owner}: its input {tuple(inputs.shape)} has no axis of the {self._num_cases} "
+            f"cases, which fisher_type: {self._fisher_type} needs; expand it over the cases, such "
+            "as positions.expand(len(inputs), -1), or use fisher_type: mc"
+        )
+
+    def _kronecker(self, name: str) -> KroneckerSums:
+        sums = self._blocks[name][0]
+        assert isinstance(sums, KroneckerSums)
+        return sums
+
+    @staticmethod
+    def _linked(
+        left: KroneckerSums, rows: list[Tensor], right: KroneckerSums, next_rows: list[Tensor]
+    ) -> bool:
+        """Tell whether two layers have rows that belong together, one to one."""
+        if not (rows and next_rows and left.has_cases and right.has_cases):
+            return False
+        return sum(map(len, rows)) == sum(map(len, next_rows))
+
+    def add_gradients(self, gradients: Gradients) -> None:
+        """Add derivatives with respect to the outputs of the calls whose inputs were added."""
+        for sums in self._sites:
+            sums.add_gradients([g for module in sums.site.modules for g in gradients[module]])
+        for name, next_name in self._links:
+            left, right = self._kronecker(name), self._kronecker(next_name)
+            rows, next_rows = left.added_gradients, right.added_gradients
+            if self._linked(left, rows, right, next_rows):
+                self.sums.crosses[name].G.addmm_(torch.cat(rows).T, torch.cat(next_rows))
+        for name, basis in self._bases.items():
+            self._add_moments(name, basis)
+
+    def _add_moments(self, name: str, basis: KroneckerPair) -> None:
+        sums, block = self._kronecker(name), self._blocks[name][1]
+        if not sums.calls:
+            return
+        first = sums.site.first_row
+        rows = slice(block.rows[0] - first, block.rows[1] - first)
+        inputs = sums.case_inputs()[..., slice(*block.columns)]
+        self.sums.moments[name].add_(case_moments(inputs, sums.case_gradients()[..., rows], basis))
+
+    def add_squares(self, squares: Mapping[str, Tensor]) -> None:
+        """Add the squares of the gradients of cases, by parameter, of the diagonal blocks."""
+        for sums in self._sites:
+            if isinstance(sums, DiagonalSums):
+                sums.add_squares(squares[sums.site.parameters[0]])
+
+
+def case_moments(inputs: Tensor, gradients: Tensor, basis: KroneckerPair) -> Tensor:
+    """Return the sum over cases of `(Q_G^T DW Q_A)^2`, [dim_G, dim_A].
+
+    DW is the gradient of one case: the sum of `g abar^T` over the positions of `inputs`
+    [cases, positions, dim_A] and `gradients` [cases, positions, dim_G].
+    """
+    a, g = inputs @ basis.A, gradients @ basis.G
+    if a.shape[1] == 1:
+        return g.squeeze(1).square().T @ a.squeeze(1).square()
+    size = max(1, _CHUNK_ELEMENTS // (a.shape[2] * g.shape[2]))
+    chunks = zip(torch.split(a, size), torch.split(g, size), strict=True)
+    sums = [(part_g.mT @ part_a).square().sum(dim=0) for part_a, part_g in chunks]
+    return torch.stack(sums).sum(dim=0)

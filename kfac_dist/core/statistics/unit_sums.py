@@ -1,0 +1,112 @@
+"""Sums over cases for parameters of single units, and of single elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_dist.core.blocks.block import BlockKind
+from kfac_dist.core.blocks.layer_rules import (
+    by_unit,
+    channels_last,
+    is_convolution,
+    is_norm,
+    normalised,
+    patches,
+)
+from kfac_dist.core.blocks.sites import Site, WeightSharing
+from kfac_dist.core.factors import UnitMoments
+from kfac_dist.core.statistics.site_sums import EmbeddingSums, KroneckerSums, SiteCall, SiteSums
+
+
+class UnitSums(SiteSums):
+    """The Fisher of each unit's own parameters, exact: of the gradients of single cases."""
+
+    def __init__(
+        self, site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing
+    ) -> None:
+        super().__init__(site, num_cases, like, weight_sharing)
+        (block,) = site.blocks
+        self._M = like.new_zeros((block.dim_G, block.dim_A, block.dim_A))
+        self._features: list[Tensor] = []
+        self.factors = {block.name: UnitMoments(M=self._M)}
+
+    def add_inputs(self, calls: Sequence[SiteCall]) -> None:
+        """Keep what each unit sees: [cases, positions, units, features]."""
+        self.calls = calls
+        self._features = [self._seen(call) for call in calls] if self.site.has_weight else []
+
+    def _seen(self, call: SiteCall) -> Tensor:
+        module, shape = call.module, (call.num_cases, -1, len(self._M))
+        if is_norm(module):
+            xhat = by_unit(module, normalised(module, call.inputs))
+            return xhat.reshape(*shape, 1)
+        assert is_convolution(module)
+        rows = patches(module, call.inputs, 0, module.in_channels)
+        return rows.reshape(*shape, rows.shape[-1] // len(self._M))
+
+    def add_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Add the outer products of the gradients of cases."""
+        if not self.calls:
+            return
+        per_call = [
+            self._case_gradients(number, call, gradient)
+            for number, (call, gradient) in enumerate(zip(self.calls, gradients, strict=True))
+        ]
+        if not self.has_cases:
+            per_call = [gradient.sum(dim=0, keepdim=True) for gradient in per_call]
+        total = torch.stack(per_call).sum(dim=0)
+        self._M.add_(torch.einsum("nui,nuj->uij", total, total))
+
+    def _case_gradients(self, number: int, call: SiteCall, gradient: Tensor) -> Tensor:
+        """Return the gradients at one call, [cases, units, k]."""
+        module = call.module
+        if is_norm(module):
+            by_position = by_unit(module, gradient)
+        else:
+            assert is_convolution(module)
+            by_position = channels_last(module, gradient)
+        g = by_position.reshape(call.num_cases, -1, len(self._M))
+        parts = []
+        if self.site.has_weight:
+            parts.append(torch.einsum("nru,nruk->nuk", g, self._features[number]))
+        if self.site.has_bias:
+            parts.append(g.sum(dim=1).unsqueeze(2))
+        return torch.cat(parts, dim=2)
+
+
+class DiagonalSums(SiteSums):
+    """The diagonal of the Fisher, from squares of gradients that are computed elsewhere."""
+
+    def __init__(
+        self, site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing
+    ) -> None:
+        super().__init__(site, num_cases, like, weight_sharing)
+        (block,) = site.blocks
+        self._M = like.new_zeros((block.dim_G, 1, 1))
+        self.factors = {block.name: UnitMoments(M=self._M)}
+
+    def add_inputs(self, calls: Sequence[SiteCall]) -> None:
+        """No call is observed."""
+
+    def add_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """No call is observed."""
+
+    def add_squares(self, squares: Tensor) -> None:
+        """Add sums over cases, shaped like the parameter."""
+        self._M.add_(squares.reshape(-1, 1, 1))
+
+
+_SUMS: dict[BlockKind, type[SiteSums]] = {
+    "kronecker": KroneckerSums,
+    "kronecker, diagonal A": EmbeddingSums,
+    "unit-wise": UnitSums,
+    "diagonal": DiagonalSums,
+}
+
+
+def sums_for(site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing) -> SiteSums:
+    """Return the sums of a site, zero, with the dtype and device of `like`."""
+    return _SUMS[site.kind](site, num_cases, like, weight_sharing)

@@ -1,0 +1,1 @@
+"""From directions to an update: step size, momentum, damping, gamma, averaging."""
