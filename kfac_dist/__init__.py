@@ -10,19 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kfac_dist.optimizer import KFAC
-    from kfac_dist.preconditioner import KFACPreconditioner
+    from kfac_dist.optim.optimizer import KFAC
+    from kfac_dist.optim.preconditioner import KFACPreconditioner
+    from kfac_dist.optim.step_result import StepResult
     from kfac_dist.service.client import Client
-    from kfac_dist.step_result import StepResult
     from workers.api import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Client": "kfac_dist.service.client",
-    "KFAC": "kfac_dist.optimizer",
-    "KFACPreconditioner": "kfac_dist.preconditioner",
-    "StepResult": "kfac_dist.step_result",
+    "KFAC": "kfac_dist.optim.optimizer",
+    "KFACPreconditioner": "kfac_dist.optim.preconditioner",
+    "StepResult": "kfac_dist.optim.step_result",
     "train": "workers.api",
 }
 

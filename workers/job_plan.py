@@ -21,7 +21,7 @@ from kfac_dist.coordination.assignment import CostModel, LayerCost
 from kfac_dist.coordination.forecast import forecast_staleness
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.data import fetch
-from kfac_dist.optimizer import KFAC
+from kfac_dist.optim.optimizer import KFAC
 from kfac_dist.tasks import Task, build_model, load_task, torch_dtype
 from workers.messages import InverseSetup
 from workers.planning import batch_size, inverse_setups

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kfac_dist.precision import PreconditionDtype
+from kfac_dist.optim.precision import PreconditionDtype
 from kfac_dist.runs import Event, JobState, RunFolder, StepRecord
 from kfac_dist.runs.records import Severity
 from workers.metrics_server import MetricsServer

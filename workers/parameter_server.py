@@ -9,7 +9,7 @@ from typing import NamedTuple
 import ray
 import torch
 
-from kfac_dist.precision import PreconditionDtype
+from kfac_dist.optim.precision import PreconditionDtype
 from workers.actor import as_actor, logged, node_address, role_log, wait_forever
 from workers.device import DevicePlan
 from workers.messages import InverseHeader, JobContext, Rendezvous, ServerReport, StepOrder

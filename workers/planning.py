@@ -23,8 +23,8 @@ from kfac_dist.coordination.staleness import StalenessBound
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
 from kfac_dist.core.inverse.structure import Structure, structure_for
-from kfac_dist.precision import PreconditionDtype
-from kfac_dist.schedules import kfac_schedule, schedule_of
+from kfac_dist.optim.precision import PreconditionDtype
+from kfac_dist.optim.schedules import kfac_schedule, schedule_of
 from kfac_dist.tasks import torch_dtype
 from workers.device import DevicePlan
 from workers.messages import InverseSetup

@@ -10,7 +10,7 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.vector import flatten, trainable_parameters
-from kfac_dist.precision import PreconditionDtype, choose_precondition_dtype
+from kfac_dist.optim.precision import PreconditionDtype, choose_precondition_dtype
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.first_order_server import FirstOrderServer
 from workers.inverse_store import InverseStore

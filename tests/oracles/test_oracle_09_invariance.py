@@ -14,7 +14,7 @@ from torch import nn
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.inverse.structure import structure_for
-from kfac_dist.optimizer import kfac_settings
+from kfac_dist.optim.optimizer import kfac_settings
 from tests.oracles import dense
 from tests.oracles.cases import layer_names
 from tests.oracles.library import computer_for

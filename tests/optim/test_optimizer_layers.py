@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_dist.optimizer import KFAC
+from kfac_dist.optim.optimizer import KFAC
 from tests.core.inverse.layers_of_a_chain import STRUCTURES
 
 

@@ -33,7 +33,7 @@ from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.observer import ForwardObserver, plain_module, process_group_of
+from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
 
 # Settings of `KFAC` that belong to the user's own loop here.
 _FOREIGN = (

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from kfac_dist import KFAC, precision
+from kfac_dist import KFAC
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.precision import choose_precondition_dtype
+from kfac_dist.optim import precision
+from kfac_dist.optim.precision import choose_precondition_dtype
 from tests.oracles.cases import Case
 
 CASE = Case(widths=(6, 5, 4), activation="tanh", distribution="bernoulli", num_cases=24)

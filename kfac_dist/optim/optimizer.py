@@ -34,9 +34,9 @@ from kfac_dist.core.step.step_rule import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.precision import choose_precondition_dtype
-from kfac_dist.schedules import kfac_schedule
-from kfac_dist.step_result import StepResult
+from kfac_dist.optim.precision import choose_precondition_dtype
+from kfac_dist.optim.schedules import kfac_schedule
+from kfac_dist.optim.step_result import StepResult
 
 _LOG = logging.getLogger(__name__)
 
