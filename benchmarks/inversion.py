@@ -26,7 +26,7 @@ import torch
 from report import add_output_options, deliver, document, surroundings, table
 
 from kfac_dist.config import JobSpec, parse_spec
-from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost, assign
+from kfac_dist.coordination.steps.assignment import DEFAULT_COST_MODEL, LayerCost, assign
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle
 from workers.cluster import ray_cluster

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config import JobSpec
-from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.core.passes.noise import permutation
 from kfac_dist.data import MapDataset, fetch

@@ -24,7 +24,7 @@ from torch import nn
 
 from kfac_dist import KFAC
 from kfac_dist.config import JobSpec, KFACSpec, load_spec
-from kfac_dist.coordination.staleness import StalenessBound
+from kfac_dist.coordination.steps.staleness import StalenessBound
 from kfac_dist.core.vector import flatten
 from kfac_dist.optim.schedules import kfac_schedule
 from kfac_dist.tasks import Task

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_dist.coordination.sampling import BatchWindow, shard, subset_positions
+from kfac_dist.coordination.steps.sampling import BatchWindow, shard, subset_positions
 from kfac_dist.core.passes.noise import permutation
 from kfac_dist.data import MapDataset, fetch
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kfac_dist.coordination.sampling import SamplerCursor
+from kfac_dist.coordination.steps.sampling import SamplerCursor
 from kfac_dist.errors import InvalidSpecError, JobFailedError
 from kfac_dist.runs import RunFolder
 from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint

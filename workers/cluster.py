@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from kfac_dist.config import WorkersSpec
-from kfac_dist.coordination.placement import cpus_of
+from kfac_dist.coordination.jobs.placement import cpus_of
 from kfac_dist.errors import UnreachableError
 from workers.guard import guarded
 from workers.interrupts import deferred

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kfac_dist.coordination.sampling import shard
+from kfac_dist.coordination.steps.sampling import shard
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import MapDataset, fetch

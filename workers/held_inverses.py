@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kfac_dist.coordination.staleness import Admission
+from kfac_dist.coordination.steps.staleness import Admission
 from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.inverse.precondition import LayerInverse
 from kfac_dist.core.inverse.shelf import Held, all_carry, ready

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kfac_dist.config import StalenessSpec
-from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
+from kfac_dist.coordination.steps.staleness import Admission, StalenessBound, admit
 from kfac_dist.core.inverse.shelf import HeldInverses, InverseShelf, at_gamma
 from kfac_dist.core.inverse.structure import Structure
 from kfac_dist.core.vector import is_finite

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.coordination.ledger import StatisticsLedger
-from kfac_dist.coordination.refresh import LayerRefreshState, choose_next
+from kfac_dist.coordination.steps.ledger import StatisticsLedger
+from kfac_dist.coordination.steps.refresh import LayerRefreshState, choose_next
 from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.packing import pack_symmetric

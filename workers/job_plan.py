@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config import JobSpec, KFACSpec
-from kfac_dist.coordination.assignment import CostModel, LayerCost
-from kfac_dist.coordination.forecast import forecast_staleness
+from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
+from kfac_dist.coordination.steps.forecast import forecast_staleness
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.data import fetch
 from kfac_dist.optim.optimizer import KFAC

@@ -18,7 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
-from kfac_dist.coordination.runner import (
+from kfac_dist.coordination.jobs.runner import (
     AttemptKey,
     ClusterResources,
     Remnant,

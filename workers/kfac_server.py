@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import JobSpec, KFACSpec
-from kfac_dist.coordination.plan import StepPlan, StepSchedule
-from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.steps.sampling import subset_positions
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.step_rule import Choice

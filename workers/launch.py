@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config import JobSpec
-from kfac_dist.coordination.placement import check_placement
-from kfac_dist.coordination.recorded import Recording
+from kfac_dist.coordination.jobs.placement import check_placement
+from kfac_dist.coordination.steps.recorded import Recording
 from kfac_dist.runs import (
     Failure,
     FirstFailure,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config import JobSpec
-from kfac_dist.coordination.assignment import CostModel, LayerCost
-from kfac_dist.coordination.plan import StepPlan
-from kfac_dist.coordination.recorded import BeyondBound, Recording
-from kfac_dist.coordination.sampling import BatchWindow
+from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
+from kfac_dist.coordination.steps.plan import StepPlan
+from kfac_dist.coordination.steps.recorded import BeyondBound, Recording
+from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.core.factors import Link
 
 

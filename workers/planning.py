@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kfac_dist.config import BatchSchedule, JobSpec, KFACSpec
-from kfac_dist.coordination.assignment import (
+from kfac_dist.coordination.steps.assignment import (
     DEFAULT_COST_MODEL,
     CostModel,
     LayerCost,
@@ -16,10 +16,10 @@ from kfac_dist.coordination.assignment import (
     assign_runs,
     fit_cost_model,
 )
-from kfac_dist.coordination.plan import StepSchedule
-from kfac_dist.coordination.recorded import Recording
-from kfac_dist.coordination.schedule import GrowingBatch, batch_size_at
-from kfac_dist.coordination.staleness import StalenessBound
+from kfac_dist.coordination.steps.plan import StepSchedule
+from kfac_dist.coordination.steps.recorded import Recording
+from kfac_dist.coordination.steps.schedule import GrowingBatch, batch_size_at
+from kfac_dist.coordination.steps.staleness import StalenessBound
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
 from kfac_dist.core.inverse.structure import Structure, structure_for

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.config import JobSpec, KFACSpec
-from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
 from kfac_dist.data import MapDataset, check_finite
 from kfac_dist.errors import InvalidSpecError

@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from kfac_dist.coordination.plan import StepPlan
-from kfac_dist.coordination.sampling import next_window
+from kfac_dist.coordination.steps.plan import StepPlan
+from kfac_dist.coordination.steps.sampling import next_window
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers import checkpointing

@@ -78,7 +78,7 @@ def _facts() -> dict[str, Any]:
 def _active_jobs(store_url: str | None) -> list[str]:
     """The ids of jobs that have an attempt on the cluster, as far as there is a store."""
     from kfac_dist.cli.store import open_home_store
-    from kfac_dist.coordination.lifecycle import ACTIVE
+    from kfac_dist.coordination.jobs.lifecycle import ACTIVE
     from kfac_dist.service.jobs import Jobs
 
     store = open_home_store(home(), store_url)

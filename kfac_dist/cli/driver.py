@@ -127,7 +127,7 @@ def _end(
     message: str | None = None,
     first_failure: FirstFailure | None = None,
 ) -> DriverEnd:
-    from kfac_dist.coordination.lifecycle import JobState
+    from kfac_dist.coordination.jobs.lifecycle import JobState
     from kfac_dist.service.run_reader import DriverEnd
 
     return DriverEnd(

@@ -11,7 +11,7 @@ from kfac_dist.cli.connection import CaOption, ServerOption, connect
 from kfac_dist.cli.job_view import job_row, jobs_table
 from kfac_dist.cli.options import OutputOption
 from kfac_dist.cli.output import Format, write_result
-from kfac_dist.coordination.lifecycle import ENDED, JobState
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 
 
 def list_jobs(

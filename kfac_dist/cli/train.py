@@ -82,7 +82,7 @@ def _check(
     metrics_port: int | None,
 ) -> None:
     """Raise what would keep the job from starting; data sets are read, too."""
-    from kfac_dist.coordination.placement import check_placement
+    from kfac_dist.coordination.jobs.placement import check_placement
     from kfac_dist.runs import check_folder
     from workers.metrics_server import metrics_server
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kfac_dist.cli.job_view import age
-from kfac_dist.coordination.lifecycle import ENDED
+from kfac_dist.coordination.jobs.lifecycle import ENDED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.config import KFACSpec, kfac_settings
-from kfac_dist.coordination.plan import StepPlan
-from kfac_dist.coordination.sampling import subset_positions
-from kfac_dist.coordination.staleness import StalenessBound
+from kfac_dist.coordination.steps.plan import StepPlan
+from kfac_dist.coordination.steps.sampling import subset_positions
+from kfac_dist.coordination.steps.staleness import StalenessBound
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_dist.config import KFACSpec, kfac_settings
-from kfac_dist.coordination.plan import StepPlan, StepSchedule
-from kfac_dist.coordination.sampling import subset_positions
+from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.steps.sampling import subset_positions
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kfac_dist.config import KFACSpec, LearningRateSchedule, ValueSchedule
-from kfac_dist.coordination.plan import StepSchedule
-from kfac_dist.coordination.schedule import Schedule
+from kfac_dist.coordination.steps.plan import StepSchedule
+from kfac_dist.coordination.steps.schedule import Schedule
 from kfac_dist.core.step.update import searches_gamma
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from kfac_dist import errors
-from kfac_dist.coordination.recorded import BeyondBound
+from kfac_dist.coordination.steps.recorded import BeyondBound
 
 
 def _nan_for_null(value: object) -> object:

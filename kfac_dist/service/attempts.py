@@ -10,9 +10,15 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
-from kfac_dist.coordination.runner import AttemptKey, JobRunner, Remnant, RunnerState, RunnerStatus
-from kfac_dist.coordination.supervision import (
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.jobs.runner import (
+    AttemptKey,
+    JobRunner,
+    Remnant,
+    RunnerState,
+    RunnerStatus,
+)
+from kfac_dist.coordination.jobs.supervision import (
     Action,
     AttemptView,
     ClusterWord,

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 
 from kfac_dist.config import parse_spec
-from kfac_dist.coordination.admission import NOTHING, Room, Waiting, admit
-from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
-from kfac_dist.coordination.placement import cpus_of
-from kfac_dist.coordination.runner import AttemptKey, ClusterResources, JobRunner
-from kfac_dist.coordination.supervision import Limits
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.jobs.placement import cpus_of
+from kfac_dist.coordination.jobs.queueing import NOTHING, Room, Waiting, admit
+from kfac_dist.coordination.jobs.runner import AttemptKey, ClusterResources, JobRunner
+from kfac_dist.coordination.jobs.supervision import Limits
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.service.attempts import Supervisor, start_attempt
 from kfac_dist.service.job_rows import move, note, touch

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.lifecycle import ENDED, Event, JobState, next_state
+from kfac_dist.coordination.jobs.lifecycle import ENDED, Event, JobState, next_state
 from kfac_dist.errors import FirstFailure, NotFoundError
 from kfac_dist.runs.records import Severity
 from kfac_dist.service.records import Attempt, Job, JobEvent, is_job_id

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.errors import UsageError
 from kfac_dist.runs.checkpoints import CheckpointInfo, list_checkpoints
 from kfac_dist.service import history, reports

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.runs.journal import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
 from kfac_dist.service.job_rows import move, note

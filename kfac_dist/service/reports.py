@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState
 from kfac_dist.service.history import append_steps, forget_after
 from kfac_dist.service.job_rows import failure_row, find_attempt, move, text_of, touch
 from kfac_dist.service.records import (

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from kfac_dist import errors
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.runs import Event, FirstFailure, JobRecord, RunFolder, StepRecord
 from kfac_dist.runs.journal import write_whole
 from kfac_dist.runs.parsing import parse_record, read_whole

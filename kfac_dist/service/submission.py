@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import ConflictError
 from kfac_dist.service.job_rows import note, to_job
 from kfac_dist.service.records import Job

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.service.job_rows import move
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.launching import begin_attempt, prepare_folder

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.coordination.lifecycle import ENDED, JobState
-from kfac_dist.coordination.supervision import Limits
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
+from kfac_dist.coordination.jobs.supervision import Limits
 from kfac_dist.errors import NotFoundError, UsageError
 from kfac_dist.service.access.local import ensure_local_token, local_server, write_server
 from kfac_dist.service.access.tls import TlsFiles

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import Event as RunEvent
 from kfac_dist.service.job_rows import move

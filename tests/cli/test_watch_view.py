@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from kfac_dist.cli.watch_view import WatchView
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.service.client import Update
 from kfac_dist.service.records import Job, JobEvent, MetricPoint, MetricSeries
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kfac_dist import Client
-from kfac_dist.coordination.lifecycle import ENDED, JobState
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 from kfac_dist.errors import NotFoundError
 from kfac_dist.service.access.local import read_local_token, read_server
 from tests.end_to_end.command import SPEC, CommandLine

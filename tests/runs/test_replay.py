@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.coordination.recorded import InverseUse
+from kfac_dist.coordination.steps.recorded import InverseUse
 from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError
 from kfac_dist.runs import Evaluation, Event, RunFolder, StepRecord
 from kfac_dist.runs.replay import Difference, first_difference, plan_replay

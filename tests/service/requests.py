@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.runs import Event
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.records import Job, Report, ReportedEvent, ReportedState, StepValues

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kfac_dist.coordination.runner import (
+from kfac_dist.coordination.jobs.runner import (
     AttemptKey,
     ClusterResources,
     Remnant,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.coordination.lifecycle import ENDED, Event, JobState
-from kfac_dist.coordination.runner import AttemptKey
-from kfac_dist.coordination.supervision import Limits
+from kfac_dist.coordination.jobs.lifecycle import ENDED, Event, JobState
+from kfac_dist.coordination.jobs.runner import AttemptKey
+from kfac_dist.coordination.jobs.supervision import Limits
 from kfac_dist.service.access.local import LocalServer, write_server
 from kfac_dist.service.controller import Controller
 from kfac_dist.service.job_rows import move

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.errors import ConflictError, InvalidSpecError, NotFoundError, UsageError
 from kfac_dist.service.job_rows import move
 from kfac_dist.service.jobs import Jobs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import UnreachableError
 from kfac_dist.service.client import channel
 from kfac_dist.service.server import serving as server_module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.service.access.limits import Limits
 from kfac_dist.service.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_BYTES
 from kfac_dist.service.records import Role

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import (
     NotAllowedError,
     NotAuthenticatedError,

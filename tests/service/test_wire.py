@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import FirstFailure
 from kfac_dist.service import wire, wire_values
 from kfac_dist.service.logs import LogLine

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from kfac_dist.config import JobSpec, parse_spec
-from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.tasks import build_model, load_task, torch_dtype

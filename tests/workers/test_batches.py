@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kfac_dist.coordination.sampling import BatchWindow
+from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.data import ArrayDataset
 from workers.batches import BatchPart, BatchReader
 

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from kfac_dist.coordination.lifecycle import ENDED, JobState
-from kfac_dist.coordination.runner import AttemptKey
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
+from kfac_dist.coordination.jobs.runner import AttemptKey
 from kfac_dist.runs import RunFolder
 from kfac_dist.service.access.local import read_server
 from kfac_dist.service.access.tokens import Tokens
@@ -31,7 +31,7 @@ from workers.leftovers import processes_of
 LEFT = """
 import sys
 from pathlib import Path
-from kfac_dist.coordination.runner import AttemptKey
+from kfac_dist.coordination.jobs.runner import AttemptKey
 from workers.head import ensure_head
 from workers.job_runner import RayJobRunner
 runner = RayJobRunner.of_head(ensure_head(Path(sys.argv[1])))

@@ -10,7 +10,7 @@ import torch
 
 from kfac_dist import KFAC
 from kfac_dist.config import JobSpec
-from kfac_dist.coordination.sampling import SamplerCursor, next_window
+from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.passes.noise import permutation
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import fetch

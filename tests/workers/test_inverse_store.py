@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kfac_dist.config import KFACSpec, StalenessSpec
-from kfac_dist.coordination.plan import StepSchedule
-from kfac_dist.coordination.staleness import StalenessBound
+from kfac_dist.coordination.steps.plan import StepSchedule
+from kfac_dist.coordination.steps.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair, LayerSnapshot
 from kfac_dist.core.inverse.damped import invert_pair
 from kfac_dist.core.inverse.ekfac import EigenInverse

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
-from kfac_dist.coordination.recorded import InverseUse, RecordedInverses, Recording
+from kfac_dist.coordination.steps.assignment import DEFAULT_COST_MODEL, LayerCost
+from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, Recording
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.statistics.sums import BatchStatistics
 from tests.waiting import wait_until

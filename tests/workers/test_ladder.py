@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kfac_dist.config import StalenessSpec
-from kfac_dist.coordination.assignment import DEFAULT_COST_MODEL, LayerCost
-from kfac_dist.coordination.staleness import StalenessBound
+from kfac_dist.coordination.steps.assignment import DEFAULT_COST_MODEL, LayerCost
+from kfac_dist.coordination.steps.staleness import StalenessBound
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.statistics.sums import BatchStatistics

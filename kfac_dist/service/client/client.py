@@ -11,7 +11,7 @@ from typing import Any, Self
 import grpc
 
 from kfac_dist.config import JobSpec, load_spec, parse_spec
-from kfac_dist.coordination.lifecycle import ENDED, JobState
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 from kfac_dist.errors import TimedOutError
 from kfac_dist.service import wire
 from kfac_dist.service.client.channel import ServerAddress

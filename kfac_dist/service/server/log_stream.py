@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfac_dist.coordination.lifecycle import ENDED
+from kfac_dist.coordination.jobs.lifecycle import ENDED
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.logs import LogCursor, LogFilter, LogLine, read_lines
 from kfac_dist.service.server import requests

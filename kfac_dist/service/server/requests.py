@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kfac_dist.coordination.lifecycle import JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import UsageError
 from kfac_dist.service.records import is_job_id
 from kfac_dist.service.status import FieldError

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
-from kfac_dist.coordination.lifecycle import ENDED
+from kfac_dist.coordination.jobs.lifecycle import ENDED
 from kfac_dist.service import resume_token
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.records import Job, MetricSeries

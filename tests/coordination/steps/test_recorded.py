@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kfac_dist.coordination.plan import StepSchedule
-from kfac_dist.coordination.recorded import InverseUse, RecordedInverses
-from kfac_dist.coordination.staleness import Admission, StalenessBound, admit
+from kfac_dist.coordination.steps.plan import StepSchedule
+from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses
+from kfac_dist.coordination.steps.staleness import Admission, StalenessBound, admit
 
 
 def use(first_step: int, version_step: int, *gammas: float) -> InverseUse:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from kfac_dist.coordination.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 
 # After these a job goes on by itself: it is not the job that is wrong.
 RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted"})

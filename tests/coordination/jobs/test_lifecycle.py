@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.lifecycle import (
+from kfac_dist.coordination.jobs.lifecycle import (
     ACTIVE,
     ENDED,
     Event,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.placement import check_placement
+from kfac_dist.coordination.jobs.placement import check_placement
 from kfac_dist.errors import InvalidSpecError
 
 

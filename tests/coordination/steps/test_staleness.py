@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.plan import StepSchedule
-from kfac_dist.coordination.refresh import LayerRefreshState, RefreshPolicy, choose_next
-from kfac_dist.coordination.staleness import Admission, AtBound, StalenessBound, admit
+from kfac_dist.coordination.steps.plan import StepSchedule
+from kfac_dist.coordination.steps.refresh import LayerRefreshState, RefreshPolicy, choose_next
+from kfac_dist.coordination.steps.staleness import Admission, AtBound, StalenessBound, admit
 from kfac_dist.errors import InvalidSpecError
 
 

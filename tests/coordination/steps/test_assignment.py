@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.assignment import (
+from kfac_dist.coordination.steps.assignment import (
     DEFAULT_COST_MODEL,
     Assignment,
     CostModel,

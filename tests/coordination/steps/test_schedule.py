@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.schedule import GrowingBatch, Schedule, ScheduleKind, batch_size_at
+from kfac_dist.coordination.steps.schedule import (
+    GrowingBatch,
+    Schedule,
+    ScheduleKind,
+    batch_size_at,
+)
 from kfac_dist.errors import InvalidSpecError
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.sampling import (
+from kfac_dist.coordination.steps.sampling import (
     BatchWindow,
     SamplerCursor,
     next_window,

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.admission import NOTHING, Room, Waiting, admit
+from kfac_dist.coordination.jobs.queueing import NOTHING, Room, Waiting, admit
 
 CLUSTER = Room(cpus=4, gpus=0, inverse_slots=2)
 ROOMS = st.builds(

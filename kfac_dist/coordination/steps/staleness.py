@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from kfac_dist.coordination.checks import check_interval
-from kfac_dist.coordination.plan import StepSchedule
-from kfac_dist.coordination.recorded import BeyondBound, RecordedInverses
+from kfac_dist.coordination.steps.plan import StepSchedule
+from kfac_dist.coordination.steps.recorded import BeyondBound, RecordedInverses
 
 AtBound = Literal["wait", "damp"]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.forecast import StalenessForecast, forecast_staleness
+from kfac_dist.coordination.steps.forecast import StalenessForecast, forecast_staleness
 from kfac_dist.errors import InvalidSpecError
 
 

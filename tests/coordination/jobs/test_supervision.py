@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.lifecycle import ACTIVE, Event, JobState, next_state
-from kfac_dist.coordination.supervision import (
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState, next_state
+from kfac_dist.coordination.jobs.supervision import (
     Action,
     AttemptView,
     ClusterWord,

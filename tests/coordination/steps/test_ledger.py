@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.ledger import StatisticsLedger
+from kfac_dist.coordination.steps.ledger import StatisticsLedger
 from kfac_dist.errors import InvalidSpecError
 
 Message = tuple[int, int]  # (step, rank)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kfac_dist.coordination.schedule import Schedule
+from kfac_dist.coordination.steps.schedule import Schedule
 
 # The paper refreshes the inverses in each of the first three steps (algorithm.md section 11).
 _FIRST_STEPS = 3

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.refresh import LayerRefreshState, RefreshPolicy, choose_next
+from kfac_dist.coordination.steps.refresh import LayerRefreshState, RefreshPolicy, choose_next
 from kfac_dist.errors import InvalidSpecError
 
 POLICIES: tuple[RefreshPolicy, ...] = ("round_robin", "oldest_first", "largest_drift")
