@@ -3,6 +3,7 @@
 Nothing here reads the environment: the folders to look in are arguments.
 """
 
+from kfac_dist.data.case_source import CaseSource
 from kfac_dist.data.dataset import (
     ArrayDataset,
     BatchedDataset,
@@ -14,9 +15,8 @@ from kfac_dist.data.dataset import (
     limit_cases,
 )
 from kfac_dist.data.places import Places
-from kfac_dist.data.source import CaseSource
+from kfac_dist.data.sets.text import TextSource
 from kfac_dist.data.sources import DATA_NAMES, case_source, text_source
-from kfac_dist.data.text import TextSource
 
 __all__ = [
     "DATA_NAMES",

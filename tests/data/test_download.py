@@ -4,9 +4,9 @@ import os
 import pytest
 
 from kfac_dist.data import Places
-from kfac_dist.data.mnist import MnistReader
+from kfac_dist.data.sets.mnist import MnistReader
 from kfac_dist.errors import DataNotFoundError
-from tests.data.idx_files import describe, small_archive
+from tests.data.formats.idx_files import describe, small_archive
 from tests.data.serving import serving
 
 IMAGES = "train-images-idx3-ubyte"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kfac_dist.data.dataset import Split
 from kfac_dist.data.download import download
-from kfac_dist.data.gzipped import read_unpacked
+from kfac_dist.data.formats.gzipped import read_unpacked
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, DataNotFoundError
 

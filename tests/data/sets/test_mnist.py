@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from kfac_dist.data import Places, case_source, check_finite, fetch
-from kfac_dist.data.mnist import MnistReader
+from kfac_dist.data.sets.mnist import MnistReader
 from kfac_dist.errors import DataError, DataNotFoundError
-from tests.data.idx_files import describe, small_archive, write
+from tests.data.formats.idx_files import describe, small_archive, write
 
 
 def reader(files, tmp_path, data_dir):

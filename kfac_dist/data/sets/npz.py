@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kfac_dist.data.dataset import ArrayDataset, BatchedDataset, ImageDataset, Split, num_limited
-from kfac_dist.data.npz_file import NpzFile
+from kfac_dist.data.formats.npz_file import NpzFile
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, InvalidSpecError
 

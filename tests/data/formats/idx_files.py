@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kfac_dist.data.mnist import Archive
+from kfac_dist.data.sets.mnist import Archive
 
 NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kfac_dist.data import Places, case_source, check_finite, fetch
-from kfac_dist.data.npz_file import NpzFile
+from kfac_dist.data.formats.npz_file import NpzFile
 from kfac_dist.errors import DataError, DataNotFoundError, InvalidSpecError
 
 GENERATOR = np.random.default_rng(0)

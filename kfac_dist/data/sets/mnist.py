@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from kfac_dist.data.dataset import Split
 from kfac_dist.data.download import download
-from kfac_dist.data.gzipped import read_unpacked, unpack
-from kfac_dist.data.idx import parse_idx
+from kfac_dist.data.formats.gzipped import read_unpacked, unpack
+from kfac_dist.data.formats.idx import parse_idx
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, DataNotFoundError
 

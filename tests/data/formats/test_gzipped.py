@@ -2,7 +2,7 @@ import gzip
 
 import pytest
 
-from kfac_dist.data.gzipped import read_unpacked, unpack
+from kfac_dist.data.formats.gzipped import read_unpacked, unpack
 from kfac_dist.errors import DataError, DataNotFoundError
 
 CONTENT = bytes(range(256)) * 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kfac_dist.data import Places, case_source, check_finite, fetch
-from kfac_dist.data.cifar10 import CIFAR10, Archive, Cifar10Reader
+from kfac_dist.data.sets.cifar10 import CIFAR10, Archive, Cifar10Reader
 from kfac_dist.errors import DataError, DataNotFoundError
 from tests.data.serving import serving
 

@@ -24,7 +24,7 @@ from scipy.io import loadmat, whosmat
 from scipy.io.matlab import MatReadError
 
 from kfac_dist.data.dataset import ArrayDataset, Split, num_limited
-from kfac_dist.data.npz_file import NpzFile
+from kfac_dist.data.formats.npz_file import NpzFile
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, InvalidSpecError
 

@@ -9,8 +9,8 @@ import torch
 from scipy.ndimage import label
 
 from kfac_dist.data import Places, case_source, fetch
-from kfac_dist.data.curves import NUM_CASES, SIDE, control_points, load_curves
-from kfac_dist.data.digits import load_digits
+from kfac_dist.data.sets.curves import NUM_CASES, SIDE, control_points, load_curves
+from kfac_dist.data.sets.digits import load_digits
 from kfac_dist.errors import InvalidSpecError
 
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from kfac_dist.data.idx import parse_idx
+from kfac_dist.data.formats.idx import parse_idx
 from kfac_dist.errors import DataError
-from tests.data.idx_files import idx_bytes
+from tests.data.formats.idx_files import idx_bytes
 
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfac_dist.data.cifar10 import SHAPE, Cifar10Reader
-from kfac_dist.data.curves import NUM_CASES, load_curves
 from kfac_dist.data.dataset import ChannelScale, ImageDataset, Split, num_limited
-from kfac_dist.data.digits import load_digits
-from kfac_dist.data.mnist import MnistReader
 from kfac_dist.data.places import Places
+from kfac_dist.data.sets.cifar10 import SHAPE, Cifar10Reader
+from kfac_dist.data.sets.curves import NUM_CASES, load_curves
+from kfac_dist.data.sets.digits import load_digits
+from kfac_dist.data.sets.mnist import MnistReader
 from kfac_dist.errors import InvalidSpecError
 
 IMAGE_NAMES = ("mnist", "mnist-5k", "curves", "cifar10")

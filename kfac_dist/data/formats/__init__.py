@@ -1,0 +1,1 @@
+"""Formats of files, and checks of what is read from them."""
