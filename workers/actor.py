@@ -18,7 +18,7 @@ from structlog.typing import FilteringBoundLogger
 
 from kfac_dist.errors import KfacDistError
 from kfac_dist.runs.folder import RunFolder
-from workers.logs import open_log
+from kfac_dist.runs.logs import open_log
 from workers.messages import JobContext
 
 Handle: TypeAlias = Any

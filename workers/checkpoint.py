@@ -25,8 +25,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from kfac_dist.errors import InvalidSpecError, JobFailedError, NotFoundError
-from kfac_dist.runs.checkpoints import CheckpointInfo, list_checkpoints
-from workers.checkpoint_folder import write_folder
+from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints, write_folder
 
 __all__ = [
     "FORMAT_VERSION",

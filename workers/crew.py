@@ -12,6 +12,7 @@ import ray
 
 from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
+from kfac_dist.runs.logs import log_tail
 from workers.actor import Handle, Ref
 from workers.buffers import mean_buffers
 from workers.device import DevicePlan
@@ -19,7 +20,6 @@ from workers.failures import Member, failed_among, finished, first_cause, job_er
 from workers.gradient_worker import GradientWorkerActor
 from workers.interrupts import Interrupts
 from workers.inverse_pool import InversePool, InverseWorkerDied
-from workers.logs import log_tail
 from workers.messages import InverseSetup, JobContext, Rendezvous
 from workers.parameter_server import ParameterServerActor, ServerReady
 from workers.transport import Array

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kfac_dist.errors import ConflictError, UnreachableError
-from kfac_dist.runs.journal import write_secret, write_whole
+from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.lock import FolderLock, holder_of
 
 _FILE, _LOG, _TOKEN = "head.json", "head.log", "token"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kfac_dist.errors import JobFailedError, NotFoundError
 from kfac_dist.runs import RunFolder, StepRecord
-from kfac_dist.runs.replay import REASON, Difference, ReplayPlan, first_difference
+from kfac_dist.runs.replay_plan import REASON, Difference, ReplayPlan, first_difference
 from workers.checkpoint import load_newest
 from workers.checkpointing import FACTORS_ROLE
 from workers.crew import SERVER_ROLE

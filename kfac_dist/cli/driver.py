@@ -78,7 +78,7 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
 def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
     """Run the job and return how it ended; whatever it is, the job's user is told."""
     from kfac_dist.runs import Failure, RunFolder
-    from workers.logs import open_log
+    from kfac_dist.runs.logs import open_log
 
     path = RunFolder(run_dir, None).log_path(_ROLE, 0, launch.attempt)
     log = open_log(path, job=launch.job, role=_ROLE, attempt=launch.attempt, pid=os.getpid())

@@ -20,7 +20,7 @@ from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.errors import ConflictError, JobFailedError, NotFoundError
 
 if TYPE_CHECKING:
-    from kfac_dist.runs.replay import ReplayPlan
+    from kfac_dist.runs.replay_plan import ReplayPlan
     from kfac_dist.service.records import Job
     from workers.replay import ReplayResult
 
@@ -71,7 +71,7 @@ def replay(
     ends it with exit code 1. The run itself is left as it is.
     """
     from kfac_dist.runs import RunFolder
-    from kfac_dist.runs.replay import REASON, plan_replay
+    from kfac_dist.runs.replay_plan import REASON, plan_replay
 
     source = _find(job, base_dir, data, server, ca)
     folder = RunFolder.open(source.run_dir)

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from kfac_dist.config import JobSpec, dump_spec, load_spec
 from kfac_dist.errors import ConflictError, NotFoundError, UsageError
-from kfac_dist.runs.journal import Journal, write_whole
+from kfac_dist.runs.json_lines import Journal, write_whole
 from kfac_dist.runs.lock import FolderLock
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepRecord

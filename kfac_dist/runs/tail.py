@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kfac_dist.runs.journal import parse_line
+from kfac_dist.runs.json_lines import parse_line
 
 
 class JournalTail:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.errors import UsageError
-from kfac_dist.runs.checkpoints import CheckpointInfo, list_checkpoints
+from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints
 from kfac_dist.service import history, reports
 from kfac_dist.service.changes import ChangeFeed
 from kfac_dist.service.job_rows import find, move, note, to_attempt, to_event, to_job

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.jobs.lifecycle import Event, JobState
-from kfac_dist.runs.journal import write_secret, write_whole
+from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
 from kfac_dist.service.job_rows import move, note
 from kfac_dist.service.jobs import Jobs

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.errors import KfacDistError
-from kfac_dist.runs.journal import Journal
+from kfac_dist.runs.json_lines import Journal
 from kfac_dist.runs.tail import JournalTail
 
 

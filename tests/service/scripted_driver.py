@@ -17,7 +17,7 @@ from types import FrameType
 
 from kfac_dist.config import parse_spec
 from kfac_dist.runs import Event, FirstFailure, RunFolder, RunIdentity, StepRecord
-from kfac_dist.runs.checkpoints import list_checkpoints
+from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.service.launching import read_launch, read_token
 from kfac_dist.service.records import ReportAnswer
 from kfac_dist.service.reporting import ReportClient, Reporter

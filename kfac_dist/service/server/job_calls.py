@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kfac_dist.runs.checkpoints import CheckpointInfo
+from kfac_dist.runs.checkpoint_folder import CheckpointInfo
 from kfac_dist.service.access.caller import Caller
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.records import CheckpointFacts, Job, Role

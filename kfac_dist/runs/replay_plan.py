@@ -14,7 +14,7 @@ from typing import Any
 from kfac_dist.config import JobSpec, KFACSpec, parse_spec
 from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, Recording
 from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError
-from kfac_dist.runs.checkpoints import list_checkpoints
+from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.records import Event, StepRecord
 

@@ -11,7 +11,7 @@ import pytest
 from kfac_dist.coordination.steps.recorded import InverseUse
 from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError
 from kfac_dist.runs import Evaluation, Event, RunFolder, StepRecord
-from kfac_dist.runs.replay import Difference, first_difference, plan_replay
+from kfac_dist.runs.replay_plan import Difference, first_difference, plan_replay
 from tests.runs.samples import sample_record, sample_spec
 
 FIRST = {

@@ -6,11 +6,11 @@ A checkpoint is written under a temporary name, made durable and renamed.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-from kfac_dist.runs.checkpoints import REPLACED, list_checkpoints
 
 _TEMPORARY = ".tmp-"
 
@@ -89,3 +89,27 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
         if path not in kept:
             _remove(path)
     _sync(folder)
+
+
+# A checkpoint that is being replaced by another of the same step keeps its place under this
+# ending until the new one is there, so that no moment has neither.
+REPLACED = ".replaced"
+_FOLDER_NAME = re.compile(r"step-([0-9]{8,})(\.replaced)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """A checkpoint folder, not verified."""
+
+    step: int
+    path: Path
+
+
+def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
+    """Return the checkpoints in `folder`, newest first; none when there is no such folder."""
+    if not folder.is_dir():
+        return ()
+    matches = [(_FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
+    found.sort(reverse=True)
+    return tuple(CheckpointInfo(step=step, path=path) for step, _, path in found)
