@@ -8,31 +8,31 @@ from typing import Annotated
 import typer
 
 from kfac_dist import __version__
-from kfac_dist.cli.cancel import cancel
-from kfac_dist.cli.checkpoints import checkpoints
-from kfac_dist.cli.cluster import cluster_app
-from kfac_dist.cli.completion import completion
-from kfac_dist.cli.describe import describe
-from kfac_dist.cli.doctor import doctor
-from kfac_dist.cli.driver import driver
-from kfac_dist.cli.explain import explain
+from kfac_dist.cli.commands.cancel import cancel
+from kfac_dist.cli.commands.checkpoints import checkpoints
+from kfac_dist.cli.commands.cluster import cluster_app
+from kfac_dist.cli.commands.completion import completion
+from kfac_dist.cli.commands.describe import describe
+from kfac_dist.cli.commands.doctor import doctor
+from kfac_dist.cli.commands.driver import driver
+from kfac_dist.cli.commands.explain import explain
+from kfac_dist.cli.commands.layers import layers
+from kfac_dist.cli.commands.list_jobs import list_jobs
+from kfac_dist.cli.commands.logs import logs
+from kfac_dist.cli.commands.metrics import metrics
+from kfac_dist.cli.commands.pause import pause
+from kfac_dist.cli.commands.plan import plan
+from kfac_dist.cli.commands.replay import replay
+from kfac_dist.cli.commands.resume import resume
+from kfac_dist.cli.commands.retry import retry
+from kfac_dist.cli.commands.schema import spec_app
+from kfac_dist.cli.commands.serve import serve
+from kfac_dist.cli.commands.submit import submit
+from kfac_dist.cli.commands.token import token_app
+from kfac_dist.cli.commands.train import train
+from kfac_dist.cli.commands.validate import validate
+from kfac_dist.cli.commands.watch import watch
 from kfac_dist.cli.failure import INTERRUPTED, as_exit_code
-from kfac_dist.cli.layers import layers
-from kfac_dist.cli.list_jobs import list_jobs
-from kfac_dist.cli.logs import logs
-from kfac_dist.cli.metrics import metrics
-from kfac_dist.cli.pause import pause
-from kfac_dist.cli.plan import plan
-from kfac_dist.cli.replay import replay
-from kfac_dist.cli.resume import resume
-from kfac_dist.cli.retry import retry
-from kfac_dist.cli.schema import spec_app
-from kfac_dist.cli.serve import serve
-from kfac_dist.cli.submit import submit
-from kfac_dist.cli.token import token_app
-from kfac_dist.cli.train import train
-from kfac_dist.cli.validate import validate
-from kfac_dist.cli.watch import watch
 
 app = typer.Typer(
     name="kfac-dist",

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from kfac_dist.cli import checks
+from kfac_dist.cli import doctor_checks as checks
 from kfac_dist.config import load_spec
 
 from .conftest import KfacDist

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kfac_dist.cli.checks import all_checks
+from kfac_dist.cli.doctor_checks import all_checks
 from kfac_dist.cli.environment import data_dir, home
 from kfac_dist.cli.options import DataDirOption, OutputOption
 from kfac_dist.cli.output import Format, make_table, write_result

@@ -1,0 +1,1 @@
+"""The commands of `kfac-dist`, one verb a file."""
