@@ -25,8 +25,8 @@ from report import add_output_options, deliver, document, surroundings, table
 
 from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.client import Client
+from kfac_dist.service.job_records import Role
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.records import Role
 from kfac_dist.service.server.serving import GrpcServer, ServerOptions
 from kfac_dist.service.store import open_store
 

@@ -10,7 +10,7 @@ from kfac_dist.cli.progress import make_progress
 
 if TYPE_CHECKING:
     from kfac_dist.service.client import Client
-    from kfac_dist.service.records import Job, MetricSeries
+    from kfac_dist.service.job_records import Job, MetricSeries
 
 _MEAN, _MAX = "inverse_staleness_steps.mean", "inverse_staleness_steps.max"
 METRICS = ("objective", "damping", _MEAN, _MAX)

@@ -14,7 +14,7 @@ from kfac_dist.errors import CancelledError, JobFailedError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kfac_dist.service.records import Attempt, Job, JobEvent
+    from kfac_dist.service.job_records import Attempt, Job, JobEvent
 
 # What `train -o json` prints, in its order; a job that has no summary yet has them, too.
 _SUMMARY = (

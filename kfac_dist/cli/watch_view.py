@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from kfac_dist.service.client import Update
-    from kfac_dist.service.records import Job, JobEvent, MetricSeries
+    from kfac_dist.service.job_records import Job, JobEvent, MetricSeries
 
 _VERSIONS = "inverse_version_step."
 _SHOWN = ("objective", "damping", "gamma", "reduction_ratio", "lr", "step_seconds")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import FirstFailure
-from kfac_dist.service.records import Job, JobEvent
+from kfac_dist.service.job_records import Job, JobEvent
 
 _ECHO_SEVERITIES = ("warning", "error")
 

@@ -20,11 +20,8 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.errors import UsageError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints
-from kfac_dist.service import history, reports
 from kfac_dist.service.changes import ChangeFeed
-from kfac_dist.service.job_rows import find, move, note, to_attempt, to_event, to_job
-from kfac_dist.service.paging import Listing
-from kfac_dist.service.records import (
+from kfac_dist.service.job_records import (
     Attempt,
     Job,
     JobEvent,
@@ -32,9 +29,11 @@ from kfac_dist.service.records import (
     Report,
     ReportAnswer,
 )
-from kfac_dist.service.requests import check_request
-from kfac_dist.service.store import AttemptRow, EventRow, JobRow, Store
-from kfac_dist.service.submission import submit
+from kfac_dist.service.reporting import take_up as reports
+from kfac_dist.service.store import AttemptRow, EventRow, JobRow, Store, history
+from kfac_dist.service.store.job_rows import find, move, note, to_attempt, to_event, to_job
+from kfac_dist.service.store.paging import Listing
+from kfac_dist.service.submission import check_request, submit
 
 _MAX_EVENTS = 10_000
 _MAX_POINTS = 100_000

@@ -13,9 +13,9 @@ import yaml
 from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import Event as RunEvent
-from kfac_dist.service.job_rows import move
-from kfac_dist.service.launching import begin_attempt
-from kfac_dist.service.records import Report, ReportedEvent, ReportedState, Role, StepValues
+from kfac_dist.service.control.launching import begin_attempt
+from kfac_dist.service.job_records import Report, ReportedEvent, ReportedState, Role, StepValues
+from kfac_dist.service.store.job_rows import move
 from kfac_dist.service.submission import package_path
 from tests.cli.conftest import KfacDist
 from tests.service.serving import Serving, serving

@@ -10,7 +10,7 @@ from rich.console import Console
 from kfac_dist.cli.watch_view import WatchView
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.service.client import Update
-from kfac_dist.service.records import Job, JobEvent, MetricPoint, MetricSeries
+from kfac_dist.service.job_records import Job, JobEvent, MetricPoint, MetricSeries
 
 
 def job(**changes: Any) -> Job:

@@ -6,8 +6,8 @@ from typing import Any
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.runs import Event
+from kfac_dist.service.job_records import Job, Report, ReportedEvent, ReportedState, StepValues
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.records import Job, Report, ReportedEvent, ReportedState, StepValues
 
 
 def spec(**changes: Any) -> dict[str, Any]:

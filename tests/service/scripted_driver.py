@@ -18,10 +18,10 @@ from types import FrameType
 from kfac_dist.config import parse_spec
 from kfac_dist.runs import Event, FirstFailure, RunFolder, RunIdentity, StepRecord
 from kfac_dist.runs.checkpoint_folder import list_checkpoints
-from kfac_dist.service.launching import read_launch, read_token
-from kfac_dist.service.records import ReportAnswer
-from kfac_dist.service.reporting import ReportClient, Reporter
-from kfac_dist.service.run_reader import RunReader
+from kfac_dist.service.control.launching import read_launch, read_token
+from kfac_dist.service.job_records import ReportAnswer
+from kfac_dist.service.reporting.reporter import ReportClient, Reporter
+from kfac_dist.service.reporting.run_reader import RunReader
 
 
 class Ended(Exception):  # noqa: N818 - a state, no error

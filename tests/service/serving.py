@@ -12,8 +12,8 @@ from typing import Any
 
 from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.client import Client
+from kfac_dist.service.job_records import Role
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.records import Role
 from kfac_dist.service.server.serving import GrpcServer, ServerOptions
 from kfac_dist.service.store import open_store
 

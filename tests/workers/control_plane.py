@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from kfac_dist.service.access.local import LocalServer, write_server
-from kfac_dist.service.controller import Controller
+from kfac_dist.service.control.controller import Controller
 from tests.service.serving import serving
 from workers.head import ensure_head
 from workers.job_runner import RayJobRunner

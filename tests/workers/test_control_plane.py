@@ -20,7 +20,7 @@ from kfac_dist.runs import RunFolder
 from kfac_dist.service.access.local import read_server
 from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.client import Client
-from kfac_dist.service.records import Job, Role
+from kfac_dist.service.job_records import Job, Role
 from kfac_dist.service.store import open_store
 from tests.paths import ROOT
 from tests.waiting import wait_until

@@ -15,9 +15,9 @@ from kfac_dist.errors import ConflictError, KfacDistError
 
 if TYPE_CHECKING:
     from kfac_dist.runs import FirstFailure
-    from kfac_dist.service.launching import Launch
-    from kfac_dist.service.records import ReportAnswer
-    from kfac_dist.service.run_reader import DriverEnd
+    from kfac_dist.service.control.launching import Launch
+    from kfac_dist.service.job_records import ReportAnswer
+    from kfac_dist.service.reporting.run_reader import DriverEnd
     from workers.interrupts import Interrupts
 
 _ROLE = "driver"
@@ -36,9 +36,9 @@ def driver(
     ] = None,
 ) -> None:
     """Run an attempt of a job that the control plane has prepared."""
-    from kfac_dist.service.launching import read_launch, read_token
-    from kfac_dist.service.reporting import ReportClient, Reporter
-    from kfac_dist.service.run_reader import RunReader, write_end
+    from kfac_dist.service.control.launching import read_launch, read_token
+    from kfac_dist.service.reporting.reporter import ReportClient, Reporter
+    from kfac_dist.service.reporting.run_reader import RunReader, write_end
     from workers.interrupts import Interrupts
 
     launch = read_launch(run_dir)
@@ -100,7 +100,7 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
 def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> None:
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
-    from kfac_dist.service.launching import code_dir
+    from kfac_dist.service.control.launching import code_dir
     from workers.launch import run_job
     from workers.metrics_server import metrics_server
 
@@ -128,7 +128,7 @@ def _end(
     first_failure: FirstFailure | None = None,
 ) -> DriverEnd:
     from kfac_dist.coordination.jobs.lifecycle import JobState
-    from kfac_dist.service.run_reader import DriverEnd
+    from kfac_dist.service.reporting.run_reader import DriverEnd
 
     return DriverEnd(
         attempt=launch.attempt,

@@ -13,7 +13,7 @@ from kfac_dist.cli.output import Format, make_table, write_result
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kfac_dist.service.records import MetricSeries
+    from kfac_dist.service.job_records import MetricSeries
 
 
 def metrics(

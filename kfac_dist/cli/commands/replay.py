@@ -21,7 +21,7 @@ from kfac_dist.errors import ConflictError, JobFailedError, NotFoundError
 
 if TYPE_CHECKING:
     from kfac_dist.runs.replay_plan import ReplayPlan
-    from kfac_dist.service.records import Job
+    from kfac_dist.service.job_records import Job
     from workers.replay import ReplayResult
 
 
@@ -93,7 +93,7 @@ def _find(
     Raises:
         NotFoundError: there is none, or something of it is not on this machine.
     """
-    from kfac_dist.service.launching import code_dir
+    from kfac_dist.service.control.launching import code_dir
 
     own_base_dir = absolute(base_dir) if base_dir else None
     path = absolute(Path(job))
@@ -108,7 +108,7 @@ def _find(
 
 
 def _source_of(job: Job, base_dir: Path | None, data: Path | None) -> _Source:
-    from kfac_dist.service.launching import code_dir
+    from kfac_dist.service.control.launching import code_dir
 
     run_dir = Path(job.run_dir)
     _check_readable(job, "run folder", run_dir, "copy it here and name the copy instead of the id")

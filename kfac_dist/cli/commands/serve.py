@@ -18,7 +18,7 @@ from kfac_dist.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
     from kfac_dist.service.access.tls import TlsFiles
-    from kfac_dist.service.controller import Controller
+    from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
     from kfac_dist.service.server.serving import ServerOptions
     from workers.head import Head
@@ -174,7 +174,7 @@ def _compose(
     from kfac_dist.cli.store import open_home_store
     from kfac_dist.service.access.local import ensure_local_token
     from kfac_dist.service.access.tokens import Tokens
-    from kfac_dist.service.controller import Controller
+    from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
     from workers.job_runner import RayJobRunner
 

@@ -16,7 +16,7 @@ from kfac_dist.cli.output import Format, write_result
 
 if TYPE_CHECKING:
     from kfac_dist.service.client import Client
-    from kfac_dist.service.records import Job
+    from kfac_dist.service.job_records import Job
 
 
 def submit(

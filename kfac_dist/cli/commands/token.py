@@ -55,7 +55,7 @@ def create(
     output: OutputOption = Format.table,
 ) -> None:
     """Make a token and print it, this once: only its hash is kept."""
-    from kfac_dist.service.records import Role
+    from kfac_dist.service.job_records import Role
 
     lifetime = None if days is None else days * _DAY_SECONDS
     with _tokens(store) as tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kfac_dist.errors import NotAllowedError
-from kfac_dist.service.records import Job, Role
+from kfac_dist.service.job_records import Job, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kfac_dist.errors import NotAuthenticatedError, NotFoundError
 from kfac_dist.runs.json_lines import write_whole
-from kfac_dist.service.records import Role
+from kfac_dist.service.job_records import Role
 
 if TYPE_CHECKING:  # commands that only read do not load the store
     from kfac_dist.service.access.tls import TlsFiles

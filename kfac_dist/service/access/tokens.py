@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, or_, select
 
 from kfac_dist.errors import ConflictError, NotAuthenticatedError, NotFoundError, UsageError
 from kfac_dist.service.access.caller import Caller
-from kfac_dist.service.records import Role
+from kfac_dist.service.job_records import Role
 from kfac_dist.service.store import Store, TokenRow
 
 _PREFIX = "kfd_"  # so that secret scanners can know one

@@ -11,7 +11,7 @@ import grpc
 from kfac_dist.errors import UsageError
 from kfac_dist.service.access.local import LocalServer
 from kfac_dist.service.access.tls import is_loopback, read_pem
-from kfac_dist.service.transport import CLIENT_OPTIONS, Options
+from kfac_dist.service.wire.transport import CLIENT_OPTIONS, Options
 
 _SECURE = "grpcs://"
 _SERVICE = "kfac_dist.v1.JobService"

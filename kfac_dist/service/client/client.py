@@ -13,13 +13,13 @@ import grpc
 from kfac_dist.config import JobSpec, load_spec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 from kfac_dist.errors import TimedOutError
-from kfac_dist.service import wire
 from kfac_dist.service.client.channel import ServerAddress
 from kfac_dist.service.client.code import package_of
 from kfac_dist.service.client.streams import LogStream, Update, resumed
-from kfac_dist.service.records import Attempt, CheckpointFacts, Job, JobEvent, MetricSeries
-from kfac_dist.service.status import from_rpc_error
-from kfac_dist.service.wire_values import to_state
+from kfac_dist.service.job_records import Attempt, CheckpointFacts, Job, JobEvent, MetricSeries
+from kfac_dist.service.wire import job_messages as wire
+from kfac_dist.service.wire.status import from_rpc_error
+from kfac_dist.service.wire.values import to_state
 from kfac_dist.v1 import job_service_pb2 as pb
 from kfac_dist.v1.job_service_pb2_grpc import JobServiceStub
 

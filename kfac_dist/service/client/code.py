@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kfac_dist.config import JobSpec
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service.package import pack
+from kfac_dist.service.wire.package import pack
 
 
 def package_of(spec: JobSpec, base_dir: Path | None) -> bytes | None:

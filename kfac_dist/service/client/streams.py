@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 
 from kfac_dist.errors import UnreachableError
+from kfac_dist.service.job_records import Job, JobEvent, MetricSeries
 from kfac_dist.service.logs import LogLine
-from kfac_dist.service.records import Job, JobEvent, MetricSeries
-from kfac_dist.service.status import from_rpc_error
-from kfac_dist.service.wire import from_log_line
+from kfac_dist.service.wire.job_messages import from_log_line
+from kfac_dist.service.wire.status import from_rpc_error
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 3.0

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kfac_dist.errors import UsageError
-from kfac_dist.service import resume_token
 from kfac_dist.service.logs.files import LogFile
+from kfac_dist.service.wire import resume_token
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from kfac_dist.errors import (
 )
 from kfac_dist.service.access.caller import Caller
 from kfac_dist.service.access.limits import Limits, StreamCounter
-from kfac_dist.service.records import Role
-from kfac_dist.service.status import to_status
+from kfac_dist.service.job_records import Role
+from kfac_dist.service.wire.status import to_status
 
 _log = logging.getLogger(__name__)
 

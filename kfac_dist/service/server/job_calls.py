@@ -7,13 +7,19 @@ from dataclasses import dataclass
 
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo
 from kfac_dist.service.access.caller import Caller
+from kfac_dist.service.job_records import CheckpointFacts, Job, Role
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.records import CheckpointFacts, Job, Role
 from kfac_dist.service.server import requests
 from kfac_dist.service.server.calls import Stream, Unary
 from kfac_dist.service.server.log_stream import LogStreams
 from kfac_dist.service.server.watch_stream import WatchStreams
-from kfac_dist.service.wire import to_attempt, to_checkpoint, to_event, to_job, to_series
+from kfac_dist.service.wire.job_messages import (
+    to_attempt,
+    to_checkpoint,
+    to_event,
+    to_job,
+    to_series,
+)
 from kfac_dist.v1 import job_pb2
 from kfac_dist.v1 import job_service_pb2 as pb
 

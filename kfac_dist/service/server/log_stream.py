@@ -11,8 +11,8 @@ from kfac_dist.coordination.jobs.lifecycle import ENDED
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.logs import LogCursor, LogFilter, LogLine, read_lines
 from kfac_dist.service.server import requests
-from kfac_dist.service.server.changes import Changes
-from kfac_dist.service.wire import to_log_line
+from kfac_dist.service.server.wakeups import Changes
+from kfac_dist.service.wire.job_messages import to_log_line
 from kfac_dist.v1 import job_service_pb2
 
 # Nobody tells when a log grows, so it is looked at: soon after it grew, later when it is quiet.

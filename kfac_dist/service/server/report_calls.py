@@ -8,12 +8,12 @@ from pydantic import ValidationError
 
 from kfac_dist.errors import NotAuthenticatedError, NotFoundError
 from kfac_dist.runs import Event
+from kfac_dist.service.job_records import Report, ReportedEvent, ReportedState, StepValues
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.records import Report, ReportedEvent, ReportedState, StepValues
 from kfac_dist.service.server import requests
 from kfac_dist.service.server.calls import Stream, Unary
-from kfac_dist.service.status import FieldError
-from kfac_dist.service.wire_values import (
+from kfac_dist.service.wire.status import FieldError
+from kfac_dist.service.wire.values import (
     from_failure,
     from_json,
     from_severity,

@@ -8,10 +8,10 @@ from typing import Any
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import UsageError
-from kfac_dist.service.records import is_job_id
-from kfac_dist.service.status import FieldError
-from kfac_dist.service.transport import MAX_SPEC_BYTES
-from kfac_dist.service.wire_values import from_state
+from kfac_dist.service.job_records import is_job_id
+from kfac_dist.service.wire.status import FieldError
+from kfac_dist.service.wire.transport import MAX_SPEC_BYTES
+from kfac_dist.service.wire.values import from_state
 from kfac_dist.v1 import job_pb2
 
 _MAX_NAMES = 50

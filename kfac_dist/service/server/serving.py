@@ -20,10 +20,10 @@ from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.server import job_calls, report_calls
 from kfac_dist.service.server.calls import Gate, TokenForReflection
-from kfac_dist.service.server.changes import Changes
 from kfac_dist.service.server.log_stream import LogStreams
+from kfac_dist.service.server.wakeups import Changes
 from kfac_dist.service.server.watch_stream import WatchStreams
-from kfac_dist.service.transport import SERVER_OPTIONS
+from kfac_dist.service.wire.transport import SERVER_OPTIONS
 
 _log = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from kfac_dist.coordination.jobs.lifecycle import ENDED
-from kfac_dist.service import resume_token
+from kfac_dist.service.job_records import Job, MetricSeries
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.records import Job, MetricSeries
 from kfac_dist.service.server import requests
-from kfac_dist.service.server.changes import Changes
-from kfac_dist.service.wire import to_event, to_job, to_series
+from kfac_dist.service.server.wakeups import Changes
+from kfac_dist.service.wire import resume_token
+from kfac_dist.service.wire.job_messages import to_event, to_job, to_series
 from kfac_dist.v1 import job_service_pb2
 
 _LEAST_SECONDS = 0.2  # between two answers: a fast job takes more steps than anybody can read

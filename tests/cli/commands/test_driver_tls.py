@@ -12,7 +12,7 @@ from kfac_dist.coordination.jobs.supervision import Limits
 from kfac_dist.errors import NotFoundError, UsageError
 from kfac_dist.service.access.local import ensure_local_token, local_server, write_server
 from kfac_dist.service.access.tls import TlsFiles
-from kfac_dist.service.controller import Controller
+from kfac_dist.service.control.controller import Controller
 from kfac_dist.service.server.serving import ServerOptions
 from tests.cli.conftest import KfacDist
 from tests.service.authority import Authority

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.service.records import Job, Role
+from kfac_dist.service.job_records import Job, Role
 from tests.end_to_end.command import CommandLine
 from tests.service.requests import spec
 from tests.service.serving import Serving, serving

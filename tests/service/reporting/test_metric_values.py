@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from kfac_dist.runs import Evaluation, StalenessSummary, StepRecord
-from kfac_dist.service.metric_values import step_values
+from kfac_dist.service.reporting.metric_values import step_values
 
 
 def test_every_number_has_a_name_and_what_is_null_is_left_out() -> None:

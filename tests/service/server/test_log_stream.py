@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.errors import NotFoundError, UsageError
-from kfac_dist.service.records import Job
+from kfac_dist.service.job_records import Job
 from kfac_dist.service.server.serving import ServerOptions
 from tests.service.requests import spec
 from tests.service.serving import Serving, serving

@@ -8,7 +8,7 @@ from google.rpc import error_details_pb2
 
 from kfac_dist import errors
 from kfac_dist.errors import KfacDistError
-from kfac_dist.service.status import CODES, FieldError, code_of, to_status
+from kfac_dist.service.wire.status import CODES, FieldError, code_of, to_status
 
 
 def tree(kind: type[KfacDistError]) -> list[type[KfacDistError]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service import package
-from kfac_dist.service.package import check_package, pack, unpack
+from kfac_dist.service.wire import package
+from kfac_dist.service.wire.package import check_package, pack, unpack
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kfac_dist.runs import Evaluation, StepRecord
-from kfac_dist.service.records import StepValues
+from kfac_dist.service.job_records import StepValues
 
 _PLAIN = (
     "loss",

@@ -15,12 +15,12 @@ from kfac_dist.coordination.jobs.lifecycle import ENDED, Event, JobState
 from kfac_dist.coordination.jobs.runner import AttemptKey
 from kfac_dist.coordination.jobs.supervision import Limits
 from kfac_dist.service.access.local import LocalServer, write_server
-from kfac_dist.service.controller import Controller
-from kfac_dist.service.job_rows import move
+from kfac_dist.service.control.controller import Controller
+from kfac_dist.service.control.launching import begin_attempt
+from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.launching import begin_attempt
-from kfac_dist.service.records import Job
 from kfac_dist.service.store import open_store
+from kfac_dist.service.store.job_rows import move
 from tests.service.requests import spec
 from tests.service.serving import Serving, serving
 from tests.service.subprocess_runner import SubprocessRunner

@@ -14,7 +14,7 @@ from kfac_dist.errors import UnreachableError
 from kfac_dist.service.client import channel
 from kfac_dist.service.server import serving as server_module
 from kfac_dist.service.server.serving import ServerOptions
-from kfac_dist.service.transport import CLIENT_OPTIONS, SERVER_OPTIONS, Options
+from kfac_dist.service.wire.transport import CLIENT_OPTIONS, SERVER_OPTIONS, Options
 from tests.service.requests import spec
 from tests.service.serving import serving
 

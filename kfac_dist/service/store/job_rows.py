@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import ENDED, Event, JobState, next_state
 from kfac_dist.errors import FirstFailure, NotFoundError
 from kfac_dist.runs.records import Severity
-from kfac_dist.service.records import Attempt, Job, JobEvent, is_job_id
+from kfac_dist.service.job_records import Attempt, Job, JobEvent, is_job_id
 from kfac_dist.service.store import AttemptRow, EventRow, JobRow
 
 

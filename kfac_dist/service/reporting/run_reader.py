@@ -17,8 +17,8 @@ from kfac_dist.runs import Event, FirstFailure, JobRecord, RunFolder, StepRecord
 from kfac_dist.runs.json_lines import write_whole
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.tail import JournalTail
-from kfac_dist.service.metric_values import step_values
-from kfac_dist.service.records import Report, ReportAnswer, ReportedEvent, ReportedState
+from kfac_dist.service.job_records import Report, ReportAnswer, ReportedEvent, ReportedState
+from kfac_dist.service.reporting.metric_values import step_values
 
 MOST_IN_A_REPORT = 200
 _END = "driver.json"

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import pytest
 
-from kfac_dist.service.records import Role
-from kfac_dist.service.transport import MAX_MESSAGE_BYTES
+from kfac_dist.service.job_records import Role
+from kfac_dist.service.wire.transport import MAX_MESSAGE_BYTES
 from kfac_dist.v1 import job_service_pb2 as pb
 from kfac_dist.v1 import report_service_pb2
 from tests.service.requests import spec

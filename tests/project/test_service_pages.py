@@ -6,10 +6,10 @@ import re
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.service.access.limits import Limits
-from kfac_dist.service.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_BYTES
-from kfac_dist.service.records import Role
-from kfac_dist.service.status import CODES
-from kfac_dist.service.transport import MAX_MESSAGE_BYTES, MAX_SPEC_BYTES
+from kfac_dist.service.job_records import Role
+from kfac_dist.service.wire.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_BYTES
+from kfac_dist.service.wire.status import CODES
+from kfac_dist.service.wire.transport import MAX_MESSAGE_BYTES, MAX_SPEC_BYTES
 from tests.paths import ROOT
 
 DOCS = ROOT / "docs"

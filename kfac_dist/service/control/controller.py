@@ -22,10 +22,10 @@ from kfac_dist.coordination.jobs.queueing import NOTHING, Room, Waiting, admit
 from kfac_dist.coordination.jobs.runner import AttemptKey, ClusterResources, JobRunner
 from kfac_dist.coordination.jobs.supervision import Limits
 from kfac_dist.errors import KfacDistError, UnreachableError
-from kfac_dist.service.attempts import Supervisor, start_attempt
-from kfac_dist.service.job_rows import move, note, touch
+from kfac_dist.service.control.attempts import Supervisor, start_attempt
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import JobRow
+from kfac_dist.service.store.job_rows import move, note, touch
 
 _log = logging.getLogger(__name__)
 

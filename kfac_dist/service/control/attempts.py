@@ -28,11 +28,11 @@ from kfac_dist.coordination.jobs.supervision import (
 )
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.runs.records import Severity
-from kfac_dist.service.job_rows import find, find_attempt, move, note, text_of, to_job
+from kfac_dist.service.control.launching import begin_attempt, has_run, prepare_folder, token_sha256
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.launching import begin_attempt, has_run, prepare_folder, token_sha256
-from kfac_dist.service.run_reader import RunReader
+from kfac_dist.service.reporting.run_reader import RunReader
 from kfac_dist.service.store import AttemptRow, JobRow
+from kfac_dist.service.store.job_rows import find, find_attempt, move, note, text_of, to_job
 
 # After so long without a report the run folder is read in the driver's stead.
 _READ_FOLDER_SECONDS = 3.0

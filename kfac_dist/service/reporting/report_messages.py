@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kfac_dist.service.records import (
+from kfac_dist.service.job_records import (
     Order,
     Report,
     ReportAnswer,
@@ -12,7 +12,7 @@ from kfac_dist.service.records import (
     ReportedState,
     StepValues,
 )
-from kfac_dist.service.wire_values import to_failure, to_severity, to_state, to_timestamp
+from kfac_dist.service.wire.values import to_failure, to_severity, to_state, to_timestamp
 from kfac_dist.v1 import report_service_pb2 as pb
 
 _ORDERS: dict[int, Order] = {pb.ORDER_PAUSE: "pause", pb.ORDER_CANCEL: "cancel"}

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState
-from kfac_dist.service.history import append_steps, forget_after
-from kfac_dist.service.job_rows import failure_row, find_attempt, move, text_of, touch
-from kfac_dist.service.records import (
+from kfac_dist.service.job_records import (
     Order,
     Report,
     ReportAnswer,
@@ -22,6 +20,8 @@ from kfac_dist.service.records import (
     StepValues,
 )
 from kfac_dist.service.store import AttemptRow, EventRow, JobRow
+from kfac_dist.service.store.history import append_steps, forget_after
+from kfac_dist.service.store.job_rows import failure_row, find_attempt, move, text_of, touch
 
 _ORDERS: dict[str, Order] = {JobState.PAUSING: "pause", JobState.CANCELLING: "cancel"}
 _NEWS = {JobState.RUNNING: Event.RUN, JobState.DEGRADED: Event.DEGRADE}

@@ -19,10 +19,10 @@ import grpc
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.service.access.local import read_server
 from kfac_dist.service.client.channel import ServerAddress
-from kfac_dist.service.records import Report, ReportAnswer
-from kfac_dist.service.report_wire import from_response, to_request
-from kfac_dist.service.run_reader import RunReader
-from kfac_dist.service.status import from_rpc_error
+from kfac_dist.service.job_records import Report, ReportAnswer
+from kfac_dist.service.reporting.report_messages import from_response, to_request
+from kfac_dist.service.reporting.run_reader import RunReader
+from kfac_dist.service.wire.status import from_rpc_error
 from kfac_dist.v1.report_service_pb2_grpc import ReportServiceStub
 
 _log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from kfac_dist.errors import (
 )
 from kfac_dist.service.access.limits import Limits
 from kfac_dist.service.client import Client
-from kfac_dist.service.records import Role
+from kfac_dist.service.job_records import Role
 from kfac_dist.service.server.serving import ServerOptions
 from kfac_dist.v1 import job_service_pb2 as pb
 from kfac_dist.v1 import report_service_pb2

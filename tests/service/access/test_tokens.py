@@ -11,7 +11,7 @@ from sqlalchemy import select
 from kfac_dist.errors import ConflictError, NotAuthenticatedError, NotFoundError, UsageError
 from kfac_dist.service.access.local import ensure_local_token, read_local_token
 from kfac_dist.service.access.tokens import Tokens
-from kfac_dist.service.records import Role
+from kfac_dist.service.job_records import Role
 from kfac_dist.service.store import Store, TokenRow
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kfac_dist.service.logs import LogLine
-from kfac_dist.service.records import (
+from kfac_dist.service.job_records import (
     Attempt,
     CheckpointFacts,
     Job,
@@ -13,7 +12,8 @@ from kfac_dist.service.records import (
     MetricPoint,
     MetricSeries,
 )
-from kfac_dist.service.wire_values import (
+from kfac_dist.service.logs import LogLine
+from kfac_dist.service.wire.values import (
     from_failure,
     from_json,
     from_severity,

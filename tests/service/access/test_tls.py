@@ -17,7 +17,7 @@ from kfac_dist.errors import (
 )
 from kfac_dist.service.access.tls import TlsFiles, check_exposure, server_credentials
 from kfac_dist.service.client import Client
-from kfac_dist.service.records import Role
+from kfac_dist.service.job_records import Role
 from kfac_dist.service.server.serving import ServerOptions
 from tests.service.authority import Authority
 from tests.service.requests import spec

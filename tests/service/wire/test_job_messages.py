@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import FirstFailure
-from kfac_dist.service import wire, wire_values
-from kfac_dist.service.logs import LogLine
-from kfac_dist.service.records import (
+from kfac_dist.service.job_records import (
     Attempt,
     CheckpointFacts,
     Job,
@@ -19,6 +17,9 @@ from kfac_dist.service.records import (
     MetricPoint,
     MetricSeries,
 )
+from kfac_dist.service.logs import LogLine
+from kfac_dist.service.wire import job_messages as wire
+from kfac_dist.service.wire import values as wire_values
 from kfac_dist.v1 import job_pb2
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)

@@ -18,12 +18,12 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import Event, JobState
 from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
-from kfac_dist.service.job_rows import move, note
+from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.package import unpack
-from kfac_dist.service.records import Job
 from kfac_dist.service.store import AttemptRow, JobRow
+from kfac_dist.service.store.job_rows import move, note
 from kfac_dist.service.submission import package_path
+from kfac_dist.service.wire.package import unpack
 
 _LAUNCH, _TOKEN, _CODE = "launch.json", "report.token", "code"
 

@@ -1,0 +1,1 @@
+"""Between records and protobuf messages, errors and status codes, tokens, packages, channels."""
