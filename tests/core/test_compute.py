@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, Case
-from tests.oracles.library import computer_for
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, Case
+from tests.oracles.truth.library import computer_for
 
 
 def case_for(distribution, num_cases=6):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from kfac_dist.errors import InvalidSpecError
-from tests.oracles import dense, dense_layers
-from tests.oracles.layer_models import MODELS, scaled
-from tests.oracles.library import computer_for, mean_tensors
+from tests.oracles.truth import dense, dense_layers
+from tests.oracles.truth.layer_models import MODELS, scaled
+from tests.oracles.truth.library import computer_for, mean_tensors
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -12,8 +12,8 @@ from kfac_dist.core.factors import FactorAverages, KroneckerPair
 from kfac_dist.core.inverse.damped import invert_pair, redamp
 from kfac_dist.core.inverse.precondition import direction, precondition
 from tests.core.inverse.layers_of_a_chain import STRUCTURES
-from tests.oracles.cases import DISTRIBUTIONS, Case
-from tests.oracles.library import computer_for
+from tests.oracles.truth.cases import DISTRIBUTIONS, Case
+from tests.oracles.truth.library import computer_for
 
 EPSILON = torch.finfo(torch.float64).eps
 SIZES = st.integers(1, 8)

@@ -9,7 +9,7 @@ from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.products import RoundedCopies, two_sided
 from kfac_dist.core.step.update import KFACUpdate
 from tests.core.inverse.layers_of_a_chain import STRUCTURES, at, gradients, prepared, structure_of
-from tests.oracles.cases import Case
+from tests.oracles.truth.cases import Case
 
 UNIT = 2.0**-8  # the relative error of rounding to bfloat16 is at most half of it
 

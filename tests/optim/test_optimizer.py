@@ -12,8 +12,8 @@ from kfac_dist.core.inverse.damped import InversionFailedError
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, Case
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, Case
 
 RULES = {
     "adaptive": {

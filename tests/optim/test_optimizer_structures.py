@@ -13,8 +13,8 @@ from torch import nn
 
 from kfac_dist import KFAC
 from kfac_dist.errors import InvalidSpecError
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, Case
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, Case
 
 INVERSES = ("block_tridiagonal", "ekfac")
 

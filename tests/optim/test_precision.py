@@ -9,7 +9,7 @@ from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim import precision
 from kfac_dist.optim.precision import choose_precondition_dtype
-from tests.oracles.cases import Case
+from tests.oracles.truth.cases import Case
 
 CASE = Case(widths=(6, 5, 4), activation="tanh", distribution="bernoulli", num_cases=24)
 

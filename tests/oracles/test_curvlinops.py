@@ -12,7 +12,7 @@ from torch import nn
 
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse.damped import invert_pair
-from tests.oracles.library import mean_tensors
+from tests.oracles.truth.library import mean_tensors
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 NUM_CASES = 5

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kfac_dist import KFAC
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, Case
-from tests.oracles.slow_kfac import SlowKFAC, SlowOptions
-from tests.oracles.slow_structures import SlowChainKFAC, SlowEKFAC
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, Case
+from tests.oracles.truth.slow_kfac import SlowKFAC, SlowOptions
+from tests.oracles.truth.slow_structures import SlowChainKFAC, SlowEKFAC
 
 NUM_STEPS = 20
 RELATIVE = 1e-7

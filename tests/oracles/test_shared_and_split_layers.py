@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.oracles import dense, dense_layers
-from tests.oracles.cases import Case
-from tests.oracles.layer_models import MODELS
-from tests.oracles.library import mean_tensors
+from tests.oracles.truth import dense, dense_layers
+from tests.oracles.truth.cases import Case
+from tests.oracles.truth.layer_models import MODELS
+from tests.oracles.truth.library import mean_tensors
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 

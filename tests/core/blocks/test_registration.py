@@ -6,7 +6,7 @@ from kfac_dist.config import kfac_settings
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import Link
 from kfac_dist.errors import InvalidSpecError
-from tests.oracles import dense
+from tests.oracles.truth import dense
 
 
 def registered(model, **options):

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from kfac_dist.core.factors import KroneckerPair, UnitMoments
 from kfac_dist.core.inverse.damped import damping_split, invert_layer, redamp_layer
-from tests.oracles.layer_models import MODELS
-from tests.oracles.library import mean_tensors
+from tests.oracles.truth.layer_models import MODELS
+from tests.oracles.truth.library import mean_tensors
 
 GAMMAS = st.floats(0.01, 10.0)
 

@@ -6,7 +6,7 @@ from kfac_dist.core.passes.capture import capturing, output_gradients
 from kfac_dist.core.passes.chain import Trace, chain_of
 from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.jacobian_products import JacobianProducts
-from tests.oracles import dense
+from tests.oracles.truth import dense
 
 ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU)
 

@@ -5,8 +5,8 @@ import torch
 
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.core.passes.noise import keyed_noise
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS
 
 TOLERANCE = 1e-12
 # Five standard errors of a mean of DRAWS draws of variance at most 1.

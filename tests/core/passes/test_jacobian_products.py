@@ -7,8 +7,8 @@ from kfac_dist.core.passes.kernels import plain_kernels
 from kfac_dist.core.passes.running_statistics import running_statistics_kept
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.optimizer import KFAC
-from tests.oracles import dense, dense_layers
-from tests.oracles.layer_models import MODELS
+from tests.oracles.truth import dense, dense_layers
+from tests.oracles.truth.layer_models import MODELS
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -11,10 +11,10 @@ from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.passes.distributions import get_distribution
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, Case, layer_names
-from tests.oracles.library import computer_for
-from tests.oracles.slow_structures import cross_input_factor, cross_output_factor
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, Case, layer_names
+from tests.oracles.truth.library import computer_for
+from tests.oracles.truth.slow_structures import cross_input_factor, cross_output_factor
 
 
 def case_of(distribution, shared=(), num_cases=6):

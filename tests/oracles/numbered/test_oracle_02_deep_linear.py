@@ -7,9 +7,9 @@ the empirical block differs. For nets with nonlinearities the same is shown of t
 import pytest
 import torch
 
-from tests.oracles import dense
-from tests.oracles.cases import DEEP_LINEAR, NONLINEAR_BATCH, layer_names
-from tests.oracles.library import mean_factors
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DEEP_LINEAR, NONLINEAR_BATCH, layer_names
+from tests.oracles.truth.library import mean_factors
 
 TOLERANCE = 1e-12
 # Relative Frobenius error of G from K sampled targets is about dim_G / sqrt(K).

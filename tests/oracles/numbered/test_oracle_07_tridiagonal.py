@@ -15,7 +15,7 @@ from kfac_dist.core.factors import KroneckerPair, LayerSnapshot, Link
 from kfac_dist.core.inverse.damped import invert_pair
 from kfac_dist.core.inverse.precondition import precondition
 from kfac_dist.core.inverse.tridiagonal import invert_conditional, redamp_conditional, solve_chain
-from tests.oracles import dense, dense_chain
+from tests.oracles.truth import dense, dense_chain
 
 TOLERANCE = 1e-9
 # (dim_A, dim_G) of each layer.

@@ -15,9 +15,9 @@ from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.optim.optimizer import kfac_settings
-from tests.oracles import dense
-from tests.oracles.cases import layer_names
-from tests.oracles.library import computer_for
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import layer_names
+from tests.oracles.truth.library import computer_for
 
 WIDTHS = (3, 4, 3, 2)
 NUM_CASES = 60

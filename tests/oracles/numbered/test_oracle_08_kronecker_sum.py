@@ -5,7 +5,7 @@ import torch
 
 from kfac_dist.core.inverse.damped import InversionFailedError
 from kfac_dist.core.inverse.kronecker_sum import invert_kronecker_sum
-from tests.oracles import dense
+from tests.oracles.truth import dense
 
 TOLERANCE = 1e-10
 SHAPES = [(1, 1), (1, 4), (3, 3), (5, 2), (4, 6)]

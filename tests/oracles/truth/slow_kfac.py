@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests.oracles import dense
-from tests.oracles.cases import layer_names
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import layer_names
 
 
 @dataclass(kw_only=True)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, NONLINEAR_BATCH, Case, layer_names
-from tests.oracles.library import mean_factors
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, NONLINEAR_BATCH, Case, layer_names
+from tests.oracles.truth.library import mean_factors
 
 TOLERANCE = 1e-12
 FOUR_DIMENSIONAL = tuple(

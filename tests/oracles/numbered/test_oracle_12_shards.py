@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kfac_dist.core.passes.noise import keyed_noise
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, Case
-from tests.oracles.library import computer_for
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, Case
+from tests.oracles.truth.library import computer_for
 
 TOLERANCE = 1e-12
 NUM_CASES = 150

@@ -10,7 +10,7 @@ import torch
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse.damped import invert_pair, redamp
 from kfac_dist.core.inverse.precondition import precondition
-from tests.oracles import dense
+from tests.oracles.truth import dense
 
 TOLERANCE = 1e-10
 SHAPES = [(1, 1), (1, 4), (4, 1), (3, 3), (6, 2), (5, 7)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.oracles import dense
-from tests.oracles.cases import Case, layer_names
-from tests.oracles.library import mean_tensors
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import Case, layer_names
+from tests.oracles.truth.library import mean_tensors
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -7,9 +7,9 @@ K-FAC block is the block of the empirical Fisher, in both vec orders.
 import pytest
 import torch
 
-from tests.oracles import dense
-from tests.oracles.cases import ONE_CASE, layer_names
-from tests.oracles.library import mean_factors
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import ONE_CASE, layer_names
+from tests.oracles.truth.library import mean_factors
 
 TOLERANCE = 1e-12
 

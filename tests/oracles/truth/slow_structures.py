@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.oracles import dense, dense_chain
-from tests.oracles.slow_kfac import SlowKFAC
+from tests.oracles.truth import dense, dense_chain
+from tests.oracles.truth.slow_kfac import SlowKFAC
 
 
 def cross_input_factor(model, layers, inputs) -> Tensor:

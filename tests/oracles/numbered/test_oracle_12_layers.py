@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.oracles.layer_models import MODELS, NUM_CASES
-from tests.oracles.library import computer_for
+from tests.oracles.truth.layer_models import MODELS, NUM_CASES
+from tests.oracles.truth.library import computer_for
 
 SPLITS = [(3, 3), (1, 0, 5)]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tests.oracles import dense
+from tests.oracles.truth import dense
 
 
 def places(model: nn.Module) -> dict[str, Tensor]:

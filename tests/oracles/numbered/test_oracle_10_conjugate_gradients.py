@@ -10,8 +10,8 @@ import torch
 
 from kfac_dist import KFAC
 from kfac_dist.core.step.step_rule import PlaneModel, adaptive_coefficients
-from tests.oracles import dense
-from tests.oracles.cases import Case
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import Case
 
 TOLERANCE = 1e-7
 

@@ -7,7 +7,7 @@ written with full matrices over elements; nothing here uses that they are Kronec
 import torch
 from torch import Tensor
 
-from tests.oracles import dense
+from tests.oracles.truth import dense
 
 
 def joint_factors(rows_per_layer: list[int], num_cases: int, seed: int) -> dict:

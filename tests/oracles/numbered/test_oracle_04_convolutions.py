@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.oracles import dense, dense_layers
-from tests.oracles.library import mean_tensors
+from tests.oracles.truth import dense, dense_layers
+from tests.oracles.truth.library import mean_tensors
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 CONVOLUTIONS = {

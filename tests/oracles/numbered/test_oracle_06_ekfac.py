@@ -11,9 +11,9 @@ import torch
 
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse.ekfac import eigen_inverse
-from tests.oracles import dense
-from tests.oracles.cases import DEEP_LINEAR, NONLINEAR_BATCH, ONE_CASE, Case, layer_names
-from tests.oracles.library import computer_for
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DEEP_LINEAR, NONLINEAR_BATCH, ONE_CASE, Case, layer_names
+from tests.oracles.truth.library import computer_for
 
 SHARED = tuple(
     Case(

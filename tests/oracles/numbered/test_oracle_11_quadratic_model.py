@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kfac_dist import KFAC
-from tests.oracles import dense
-from tests.oracles.cases import DISTRIBUTIONS, NONLINEAR_BATCH, Case
-from tests.oracles.library import computer_for
+from tests.oracles.truth import dense
+from tests.oracles.truth.cases import DISTRIBUTIONS, NONLINEAR_BATCH, Case
+from tests.oracles.truth.library import computer_for
 
 TOLERANCE = 1e-10
 SHARED = tuple(
