@@ -29,16 +29,16 @@ from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.steps.assignment import DEFAULT_COST_MODEL, LayerCost, assign
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle
-from workers.cluster import ray_cluster
-from workers.inverse_worker import InverseWorkerActor
-from workers.messages import (
+from workers.cluster.cluster import ray_cluster
+from workers.exchange.messages import (
     InverseHeader,
     InverseSetup,
     JobContext,
     RefreshRequest,
     StatisticsHeader,
 )
-from workers.parcels import InverseParcel, StatisticsParcel, pack_tensors, unpack_inverses
+from workers.exchange.parcels import InverseParcel, StatisticsParcel, pack_tensors, unpack_inverses
+from workers.inverse_worker.actor import InverseWorkerActor
 
 ORDERS = (128, 256, 512, 1024, 2048)
 SHORT_ORDERS = (64, 128)

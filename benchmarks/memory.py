@@ -37,7 +37,7 @@ from turns import WITHOUT_EXTRAS, Turns, run_turns
 from kfac_dist.config import JobSpec, KFACSpec, load_spec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.tasks import build_model, load_task, torch_dtype
-from workers.cluster import ray_cluster
+from workers.cluster.cluster import ray_cluster
 
 ROLES = ("gradient_worker", "inverse_worker", "parameter_server")
 LIMITS = (1_000, 10_000, 60_000)

@@ -33,7 +33,7 @@ from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.packing import packed_size
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.tasks import build_model, load_task, torch_dtype
-from workers.cluster import ray_cluster
+from workers.cluster.cluster import ray_cluster
 
 PERIOD = 20
 ALONE_STEPS = 5

@@ -21,7 +21,7 @@ from race import ROOT
 
 from kfac_dist.config import JobSpec
 from kfac_dist.runs import StepRecord
-from workers.launch import run_job
+from workers.driver.launch import run_job
 
 SETTLE_SECONDS = 0.5  # for what an inverse worker still does after the last step of a turn
 WITHOUT_EXTRAS = ("checkpoint.every_steps=null", "evaluation.every_steps=null")

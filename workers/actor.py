@@ -19,7 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from kfac_dist.errors import KfacDistError
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.logs import open_log
-from workers.messages import JobContext
+from workers.exchange.messages import JobContext
 
 Handle: TypeAlias = Any
 """A Ray actor, or its class; Ray makes its methods at run time."""

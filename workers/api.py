@@ -11,8 +11,8 @@ from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.runs import JobSummary
 from kfac_dist.tasks import build_model, load_task, torch_dtype
-from workers.launch import run_job
-from workers.metrics_server import metrics_server
+from workers.driver.launch import run_job
+from workers.driver.records.metrics_server import metrics_server
 
 _HOME = Path("~/.kfac_dist")
 

@@ -27,7 +27,7 @@ from kfac_dist.optim.precision import PreconditionDtype
 from kfac_dist.optim.schedules import kfac_schedule, schedule_of
 from kfac_dist.tasks import torch_dtype
 from workers.device import DevicePlan
-from workers.messages import InverseSetup
+from workers.exchange.messages import InverseSetup
 
 _MEASURED_ORDERS = (96, 192, 384)
 _REPEATS = 2

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.end_to_end.command import CommandLine
-from tests.workers.jobs import TASK
+from tests.workers.whole_jobs.jobs import TASK
 
 pytestmark = pytest.mark.timeout(600)
 SPEC = """\

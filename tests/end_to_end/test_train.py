@@ -16,8 +16,8 @@ from kfac_dist.config import load_spec
 from kfac_dist.core.vector import flatten
 from tests.end_to_end.command import SPEC, CommandLine
 from tests.waiting import wait_until
-from tests.workers.scraping import by_label, scrape, value
-from tests.workers.test_distributed_is_serial import serial_run
+from tests.workers.whole_jobs.scraping import by_label, scrape, value
+from tests.workers.whole_jobs.test_distributed_is_serial import serial_run
 
 SHARED_MEMORY = Path("/dev/shm")
 

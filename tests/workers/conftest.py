@@ -16,8 +16,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An initialised Ray with 4 CPUs and room for 4 inverse workers."""
     import ray
 
-    from workers.guard import guarded
-    from workers.ray_internals import on_loopback, patient_start, quiet_stdout
+    from workers.cluster.guard import guarded
+    from workers.cluster.ray_internals import on_loopback, patient_start, quiet_stdout
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
@@ -48,7 +48,7 @@ def processes(cluster: None) -> Iterator[None]:
     """After the test, no actor of it lives."""
     yield
     from tests.waiting import wait_until
-    from tests.workers.jobs import actors_alive
+    from tests.workers.whole_jobs.jobs import actors_alive
 
     wait_until(lambda: not actors_alive(), "the end of all actors")
     assert os.environ["RAY_AUTH_MODE"] == "disabled"

@@ -9,7 +9,7 @@ from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import Link
 from kfac_dist.core.inverse.structure import structure_for
-from tests.workers.local_job import chain_spec
+from tests.workers.whole_jobs.local_job import chain_spec
 from workers.planning import inverse_setups, measure_cost_model, probe_snapshot
 
 MODEL = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(5)])

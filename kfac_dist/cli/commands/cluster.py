@@ -22,7 +22,7 @@ def _cluster() -> None:
 @cluster_app.command()
 def up(output: OutputOption = Format.table) -> None:
     """Start the cluster of this home, unless it runs; serve does so by itself."""
-    from workers.head import ensure_head
+    from workers.cluster.head import ensure_head
 
     home().mkdir(parents=True, exist_ok=True, mode=0o700)
     ensure_head(home())
@@ -44,7 +44,7 @@ def down(
     output: OutputOption = Format.table,
 ) -> None:
     """End the cluster of this home and everything on it."""
-    from workers.head import end_head
+    from workers.cluster.head import end_head
 
     active = _active_jobs(store)
     if active and not force:
@@ -56,8 +56,8 @@ def down(
 
 
 def _facts() -> dict[str, Any]:
-    from workers.head import read_head
-    from workers.job_runner import RayJobRunner
+    from workers.cluster.head import read_head
+    from workers.cluster.job_runner import RayJobRunner
 
     head = read_head(home())
     if head is None:

@@ -101,8 +101,8 @@ def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Inter
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
     from kfac_dist.service.control.launching import code_dir
-    from workers.launch import run_job
-    from workers.metrics_server import metrics_server
+    from workers.driver.launch import run_job
+    from workers.driver.records.metrics_server import metrics_server
 
     with metrics_server(0) as metrics:
         run_job(

@@ -26,7 +26,7 @@ def plan(
 
     job = load_spec(spec, overrides or [])
 
-    from workers.job_plan import job_plan  # takes torch along
+    from workers.driver.job_plan import job_plan  # takes torch along
 
     found = job_plan(job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=home() / "data")
     if output is Format.table:

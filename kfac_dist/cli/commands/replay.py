@@ -22,7 +22,7 @@ from kfac_dist.errors import ConflictError, JobFailedError, NotFoundError
 if TYPE_CHECKING:
     from kfac_dist.runs.replay_plan import ReplayPlan
     from kfac_dist.service.job_records import Job
-    from workers.replay import ReplayResult
+    from workers.driver.replay import ReplayResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def _run(
     progress = make_progress(plan.last_step, plain=output is Format.table)
     try:
         with terminate_is_interrupt(), progress:
-            from workers.replay import run_replay  # takes torch and Ray along
+            from workers.driver.replay import run_replay  # takes torch and Ray along
 
             return run_replay(
                 plan,

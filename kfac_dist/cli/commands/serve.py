@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
     from kfac_dist.service.server.serving import ServerOptions
-    from workers.head import Head
+    from workers.cluster.head import Head
 
 _LISTEN = "127.0.0.1:7341"
 _WILDCARDS = ("0.0.0.0", "[::]", "::")
@@ -176,7 +176,7 @@ def _compose(
     from kfac_dist.service.access.tokens import Tokens
     from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
-    from workers.job_runner import RayJobRunner
+    from workers.cluster.job_runner import RayJobRunner
 
     _log_to(folder / "server.log")
     store = open_home_store(folder, store_url)
@@ -194,7 +194,7 @@ def _compose(
 
 def _head(folder: Path) -> Head:
     """Return the cluster of this home, which is started if need be."""
-    from workers.head import ensure_head
+    from workers.cluster.head import ensure_head
 
     typer.echo("starting Ray on this machine, or finding the one that runs", err=True)
     return ensure_head(folder)
@@ -202,7 +202,7 @@ def _head(folder: Path) -> Head:
 
 def _leave_head(folder: Path, controller: Controller) -> None:
     """End the cluster of this home unless jobs need it."""
-    from workers.head import end_head
+    from workers.cluster.head import end_head
 
     active = controller.num_active()
     if active:

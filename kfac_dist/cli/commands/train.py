@@ -28,7 +28,7 @@ from kfac_dist.errors import JobFailedError
 if TYPE_CHECKING:
     from kfac_dist.config import JobSpec
     from kfac_dist.runs import JobSummary
-    from workers.metrics_server import MetricsServer
+    from workers.driver.records.metrics_server import MetricsServer
 
 
 def train(
@@ -84,7 +84,7 @@ def _check(
     """Raise what would keep the job from starting; data sets are read, too."""
     from kfac_dist.coordination.jobs.placement import check_placement
     from kfac_dist.runs import check_folder
-    from workers.metrics_server import metrics_server
+    from workers.driver.records.metrics_server import metrics_server
 
     check_folder(folder, job, resume=resume)
     with metrics_server(metrics_port):
@@ -92,7 +92,7 @@ def _check(
     num_cpus = len(os.sched_getaffinity(0))
     check_placement(job.workers, num_cpus, num_cpus)
 
-    from workers.preparation import prepare  # takes torch along
+    from workers.driver.preparation import prepare  # takes torch along
 
     prepare(job, base_dir=base_dir, data_dir=data, cache_dir=home() / "data").check_data()
 
@@ -112,7 +112,7 @@ def _run(
     progress = make_progress(job.steps, plain=output is Format.table)
     try:
         with terminate_is_interrupt(), _metrics(metrics_port) as metrics, progress:
-            from workers.launch import run_job
+            from workers.driver.launch import run_job
 
             return run_job(
                 job,
@@ -132,7 +132,7 @@ def _run(
 @contextmanager
 def _metrics(port: int | None) -> Iterator[MetricsServer | None]:
     """Serve metrics inside the block, and say where."""
-    from workers.metrics_server import metrics_server
+    from workers.driver.records.metrics_server import metrics_server
 
     with metrics_server(port) as server:
         if server is not None:

@@ -18,7 +18,7 @@ import pytest
 from kfac_dist.config import JobSpec
 from kfac_dist.errors import WorkerDiedError
 from kfac_dist.runs import Event, JobSummary, RunFolder, StepRecord, WorkerCounts
-from tests.workers.scraping import scrape
+from tests.workers.whole_jobs.scraping import scrape
 
 from .conftest import KfacDist
 
@@ -27,12 +27,12 @@ Runner = Callable[..., JobSummary]
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runner], None]:
-    """Puts a function in the place of `workers.launch.run_job`."""
+    """Puts a function in the place of `workers.driver.launch.run_job`."""
 
     def install(run_job: Runner) -> None:
-        launch = ModuleType("workers.launch")
+        launch = ModuleType("workers.driver.launch")
         vars(launch)["run_job"] = run_job
-        monkeypatch.setitem(sys.modules, "workers.launch", launch)
+        monkeypatch.setitem(sys.modules, "workers.driver.launch", launch)
 
     return install
 
@@ -174,8 +174,8 @@ def test_an_occupied_folder_is_refused_before_anything_is_loaded(
 ) -> None:
     runner(_succeeds)
     assert kfac_dist("train", spec).code == 0
-    monkey = ModuleType("workers.launch")  # would fail, were it asked
-    sys.modules["workers.launch"] = monkey
+    monkey = ModuleType("workers.driver.launch")  # would fail, were it asked
+    sys.modules["workers.driver.launch"] = monkey
     done = kfac_dist("train", spec, "-o", "json")
     assert done.code == 9
     message = json.loads(done.err)["error"]["message"]

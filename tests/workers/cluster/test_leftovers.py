@@ -1,0 +1,53 @@
+"""Processes and shared memory are found by the attempt's name, and nothing else is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import wait_until
+from workers.cluster.leftovers import MARK, kill_processes, processes_of, shared_memory_of
+
+HOLDER = """\
+import mmap, os, subprocess, sys, time
+path = f"/dev/shm/kfac-dist-test-{os.getpid()}"
+with open(path, "w+b") as file:
+    file.truncate(4096)
+    memory = mmap.mmap(file.fileno(), 4096)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(path, child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder() -> Iterator[tuple[int, int, Path]]:
+    """A process of attempt job-1-a1, its child, and the memory it has named."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        env=os.environ | {MARK: "job-1-a1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        path, child = process.stdout.readline().split()
+        memory = Path(path)
+        yield process.pid, int(child), memory
+        kill_processes("job-1-a1")
+        memory.unlink(missing_ok=True)
+
+
+def test_children_and_memory_are_found_and_ended(holder: tuple[int, int, Path]) -> None:
+    pid, child, memory = holder
+    assert {process.pid for process in processes_of("job-1-a1")} == {pid, child}
+    assert set(shared_memory_of("job-1-a1")) == {memory}
+    assert processes_of("job-1-a11") == []
+    kill_processes("job-1-a1")
+    wait_until(lambda: processes_of("job-1-a1") == [], "the end of both")
+    assert list(shared_memory_of("job-1-a1")) == []

@@ -1,0 +1,65 @@
+"""From a server's report to a record."""
+
+from __future__ import annotations
+
+import pytest
+
+from workers.driver.records.step_records import Recorder
+from workers.exchange.messages import InverseHeader, ServerReport, Traffic, WorkerReport
+
+
+def report(*accepted: InverseHeader) -> ServerReport:
+    return ServerReport(
+        step=1,
+        applied=True,
+        loss=2.0,
+        objective=2.5,
+        num_cases=20,
+        parameter_version=1,
+        alpha=None,
+        mu=None,
+        update_norm=0.1,
+        predicted_change=None,
+        reduction_ratio=None,
+        damping=1.0,
+        gamma=1.0,
+        lr=None,
+        next_gammas=(1.0,),
+        inverse_version_step={"a": 1},
+        inverse_gammas={"a": (1.0, 2.0)},
+        stale_layers={},
+        accepted=accepted,
+        stale_applied_total=0,
+        numeric_events={},
+        waited_seconds=0.0,
+        phase_seconds={},
+    )
+
+
+def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> InverseHeader:
+    return InverseHeader(
+        layer="a",
+        version_step=1,
+        gammas=(1.0, 2.0),
+        pis=pis,
+        rungs=rungs,
+        inversion_seconds=0.25,
+    )
+
+
+@pytest.mark.parametrize(
+    ("accepted", "result"),
+    [
+        (header((1.0, 1.0)), "ok"),
+        (header((1.0, 1.0), ("float64",)), "rescued"),
+        (header((1.0, None)), "failed"),
+        (header((None, 1.0), ("float64", "raised_damping")), "failed"),
+    ],
+)
+def test_how_an_inversion_went(accepted: InverseHeader, result: str) -> None:
+    traffic = Traffic(sent_bytes=70, received_bytes=30, num_messages=6)
+    workers = [WorkerReport(rank=0, step=1, phase_seconds={}, traffic=traffic)]
+    record = Recorder().record(report(accepted), workers, {}, step_seconds=0.5)
+    assert (record.exchanged_bytes, record.num_messages) == (100, 6)
+    (inversion,) = record.inversions
+    assert (inversion.layer, inversion.seconds, inversion.result) == ("a", 0.25, result)

@@ -1,0 +1,66 @@
+"""Layers of every kind travel: on workers they are what they are in the serial optimizer."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.workers.whole_jobs.local_job import LocalJob, user_spec
+from tests.workers.whole_jobs.test_distributed_is_serial import (
+    assert_bitwise_serial,
+    assert_serial_to_rounding,
+)
+
+TASK = '''\
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Sums:
+    """Sequences of seven symbols, by their sum modulo 3."""
+
+    distribution = "categorical"
+
+    def model(self):
+        return Net()
+
+    def train_data(self, data_dir):
+        symbols = torch.randint(0, 7, (120, 8), generator=torch.Generator().manual_seed(1))
+        return TensorDataset(symbols, symbols.sum(dim=1) % 3)
+
+    def test_data(self, data_dir):
+        return self.train_data(data_dir)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.symbols = nn.Embedding(7, 6)
+        self.norm = nn.LayerNorm(6)
+        self.conv = nn.Conv1d(6, 4, 3, padding=1)
+        self.groups = nn.GroupNorm(2, 4)
+        self.hidden = nn.Linear(32, 5)
+        self.qkv = nn.Linear(5, 6)
+        self.output = nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, symbols):
+        maps = self.conv(self.norm(self.symbols(symbols)).transpose(1, 2))
+        hidden = torch.tanh(self.hidden(torch.tanh(self.groups(maps)).flatten(1)))
+        return self.output(torch.tanh(self.qkv(hidden))) * self.scale
+'''
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal", "ekfac"])
+def test_on_workers_they_are_those_of_the_serial_optimizer(
+    inverse: str, num_workers: int, tmp_path: Path
+) -> None:
+    workers = {"gradient": num_workers, "inverse": 2}
+    spec = user_spec(tmp_path, TASK, "Sums", optimizer={"inverse": inverse}, workers=workers)
+    check = assert_bitwise_serial if num_workers == 1 else assert_serial_to_rounding
+    with closing(LocalJob(spec, tmp_path)) as job:
+        check(job, spec, tmp_path)

@@ -1,0 +1,247 @@
+"""Whole jobs on real Ray actors, inside a Ray that this process has initialised."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.numpy import load
+
+from kfac_dist import train
+from kfac_dist.config import parse_spec
+from kfac_dist.core.vector import flatten
+from kfac_dist.errors import InvalidSpecError, NumericError, UserTaskError, WorkerDiedError
+from kfac_dist.runs import JobSummary
+from tests.workers.whole_jobs.jobs import Jobs, line_spec
+from tests.workers.whole_jobs.test_distributed_is_serial import serial_run
+from workers.driver.crew import inverse_health
+
+pytestmark = pytest.mark.usefixtures("processes")
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(tmp_path)
+
+
+def checkpointed(jobs: Jobs, role: str, step: int) -> bytes:
+    return (jobs.checkpoint(step) / f"{role}.safetensors").read_bytes()
+
+
+def parameters(jobs: Jobs, step: int) -> torch.Tensor:
+    return torch.from_numpy(load(checkpointed(jobs, "parameter_server", step))["parameters"])
+
+
+def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jobs) -> None:
+    half = jobs.run(parse_spec(line_spec(steps=6)))
+    assert jobs.kinds() == ["started", "checkpoint", "checkpoint", "succeeded"]
+    spec = parse_spec(line_spec(workers={"gradient": 2, "inverse": 2}))
+    resumed = jobs.run(spec, resume=True)
+    assert (resumed.job, resumed.step) == (half.job, 12)
+    assert resumed.initial_objective == half.initial_objective
+    assert jobs.run_folder().read_job().attempt == 2
+    assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 13))
+    serial, results = serial_run(spec, jobs.folder, 12)
+    expected = flatten(serial._parameters)
+    torch.testing.assert_close(parameters(jobs, 12), expected, rtol=1e-9, atol=1e-12)
+    assert jobs.records[0].objective == results[0].objective
+
+    again = jobs.run(parse_spec(line_spec()), resume=True)
+    assert (again.state, again.step) == ("SUCCEEDED", 12)
+    assert again.train == pytest.approx(resumed.train, rel=1e-12)
+    assert ray.is_initialized()
+
+    with pytest.raises(InvalidSpecError, match=r"steps: 11 is below .* checkpoint, 12 \("):
+        jobs.run(parse_spec(line_spec(steps=11)), resume=True)
+    job = jobs.run_folder().read_job()
+    assert (job.state, job.attempt) == ("SUCCEEDED", 3)
+
+
+def test_buffers_are_shared_saved_and_restored(jobs: Jobs) -> None:
+    def trained(gradient: int, *, resume: bool) -> JobSummary:
+        workers = {"gradient": gradient}
+        spec = line_spec(steps=8, task_args={"normalised": True}, workers=workers)
+        return jobs.run(parse_spec(spec), resume=resume)
+
+    def saved() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+    newest = jobs.folder / "run" / "checkpoints" / "step-00000008"
+    straight = trained(2, resume=False)
+    expected = saved()
+    assert "buffers.safetensors" in expected
+    shutil.rmtree(newest)
+    trained(2, resume=True)  # from step 4
+    assert saved() == expected
+    alone = trained(1, resume=True)  # from step 8: it only evaluates
+    assert alone.test == pytest.approx(straight.test, rel=1e-12)
+
+
+def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Jobs) -> None:
+    spec = line_spec(steps=1000, task_args={"breaks_after": 30}, workers={"gradient": 2})
+    with pytest.raises(UserTaskError, match=r"LookupError: no such column \(line.py:") as caught:
+        jobs.run(parse_spec(spec))
+    assert caught.value.first_failure is not None
+    assert caught.value.first_failure.role == "gradient_worker"
+    job = jobs.run_folder().read_job()
+    assert (job.state, job.reason) == ("FAILED", "user_task")
+    assert job.step == jobs.records[-1].step + 1
+    summary = jobs.run_folder().read_summary()
+    assert summary is not None
+    assert summary.message == caught.value.message
+    printed = jobs.run_folder().log_path("gradient_worker", 1).with_suffix(".out").read_text()
+    assert "building the model" in printed
+
+
+def test_too_many_steps_without_a_finite_update_end_the_job(jobs: Jobs) -> None:
+    spec = line_spec(
+        steps=1000,
+        task_args={"breaks_after": 30, "how": "nan"},
+        faults={"max_bad_steps": 2},
+        staleness={"max_steps": 4},
+    )
+    with pytest.raises(NumericError, match="3 steps in a row"):
+        jobs.run(parse_spec(spec))
+    assert jobs.records[-1].numeric_events["bad_step"] == 3
+    assert jobs.records[-1].parameter_version == jobs.records[-1].step - 3
+
+
+class Recovered(Exception):  # noqa: N818 - ends the endless jobs of these tests
+    pass
+
+
+def run_until_recovered(jobs: Jobs, sent: signal.Signals, spec: dict[str, Any]) -> None:
+    """Send a signal to inverse worker 0 at step 6, and train until all its layers are back."""
+
+    def hit_one(record: object) -> None:
+        if "recovered" in jobs.kinds():
+            raise Recovered
+        if len(jobs.records) == 6:
+            os.kill(jobs.pid("inverse_worker"), sent)
+
+    jobs.on_step = hit_one
+    with pytest.raises(Recovered):
+        jobs.run(parse_spec(spec))
+    died = jobs.event("inverse_worker_died")
+    assert died.details["pid"] != jobs.event("inverse_worker_replaced").details["pid"]
+    assert jobs.run_folder().read_job().state == "FAILED"
+
+
+def test_a_killed_inverse_worker_is_replaced(jobs: Jobs) -> None:
+    spec = line_spec(
+        steps=100_000,
+        task_args={"depth": 3},
+        staleness={"max_steps": 20},
+        workers={"gradient": 2, "inverse": 2},
+    )
+    spec["optimizer"]["inverse"] = "block_tridiagonal"  # it shares statistics with its neighbour
+    run_until_recovered(jobs, signal.SIGKILL, spec)
+    degraded = [record for record in jobs.records if record.stale_applied_total > 0]
+    worst = max(r.inverse_staleness_steps.max for r in jobs.records if r.inverse_staleness_steps)
+    assert bool(degraded) == (worst > 20)
+
+
+def test_a_stalled_inverse_worker_is_replaced_like_a_dead_one(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inverse_health, "STALL_SECONDS", 2.0)
+    spec = line_spec(steps=100_000, workers={"gradient": 1, "inverse": 2})
+    spec["optimizer"]["inverse"] = "ekfac"
+    run_until_recovered(jobs, signal.SIGSTOP, spec)
+    assert jobs.event("inverse_worker_died").details["exit"] == "stalled"
+
+
+def test_a_checkpoint_has_the_last_factors_of_a_worker_that_died(jobs: Jobs) -> None:
+    def kill_one(record: object) -> None:
+        if len(jobs.records) == 8:
+            os.kill(jobs.pid("inverse_worker"), signal.SIGKILL)
+
+    jobs.on_step = kill_one
+    jobs.run(parse_spec(line_spec(staleness={"max_steps": 20})))
+    missing = [event.step for event in jobs.events if event.kind == "factors_missing"]
+    assert missing[0] == 8
+    before = checkpointed(jobs, "factors", 4)
+    # The successor may be there at step 12, or still start.
+    assert missing == [step for step in (8, 12) if checkpointed(jobs, "factors", step) == before]
+
+
+def test_more_deaths_than_allowed_end_the_job(jobs: Jobs) -> None:
+    def kill_one(record: object) -> None:
+        if len(jobs.records) == 3:
+            os.kill(jobs.pid("inverse_worker"), signal.SIGKILL)
+
+    jobs.on_step = kill_one
+    spec = line_spec(steps=100_000, staleness={"max_steps": 20}, faults={"max_restarts": 0})
+    with pytest.raises(WorkerDiedError, match="max_restarts is 0"):
+        jobs.run(parse_spec(spec))
+
+
+@pytest.mark.parametrize(
+    ("role", "every_steps", "resumed"),
+    [("gradient_worker", 4, "from the checkpoint of step 4"), ("parameter_server", None, "start")],
+)
+def test_a_killed_member_of_the_group_ends_the_job_and_is_named(
+    jobs: Jobs, role: str, every_steps: int | None, resumed: str
+) -> None:
+    def kill_one(record: object) -> None:
+        if len(jobs.records) == 5:
+            os.kill(jobs.pid(role), signal.SIGKILL)
+
+    jobs.on_step = kill_one
+    spec = line_spec(
+        steps=100_000, workers={"gradient": 2}, checkpoint={"every_steps": every_steps}
+    )
+    with pytest.raises(WorkerDiedError) as caught:
+        jobs.run(parse_spec(spec))
+    first = caught.value.first_failure
+    assert first is not None
+    assert (first.role, first.rank) == (role, 0)
+    assert '"built"' in first.log_tail
+    jobs.on_step = lambda record: None
+    assert jobs.run(parse_spec(spec | {"steps": 8}), resume=True).state == "SUCCEEDED"
+    assert resumed in jobs.event("resumed").message
+    assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 9))
+
+
+def test_an_asynchronous_job_uses_old_inverses_and_learns(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(jobs.folder)
+    base = line_spec()["optimizer"]
+    spec = line_spec(
+        steps=40,
+        optimizer=base | {"averaging": {"decay": 0.9, "start": 25}, "precondition_dtype": "auto"},
+        staleness={"max_steps": 8},
+        workers={"gradient": 2, "inverse": 2},
+        evaluation={"every_steps": 20},
+    )
+    summary = train(spec, run_dir=jobs.folder / "run")
+    assert summary.run_dir == str(jobs.folder / "run")
+    assert summary.inverse_staleness_steps is not None
+    assert summary.inverse_staleness_steps.mean > 0
+    assert summary.inverse_staleness_steps.max <= 8
+    assert summary.train is not None
+    assert summary.initial_objective is not None
+    assert summary.train["objective"] < summary.initial_objective / 2
+    told = [e.message for e in jobs.run_folder().read_events() if e.kind == "precondition_dtype"]
+    assert told == ["inverses are applied in float32: the parameters are torch.float64"]
+    records = jobs.run_folder().read_metrics()
+    evaluations = {record.step: record.evaluation for record in records if record.evaluation}
+    assert set(evaluations) == {20, 40}
+    assert evaluations[20].train_averaged is evaluations[20].test_averaged is None
+    assert summary.train_averaged == evaluations[40].train_averaged
+    assert summary.test_averaged == evaluations[40].test_averaged
+    assert summary.train_averaged is not None
+    assert summary.train_averaged.keys() == summary.train.keys()
+    assert set(records[-1].phase_seconds) >= {"compute", "statistics", "reduce", "inversion"}
+
+
+def test_more_workers_than_the_cluster_has_room_for(jobs: Jobs) -> None:
+    with pytest.raises(InvalidSpecError, match="9 CPUs"):
+        jobs.run(parse_spec(line_spec(workers={"gradient": 9})))

@@ -1,0 +1,189 @@
+"""What a job would be: processes, memory, who inverts what, and how long steps and refreshes take.
+
+The times are measured here, in seconds, with a few steps of the serial optimizer on a gradient
+worker's part of the first batch, and small inverses; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.config import JobSpec, KFACSpec
+from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
+from kfac_dist.coordination.steps.forecast import forecast_staleness
+from kfac_dist.core.passes.distributions import get_distribution
+from kfac_dist.data import fetch
+from kfac_dist.optim.optimizer import KFAC
+from kfac_dist.tasks import Task, build_model, load_task, torch_dtype
+from workers.driver.preparation import Preparation, prepare
+from workers.exchange.messages import InverseSetup
+from workers.planning import batch_size, inverse_setups
+
+_MEASURED_STEPS = 6
+_FIRST_STEPS = 3  # of which each refreshes, and the first warms up
+# Copies of a layer's matrices that are alive at once: averages, snapshot and inverses for up to
+# three gammas with an inverse worker; the inverses with the parameter server.
+_INVERSE_COPIES, _SERVER_COPIES = 5, 3
+_SERVER_VECTORS = 4  # parameters, gradient, momentum, direction
+_WORKER_VECTORS = 3  # parameters, gradient, direction
+
+
+def job_plan(
+    spec: JobSpec, base_dir: Path, *, data_dir: Path | None, cache_dir: Path
+) -> dict[str, Any]:
+    """Return the plan of a job, ready for JSON.
+
+    Memory is that of the mathematics alone: without activations, and without what Python, torch
+    and Ray take themselves, some 300 MB a process. A baseline has no layers and no refresh.
+
+    Raises:
+        InvalidSpecError: the specification does not fit the task, its data or its model.
+        DataNotFoundError: the data are in none of the places.
+        UserTaskError: the user's task raised.
+    """
+    preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=cache_dir)
+    task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
+    with _threads(spec.workers.threads or 1):
+        step_seconds = _step_seconds(spec, task, preparation)
+        registration = preparation.registration
+        setups = [] if registration is None else inverse_setups(spec, registration, 0)
+    num_parameters = _num_parameters(spec, task)
+    return {
+        "job": spec.name,
+        "num_parameters": num_parameters,
+        "placement": list(_placement(spec, num_parameters, setups)),
+        "layers": list(_layers(setups)),
+        "predicted": _predicted(spec, step_seconds, setups),
+    }
+
+
+def _placement(
+    spec: JobSpec, num_parameters: int, setups: list[InverseSetup]
+) -> Iterator[dict[str, Any]]:
+    workers, width = spec.workers, torch_dtype(spec.dtype).itemsize
+    matrices = {setup.rank: sum(map(_num_elements, setup.layers)) for setup in setups}
+    largest, total = max(matrices.values(), default=0), sum(matrices.values())
+    own = total // max(1, workers.parameter_server)
+    vectors = math.ceil(num_parameters / max(1, workers.parameter_server))
+    elements = {
+        "gradient_worker": _WORKER_VECTORS * num_parameters + total,
+        "inverse_worker": _INVERSE_COPIES * largest,
+        "parameter_server": _SERVER_VECTORS * vectors + _SERVER_COPIES * own,
+    }
+    counts = {
+        "gradient_worker": (workers.gradient, workers.threads or 1),
+        "inverse_worker": (workers.inverse if setups else 0, 0),
+        "parameter_server": (workers.parameter_server, 0),
+    }
+    for role, (processes, cpus) in counts.items():
+        yield {
+            "role": role,
+            "processes": processes,
+            "cpus_each": cpus,
+            "memory_bytes_each": elements[role] * width if processes else 0,
+        }
+
+
+def _layers(setups: list[InverseSetup]) -> Iterator[dict[str, Any]]:
+    for setup in setups:
+        for layer in setup.layers:
+            yield {
+                "layer": layer.name,
+                "orders": list(layer.orders),
+                "inverse_worker": setup.rank,
+                "inversion_seconds": setup.cost_model.layer_seconds(layer),
+            }
+
+
+def _predicted(
+    spec: JobSpec, step_seconds: float, setups: list[InverseSetup]
+) -> dict[str, float | bool | None]:
+    times: dict[str, float | bool | None] = {
+        "step_seconds": step_seconds,
+        "wall_seconds": spec.steps * step_seconds,
+        "refresh_seconds": None,
+        "staleness_mean": None,
+        "staleness_max": None,
+        "waits_at_bound": None,
+    }
+    if not setups or not isinstance(spec.optimizer, KFACSpec):
+        return times
+    refresh = max(_refresh_seconds(setup.cost_model, setup.layers) for setup in setups)
+    period = spec.optimizer.inverse_update_period
+    ages = forecast_staleness(step_seconds, refresh, period, spec.staleness.max_steps)
+    if spec.staleness.max_steps == 0:  # every refresh is waited for
+        times["wall_seconds"] = spec.steps * (step_seconds + refresh / period)
+    return times | {
+        "refresh_seconds": refresh,
+        "staleness_mean": ages.mean,
+        "staleness_max": float(ages.max),
+        "waits_at_bound": ages.waits,
+    }
+
+
+def _refresh_seconds(model: CostModel, layers: tuple[LayerCost, ...]) -> float:
+    return sum(model.layer_seconds(layer) for layer in layers)
+
+
+def _num_elements(layer: LayerCost) -> int:
+    return sum(order**2 for order in layer.orders)
+
+
+def _num_parameters(spec: JobSpec, task: Task) -> int:
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _step_seconds(spec: JobSpec, task: Task, preparation: Preparation) -> float:
+    """Time a step between two refreshes, on a gradient worker's part of the first batch."""
+    whole = batch_size(spec, 1, preparation.num_train_cases)
+    part = math.ceil(whole / spec.workers.gradient)
+    inputs, targets = fetch(preparation.train, torch.arange(part))
+    step = _step_of(spec, task)
+    seconds = []
+    for _ in range(_MEASURED_STEPS):
+        started = time.perf_counter()
+        step(inputs, targets)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[_FIRST_STEPS:])
+
+
+def _step_of(spec: JobSpec, task: Task) -> Callable[[Tensor, Tensor], object]:
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+    if not isinstance(spec.optimizer, KFACSpec):
+        return _gradient_of(model, task)
+    options: Mapping[str, Any] = spec.optimizer.model_dump(exclude={"name"})
+    never = {"inverse_update_period": max(spec.optimizer.inverse_update_period, 1000)}
+    return KFAC(
+        model, distribution=task.distribution, seed=spec.seed, **(dict(options) | never)
+    ).step
+
+
+def _gradient_of(model: nn.Module, task: Task) -> Callable[[Tensor, Tensor], object]:
+    distribution = get_distribution(task.distribution)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        loss = distribution.loss(model(inputs), targets).sum()
+        torch.autograd.grad(loss, parameters)
+
+    return step
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute with as many threads as a gradient worker has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

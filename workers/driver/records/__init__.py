@@ -1,0 +1,1 @@
+"""What the driver writes down of a run, and the metrics it serves."""

@@ -1,0 +1,91 @@
+"""What the driver tells the world: records, events and the state of the job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from kfac_dist.optim.precision import PreconditionDtype
+from kfac_dist.runs import Event, JobState, RunFolder, StepRecord
+from kfac_dist.runs.records import Severity
+from workers.driver.records.metrics_server import MetricsServer
+
+OnRecord = Callable[[StepRecord], None]
+OnEvent = Callable[[Event], None]
+
+
+class JobJournal:
+    """Writes to the run folder, which the driver alone does, and calls whoever watches."""
+
+    def __init__(self, folder: RunFolder, attempt: int) -> None:
+        self._folder = folder
+        self._attempt = attempt
+        self._on_record: list[OnRecord] = []
+        self._on_event: list[OnEvent] = []
+        self.step = 0
+
+    def watch(self, on_record: OnRecord | None, on_event: OnEvent | None) -> None:
+        """Call these from now on, after those that watch already."""
+        self._on_record += [on_record] if on_record else []
+        self._on_event += [on_event] if on_event else []
+
+    @contextmanager
+    def served(self, server: MetricsServer | None, job: str) -> Iterator[None]:
+        """Let the metrics of `job` be served inside the block, if there is a server."""
+        if server is None:
+            yield
+            return
+        with server.series(job) as series:
+            self.watch(series.on_record, series.on_event)
+            self.event("metrics_served", f"metrics at {server.url}", url=server.url)
+            yield
+
+    def record(self, record: StepRecord) -> None:
+        """Write a step."""
+        self._folder.append_metrics(record)
+        for on_record in self._on_record:
+            on_record(record)
+
+    def event(
+        self,
+        kind: str,
+        message: str,
+        *,
+        severity: Severity = "info",
+        role: str | None = None,
+        rank: int | None = None,
+        **details: Any,
+    ) -> None:
+        """Write an event of the current step."""
+        event = Event(
+            kind=kind,
+            message=message,
+            step=self.step,
+            time=time.time(),
+            severity=severity,
+            role=role,
+            rank=rank,
+            attempt=self._attempt,
+            details=details,
+        )
+        self._folder.append_event(event)
+        for on_event in self._on_event:
+            on_event(event)
+
+    def started(
+        self, precondition: PreconditionDtype | None, arithmetic: Mapping[str, Any]
+    ) -> None:
+        """Write that all members are there, and what was measured for `precondition`.
+
+        `arithmetic` has what may differ between attempts of a job and decides about its numbers.
+        """
+        self.state("RUNNING")
+        self.event("started", f"attempt {self._attempt} trains", **arithmetic)
+        if precondition is not None:
+            self.event("precondition_dtype", str(precondition), dtype=precondition.dtype)
+
+    def state(self, state: JobState, **changes: Any) -> None:
+        """Write the state of the job."""
+        self._folder.update_job(state=state, step=self.step, **changes)

@@ -1,0 +1,168 @@
+"""From the reports of the actors to the records of a run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from kfac_dist.runs import Inversion, StalenessSummary, StepRecord
+from kfac_dist.runs.records import InversionResult
+from workers.exchange.messages import InverseHeader, InverseStatus, ServerReport, WorkerReport
+
+# Where each phase of a record comes from: the slowest gradient worker, or the server. Waiting for
+# the other side is part of what the one that waits measures, and is left out, but for the workers'
+# wait for the direction: what of preconditioning is not beside their statistics.
+_WORKER_PHASES = {
+    "compute": ("read", "compute"),
+    "statistics": ("statistics",),
+    "wait_direction": ("wait_direction",),
+    "fisher_products": ("fisher_products",),
+    "apply": ("apply",),
+    "measure": ("measure",),
+}
+_SERVER_PHASES = {
+    "wait_inverse": ("wait_inverse",),
+    "precondition": ("precondition",),
+    "broadcast": ("send_directions",),
+}
+
+
+class Recorder:
+    """Builds step records; keeps what is needed over the steps of a job."""
+
+    def __init__(self, earlier: Iterable[StepRecord] = ()) -> None:
+        self._inversion_seconds: dict[int, float] = {}
+        self._inverse_events: dict[int, Mapping[str, int]] = {}
+        self._retired_events: Counter[str] = Counter()
+        self._staleness: list[StalenessSummary] = []
+        self._versions: dict[str, int] = {}
+        self.initial_objective: float | None = None
+        for record in earlier:
+            self._remember(record)
+
+    def record(
+        self,
+        report: ServerReport,
+        workers: Sequence[WorkerReport],
+        statuses: Mapping[int, InverseStatus],
+        step_seconds: float,
+    ) -> StepRecord:
+        """Return the record of a step."""
+        record = StepRecord(
+            step=report.step,
+            time=time.time(),
+            loss=report.loss,
+            objective=report.objective,
+            num_cases=report.num_cases,
+            update_norm=report.update_norm,
+            step_seconds=step_seconds,
+            phase_seconds=self._phases(report, workers, statuses, step_seconds),
+            damping=report.damping,
+            gamma=report.gamma,
+            lr=report.lr,
+            reduction_ratio=report.reduction_ratio,
+            alpha=report.alpha,
+            mu=report.mu,
+            predicted_change=report.predicted_change,
+            inverse_version_step=dict(report.inverse_version_step),
+            inverse_gammas={
+                name: list(report.inverse_gammas[name])
+                for name, version in report.inverse_version_step.items()
+                if self._versions.get(name) != version
+            },
+            stale_layers=dict(report.stale_layers),
+            inverse_staleness_steps=_staleness(report),
+            parameter_version=report.parameter_version,
+            numeric_events=self._numeric_events(report, statuses),
+            stale_applied_total=report.stale_applied_total,
+            waited_seconds=report.waited_seconds,
+            exchanged_bytes=max(w.traffic.sent_bytes + w.traffic.received_bytes for w in workers),
+            num_messages=max(w.traffic.num_messages for w in workers),
+            inverse_queue_depth={str(rank): s.queue_depth for rank, s in statuses.items()},
+            inversions=[_inversion(header) for header in report.accepted],
+        )
+        self._remember(record)
+        return record
+
+    def _remember(self, record: StepRecord) -> None:
+        if self.initial_objective is None and record.step == 1:
+            self.initial_objective = record.objective
+        if record.inverse_staleness_steps is not None:
+            self._staleness.append(record.inverse_staleness_steps)
+        self._versions |= record.inverse_version_step
+
+    def _phases(
+        self,
+        report: ServerReport,
+        workers: Sequence[WorkerReport],
+        statuses: Mapping[int, InverseStatus],
+        step_seconds: float,
+    ) -> dict[str, float]:
+        phases = {
+            phase: max(sum(w.phase_seconds.get(part, 0.0) for part in parts) for w in workers)
+            for phase, parts in _WORKER_PHASES.items()
+        }
+        for phase, parts in _SERVER_PHASES.items():
+            phases[phase] = sum(report.phase_seconds.get(part, 0.0) for part in parts)
+        # The server waits in its reduce for the slowest worker to compute.
+        reduce = report.phase_seconds.get("reduce", 0.0)
+        phases["reduce"] = max(0.0, reduce - phases["compute"])
+        phases["inversion"] = self._new_inversion_seconds(statuses)
+        return {phase: round(seconds, 6) for phase, seconds in phases.items()}
+
+    def _new_inversion_seconds(self, statuses: Mapping[int, InverseStatus]) -> float:
+        """Return the time spent inverting since the last record, over all inverse workers."""
+        total = 0.0
+        for rank, status in statuses.items():
+            before = self._inversion_seconds.get(rank, 0.0)
+            # A successor counts from zero.
+            total += status.inversion_seconds - (
+                before if before <= status.inversion_seconds else 0
+            )
+            self._inversion_seconds[rank] = status.inversion_seconds
+        return total
+
+    def _numeric_events(
+        self, report: ServerReport, statuses: Mapping[int, InverseStatus]
+    ) -> dict[str, int]:
+        for rank, status in statuses.items():
+            now = {
+                "refused_statistics": status.refused,
+                "duplicate_statistics": status.duplicates,
+                "late_statistics": status.late,
+                "foreign_statistics": status.foreign,
+                "dropped_statistics": status.dropped,
+            }
+            before = self._inverse_events.get(rank, {})
+            if any(before.get(kind, 0) > number for kind, number in now.items()):
+                self._retired_events.update(before)
+            self._inverse_events[rank] = now
+        events = Counter(report.numeric_events) + self._retired_events
+        for counts in self._inverse_events.values():
+            events.update(counts)
+        return {kind: number for kind, number in sorted(events.items()) if number}
+
+    def staleness(self) -> StalenessSummary | None:
+        """Return mean and maximum over all steps; None without inverses."""
+        if not self._staleness:
+            return None
+        return StalenessSummary(
+            mean=sum(one.mean for one in self._staleness) / len(self._staleness),
+            max=max(one.max for one in self._staleness),
+        )
+
+
+def _inversion(header: InverseHeader) -> Inversion:
+    if None in header.pis:
+        result: InversionResult = "failed"
+    else:
+        result = "rescued" if header.rungs else "ok"
+    return Inversion(layer=header.layer, seconds=round(header.inversion_seconds, 6), result=result)
+
+
+def _staleness(report: ServerReport) -> StalenessSummary | None:
+    ages = [report.step - version for version in report.inverse_version_step.values()]
+    if not ages:
+        return None
+    return StalenessSummary(mean=sum(ages) / len(ages), max=max(ages))

@@ -1,0 +1,238 @@
+"""The driver's loop; read `run` and `_step` first.
+
+It plans a step, sends it to all actors, waits, records. What a step computes is in
+`gradient_work`, `kfac_server` and `inverse_work`; what travels between them in `exchange`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from kfac_dist.coordination.steps.plan import StepPlan
+from kfac_dist.coordination.steps.sampling import next_window
+from kfac_dist.errors import NumericError, WorkerDiedError
+from kfac_dist.runs import Evaluation, RunFolder
+from workers.driver import checkpointing
+from workers.driver.checkpointing import ResumePoint
+from workers.driver.crew.crew import Crew
+from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
+from workers.driver.crew.inverse_pool import InverseWorkerDied
+from workers.driver.evaluator import evaluate
+from workers.driver.records.journal import JobJournal
+from workers.driver.records.step_records import Recorder
+from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
+from workers.interrupts import Interrupts
+from workers.planning import batch_size, staleness_bound, step_schedule
+
+_GRACE_SECONDS = 2.0  # for the step in hand and its checkpoint, when the user interrupts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """How the loop ended; seconds of training are without evaluation and checkpoints."""
+
+    evaluation: Evaluation
+    num_steps: int
+    training_seconds: float
+
+
+class TrainingLoop:
+    """Trains from a resume point to the last step of the specification."""
+
+    def __init__(
+        self,
+        job: JobContext,
+        folder: RunFolder,
+        journal: JobJournal,
+        recorder: Recorder,
+        point: ResumePoint,
+        num_train_cases: int,
+        interrupts: Interrupts,
+    ) -> None:
+        self._spec = job.spec
+        self._recording = job.recording
+        self._interrupts = interrupts
+        self._folder = folder
+        self._journal = journal
+        self._recorder = recorder
+        self._num_train_cases = num_train_cases
+        self._schedule = step_schedule(job.spec)
+        self._bound = staleness_bound(job.spec, job.recording)
+        self._cursor = point.cursor
+        self._statistics_step = checkpointing.averages_step(point.averages)
+        self._first_step = point.step + 1
+        self._checkpointed_step = point.step
+        self._gammas: tuple[float, ...] = ()
+        self._bad_steps = 0
+        self._training_seconds = 0.0
+
+    def run(self, crew: Crew) -> TrainingResult:
+        """Do all steps, evaluate, and leave a checkpoint.
+
+        Raises:
+            KfacDistError: what ended the job; the newest checkpoint stays usable.
+        """
+        (self._gammas,) = crew.gather(crew.call_server("next_gammas", self._first_step))
+        self._interrupts.grace_seconds = _GRACE_SECONDS
+        for step in range(self._first_step, self._spec.steps + 1):
+            self._journal.step = crew.step = step
+            self._take_over(crew, step)
+            self._step(crew, self._schedule.plan(step))
+            if self._recording or self._is_due(step, self._spec.checkpoint.every_steps):
+                self._checkpoint(crew)
+            if self._interrupts.requested:
+                self._checkpoint(crew)
+                raise KeyboardInterrupt
+        crew.step = self._journal.step = max(self._spec.steps, self._first_step - 1)
+        self._checkpoint(crew)
+        self._interrupts.grace_seconds = 0.0
+        return TrainingResult(
+            evaluation=evaluate(crew, self._spec.optimizer.l2),
+            num_steps=self._spec.steps + 1 - self._first_step,
+            training_seconds=self._training_seconds,
+        )
+
+    @staticmethod
+    def _is_due(step: int, period: int | None) -> bool:
+        return period is not None and step % period == 0
+
+    def _step(self, crew: Crew, plan: StepPlan) -> None:
+        started = time.perf_counter()
+        size = batch_size(self._spec, plan.step, self._num_train_cases)
+        window, cursor = next_window(self._cursor, size, self._num_train_cases)
+        order = StepOrder(plan=plan, window=window)
+        self._request_inverses(crew, plan)
+        server, *workers = crew.gather(
+            crew.call_server("step", order) | crew.call_workers("step", order)
+        )
+        self._cursor, self._gammas = cursor, server.next_gammas
+        if plan.update_factors:
+            self._statistics_step = plan.step
+        self._welcome_back(crew, server)
+        crew.inverse_pool.poll()
+        seconds = time.perf_counter() - started
+        self._training_seconds += seconds
+        record = self._recorder.record(server, workers, crew.inverse_pool.statuses(), seconds)
+        if self._evaluates(plan.step):
+            evaluation = evaluate(crew, self._spec.optimizer.l2)
+            record = record.model_copy(update={"evaluation": evaluation})
+        self._journal.record(record)
+        self._count_bad_steps(server)
+
+    def _evaluates(self, step: int) -> bool:
+        if self._recording is not None:
+            return step in self._recording.evaluation_steps
+        return self._is_due(step, self._spec.evaluation.every_steps)
+
+    def _request_inverses(self, crew: Crew, plan: StepPlan) -> None:
+        recorded = self._bound.recorded
+        by_layer = None if recorded is None else recorded.refresh(plan.step)
+        if not (plan.refresh_inverses if by_layer is None else by_layer):
+            return
+        exact = self._bound.is_exact(plan.step)
+        crew.inverse_pool.request(
+            RefreshRequest(
+                step=plan.step,
+                gammas=self._gammas,
+                min_statistics_step=plan.step if exact else 1,
+                exact=exact,
+                gammas_by_layer=by_layer,
+            )
+        )
+
+    def _take_over(self, crew: Crew, step: int) -> None:
+        """Connect inverse workers that have started since the last step, and set them to work."""
+        joined = crew.inverse_pool.take_over(step)
+        if not joined:
+            return
+        crew.connect()
+        first = step
+        while not self._schedule.plan(first).update_factors:
+            first += 1
+        request = RefreshRequest(step=first, gammas=self._gammas, min_statistics_step=first)
+        crew.inverse_pool.request(request, joined)
+        for rank in joined:
+            pid = crew.inverse_pool.pid(rank)
+            self._journal.event(
+                "inverse_worker_replaced",
+                f"inverse worker {rank} is back as a new process (pid {pid})",
+                role=INVERSE_ROLE,
+                rank=rank,
+                pid=pid,
+                restarts=crew.inverse_pool.num_deaths,
+            )
+
+    def _welcome_back(self, crew: Crew, report: ServerReport) -> None:
+        layers = report.inverse_version_step
+        oldest = {name: self._bound.oldest_admissible(report.step, name) for name in layers}
+        back = crew.inverse_pool.note_versions(layers, oldest)
+        if back and not crew.inverse_pool.orphaned:
+            self._journal.state("RUNNING", reason=None, message=None)
+            self._journal.event(
+                "recovered",
+                "all layers have inverses within the staleness bound again",
+            )
+
+    def on_inverse_worker_death(self, death: InverseWorkerDied) -> None:
+        """Note a death; the job goes on with the last good inverses.
+
+        Raises:
+            WorkerDiedError: it was one more than `faults.max_restarts`.
+        """
+        layers = ", ".join(death.layers)
+        message = (
+            f"inverse worker {death.rank} (pid {death.pid}) died ({death.exit}); training goes on "
+            f"with the last inverses of {layers}"
+        )
+        self._journal.event(
+            "inverse_worker_died",
+            message,
+            severity="warning",
+            role=INVERSE_ROLE,
+            rank=death.rank,
+            pid=death.pid,
+            exit=death.exit,
+            layers=list(death.layers),
+        )
+        most = self._spec.faults.max_restarts
+        if death.num_deaths > most:
+            raise WorkerDiedError(
+                f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}"
+            )
+        self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
+
+    def _count_bad_steps(self, report: ServerReport) -> None:
+        self._bad_steps = 0 if report.applied else self._bad_steps + 1
+        most = self._spec.faults.max_bad_steps
+        if self._bad_steps > most:
+            raise NumericError(
+                f"{self._bad_steps} steps in a row up to step {report.step} gave no finite update "
+                f"(loss {report.loss:g}), faults.max_bad_steps is {most}"
+            )
+
+    def _checkpoint(self, crew: Crew) -> None:
+        """Write a checkpoint of the step just done, unless there is one or none are wanted."""
+        if self._checkpointed_step == crew.step or not self._wants_checkpoint(crew.step):
+            return
+        num_missing = checkpointing.save(
+            self._folder,
+            crew,
+            statistics_step=self._statistics_step,
+            cursor=self._cursor,
+            keep=self._spec.checkpoint.keep,
+        )
+        self._checkpointed_step = crew.step
+        self._journal.event("checkpoint", f"checkpoint of step {crew.step} written")
+        if num_missing:
+            self._journal.event(
+                "factors_missing",
+                f"{num_missing} inverse workers gave no factors for the checkpoint of step "
+                f"{crew.step}, which has their last ones",
+                severity="warning",
+            )
+
+    def _wants_checkpoint(self, step: int) -> bool:
+        if self._recording is not None:
+            return step in self._recording.checkpoint_steps
+        return self._spec.checkpoint.every_steps is not None

@@ -1,0 +1,73 @@
+"""The inverse worker as a Ray actor; the work is in `workers.inverse_worker.work`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ray
+
+from workers.actor import Handle, as_actor, logged, role_log
+from workers.exchange.arrays import Array
+from workers.exchange.messages import (
+    InverseSetup,
+    InverseStatus,
+    JobContext,
+    RefreshRequest,
+    StatisticsHeader,
+)
+from workers.exchange.parcels import StatisticsParcel
+from workers.inverse_worker.loop import InverseLoop
+from workers.inverse_worker.work import InverseMessage, InverseWork
+
+
+class InverseWorker:
+    """Owns the factors of its layers; averages and inverts at its own pace."""
+
+    def __init__(
+        self,
+        job: JobContext,
+        setup: InverseSetup,
+        server: Handle,
+        averages: Mapping[str, Array] | None,
+    ) -> None:
+        self._server = server
+        self._log = role_log(job, "inverse_worker", setup.rank)
+        self._loop = InverseLoop(InverseWork(job, setup, averages), self._publish)
+        self._loop.start()
+        self._log.info("started", layers=[layer.name for layer in setup.layers])
+
+    def _publish(self, message: InverseMessage) -> None:
+        self._server.accept.remote(message.header, message.parcel)
+        header = message.header
+        self._log.debug("inverted", layer=header.layer, version_step=header.version_step)
+        for rung in header.rungs:
+            self._log.warning("inversion_trouble", layer=header.layer, rung=rung)
+        if None in header.pis:
+            self._log.warning("inversion_failed", layer=header.layer, gammas=header.gammas)
+
+    @ray.method(concurrency_group="mailbox")
+    def update(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
+        """Put statistics into the mailbox."""
+        self._loop.put_statistics(header, parcel)
+
+    @ray.method(concurrency_group="mailbox")
+    def refresh(self, request: RefreshRequest) -> None:
+        """Put a refresh request into the mailbox."""
+        self._loop.put_request(request)
+
+    def snapshot(self, step: int, timeout_seconds: float) -> dict[str, Array]:
+        """Return the averages once the statistics of `step` are in them."""
+        return self._loop.snapshot(step, timeout_seconds)
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> InverseStatus:
+        """Return the worker's health."""
+        return self._loop.status()
+
+    @ray.method(concurrency_group="lifeline")
+    def lifeline(self) -> None:
+        """Return never, or raise what ended the work."""
+        logged(self._log, "inverse loop", self._loop.lifeline)
+
+
+InverseWorkerActor = as_actor(InverseWorker, "mailbox", "control", "lifeline")

@@ -1,0 +1,1 @@
+"""The parameter server: owns parameters, momentum, damping, and the inverses in use."""

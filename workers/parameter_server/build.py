@@ -1,0 +1,88 @@
+"""Builds the parameter server of a job, K-FAC's or a baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.blocks.registration import register
+from kfac_dist.core.vector import flatten, trainable_parameters
+from kfac_dist.optim.precision import PreconditionDtype, choose_precondition_dtype
+from kfac_dist.tasks import build_model, load_task, torch_dtype
+from workers.exchange.arrays import Array
+from workers.exchange.messages import JobContext, ServerReport, StepOrder
+from workers.exchange.process_group import Group
+from workers.parameter_server.first_order import FirstOrderServer
+from workers.parameter_server.inverse_store import InverseStore
+from workers.parameter_server.kfac import KFACServer
+from workers.parameter_server.state import ServerState
+from workers.planning import staleness_bound, step_schedule, structure_of
+
+
+class Server(Protocol):
+    """What the actor asks of a parameter server, whatever the optimizer."""
+
+    state: ServerState
+
+    def join(self, group: Group) -> None:
+        """Exchange through `group` from now on, and send it the parameters."""
+
+    def step(self, order: StepOrder) -> ServerReport:
+        """Do the server's part of one step."""
+
+    def next_gammas(self, step: int) -> tuple[float, ...]:
+        """Return the gammas to invert with for `step`; none without inverses."""
+
+    def snapshot(self) -> dict[str, Array]:
+        """Return everything the next step depends on, by flat names."""
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Take over a snapshot."""
+
+    def checksum(self) -> str:
+        """Return the checksum of what the gradient workers mirror."""
+
+
+class BuiltServer(NamedTuple):
+    """A parameter server, and where its inverses arrive; None for a baseline.
+
+    `precondition` is in which type they are applied, where that was left to a measurement.
+    """
+
+    server: Server
+    store: InverseStore | None
+    precondition: PreconditionDtype | None
+
+
+def build_server(job: JobContext, device: torch.device, patience_seconds: float) -> BuiltServer:
+    """Build the server from the task's own initial parameters.
+
+    Raises:
+        InvalidSpecError: the model has a parameter that K-FAC has no block for.
+        UserTaskError: the user's task raised.
+    """
+    spec = job.spec
+    task = load_task(spec, job.base_dir, data_dir=job.data_dir, cache_dir=job.cache_dir)
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype)).to(device)
+    parameters = flatten(list(trainable_parameters(model).values()))
+    state = ServerState(parameters, spec.optimizer.l2, spec.optimizer.averaging)
+    if not isinstance(spec.optimizer, KFACSpec):
+        return BuiltServer(FirstOrderServer(spec.optimizer, state), None, None)
+    registration = register(model, spec.optimizer)
+    is_measured = spec.optimizer.precondition_dtype == "auto"
+    chosen = choose_precondition_dtype(spec.optimizer, registration.blocks, parameters)
+    settings = chosen.resolve(spec.optimizer)
+    spec = spec.model_copy(update={"optimizer": settings})
+    store = InverseStore(
+        layers=registration.names,
+        structure=structure_of(settings, registration),
+        bound=staleness_bound(spec, job.recording),
+        staleness=spec.staleness,
+        patience_seconds=patience_seconds,
+        device=device,
+    )
+    server = KFACServer(spec, step_schedule(spec), registration, state, store)
+    return BuiltServer(server, store, chosen if is_measured else None)
