@@ -1,1 +1,1 @@
-"""The optimizers as one uses them from Python: `KFAC`, and `KFACPreconditioner` for one's own training loop."""
+"""The optimizers for Python code: `KFAC`, and `KFACPreconditioner` for your own training loop."""

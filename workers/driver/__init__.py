@@ -1,1 +1,1 @@
-"""The driver of a job: it starts the crew, orders each step, waits, records, checkpoints, evaluates."""
+"""The driver of a job: starts the crew, orders steps, waits, records, checkpoints, evaluates."""

@@ -1,6 +1,6 @@
 """A gradient worker's part of the algorithm; read `step` first.
 
-No Ray: the actor in `workers.gradient_worker.actor` is a shell around it. It mirrors the parameters and
+No Ray: the actor beside it is a shell around it. It mirrors the parameters and
 the previous update, which the parameter server owns, by doing the same arithmetic.
 """
 

@@ -1,6 +1,6 @@
 """An inverse worker's part of the algorithm: average the factors of its layers, invert them.
 
-No Ray and no thread: `workers.inverse_worker.loop` calls these verbs one at a time. The owner of the
+No Ray and no thread: `loop` calls these verbs one at a time. The owner of the
 factors and their averages; the inverses belong to the parameter server once published.
 """
 

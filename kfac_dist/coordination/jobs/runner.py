@@ -1,4 +1,4 @@
-"""What the controller needs of whatever runs jobs; `workers.cluster.job_runner` does it with Ray."""
+"""What the controller needs of whatever runs jobs; `RayJobRunner` does it with Ray."""
 
 from __future__ import annotations
 

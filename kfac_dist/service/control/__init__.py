@@ -1,1 +1,1 @@
-"""What the control plane does by itself: it starts attempts, follows them, restarts and ends them."""
+"""What the control plane does by itself: it starts, follows, restarts and ends attempts."""

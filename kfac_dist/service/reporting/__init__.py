@@ -1,1 +1,1 @@
-"""How a run reaches the control plane: the driver reports from the run folder, the store takes it up."""
+"""How a run reaches the store: its driver reports from the run folder, the service takes it up."""
