@@ -9,14 +9,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from kfac_dist._version import __version__
+
 if TYPE_CHECKING:
     from kfac_dist.optim.optimizer import KFAC
     from kfac_dist.optim.preconditioner import KFACPreconditioner
     from kfac_dist.optim.step_result import StepResult
     from kfac_dist.service.client import Client
     from workers.api import train
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Client": "kfac_dist.service.client",

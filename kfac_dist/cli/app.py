@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kfac_dist import __version__
+from kfac_dist._version import __version__
 from kfac_dist.cli.commands.cancel import cancel
 from kfac_dist.cli.commands.checkpoints import checkpoints
 from kfac_dist.cli.commands.cluster import cluster_app

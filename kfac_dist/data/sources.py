@@ -8,9 +8,9 @@ import torch
 
 from kfac_dist.config.wording import did_you_mean
 from kfac_dist.data.case_source import CaseSource
-from kfac_dist.data.formats.images import IMAGE_NAMES, ImageSource
 from kfac_dist.data.places import Places
 from kfac_dist.data.sets.faces import FacesSource
+from kfac_dist.data.sets.images import IMAGE_NAMES, ImageSource
 from kfac_dist.data.sets.npz import NpzSource
 from kfac_dist.data.sets.text import TextSource
 from kfac_dist.errors import InvalidSpecError

@@ -117,6 +117,17 @@ class JobEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogLine:
+    """A line of a worker's log, without its newline; `time` in Unix seconds, if it says one."""
+
+    role: str
+    rank: int
+    attempt: int
+    text: str
+    time: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricPoint:
     """A value at a step; NaN where it was not finite."""
 

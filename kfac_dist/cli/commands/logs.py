@@ -20,7 +20,7 @@ from kfac_dist.cli.signals import interrupt_at_end
 from kfac_dist.errors import UnreachableError, UsageError
 
 if TYPE_CHECKING:
-    from kfac_dist.service.logs import LogLine
+    from kfac_dist.service.job_records import LogLine
 
 # Told by the prefix of the line already.
 _IN_PREFIX = frozenset({"timestamp", "event", "level", "role", "rank", "attempt", "job"})

@@ -11,8 +11,7 @@ from typing import Any
 import grpc
 
 from kfac_dist.errors import UnreachableError
-from kfac_dist.service.job_records import Job, JobEvent, MetricSeries
-from kfac_dist.service.logs import LogLine
+from kfac_dist.service.job_records import Job, JobEvent, LogLine, MetricSeries
 from kfac_dist.service.wire.job_messages import from_log_line
 from kfac_dist.service.wire.status import from_rpc_error
 

@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from kfac_dist.service.job_records import LogLine
+
 # RunFolder.log_path names them, and what a driver prints is beside its log; what has another name
 # is not ours and is not shown to anybody.
 _NAME = re.compile(
@@ -20,17 +22,6 @@ _NAME = re.compile(
 
 MAX_LINE_BYTES = 64 * 1024
 """A longer line is sent in pieces."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogLine:
-    """A line of a worker's log, without its newline; `time` in Unix seconds, if it says one."""
-
-    role: str
-    rank: int
-    attempt: int
-    text: str
-    time: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

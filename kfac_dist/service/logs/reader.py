@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from kfac_dist.service.job_records import LogLine
 from kfac_dist.service.logs.cursor import LogCursor
 from kfac_dist.service.logs.files import (
     LogFile,
     LogFilter,
-    LogLine,
     find_logs,
     open_log_file,
     raw_lines,

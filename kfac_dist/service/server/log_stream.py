@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.coordination.jobs.lifecycle import ENDED
+from kfac_dist.service.job_records import LogLine
 from kfac_dist.service.jobs import Jobs
-from kfac_dist.service.logs import LogCursor, LogFilter, LogLine, read_lines
+from kfac_dist.service.logs import LogCursor, LogFilter, read_lines
 from kfac_dist.service.server import requests
 from kfac_dist.service.server.wakeups import Changes
 from kfac_dist.service.wire.job_messages import to_log_line

@@ -9,10 +9,10 @@ from kfac_dist.service.job_records import (
     CheckpointFacts,
     Job,
     JobEvent,
+    LogLine,
     MetricPoint,
     MetricSeries,
 )
-from kfac_dist.service.logs import LogLine
 from kfac_dist.service.wire.values import (
     from_failure,
     from_json,

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac_dist.errors import UsageError
-from kfac_dist.service.logs import LogCursor, LogFilter, LogLine, read_lines
+from kfac_dist.service.job_records import LogLine
+from kfac_dist.service.logs import LogCursor, LogFilter, read_lines
 from kfac_dist.service.logs.files import MAX_LINE_BYTES
 from kfac_dist.service.logs.reader import MAX_LINES
 

@@ -14,10 +14,10 @@ from kfac_dist.service.job_records import (
     CheckpointFacts,
     Job,
     JobEvent,
+    LogLine,
     MetricPoint,
     MetricSeries,
 )
-from kfac_dist.service.logs import LogLine
 from kfac_dist.service.wire import job_messages as wire
 from kfac_dist.service.wire import values as wire_values
 from kfac_dist.v1 import job_pb2

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-import kfac_dist
+from kfac_dist._version import __version__
 from kfac_dist.coordination import metrics
 from kfac_dist.coordination.metrics import Metric
 from kfac_dist.runs import Event, StepRecord
@@ -35,7 +35,7 @@ class JobSeries(Collector):
         self._durations = _Distribution(metrics.INVERSION_DURATION.buckets)
         # What is only counted up is there from the start, so that its first increase is one.
         self._values: dict[Metric, _Values] = {
-            metrics.BUILD_INFO: {(kfac_dist.__version__,): 1},
+            metrics.BUILD_INFO: {(__version__,): 1},
             metrics.INVERSIONS: {(result,): 0 for result in get_args(InversionResult)},
             metrics.SAMPLES: {(): 0},
             metrics.WORKER_RESTARTS: {("inverse_worker",): 0},
