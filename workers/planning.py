@@ -17,7 +17,7 @@ from kfac_dist.coordination.steps.assignment import (
     fit_cost_model,
 )
 from kfac_dist.coordination.steps.plan import StepSchedule
-from kfac_dist.coordination.steps.recorded import Recording
+from kfac_dist.coordination.steps.recorded import ReplayScript
 from kfac_dist.coordination.steps.schedule import GrowingBatch, batch_size_at
 from kfac_dist.coordination.steps.staleness import StalenessBound
 from kfac_dist.core.blocks.registration import Registration
@@ -47,14 +47,14 @@ def step_schedule(spec: JobSpec) -> StepSchedule:
     )
 
 
-def staleness_bound(spec: JobSpec, recording: Recording | None = None) -> StalenessBound:
-    """Return the bound of a job; with a `recording` what it says."""
+def staleness_bound(spec: JobSpec, replay_script: ReplayScript | None = None) -> StalenessBound:
+    """Return the bound of a job; with a `replay_script` what it says."""
     return StalenessBound(
         max_steps=spec.staleness.max_steps,
         warmup_steps=spec.staleness.warmup_steps,
         schedule=step_schedule(spec),
         delay_steps=spec.staleness.delay_steps,
-        recorded=None if recording is None else recording.inverses,
+        recorded=None if replay_script is None else replay_script.inverses,
     )
 
 

@@ -24,8 +24,8 @@ def _nan_for_null(value: object) -> object:
 Measured = Annotated[float, BeforeValidator(_nan_for_null)]
 """A measured number: NaN where it is null in JSON."""
 
-JobState = Literal["STARTING", "RUNNING", "DEGRADED", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
-ENDED: frozenset[JobState] = frozenset({"PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"})
+RunState = Literal["STARTING", "RUNNING", "DEGRADED", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
+ENDED: frozenset[RunState] = frozenset({"PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"})
 """States of a run that no process works on."""
 
 Severity = Literal["info", "warning", "error"]
@@ -184,7 +184,7 @@ class JobRecord(_Record):
     """
 
     job: str
-    state: JobState
+    state: RunState
     reason: str | None = None
     message: str | None = None
     attempt: int = 1
@@ -212,7 +212,7 @@ class JobSummary(_Record):
     """
 
     job: str
-    state: JobState
+    state: RunState
     step: int
     train: Metrics | None = None
     test: Metrics | None = None

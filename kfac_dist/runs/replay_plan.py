@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kfac_dist.config import JobSpec, KFACSpec, parse_spec
-from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, Recording
+from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, ReplayScript
 from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError
 from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.runs.folder import RunFolder
@@ -55,7 +55,7 @@ class ReplayPlan:
 
     job: str
     spec: JobSpec
-    recording: Recording
+    script: ReplayScript
     records: Sequence[StepRecord]
     stop: Stop | None
 
@@ -101,13 +101,13 @@ def plan_replay(folder: RunFolder, num_steps: int | None) -> ReplayPlan:
     if num_steps is not None and num_steps <= possible:
         possible, stop = num_steps, None
     replayed = records[:possible]
-    recording = Recording(
+    script = ReplayScript(
         inverses=_inverses(replayed, folder),
         checkpoint_steps=frozenset(step for step in history.checkpoint_steps if step <= possible),
         evaluation_steps=frozenset(r.step for r in replayed if r.evaluation is not None),
     )
-    spec = _replayed_spec(folder, history, recording.checkpoint_steps, possible)
-    return ReplayPlan(job=job.job, spec=spec, recording=recording, records=replayed, stop=stop)
+    spec = _replayed_spec(folder, history, script.checkpoint_steps, possible)
+    return ReplayPlan(job=job.job, spec=spec, script=script, records=replayed, stop=stop)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.jobs.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import UsageError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints
 from kfac_dist.service.changes import ChangeFeed
@@ -126,7 +126,7 @@ class Jobs:
         Raises:
             ConflictError: it has ended.
         """
-        return self._request(job_id, Event.CANCEL, "cancelled by request", now=now)
+        return self._request(job_id, Trigger.CANCEL, "cancelled by request", now=now)
 
     def pause(self, job_id: str) -> Job:
         """Let a job leave a checkpoint and end, to be resumed.
@@ -134,7 +134,7 @@ class Jobs:
         Raises:
             ConflictError: it has ended or is being cancelled.
         """
-        return self._request(job_id, Event.PAUSE, "paused by request")
+        return self._request(job_id, Trigger.PAUSE, "paused by request")
 
     def resume(self, job_id: str) -> Job:
         """Let a paused job go on.
@@ -142,7 +142,7 @@ class Jobs:
         Raises:
             ConflictError: it is not paused.
         """
-        return self._request(job_id, Event.RESUME, "resumed by request")
+        return self._request(job_id, Trigger.RESUME, "resumed by request")
 
     def retry(self, job_id: str) -> Job:
         """Let a failed or cancelled job go on at its newest checkpoint.
@@ -150,13 +150,13 @@ class Jobs:
         Raises:
             ConflictError: it has not ended, or succeeded.
         """
-        return self._request(job_id, Event.RETRY, "retried by request")
+        return self._request(job_id, Trigger.RETRY, "retried by request")
 
-    def _request(self, job_id: str, event: Event, message: str, *, now: bool = False) -> Job:
+    def _request(self, job_id: str, event: Trigger, message: str, *, now: bool = False) -> Job:
         with self.change(job_id) as (session, row):
             moved = move(session, row, event, time.time(), reason="requested", message=message)
-            row.cancel_now = event is Event.CANCEL and (now or row.cancel_now)
-            if event in (Event.RESUME, Event.RETRY):
+            row.cancel_now = event is Trigger.CANCEL and (now or row.cancel_now)
+            if event in (Trigger.RESUME, Trigger.RETRY):
                 row.num_restarts = 0
                 row.first_failure = row.summary = None
             if moved or now:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kfac_dist.coordination.jobs.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import Trigger, JobState
 from kfac_dist.errors import FirstFailure
-from kfac_dist.runs import Event as RunEvent
+from kfac_dist.runs import Event
 from kfac_dist.service.control.launching import begin_attempt
 from kfac_dist.service.job_records import Report, ReportedEvent, ReportedState, Role, StepValues
 from kfac_dist.service.store.job_rows import move
@@ -38,7 +38,7 @@ def job(server: Serving, kfac_dist: KfacDist, spec: Path) -> str:
 
 def begin(server: Serving, job: str) -> None:
     with server.jobs.change(job) as (session, row):
-        move(session, row, Event.ENQUEUE, time.time())
+        move(session, row, Trigger.ENQUEUE, time.time())
         begin_attempt(session, row, "secret", resumes=False, now=time.time())
 
 
@@ -203,7 +203,7 @@ def test_watch_and_wait_end_with_the_job(
     report(server, job, JobState.RUNNING, steps=steps)
     server.jobs.cancel(job)
     with server.jobs.change(job) as (session, row):
-        move(session, row, Event.VANISH, time.time())
+        move(session, row, Trigger.VANISH, time.time())
     rows = [json.loads(row) for row in kfac_dist("watch", job, "-o", "json").out.splitlines()]
     assert rows[0]["metrics"]["objective"] == [[1, 2.0]]
     assert rows[-1]["job"]["state"] == "CANCELLED"
@@ -222,7 +222,7 @@ def test_explain_puts_the_first_failure_before_its_echoes(
 ) -> None:
     begin(server, job)
     events = [
-        RunEvent(
+        Event(
             kind="x",
             message="echo of rank 0.",
             step=3,
@@ -231,7 +231,7 @@ def test_explain_puts_the_first_failure_before_its_echoes(
             role="gradient_worker",
             rank=0,
         ),
-        RunEvent(kind="x", message="just so.", step=3, time=21.0),
+        Event(kind="x", message="just so.", step=3, time=21.0),
     ]
     failed = ReportedState(
         state=JobState.FAILED,
@@ -245,7 +245,7 @@ def test_explain_puts_the_first_failure_before_its_echoes(
     told = [ReportedEvent(line=line, event=event) for line, event in enumerate(events, 1)]
     report(server, job, stands=failed, events=told)
     with server.jobs.change(job) as (session, row):
-        move(session, row, Event.FAIL, time.time(), reason="worker_died", message=failed.message)
+        move(session, row, Trigger.FAIL, time.time(), reason="worker_died", message=failed.message)
     out = kfac_dist("explain", job).out
     told_in_order = ("is FAILED", "gradient_worker 1", "Killed", "echo of", "advice")
     places = [out.index(text) for text in told_in_order]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.service.access.limits import Limits
+from kfac_dist.service.access.limits import ServerLimits
 from kfac_dist.service.job_records import Role
 from kfac_dist.service.wire.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_BYTES
 from kfac_dist.service.wire.status import CODES
@@ -39,7 +39,7 @@ def test_every_role_is_explained() -> None:
 
 
 def test_the_limits_are_those_of_the_code() -> None:
-    limits = Limits()
+    limits = ServerLimits()
     for text in (
         f"after {limits.call_seconds:g} s",
         f"{MAX_MESSAGE_BYTES / 2**20:g} MiB",

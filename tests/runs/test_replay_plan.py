@@ -60,15 +60,15 @@ def test_a_whole_run_with_what_its_first_attempt_was_run_with(tmp_path: Path) ->
     events = [started(gradient_workers=3), event("checkpoint", 4), event("checkpoint", 8)]
     plan = plan_replay(run_of(tmp_path, records, events), None)
     assert (plan.last_step, plan.stop) == (10, None)
-    assert plan.recording.inverses.uses["a"] == [
+    assert plan.script.inverses.uses["a"] == [
         InverseUse(first_step=1, version_step=1, gammas=(2.1, 1.0)),
         InverseUse(first_step=4, version_step=3, gammas=(2.3, 1.0)),
         InverseUse(first_step=7, version_step=6, gammas=(2.6, 1.0)),
         InverseUse(first_step=10, version_step=9, gammas=(2.9, 1.0)),
     ]
-    assert plan.recording.inverses.beyond_bound == {10: {"a": "damp"}}
-    assert plan.recording.checkpoint_steps == {4, 8}
-    assert plan.recording.evaluation_steps == {5}
+    assert plan.script.inverses.beyond_bound == {10: {"a": "damp"}}
+    assert plan.script.checkpoint_steps == {4, 8}
+    assert plan.script.evaluation_steps == {5}
     assert (plan.spec.steps, plan.spec.workers.gradient) == (10, 3)
     assert plan.spec.optimizer.precondition_dtype == "bfloat16"
     assert plan.spec.faults.max_restarts == 0
@@ -78,8 +78,8 @@ def test_fewer_steps_are_inverted_for_alone(tmp_path: Path) -> None:
     events = [started(), event("checkpoint", 4), event("checkpoint", 8)]
     plan = plan_replay(run_of(tmp_path, TEN, events), 6)
     assert plan.last_step == plan.spec.steps == 6
-    assert [use.version_step for use in plan.recording.inverses.uses["a"]] == [1, 3]
-    assert plan.recording.checkpoint_steps == {4}
+    assert [use.version_step for use in plan.script.inverses.uses["a"]] == [1, 3]
+    assert plan.script.checkpoint_steps == {4}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_checkpoints_are_where_they_were_in_the_steps_that_are_left(tmp_path: Pa
         *(event("resumed", 3), started(3), event("checkpoint", 9)),
     ]
     plan = plan_replay(run_of(tmp_path, TEN, events), None)
-    assert plan.recording.checkpoint_steps == {3, 9}
+    assert plan.script.checkpoint_steps == {3, 9}
 
 
 def test_a_run_without_steps_or_whose_first_step_is_lost_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.coordination.jobs.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import ConflictError, InvalidSpecError, NotFoundError, UsageError
 from kfac_dist.service.control.launching import begin_attempt
 from kfac_dist.service.job_records import Job, Report, ReportedState, StepValues
@@ -29,7 +29,7 @@ def jobs(store: Store, tmp_path: Path) -> Jobs:
 def started(jobs: Jobs, **changes: object) -> Job:
     job = submit(jobs, **changes)
     with jobs.change(job.id) as (session, row):
-        move(session, row, Event.ENQUEUE, time.time())
+        move(session, row, Trigger.ENQUEUE, time.time())
         begin_attempt(session, row, "secret", resumes=False, now=time.time())
     return jobs.get(job.id)
 
@@ -182,7 +182,7 @@ def test_steps_that_are_done_again_replace_the_old(jobs: Jobs) -> None:
 def test_a_replaced_attempt_changes_nothing(jobs: Jobs) -> None:
     job = started(jobs)
     with jobs.change(job.id) as (session, row):
-        move(session, row, Event.RESTART, time.time())
+        move(session, row, Trigger.RESTART, time.time())
         begin_attempt(session, row, "other", resumes=True, now=time.time())
     assert jobs.get(job.id).state is JobState.RESUMING
     answer = jobs.report(report(job, state=JobState.FAILED, steps=steps(1, 3)))

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.jobs.placement import check_placement
-from kfac_dist.coordination.steps.recorded import Recording
+from kfac_dist.coordination.steps.recorded import ReplayScript
 from kfac_dist.runs import (
     Failure,
     FirstFailure,
-    JobState,
     JobSummary,
     RunFolder,
     RunIdentity,
+    RunState,
     WorkerCounts,
 )
 from kfac_dist.runs.records import Severity
@@ -31,7 +31,7 @@ from workers.driver.crew.crew import Crew, CrewPlan
 from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
-from workers.driver.records.step_records import Recorder
+from workers.driver.records.step_records import StepRecords
 from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.interrupts import Interrupts
@@ -42,7 +42,7 @@ _GROUP_TIMEOUT_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    state: JobState
+    state: RunState
     result: TrainingResult | None = None
     reason: str | None = None
     message: str | None = None
@@ -63,7 +63,7 @@ def run_job(
     ray_address: str | None = None,
     identity: RunIdentity | None = None,
     interrupts: Interrupts | None = None,
-    recording: Recording | None = None,
+    replay_script: ReplayScript | None = None,
 ) -> JobSummary:
     """Run `spec` to its end and return the summary, which is also in the run folder.
 
@@ -71,13 +71,13 @@ def run_job(
     `run_dir`, the run folders. `resume` goes on with the run in the folder at its newest whole
     checkpoint. `metrics` serves the job's while it runs. `identity` is what the run is called. An
     interrupt, also by `interrupts`, ends everything within seconds, leaves a checkpoint where the
-    step in hand ends in time, and is raised again. With a `recording` the job does again what is
+    step in hand ends in time, and is raised again. With a `replay_script` the job repeats what is
     recorded, on this machine however many CPUs it has.
 
     Raises:
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
     """
-    if is_embedded(ray_address) and recording is None:
+    if is_embedded(ray_address) and replay_script is None:
         _check_placement(spec, local_cluster())
     preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=home / "data")
     path = run_dir or home / "runs" / spec.name
@@ -95,7 +95,7 @@ def run_job(
             data_dir=data_dir,
             cache_dir=home / "data",
             run_dir=folder.path,
-            recording=recording,
+            replay_script=replay_script,
         )
         journal = JobJournal(folder, job.attempt)
         with journal.served(metrics, job.job):
@@ -132,7 +132,7 @@ class _Run:
         self._preparation = preparation
         self._resume_point = resume_point
         self._interrupts = interrupts
-        self._recorder = Recorder()
+        self._step_records = StepRecords()
         self._started = time.monotonic()
 
     def run(self, ray_address: str | None) -> JobSummary:
@@ -151,14 +151,14 @@ class _Run:
     def _train(self, ray_address: str | None) -> TrainingResult:
         self._preparation.check_data()
         point = self._find_start()
-        room_for = self._job.spec.workers if self._job.recording else None
+        room_for = self._job.spec.workers if self._job.replay_script else None
         with ray_cluster(ray_address, room_for) as cluster, self._interrupts:
             _check_placement(self._job.spec, cluster)
             loop = TrainingLoop(
                 self._job,
                 self._folder,
                 self._journal,
-                self._recorder,
+                self._step_records,
                 point,
                 self._preparation.num_train_cases,
                 self._interrupts,
@@ -183,7 +183,7 @@ class _Run:
         for message in point.refused:
             self._journal.event("checkpoint_refused", message, severity="warning")
         self._folder.truncate_metrics_after(point.step)
-        self._recorder = Recorder(self._folder.read_metrics())
+        self._step_records = StepRecords(self._folder.read_metrics())
         where = f"from the checkpoint of step {point.step}" if point.step else "from the start"
         message = f"attempt {self._job.attempt} goes on {where}"
         self._journal.event("resumed", message, from_step=point.step)
@@ -235,10 +235,10 @@ class _Run:
             test=evaluation.test if evaluation else None,
             train_averaged=evaluation.train_averaged if evaluation else None,
             test_averaged=evaluation.test_averaged if evaluation else None,
-            initial_objective=self._recorder.initial_objective,
+            initial_objective=self._step_records.initial_objective,
             wall_seconds=time.monotonic() - self._started,
             steps_per_second=result.num_steps / seconds if result and seconds else None,
-            inverse_staleness_steps=self._recorder.staleness(),
+            inverse_staleness_steps=self._step_records.staleness(),
             workers=WorkerCounts(
                 gradient=workers.gradient,
                 inverse=workers.inverse,

@@ -98,7 +98,7 @@ def run_replay(
             resume=False,
             on_record=comparison.on_record,
             on_event=on_event,
-            recording=plan.recording,
+            replay_script=plan.script,
         )
     except JobFailedError:
         if comparison.difference is None:
@@ -119,7 +119,7 @@ def run_replay(
 def _load(checkpoints_dir: Path, plan: ReplayPlan) -> _Tensors:
     """Return the tensors of the newest whole checkpoint that the replay makes again."""
     try:
-        loaded = load_newest(checkpoints_dir, plan.recording.checkpoint_steps)
+        loaded = load_newest(checkpoints_dir, plan.script.checkpoint_steps)
     except NotFoundError as error:  # none is whole; the records are compared all the same
         return _Tensors(None, {}, (error.message,))
     if loaded is None:
@@ -135,7 +135,7 @@ def _load(checkpoints_dir: Path, plan: ReplayPlan) -> _Tensors:
 
 def _compare(recorded: Mapping[str, Array], step: int, checkpoints_dir: Path) -> Difference | None:
     loaded = load_newest(checkpoints_dir, {step})
-    assert loaded is not None, "a replay leaves the checkpoints of its recording"
+    assert loaded is not None, "a replay leaves the checkpoints of its replay_script"
     for name, array in recorded.items():
         role, _, key = name.partition("/")
         other = loaded.roles[role].get(key)

@@ -20,7 +20,7 @@ from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InverseWorkerDied
 from workers.driver.evaluator import evaluate
 from workers.driver.records.journal import JobJournal
-from workers.driver.records.step_records import Recorder
+from workers.driver.records.step_records import StepRecords
 from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
 from workers.interrupts import Interrupts
 from workers.planning import batch_size, staleness_bound, step_schedule
@@ -45,20 +45,20 @@ class TrainingLoop:
         job: JobContext,
         folder: RunFolder,
         journal: JobJournal,
-        recorder: Recorder,
+        step_records: StepRecords,
         point: ResumePoint,
         num_train_cases: int,
         interrupts: Interrupts,
     ) -> None:
         self._spec = job.spec
-        self._recording = job.recording
+        self._replay_script = job.replay_script
         self._interrupts = interrupts
         self._folder = folder
         self._journal = journal
-        self._recorder = recorder
+        self._step_records = step_records
         self._num_train_cases = num_train_cases
         self._schedule = step_schedule(job.spec)
-        self._bound = staleness_bound(job.spec, job.recording)
+        self._bound = staleness_bound(job.spec, job.replay_script)
         self._cursor = point.cursor
         self._statistics_step = checkpointing.averages_step(point.averages)
         self._first_step = point.step + 1
@@ -79,7 +79,7 @@ class TrainingLoop:
             self._journal.step = crew.step = step
             self._take_over(crew, step)
             self._step(crew, self._schedule.plan(step))
-            if self._recording or self._is_due(step, self._spec.checkpoint.every_steps):
+            if self._replay_script or self._is_due(step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
             if self._interrupts.requested:
                 self._checkpoint(crew)
@@ -113,7 +113,7 @@ class TrainingLoop:
         crew.inverse_pool.poll()
         seconds = time.perf_counter() - started
         self._training_seconds += seconds
-        record = self._recorder.record(server, workers, crew.inverse_pool.statuses(), seconds)
+        record = self._step_records.record(server, workers, crew.inverse_pool.statuses(), seconds)
         if self._evaluates(plan.step):
             evaluation = evaluate(crew, self._spec.optimizer.l2)
             record = record.model_copy(update={"evaluation": evaluation})
@@ -121,8 +121,8 @@ class TrainingLoop:
         self._count_bad_steps(server)
 
     def _evaluates(self, step: int) -> bool:
-        if self._recording is not None:
-            return step in self._recording.evaluation_steps
+        if self._replay_script is not None:
+            return step in self._replay_script.evaluation_steps
         return self._is_due(step, self._spec.evaluation.every_steps)
 
     def _request_inverses(self, crew: Crew, plan: StepPlan) -> None:
@@ -233,6 +233,6 @@ class TrainingLoop:
             )
 
     def _wants_checkpoint(self, step: int) -> bool:
-        if self._recording is not None:
-            return step in self._recording.checkpoint_steps
+        if self._replay_script is not None:
+            return step in self._replay_script.checkpoint_steps
         return self._spec.checkpoint.every_steps is not None

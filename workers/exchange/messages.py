@@ -12,7 +12,7 @@ from pathlib import Path
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
 from kfac_dist.coordination.steps.plan import StepPlan
-from kfac_dist.coordination.steps.recorded import BeyondBound, Recording
+from kfac_dist.coordination.steps.recorded import BeyondBound, ReplayScript
 from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.core.factors import Link
 
@@ -21,7 +21,7 @@ from kfac_dist.core.factors import Link
 class JobContext:
     """What every actor needs to build its part of a job; paths are of the machine it runs on.
 
-    With a `recording` the job does again what was recorded.
+    With a `replay_script` the job does again what was recorded.
     """
 
     job: str
@@ -31,7 +31,7 @@ class JobContext:
     data_dir: Path | None
     cache_dir: Path
     run_dir: Path
-    recording: Recording | None = None
+    replay_script: ReplayScript | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ class InverseWork:
         self._versions: dict[str, int] = {}
         self._drift = FactorDrift()
         self._requests: deque[RefreshRequest] = deque()
-        self._bound = staleness_bound(job.spec, job.recording)
+        self._bound = staleness_bound(job.spec, job.replay_script)
         # Exact versions up to here are made. A successor does not know of its predecessor's.
         self._exact_step = setup.applied_step if setup.assignment_epoch == 1 else None
         self._last_chosen: str | None = None

@@ -79,7 +79,7 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
     store = InverseStore(
         layers=registration.names,
         structure=structure_of(settings, registration),
-        bound=staleness_bound(spec, job.recording),
+        bound=staleness_bound(spec, job.replay_script),
         staleness=spec.staleness,
         patience_seconds=patience_seconds,
         device=device,

@@ -48,7 +48,7 @@ class JobState(StrEnum):
     """Was ended on request, and nothing of it is left."""
 
 
-class Event(StrEnum):
+class Trigger(StrEnum):
     """What happens to a job: requests of users, decisions of the controller, news of the driver."""
 
     ENQUEUE = "enqueue"
@@ -81,7 +81,7 @@ class Event(StrEnum):
     """A user wants an ended job to go on."""
 
 
-_S, _E = JobState, Event
+_S, _E = JobState, Trigger
 
 ENDED = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELLED})
 """States in which nothing happens any more unless a user asks."""
@@ -92,7 +92,7 @@ ACTIVE = frozenset({_S.STARTING, _S.RESUMING, _S.RUNNING, _S.DEGRADED, _S.PAUSIN
 _WAITING = (_S.PENDING, _S.QUEUED)
 _TRAINING = (_S.STARTING, _S.RESUMING, _S.RUNNING, _S.DEGRADED)
 
-_NEXT: Mapping[Event, Mapping[JobState, JobState]] = {
+_NEXT: Mapping[Trigger, Mapping[JobState, JobState]] = {
     _E.ENQUEUE: {_S.PENDING: _S.QUEUED},
     _E.LAUNCH: {_S.QUEUED: _S.STARTING},
     _E.RELAUNCH: {_S.QUEUED: _S.RESUMING},
@@ -119,7 +119,7 @@ _NEXT: Mapping[Event, Mapping[JobState, JobState]] = {
 _REQUESTS = (_E.PAUSE, _E.RESUME, _E.CANCEL, _E.RETRY)
 
 
-def next_state(state: JobState, event: Event) -> JobState:
+def next_state(state: JobState, event: Trigger) -> JobState:
     """Return the state after `event`.
 
     Raises:
@@ -131,11 +131,11 @@ def next_state(state: JobState, event: Event) -> JobState:
         raise ConflictError(_refusal(state, event)) from None
 
 
-def possible_requests(state: JobState) -> tuple[Event, ...]:
+def possible_requests(state: JobState) -> tuple[Trigger, ...]:
     """Return what a user may ask for in this state."""
     return tuple(event for event in _REQUESTS if state in _NEXT[event])
 
 
-def _refusal(state: JobState, event: Event) -> str:
+def _refusal(state: JobState, event: Trigger) -> str:
     possible = ", ".join(possible_requests(state)) or "nothing, its end is final"
     return f"{event} is not possible while the job is {state}; possible is: {possible}"

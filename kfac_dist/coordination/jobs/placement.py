@@ -7,7 +7,7 @@ from typing import Protocol
 from kfac_dist.errors import InvalidSpecError
 
 
-class WorkerCounts(Protocol):
+class WorkersSection(Protocol):
     """The `workers` section of a job specification, as far as placement needs it."""
 
     @property
@@ -23,12 +23,12 @@ class WorkerCounts(Protocol):
         """CPU threads of a gradient worker; None is 1."""
 
 
-def cpus_of(workers: WorkerCounts) -> int:
+def cpus_of(workers: WorkersSection) -> int:
     """Return how many CPUs the gradient workers of a job reserve: one for each of their threads."""
     return workers.gradient * (workers.threads or 1)
 
 
-def check_placement(workers: WorkerCounts, num_cpus: int, num_inverse_slots: int) -> None:
+def check_placement(workers: WorkersSection, num_cpus: int, num_inverse_slots: int) -> None:
     """Accept workers for which there is room.
 
     A gradient worker takes as many CPUs as it has threads. An inverse worker takes one of

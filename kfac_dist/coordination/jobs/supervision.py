@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from kfac_dist.coordination.jobs.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 
 # After these a job goes on by itself: it is not the job that is wrong.
 RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted"})
@@ -36,7 +36,7 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class WaitLimits:
     """How long the controller waits, in seconds.
 
     `start` for the first word of a driver, `cancel` and `pause` for an order to be obeyed, `stop`
@@ -82,12 +82,12 @@ class Decision:
     """An action; with SETTLE the event that happens to the job, and why."""
 
     action: Action
-    event: Event | None = None
+    event: Trigger | None = None
     reason: str | None = None
     message: str | None = None
 
 
-def decide(view: AttemptView, limits: Limits) -> Decision:
+def decide(view: AttemptView, limits: WaitLimits) -> Decision:
     """Return what to do about an attempt."""
     if _is_over(view, limits) or _is_lost(view, limits):
         return _settle(view, limits)
@@ -107,7 +107,7 @@ def decide(view: AttemptView, limits: Limits) -> Decision:
     return Decision(action=Action.WAIT)
 
 
-def _is_over(view: AttemptView, limits: Limits) -> bool:
+def _is_over(view: AttemptView, limits: WaitLimits) -> bool:
     """Whether the cluster says that the driver has ended, and the driver does not say otherwise."""
     if view.cluster != "over":
         return False
@@ -116,7 +116,7 @@ def _is_over(view: AttemptView, limits: Limits) -> bool:
     return view.silent_seconds is None or view.silent_seconds > limits.doubt_seconds
 
 
-def _is_lost(view: AttemptView, limits: Limits) -> bool:
+def _is_lost(view: AttemptView, limits: WaitLimits) -> bool:
     """Whether nothing is to be expected of an attempt that the cluster does not know.
 
     It is so at once where the driver has told its end, or is to end and was never heard of.
@@ -131,7 +131,7 @@ def _is_lost(view: AttemptView, limits: Limits) -> bool:
     return ordered or view.attempt_seconds > limits.start_seconds
 
 
-def _overdue(seconds: float, patience: float, limits: Limits) -> Decision:
+def _overdue(seconds: float, patience: float, limits: WaitLimits) -> Decision:
     """Wait, then stop, then kill."""
     if seconds <= patience:
         return Decision(action=Action.WAIT)
@@ -140,25 +140,25 @@ def _overdue(seconds: float, patience: float, limits: Limits) -> Decision:
     return Decision(action=Action.KILL)
 
 
-def _settle(view: AttemptView, limits: Limits) -> Decision:
+def _settle(view: AttemptView, limits: WaitLimits) -> Decision:
     if view.told_end is JobState.SUCCEEDED:
-        return _end(Event.SUCCEED)
+        return _end(Trigger.SUCCEED)
     if view.job_state is JobState.CANCELLING:
-        return _end(Event.VANISH, "requested", "cancelled by request; nothing of it is left")
+        return _end(Trigger.VANISH, "requested", "cancelled by request; nothing of it is left")
     if view.told_end is JobState.FAILED and view.reason not in RESTARTABLE:
-        return _end(Event.FAIL, view.reason or "failed", view.message)
+        return _end(Trigger.FAIL, view.reason or "failed", view.message)
     if view.job_state is JobState.PAUSING and view.told_end is not JobState.FAILED:
-        return _end(Event.HALT, "requested", "paused by request; nothing of it runs")
+        return _end(Trigger.HALT, "requested", "paused by request; nothing of it runs")
     reason, message = _misfortune(view, limits)
     if reason in RESTARTABLE and view.job_state is not JobState.PAUSING:
         if view.num_restarts < view.max_restarts:
-            return _end(Event.RESTART, reason, message)
+            return _end(Trigger.RESTART, reason, message)
         message += f"; restarted {view.num_restarts} times, faults.max_restarts is "
         message += str(view.max_restarts)
-    return _end(Event.FAIL, reason, message)
+    return _end(Trigger.FAIL, reason, message)
 
 
-def _misfortune(view: AttemptView, limits: Limits) -> tuple[str, str]:
+def _misfortune(view: AttemptView, limits: WaitLimits) -> tuple[str, str]:
     """Say what ended an attempt that nobody asked to end."""
     if view.told_end is JobState.FAILED:
         return view.reason or "failed", view.message or "the attempt failed"
@@ -171,5 +171,5 @@ def _misfortune(view: AttemptView, limits: Limits) -> tuple[str, str]:
     return "driver_died", f"the driver ended without a word{said}"
 
 
-def _end(event: Event, reason: str | None = None, message: str | None = None) -> Decision:
+def _end(event: Trigger, reason: str | None = None, message: str | None = None) -> Decision:
     return Decision(action=Action.SETTLE, event=event, reason=reason, message=message)

@@ -70,7 +70,7 @@ class RecordedInverses:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recording:
+class ReplayScript:
     """What is to be done as a run did it.
 
     At checkpoints and evaluations the workers share the buffers of a model, so these are done in

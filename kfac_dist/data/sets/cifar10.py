@@ -30,7 +30,7 @@ _FILES: Mapping[Split, str] = {"train": "data_batch_*.bin", "test": "test_batch.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Archive:
+class Cifar10Archive:
     """The packed files, where they can be downloaded, and their md5."""
 
     name: str
@@ -38,7 +38,7 @@ class Archive:
     md5: str
 
 
-CIFAR10 = Archive(
+CIFAR10 = Cifar10Archive(
     name="cifar-10-binary.tar.gz",
     mirrors=("https://www.cs.toronto.edu/~kriz",),
     md5="c32a1d4ab5d03f1284b67883e8d87530",
@@ -55,7 +55,7 @@ class Cifar10Reader:
     """
 
     places: Places
-    archive: Archive = CIFAR10
+    archive: Cifar10Archive = CIFAR10
 
     def read(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Images `[N, 3, 32, 32]` and labels `[N]`, in the order of the files' names."""

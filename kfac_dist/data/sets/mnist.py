@@ -22,14 +22,14 @@ _PREFIX: Mapping[Split, str] = {"train": "train", "test": "t10k"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Archive:
+class MnistArchive:
     """Where the four files can be downloaded, and the md5 of each one *unpacked*."""
 
     mirrors: tuple[str, ...]
     md5: Mapping[str, str]
 
 
-MNIST = Archive(
+MNIST = MnistArchive(
     mirrors=(
         "https://ossci-datasets.s3.amazonaws.com/mnist",
         "https://storage.googleapis.com/cvdf-datasets/mnist",
@@ -52,7 +52,7 @@ class MnistReader:
     """
 
     places: Places
-    archive: Archive = MNIST
+    archive: MnistArchive = MNIST
 
     def images(self, split: Split) -> NDArray[np.uint8]:
         """Images `[N, 784]`, uint8, rows of the image one after the other."""

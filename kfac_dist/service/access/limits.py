@@ -11,8 +11,8 @@ from kfac_dist.errors import LimitExceededError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of a server; those of sizes are in `transport`, both ends know them."""
+class ServerLimits:
+    """ServerLimits of a server; those of sizes are in `transport`, both ends know them."""
 
     streams_a_user: int = 256
     calls_at_once: int = 2000

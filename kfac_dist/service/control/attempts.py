@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Trigger, JobState
 from kfac_dist.coordination.jobs.runner import (
     AttemptKey,
     JobRunner,
@@ -23,7 +23,7 @@ from kfac_dist.coordination.jobs.supervision import (
     AttemptView,
     ClusterWord,
     Decision,
-    Limits,
+    WaitLimits,
     decide,
 )
 from kfac_dist.errors import KfacDistError, UnreachableError
@@ -43,14 +43,14 @@ _CLUSTER_WORDS: dict[RunnerState, ClusterWord] = {
     RunnerState.PENDING: "pending",
     RunnerState.RUNNING: "running",
 }
-_SEVERITIES: dict[Event, Severity] = {Event.FAIL: "error", Event.RESTART: "warning"}
+_SEVERITIES: dict[Trigger, Severity] = {Trigger.FAIL: "error", Trigger.RESTART: "warning"}
 # Of an attempt that ended without a word.
 _ATTEMPT_STATES = {
-    Event.SUCCEED: JobState.SUCCEEDED,
-    Event.FAIL: JobState.FAILED,
-    Event.RESTART: JobState.FAILED,
-    Event.HALT: JobState.PAUSED,
-    Event.VANISH: JobState.CANCELLED,
+    Trigger.SUCCEED: JobState.SUCCEEDED,
+    Trigger.FAIL: JobState.FAILED,
+    Trigger.RESTART: JobState.FAILED,
+    Trigger.HALT: JobState.PAUSED,
+    Trigger.VANISH: JobState.CANCELLED,
 }
 
 
@@ -88,7 +88,7 @@ def _submit(jobs: Jobs, runner: JobRunner, row: JobRow, token: str) -> None:
 class Supervisor:
     """Looks after the attempts on the cluster; for one thread."""
 
-    def __init__(self, jobs: Jobs, runner: JobRunner, limits: Limits) -> None:
+    def __init__(self, jobs: Jobs, runner: JobRunner, limits: WaitLimits) -> None:
         self._jobs = jobs
         self._runner = runner
         self._limits = limits
@@ -214,7 +214,7 @@ def _conclude(session: Session, row: JobRow, decision: Decision) -> None:
         attempt.state, attempt.ended_at = _ATTEMPT_STATES[event], now
         attempt.reason, attempt.message = decision.reason, text_of(decision.message)
     move(session, row, event, now, reason=decision.reason, message=decision.message)
-    if event is Event.RESTART:
+    if event is Trigger.RESTART:
         row.num_restarts += 1
     why = f": {decision.message}" if decision.message else ""
     message = f"attempt {attempt.number} ended and nothing of it is left on the cluster{why}"

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import select
 
 from kfac_dist.config import parse_spec
-from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, JobState, Trigger
 from kfac_dist.coordination.jobs.placement import cpus_of
 from kfac_dist.coordination.jobs.queueing import NOTHING, Room, Waiting, admit
 from kfac_dist.coordination.jobs.runner import AttemptKey, ClusterResources, JobRunner
-from kfac_dist.coordination.jobs.supervision import Limits
+from kfac_dist.coordination.jobs.supervision import WaitLimits
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.service.control.attempts import Supervisor, start_attempt
 from kfac_dist.service.jobs import Jobs
@@ -37,10 +37,10 @@ _STRAYS_SECONDS = 60.0
 class Controller:
     """Runs the jobs in `jobs` by `runner`; `start` and `stop` it once."""
 
-    def __init__(self, jobs: Jobs, runner: JobRunner, limits: Limits | None = None) -> None:
+    def __init__(self, jobs: Jobs, runner: JobRunner, limits: WaitLimits | None = None) -> None:
         self._jobs = jobs
         self._runner = runner
-        self._supervisor = Supervisor(jobs, runner, limits or Limits())
+        self._supervisor = Supervisor(jobs, runner, limits or WaitLimits())
         self._wake = threading.Event()
         self._stopping = False
         self._strays_at = 0.0
@@ -86,7 +86,7 @@ class Controller:
         for job in self._ids({JobState.PENDING}):
             with self._jobs.change(job) as (session, row):
                 if row.state == JobState.PENDING:
-                    move(session, row, Event.ENQUEUE, time.time())
+                    move(session, row, Trigger.ENQUEUE, time.time())
         for job in self._ids(ACTIVE):
             self._guarded(job)
         self._start_admitted()

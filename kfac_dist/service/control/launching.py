@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.jobs.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
 from kfac_dist.service.job_records import Job
@@ -50,7 +50,7 @@ def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, n
     """Write the row of the next attempt; `token` is the secret of its driver."""
     row.attempt += 1
     row.summary = None  # of the attempt before
-    event = Event.RELAUNCH if resumes else Event.LAUNCH
+    event = Trigger.RELAUNCH if resumes else Trigger.LAUNCH
     move(session, row, event, now, message=f"attempt {row.attempt} waits for its driver")
     session.add(
         AttemptRow(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, JobState, Trigger
 from kfac_dist.service.job_records import (
     Order,
     Report,
@@ -24,7 +24,7 @@ from kfac_dist.service.store.history import append_steps, forget_after
 from kfac_dist.service.store.job_rows import failure_row, find_attempt, move, text_of, touch
 
 _ORDERS: dict[str, Order] = {JobState.PAUSING: "pause", JobState.CANCELLING: "cancel"}
-_NEWS = {JobState.RUNNING: Event.RUN, JobState.DEGRADED: Event.DEGRADE}
+_NEWS = {JobState.RUNNING: Trigger.RUN, JobState.DEGRADED: Trigger.DEGRADE}
 # How an attempt ends; the controller draws the conclusion for its job.
 ATTEMPT_ENDED = frozenset(
     {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}

@@ -25,7 +25,7 @@ from kfac_dist.errors import (
     UsageError,
 )
 from kfac_dist.service.access.caller import Caller
-from kfac_dist.service.access.limits import Limits, StreamCounter
+from kfac_dist.service.access.limits import ServerLimits, StreamCounter
 from kfac_dist.service.job_records import Role
 from kfac_dist.service.wire.status import to_status
 
@@ -67,7 +67,7 @@ class Stream:
 class Gate:
     """Lets calls through to their functions."""
 
-    def __init__(self, authenticate: Authenticate, limits: Limits) -> None:
+    def __init__(self, authenticate: Authenticate, limits: ServerLimits) -> None:
         self._authenticate = authenticate
         self._limits = limits
         self._streams = StreamCounter(limits.streams_a_user)

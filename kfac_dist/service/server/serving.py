@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kfac_dist.errors import UsageError
-from kfac_dist.service.access.limits import Limits
+from kfac_dist.service.access.limits import ServerLimits
 from kfac_dist.service.access.tls import TlsFiles, check_exposure, server_credentials
 from kfac_dist.service.access.tokens import Tokens
 from kfac_dist.service.jobs import Jobs
@@ -39,7 +39,7 @@ class ServerOptions:
     port: int
     tls: TlsFiles | None = None
     insecure: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
     drain_seconds: float = 10.0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.jobs.lifecycle import ENDED, Event, JobState, next_state
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState, Trigger, next_state
 from kfac_dist.errors import FirstFailure, NotFoundError
 from kfac_dist.runs.records import Severity
 from kfac_dist.service.job_records import Attempt, Job, JobEvent, is_job_id
@@ -42,7 +42,7 @@ def find_attempt(session: Session, row: JobRow) -> AttemptRow | None:
 def move(
     session: Session,
     row: JobRow,
-    event: Event,
+    event: Trigger,
     now: float,
     *,
     reason: str | None = None,

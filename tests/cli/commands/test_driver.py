@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.coordination.jobs.lifecycle import Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.service.control.launching import begin_attempt, prepare_folder
 from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
@@ -37,7 +37,7 @@ def prepared(jobs: Jobs, source: str) -> Job:
     spec = {"name": "own", "task": "own.py:Task", "steps": 2, "batch_size": 2}
     job = jobs.create(spec, owner="ada", package=pack(code))
     with jobs.change(job.id) as (session, row):
-        move(session, row, Event.ENQUEUE, 1.0)
+        move(session, row, Trigger.ENQUEUE, 1.0)
         begin_attempt(session, row, "secret", resumes=False, now=2.0)
     prepare_folder(jobs, jobs.get(job.id), "secret")
     return jobs.get(job.id)

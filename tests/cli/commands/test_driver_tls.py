@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
-from kfac_dist.coordination.jobs.supervision import Limits
+from kfac_dist.coordination.jobs.supervision import WaitLimits
 from kfac_dist.errors import NotFoundError, UsageError
 from kfac_dist.service.access.local import ensure_local_token, local_server, write_server
 from kfac_dist.service.access.tls import TlsFiles
@@ -47,7 +47,7 @@ def test_drivers_report_and_commands_get_through(
         write_server(home, local_server(server.address, tls))
         ensure_local_token(home, server.tokens)
         # Drivers that could not report would be taken for dead before they have ended.
-        controller = Controller(server.jobs, runner, Limits(silence_seconds=200.0))
+        controller = Controller(server.jobs, runner, WaitLimits(silence_seconds=200.0))
         controller.start()
         try:
             job = server.jobs.create(spec(steps=20, task_args={"seconds": 0.05}), owner="ada")

@@ -7,18 +7,18 @@ from hypothesis import strategies as st
 from kfac_dist.coordination.jobs.lifecycle import (
     ACTIVE,
     ENDED,
-    Event,
     JobState,
+    Trigger,
     next_state,
     possible_requests,
 )
 from kfac_dist.errors import ConflictError
 
 WAITING = {JobState.PENDING, JobState.QUEUED, JobState.PAUSED}
-EVENTS = st.lists(st.sampled_from(Event), max_size=40)
+EVENTS = st.lists(st.sampled_from(Trigger), max_size=40)
 
 
-def after(events: list[Event], state: JobState = JobState.PENDING) -> list[JobState]:
+def after(events: list[Trigger], state: JobState = JobState.PENDING) -> list[JobState]:
     """All states on the way; what is refused leaves the state as it is."""
     states = [state]
     for event in events:
@@ -47,35 +47,41 @@ def after(events: list[Event], state: JobState = JobState.PENDING) -> list[JobSt
 def test_lives(events: str, end: str) -> None:
     state = JobState.PENDING
     for event in events.split():
-        state = next_state(state, Event(event))
+        state = next_state(state, Trigger(event))
     assert state == end
 
 
 @given(EVENTS)
-def test_only_a_retry_leaves_an_end_and_nothing_leaves_success(events: list[Event]) -> None:
+def test_only_a_retry_leaves_an_end_and_nothing_leaves_success(events: list[Trigger]) -> None:
     states = after(events)
     for event, before, then in zip(events, states, states[1:], strict=False):
         if before in ENDED and then is not before:
-            assert event is Event.RETRY
+            assert event is Trigger.RETRY
             assert before is not JobState.SUCCEEDED
 
 
 @given(EVENTS)
 def test_only_a_launch_makes_an_attempt_and_only_proof_or_news_ends_one(
-    events: list[Event],
+    events: list[Trigger],
 ) -> None:
     states = after(events)
     for event, before, then in zip(events, states, states[1:], strict=False):
         if then in ACTIVE and before not in ACTIVE:
-            assert event in (Event.LAUNCH, Event.RELAUNCH)
+            assert event in (Trigger.LAUNCH, Trigger.RELAUNCH)
             assert before is JobState.QUEUED
         if before in ACTIVE and then not in ACTIVE:
-            assert event in {Event.HALT, Event.VANISH, Event.SUCCEED, Event.FAIL, Event.RESTART}
+            assert event in {
+                Trigger.HALT,
+                Trigger.VANISH,
+                Trigger.SUCCEED,
+                Trigger.FAIL,
+                Trigger.RESTART,
+            }
 
 
 @given(EVENTS)
-def test_an_order_to_cancel_is_never_forgotten(events: list[Event]) -> None:
-    state = next_state(JobState.RUNNING, Event.CANCEL)
+def test_an_order_to_cancel_is_never_forgotten(events: list[Trigger]) -> None:
+    state = next_state(JobState.RUNNING, Trigger.CANCEL)
     for then in after(events, state):
         if then is not JobState.CANCELLING:
             assert then in (JobState.CANCELLED, JobState.SUCCEEDED)
@@ -88,8 +94,8 @@ def test_every_state_waits_acts_or_has_ended(state: JobState) -> None:
 
 
 @pytest.mark.parametrize("state", JobState)
-@pytest.mark.parametrize("event", [Event.PAUSE, Event.RESUME, Event.CANCEL, Event.RETRY])
-def test_a_refusal_says_what_is_possible(state: JobState, event: Event) -> None:
+@pytest.mark.parametrize("event", [Trigger.PAUSE, Trigger.RESUME, Trigger.CANCEL, Trigger.RETRY])
+def test_a_refusal_says_what_is_possible(state: JobState, event: Trigger) -> None:
     if event in possible_requests(state):
         next_state(state, event)
         return
@@ -99,7 +105,7 @@ def test_a_refusal_says_what_is_possible(state: JobState, event: Event) -> None:
         assert request in caught.value.message
 
 
-@pytest.mark.parametrize("event", [Event.CANCEL, Event.PAUSE, Event.RUN, Event.DEGRADE])
-def test_asking_and_telling_twice_changes_nothing(event: Event) -> None:
+@pytest.mark.parametrize("event", [Trigger.CANCEL, Trigger.PAUSE, Trigger.RUN, Trigger.DEGRADE])
+def test_asking_and_telling_twice_changes_nothing(event: Trigger) -> None:
     once = next_state(JobState.RUNNING, event)
     assert next_state(once, event) is once

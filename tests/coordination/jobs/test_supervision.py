@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Event, JobState, next_state
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, JobState, Trigger, next_state
 from kfac_dist.coordination.jobs.supervision import (
     Action,
     AttemptView,
     ClusterWord,
-    Limits,
+    WaitLimits,
     decide,
 )
 
 S = JobState
-LIMITS = Limits()
+LIMITS = WaitLimits()
 RUNNING = AttemptView(
     job_state=S.RUNNING,
     state_seconds=50.0,
@@ -39,7 +39,7 @@ def action(**changes: Any) -> Action:
     return decide(replace(RUNNING, **changes), LIMITS).action
 
 
-def event(**changes: Any) -> tuple[Event | None, str | None]:
+def event(**changes: Any) -> tuple[Trigger | None, str | None]:
     decision = decide(replace(RUNNING, **({"cluster": "over"} | changes)), LIMITS)
     assert decision.action is Action.SETTLE
     return decision.event, decision.reason
@@ -52,12 +52,12 @@ def test_a_healthy_job_is_left_alone() -> None:
 def test_a_driver_that_reports_is_believed_more_than_the_cluster() -> None:
     assert action(cluster="over") is Action.WAIT
     assert action(cluster="unknown") is Action.WAIT
-    assert event(silent_seconds=6.0) == (Event.RESTART, "driver_died")
-    assert event(cluster="unknown", silent_seconds=31.0) == (Event.RESTART, "driver_died")
+    assert event(silent_seconds=6.0) == (Trigger.RESTART, "driver_died")
+    assert event(cluster="unknown", silent_seconds=31.0) == (Trigger.RESTART, "driver_died")
 
 
 def test_an_end_that_was_told_needs_no_word_of_a_cluster_that_forgets() -> None:
-    assert event(cluster="unknown", told_end=S.SUCCEEDED) == (Event.SUCCEED, None)
+    assert event(cluster="unknown", told_end=S.SUCCEEDED) == (Trigger.SUCCEED, None)
 
 
 def test_an_attempt_that_the_cluster_was_never_told_of_is_submitted() -> None:
@@ -65,14 +65,14 @@ def test_an_attempt_that_the_cluster_was_never_told_of_is_submitted() -> None:
     assert action(**new, cluster="unknown") is Action.SUBMIT
     assert action(**new, cluster="pending") is Action.WAIT
     new["job_state"] = S.CANCELLING
-    assert event(**new, cluster="unknown") == (Event.VANISH, "requested")
+    assert event(**new, cluster="unknown") == (Trigger.VANISH, "requested")
 
 
 def test_a_driver_that_never_reports_is_ended_at_the_start_deadline() -> None:
     late = {"job_state": S.STARTING, "silent_seconds": None, "attempt_seconds": 121.0}
     assert action(**late, cluster="pending") is Action.KILL
     decision = decide(replace(RUNNING, **late, cluster="over", cluster_message="no room"), LIMITS)
-    assert (decision.event, decision.reason) == (Event.FAIL, "start_timed_out")
+    assert (decision.event, decision.reason) == (Trigger.FAIL, "start_timed_out")
     assert decision.message == "the driver did not report within 120 s (no room)"
 
 
@@ -101,27 +101,27 @@ def test_a_driver_that_has_told_its_end_must_exit() -> None:
 @pytest.mark.parametrize(
     ("view", "expected"),
     [
-        ({"told_end": S.SUCCEEDED}, (Event.SUCCEED, None)),
-        ({"told_end": S.SUCCEEDED, "job_state": S.CANCELLING}, (Event.SUCCEED, None)),
-        ({"told_end": S.CANCELLED, "job_state": S.CANCELLING}, (Event.VANISH, "requested")),
-        ({"told_end": S.FAILED, "job_state": S.CANCELLING}, (Event.VANISH, "requested")),
-        ({"told_end": S.PAUSED, "job_state": S.PAUSING}, (Event.HALT, "requested")),
-        ({"silent_seconds": 9.0, "job_state": S.PAUSING}, (Event.HALT, "requested")),
-        ({"told_end": S.FAILED, "reason": "user_task"}, (Event.FAIL, "user_task")),
-        ({"told_end": S.FAILED, "reason": "worker_died"}, (Event.RESTART, "worker_died")),
+        ({"told_end": S.SUCCEEDED}, (Trigger.SUCCEED, None)),
+        ({"told_end": S.SUCCEEDED, "job_state": S.CANCELLING}, (Trigger.SUCCEED, None)),
+        ({"told_end": S.CANCELLED, "job_state": S.CANCELLING}, (Trigger.VANISH, "requested")),
+        ({"told_end": S.FAILED, "job_state": S.CANCELLING}, (Trigger.VANISH, "requested")),
+        ({"told_end": S.PAUSED, "job_state": S.PAUSING}, (Trigger.HALT, "requested")),
+        ({"silent_seconds": 9.0, "job_state": S.PAUSING}, (Trigger.HALT, "requested")),
+        ({"told_end": S.FAILED, "reason": "user_task"}, (Trigger.FAIL, "user_task")),
+        ({"told_end": S.FAILED, "reason": "worker_died"}, (Trigger.RESTART, "worker_died")),
         (
             {"told_end": S.FAILED, "reason": "worker_died", "num_restarts": 3},
-            (Event.FAIL, "worker_died"),
+            (Trigger.FAIL, "worker_died"),
         ),
         (
             {"told_end": S.FAILED, "reason": "worker_died", "job_state": S.PAUSING},
-            (Event.FAIL, "worker_died"),
+            (Trigger.FAIL, "worker_died"),
         ),
-        ({"told_end": S.CANCELLED}, (Event.RESTART, "interrupted")),
-        ({"told_end": S.PAUSED, "max_restarts": 0}, (Event.FAIL, "interrupted")),
+        ({"told_end": S.CANCELLED}, (Trigger.RESTART, "interrupted")),
+        ({"told_end": S.PAUSED, "max_restarts": 0}, (Trigger.FAIL, "interrupted")),
     ],
 )
-def test_ends(view: dict[str, Any], expected: tuple[Event, str | None]) -> None:
+def test_ends(view: dict[str, Any], expected: tuple[Trigger, str | None]) -> None:
     assert event(**view) == expected
 
 
@@ -165,5 +165,5 @@ def test_nothing_waits_forever(view: AttemptView) -> None:
 
 @given(VIEWS)
 def test_restarts_have_an_end(view: AttemptView) -> None:
-    if decide(view, LIMITS).event is Event.RESTART:
+    if decide(view, LIMITS).event is Trigger.RESTART:
         assert view.num_restarts < view.max_restarts

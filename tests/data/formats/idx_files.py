@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kfac_dist.data.sets.mnist import Archive
+from kfac_dist.data.sets.mnist import MnistArchive
 
 NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -34,10 +34,10 @@ def small_archive(num_train: int = 20, num_test: int = 8) -> dict[str, bytes]:
     return files
 
 
-def describe(files: dict[str, bytes], mirrors: tuple[str, ...] = ()) -> Archive:
+def describe(files: dict[str, bytes], mirrors: tuple[str, ...] = ()) -> MnistArchive:
     """The archive that consists of exactly these files."""
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    return Archive(mirrors=mirrors, md5=md5)
+    return MnistArchive(mirrors=mirrors, md5=md5)
 
 
 def write(files: dict[str, bytes], folder: Path, *, gz: bool = True) -> None:

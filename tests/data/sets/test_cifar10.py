@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kfac_dist.data import Places, case_source, check_finite, fetch
-from kfac_dist.data.sets.cifar10 import CIFAR10, Archive, Cifar10Reader
+from kfac_dist.data.sets.cifar10 import CIFAR10, Cifar10Archive, Cifar10Reader
 from kfac_dist.errors import DataError, DataNotFoundError
 from tests.data.serving import serving
 
@@ -45,7 +45,9 @@ def packed():
 
 
 def reader(tmp_path, data_dir=None, content=b"", mirrors=()):
-    archive = Archive(name=CIFAR10.name, mirrors=mirrors, md5=hashlib.md5(content).hexdigest())
+    archive = Cifar10Archive(
+        name=CIFAR10.name, mirrors=mirrors, md5=hashlib.md5(content).hexdigest()
+    )
     return Cifar10Reader(
         places=Places(data_dir=data_dir, cache_dir=tmp_path / "cache"), archive=archive
     )

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.coordination.jobs.lifecycle import ENDED, Event, JobState
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState, Trigger
 from kfac_dist.coordination.jobs.runner import AttemptKey
-from kfac_dist.coordination.jobs.supervision import Limits
+from kfac_dist.coordination.jobs.supervision import WaitLimits
 from kfac_dist.service.access.local import LocalServer, write_server
 from kfac_dist.service.control.controller import Controller
 from kfac_dist.service.control.launching import begin_attempt
@@ -28,7 +28,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(400)
 
-LIMITS = Limits(
+LIMITS = WaitLimits(
     start_seconds=120.0,
     cancel_seconds=3.0,
     pause_seconds=10.0,
@@ -224,7 +224,7 @@ def test_an_error_of_the_users_is_none(served: Plant) -> None:
 def test_an_attempt_that_the_cluster_never_starts_fails_in_time(plant: Plant) -> None:
     plant.runner.keeps_pending = True
     plant.controller.stop()
-    limits = Limits(start_seconds=1.0)
+    limits = WaitLimits(start_seconds=1.0)
     plant.controller = Controller(plant.jobs, plant.runner, limits)
     plant.controller.start()
     failed = plant.wait(plant.submit(), JobState.FAILED)
@@ -236,7 +236,7 @@ def test_a_server_that_died_before_it_asked_the_cluster_asks_later(plant: Plant)
     plant.controller.stop()
     job = plant.submit()
     with plant.jobs.change(job.id) as (session, row):
-        move(session, row, Event.ENQUEUE, time.time())
+        move(session, row, Trigger.ENQUEUE, time.time())
         begin_attempt(session, row, "lost with the server", resumes=False, now=time.time())
     assert plant.runner.submitted == []
     plant.controller = Controller(plant.jobs, plant.runner, LIMITS)

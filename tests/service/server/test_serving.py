@@ -29,7 +29,7 @@ from kfac_dist.errors import (
     UnreachableError,
     UsageError,
 )
-from kfac_dist.service.access.limits import Limits
+from kfac_dist.service.access.limits import ServerLimits
 from kfac_dist.service.client import Client
 from kfac_dist.service.job_records import Role
 from kfac_dist.service.server.serving import ServerOptions
@@ -254,7 +254,7 @@ def test_a_report_wants_the_attempts_own_token(server: Serving) -> None:
 
 
 def test_too_many_streams_of_one_user_are_refused(tmp_path: Path) -> None:
-    options = ServerOptions(host="127.0.0.1", port=0, limits=Limits(streams_a_user=2))
+    options = ServerOptions(host="127.0.0.1", port=0, limits=ServerLimits(streams_a_user=2))
     with serving(tmp_path / "home", options) as server, server.client() as client:
         job = client.submit(spec())
         watches = [client.watch(job.id) for _ in range(2)]

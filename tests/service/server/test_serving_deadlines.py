@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from kfac_dist.errors import TimedOutError
-from kfac_dist.service.access.limits import Limits
+from kfac_dist.service.access.limits import ServerLimits
 from kfac_dist.service.server.serving import ServerOptions
 from tests.service.requests import spec
 from tests.service.serving import Serving, serving
@@ -40,7 +40,7 @@ class Jam:
 
 
 def test_the_servers_own_deadline(tmp_path: Path) -> None:
-    options = ServerOptions(host="127.0.0.1", port=0, limits=Limits(call_seconds=0.5))
+    options = ServerOptions(host="127.0.0.1", port=0, limits=ServerLimits(call_seconds=0.5))
     with serving(tmp_path / "home", options) as server, server.client() as client:
         job = client.submit(spec())
         with Jam(server), pytest.raises(TimedOutError, match="PauseJob took too long"):

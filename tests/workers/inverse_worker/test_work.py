@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kfac_dist.coordination.steps.assignment import DEFAULT_COST_MODEL, LayerCost
-from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, Recording
+from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, ReplayScript
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.statistics.sums import BatchStatistics
 from tests.waiting import wait_until
@@ -19,7 +19,7 @@ from workers.exchange.parcels import pack_statistics
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
 
-RECORDING = Recording(
+RECORDING = ReplayScript(
     inverses=RecordedInverses(
         uses={
             "a": [InverseUse(first_step=6, version_step=4, gammas=(3.0,))],
@@ -35,7 +35,7 @@ LAYERS = (LayerCost(name="a", orders=(4, 3)), LayerCost(name="b", orders=(3, 2))
 
 @pytest.fixture
 def make(tmp_path):
-    def build(recording: Recording | None = None, **sections) -> InverseWork:
+    def build(replay_script: ReplayScript | None = None, **sections) -> InverseWork:
         sections = {"staleness": {"max_steps": 40}} | sections
         spec = small_spec(workers={"gradient": 2, "inverse": 1}, **sections)
         setup = InverseSetup(
@@ -46,7 +46,7 @@ def make(tmp_path):
             assignment_epoch=1,
             applied_step=0,
         )
-        return InverseWork(replace(job_context(spec, tmp_path), recording=recording), setup)
+        return InverseWork(replace(job_context(spec, tmp_path), replay_script=replay_script), setup)
 
     return build
 
@@ -136,7 +136,7 @@ def test_a_synchronous_request_waits_for_its_statistics(make):
 
 
 def test_a_recorded_request_is_for_some_layers_each_with_its_gammas(make):
-    work = make(recording=RECORDING)
+    work = make(replay_script=RECORDING)
     statistics = {step: [message(step, rank) for rank in (0, 1)] for step in (1, 2, 3, 4)}
     deliver(work, *statistics[1], *statistics[2], *statistics[3])
     assert work.dealt_step == 2  # the first inverse is of step 2

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kfac_dist.optim.precision import PreconditionDtype
-from kfac_dist.runs import Event, JobState, RunFolder, StepRecord
+from kfac_dist.runs import Event, RunFolder, RunState, StepRecord
 from kfac_dist.runs.records import Severity
 from workers.driver.records.metrics_server import MetricsServer
 
@@ -86,6 +86,6 @@ class JobJournal:
         if precondition is not None:
             self.event("precondition_dtype", str(precondition), dtype=precondition.dtype)
 
-    def state(self, state: JobState, **changes: Any) -> None:
+    def state(self, state: RunState, **changes: Any) -> None:
         """Write the state of the job."""
         self._folder.update_job(state=state, step=self.step, **changes)

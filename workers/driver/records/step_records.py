@@ -28,7 +28,7 @@ _SERVER_PHASES = {
 }
 
 
-class Recorder:
+class StepRecords:
     """Builds step records; keeps what is needed over the steps of a job."""
 
     def __init__(self, earlier: Iterable[StepRecord] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.driver.records.step_records import Recorder
+from workers.driver.records.step_records import StepRecords
 from workers.exchange.messages import InverseHeader, ServerReport, Traffic, WorkerReport
 
 
@@ -59,7 +59,7 @@ def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> Invers
 def test_how_an_inversion_went(accepted: InverseHeader, result: str) -> None:
     traffic = Traffic(sent_bytes=70, received_bytes=30, num_messages=6)
     workers = [WorkerReport(rank=0, step=1, phase_seconds={}, traffic=traffic)]
-    record = Recorder().record(report(accepted), workers, {}, step_seconds=0.5)
+    record = StepRecords().record(report(accepted), workers, {}, step_seconds=0.5)
     assert (record.exchanged_bytes, record.num_messages) == (100, 6)
     (inversion,) = record.inversions
     assert (inversion.layer, inversion.seconds, inversion.result) == ("a", 0.25, result)
