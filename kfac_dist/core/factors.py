@@ -126,6 +126,15 @@ class LayerSnapshot:
     cross: KroneckerPair | None = None
 
 
+def old_weight(num_updates: int, decay: float) -> float:
+    """Return the weight of the old value in a running average, `min(1 - 1/k, decay)`.
+
+    `num_updates` is k, which counts the updates from 1 and includes this one. The first update
+    replaces the old value, so no bias correction is needed.
+    """
+    return min(1 - 1 / num_updates, decay)
+
+
 class FactorAverages:
     """The running averages of the factors of some layers, and of the cross factors of `links`.
 
@@ -165,7 +174,7 @@ class FactorAverages:
         done: dict[int, Tensor] = {}
         for name in self.names:
             self._num_updates[name] += 1
-            keep = min(1 - 1 / self._num_updates[name], self.factor_decay)
+            keep = old_weight(self._num_updates[name], self.factor_decay)
             weight = (1 - keep) / num_cases
             _average_in(self._averages, name, sums[name], keep, weight, done)
             if name in self._next_names:

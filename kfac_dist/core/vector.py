@@ -53,3 +53,10 @@ def is_finite(values: Tensor) -> bool:
     overflow in it, each is looked at.
     """
     return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+
+
+def rows_at(values: Tensor, positions: Sequence[int]) -> Tensor:
+    """Return the rows of `values` [n, ...] at `positions`; `values` itself when they are all."""
+    if len(positions) == len(values):
+        return values
+    return values[torch.tensor(positions, dtype=torch.int64, device=values.device)]

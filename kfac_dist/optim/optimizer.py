@@ -32,7 +32,7 @@ from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.step.step_rule import Choice
 from kfac_dist.core.step.update import KFACUpdate
-from kfac_dist.core.vector import add_to_parameters, flatten, is_finite
+from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.precision import choose_precondition_dtype
 from kfac_dist.optim.schedules import kfac_schedule
@@ -185,8 +185,8 @@ class KFAC(torch.optim.Optimizer):
             return
         rows = subset_positions(len(inputs), self.settings.statistics_fraction)
         statistics = self._computer.batch_statistics(
-            _take(inputs, rows),
-            _take(targets, rows),
+            rows_at(inputs, rows),
+            rows_at(targets, rows),
             step=plan.step,
             links=self._curvature.structure.links,
             bases=self._curvature.shelf.bases(),
@@ -224,7 +224,7 @@ class KFAC(torch.optim.Optimizer):
         rows = subset_positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
         traced = trace and trace.take(rows)
-        return self._computer.fisher_sums(_take(inputs, rows), vectors, traced).mean(len(rows))
+        return self._computer.fisher_sums(rows_at(inputs, rows), vectors, traced).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))
@@ -292,7 +292,3 @@ class KFAC(torch.optim.Optimizer):
         self._curvature.load_state_dict(state_dict)
         if self._average is not None and "average" in state_dict:
             self._average.load_state_dict(state_dict["average"])
-
-
-def _take(values: Tensor, rows: list[int]) -> Tensor:
-    return values if len(rows) == len(values) else values[torch.tensor(rows, device=values.device)]

@@ -31,7 +31,7 @@ from kfac_dist.core.inverse.precondition import matrices_of, vector_of
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
 from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
-from kfac_dist.core.vector import is_finite, trainable_parameters, unflatten
+from kfac_dist.core.vector import is_finite, rows_at, trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
 
@@ -174,7 +174,7 @@ class KFACPreconditioner:
             rows = subset_positions(len(part), self.settings.statistics_fraction)
             parts.append(
                 self._computer.batch_statistics(
-                    part[torch.tensor(rows, device=part.device)],
+                    rows_at(part, rows),
                     None,
                     step=step,
                     first_row=first_row + rank * len(rows),

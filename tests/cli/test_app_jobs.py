@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kfac_dist.coordination.jobs.lifecycle import Trigger, JobState
+from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import Event
 from kfac_dist.service.control.launching import begin_attempt

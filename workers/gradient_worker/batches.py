@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kfac_dist.coordination.steps.sampling import BatchWindow, shard, subset_positions
 from kfac_dist.core.passes.noise import permutation
+from kfac_dist.core.vector import rows_at
 from kfac_dist.data import MapDataset, fetch
 
 
@@ -31,9 +32,7 @@ class Subset:
 
     def take(self, values: Tensor) -> Tensor:
         """Return these cases of `values` [n, ...]; the tensor itself when they are all."""
-        if len(self.positions) == len(values):
-            return values
-        return values[torch.tensor(self.positions, dtype=torch.int64, device=values.device)]
+        return rows_at(values, self.positions)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.factors import KroneckerPair, old_weight
 from kfac_dist.core.inverse.damped import InversionFailedError, Inverted, PiNorm, damping_split
 from kfac_dist.core.inverse.kronecker_sum import eigendecompose
 from kfac_dist.core.products import two_sided
@@ -51,7 +51,7 @@ class EigenInverse:
         `sums` [dim_G, dim_A] are over `num_cases` cases, in this basis.
         """
         num_updates = self.num_updates + 1
-        keep = min(1 - 1 / num_updates, decay)
+        keep = old_weight(num_updates, decay)
         moments = self.moments * keep + sums * ((1 - keep) / num_cases)
         return replace(self, moments=moments, num_updates=num_updates)
 

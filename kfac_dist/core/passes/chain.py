@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.passes.capture import Captures
+from kfac_dist.core.vector import rows_at
 
 _ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU)
 
@@ -36,8 +37,8 @@ class Trace:
         """Return the cases at these positions; the trace itself when they are all."""
         if len(positions) == len(self.outputs):
             return self
-        rows = torch.tensor(positions, dtype=torch.int64, device=self.outputs.device)
-        return Trace(inputs=tuple(x[rows] for x in self.inputs), outputs=self.outputs[rows])
+        inputs = tuple(rows_at(values, positions) for values in self.inputs)
+        return Trace(inputs=inputs, outputs=rows_at(self.outputs, positions))
 
     def calls(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and the outputs of each module, in order."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kfac_dist.core.factors import old_weight
+
 
 class ParameterAverage:
     """Polyak average of the parameter vector from step `start` on.
@@ -28,7 +30,7 @@ class ParameterAverage:
         self.num_averaged += 1
         if self._average is None:
             self._average = torch.zeros_like(parameters)
-        keep = min(1 - 1 / self.num_averaged, self.decay)
+        keep = old_weight(self.num_averaged, self.decay)
         self._average.mul_(keep).add_(parameters, alpha=1 - keep)
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.jobs.lifecycle import ACTIVE, Trigger, JobState
+from kfac_dist.coordination.jobs.lifecycle import ACTIVE, JobState, Trigger
 from kfac_dist.coordination.jobs.runner import (
     AttemptKey,
     JobRunner,
