@@ -69,7 +69,11 @@ def aligned_empty(like: Tensor, rows: int, columns: int) -> Tensor:
     """
     per_line = _ROW_BYTES // like.element_size()
     width = -(-columns // per_line) * per_line
-    return like.new_empty((rows, width))[:, :columns]
+    padded = like.new_empty((rows, width))
+    # oneDNN's bfloat16 kernels for AMX multiply what lies behind a row of odd length by zero: a NaN
+    # that happens to be there would spread.
+    padded[:, columns:] = 0
+    return padded[:, :columns]
 
 
 def aligned_product(left: Tensor, right: Tensor) -> Tensor:

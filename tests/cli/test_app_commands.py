@@ -12,8 +12,7 @@ import yaml
 
 from kfac_dist.cli import doctor_checks as checks
 from kfac_dist.config import load_spec
-
-from .conftest import KfacDist
+from tests.cli.conftest import KfacDist
 
 ROWS = [
     {

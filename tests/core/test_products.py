@@ -6,7 +6,7 @@ import torch
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.products import RoundedCopies, two_sided
+from kfac_dist.core.products import RoundedCopies, aligned_empty, two_sided
 from kfac_dist.core.step.update import KFACUpdate
 from tests.core.inverse.layers_of_a_chain import STRUCTURES, at, gradients, prepared, structure_of
 from tests.oracles.truth.cases import Case
@@ -93,3 +93,15 @@ def test_the_update_applies_what_the_settings_say():
         assert fallen == ()
     error = (directions["float32"] - directions["bfloat16"]).norm()
     assert 0 < error <= 4 * UNIT * directions["float32"].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_lies_behind_an_aligned_row_is_zero(dtype):
+    """oneDNN multiplies it by zero in bfloat16 where the CPU has AMX: a NaN there would spread."""
+    freed = [torch.full((784, 64), torch.nan, dtype=dtype) for _ in range(8)]
+    like = freed[0][:1]
+    del freed
+    rows = aligned_empty(like, 784, 13)
+    whole = rows.as_strided((784, rows.stride(0)), rows.stride())
+    assert rows.stride(0) > 13
+    assert torch.equal(whole[:, 13:], torch.zeros_like(whole[:, 13:]))
