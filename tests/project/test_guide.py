@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.paths import ROOT
+from tests.project.pages import pages
 
 DOCS = ROOT / "docs"
 ALGORITHM = DOCS / "algorithm.md"
 # Where the algorithm is cited: sources, tests and pages.
 CITING = ("kfac_dist", "workers", "tests", "benchmarks", "examples", "docs", "proto", "README.md")
-# Folders that are no part of the project, or hold what others wrote.
-FOREIGN = {".git", ".venv", "node_modules", "runs", "shared", "build"}
-
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 ANCHOR = re.compile(r"algorithm\.md#([\w-]+)")
 NUMBERED = re.compile(r"algorithm\.md,?\s+sections?\s+\d")
@@ -43,12 +41,6 @@ HEADINGS_OF_THE_ALGORITHM = [
     "ladder",
     "oracles",
 ]
-
-
-def pages() -> Iterator[Path]:
-    for path in sorted(ROOT.rglob("*.md")):
-        if not FOREIGN & set(path.relative_to(ROOT).parts):
-            yield path
 
 
 def without_code(text: str) -> str:
