@@ -35,7 +35,7 @@ STILTED = {
     r"who(so)?ever": "everybody who, callers that",
     r"(goes|go|went|gone|going) on(?! top)": "continue, resume",
     r"(is|are|was|were|be|been) told": "receives, learns, is reported, is measured against",
-    r"of (a|an|the|its|another) [a-z]+'s(?! \w)": "of the ..., with the noun",
+    r"of (a|an|the|its|another) [a-z]+'s(?! [\w{])": "of the ..., with the noun",
     r"as (one|you) likes?": "any number of, in any way",
     r"to be had": "available",
     r"(that|those) which": "what, those that",
@@ -96,11 +96,13 @@ def texts() -> Iterator[Text]:
 def texts_of_source(path: Path, source: str) -> Iterator[Text]:
     """Yield comments, each with those that follow it, and strings."""
     yield from comments(path, source)
-    for node in ast.walk(ast.parse(source)):
+    parts = set[ast.AST]()
+    for node in ast.walk(ast.parse(source)):  # parents before their parts
         if isinstance(node, ast.JoinedStr):
-            parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
-            yield Text(path, node.lineno, "".join(map(str, parts)))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            parts.update(node.values)
+            pieces = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
+            yield Text(path, node.lineno, "".join(map(str, pieces)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts:
             yield Text(path, node.lineno, node.value)
 
 
