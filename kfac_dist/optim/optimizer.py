@@ -25,7 +25,12 @@ from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.inverse.curvature import Curvature
-from kfac_dist.core.inverse.shelf import Held, all_carry, at_gamma, ready
+from kfac_dist.core.inverse.shelf import (
+    InverseVersion,
+    all_inverted_for,
+    layer_inverses,
+    nearest_inverses,
+)
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
 from kfac_dist.core.passes.fisher import FisherMeans
@@ -118,14 +123,14 @@ class KFAC(torch.optim.Optimizer):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets, trace)
         self._invert(plan)
-        held = self._admit(plan)
-        gammas = self._tried_gammas(plan, held)
-        directions = self._precondition(gradient, held, gammas)
+        admitted = self._admit(plan)
+        gammas = self._tried_gammas(plan, admitted)
+        directions = self._precondition(gradient, admitted, gammas)
         fisher = self._fisher_products(plan, inputs, directions, trace)
         choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
-        self._curvature.shelf.use(held, choice.gamma, search_open=self._update.search_open)
+        self._curvature.shelf.use(admitted, choice.gamma, search_open=self._update.search_open)
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
         return self._result(plan, loss, objective, choice, ratio)
@@ -198,19 +203,26 @@ class KFAC(torch.optim.Optimizer):
         if plan.refresh_inverses:
             self._curvature.prepare(self._update.requested_gammas(search=plan.search_gamma))
 
-    def _admit(self, plan: StepPlan) -> Held:
+    def _admit(self, plan: StepPlan) -> dict[str, InverseVersion]:
         """Return the inverses that the step uses: the newest, but for scripted delays."""
         shelf = self._curvature.shelf
         only = self._bound.only_admissible(plan.step, self._registration.names)
-        return shelf.installed(shelf.take(only))
+        return shelf.install(shelf.admit(only))
 
-    def _tried_gammas(self, plan: StepPlan, held: Held) -> tuple[float, ...]:
+    def _tried_gammas(
+        self, plan: StepPlan, admitted: Mapping[str, InverseVersion]
+    ) -> tuple[float, ...]:
         return self._update.tried_gammas(
-            lambda gammas: all_carry(held, gammas), search=plan.search_gamma
+            lambda gammas: all_inverted_for(admitted, gammas), search=plan.search_gamma
         )
 
-    def _precondition(self, gradient: Tensor, held: Held, gammas: tuple[float, ...]) -> Tensor:
-        inverses = [ready(at_gamma(held, gamma)) for gamma in gammas]
+    def _precondition(
+        self,
+        gradient: Tensor,
+        admitted: Mapping[str, InverseVersion],
+        gammas: tuple[float, ...],
+    ) -> Tensor:
+        inverses = [layer_inverses(nearest_inverses(admitted, gamma)) for gamma in gammas]
         directions, fallen = self._update.directions(gradient, inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
         return directions

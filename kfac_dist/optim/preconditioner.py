@@ -210,7 +210,7 @@ class KFACPreconditioner:
         if plan.refresh_inverses:
             self._curvature.prepare((self.gamma,))
             shelf = self._curvature.shelf
-            shelf.use(shelf.installed(shelf.take()), self.gamma, search_open=False)
+            shelf.use(shelf.install(shelf.admit()), self.gamma, search_open=False)
 
     def _precondition(self) -> None:
         parameters = self._computer.parameters

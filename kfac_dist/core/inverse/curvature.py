@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import FactorAverages
-from kfac_dist.core.inverse.shelf import HeldInverses, InverseShelf, ready
+from kfac_dist.core.inverse.shelf import InverseShelf, InverseVersion, layer_inverses
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
@@ -59,11 +59,13 @@ class Curvature:
             if not made:
                 continue
             by_gamma = dict(zip(gammas, prepared, strict=True))
-            self.shelf.put(name, HeldInverses(version_step=self.averages.step, by_gamma=by_gamma))
+            version = InverseVersion(version_step=self.averages.step, by_gamma=by_gamma)
+            self.shelf.put(name, version)
 
     def solve(self, matrices: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
         """Return the direction of each layer [dim_G, dim_A] by the inverses in use."""
-        return self.structure.solve(matrices, ready(self.shelf.in_use()), gamma)[0]
+        inverses = layer_inverses(self.shelf.inverses_in_use())
+        return self.structure.solve(matrices, inverses, gamma)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the structure, the averages and the shelf."""
