@@ -35,7 +35,7 @@ from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
 from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.averaging import ParameterAverage
-from kfac_dist.core.step.step_rule import Choice
+from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
