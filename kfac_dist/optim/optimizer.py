@@ -201,7 +201,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _invert(self, plan: StepPlan) -> None:
         if plan.refresh_inverses:
-            self._curvature.prepare(self._update.requested_gammas(search=plan.search_gamma))
+            self._curvature.invert(self._update.requested_gammas(search=plan.search_gamma))
 
     def _admit(self, plan: StepPlan) -> dict[str, InverseVersion]:
         """Return the inverses that the step uses: the newest, but for scripted delays."""
@@ -268,7 +268,7 @@ class KFAC(torch.optim.Optimizer):
 
         With a block-tridiagonal inverse, those of all layers are needed.
         """
-        return self._curvature.solve(gradients, self._update.gamma)
+        return self._curvature.precondition(gradients, self._update.gamma)
 
     def registration_report(self) -> tuple[ReportRow, ...]:
         """Return one row for each parameter: its block, factor sizes and cost."""

@@ -208,7 +208,7 @@ class KFACPreconditioner:
 
     def _invert(self, plan: StepPlan) -> None:
         if plan.refresh_inverses:
-            self._curvature.prepare((self.gamma,))
+            self._curvature.invert((self.gamma,))
             shelf = self._curvature.shelf
             shelf.use(shelf.install(shelf.admit()), self.gamma, search_open=False)
 
@@ -220,7 +220,7 @@ class KFACPreconditioner:
             self.numeric_events["bad_step"] += 1
             return
         blocks = self._registration.blocks
-        solved = self._curvature.solve(matrices_of(vector, blocks), self.gamma)
+        solved = self._curvature.precondition(matrices_of(vector, blocks), self.gamma)
         direction = vector_of(solved, blocks, vector)
         direction.mul_(self._scale(vector, direction))
         for parameter, piece in zip(parameters, unflatten(direction, parameters), strict=True):

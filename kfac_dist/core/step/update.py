@@ -119,7 +119,7 @@ class KFACUpdate:
         if self._copies is not None:
             inverses = self._copies.of(inverses)
         tried = [
-            self._structure.solve(matrices, by_layer, gamma)
+            self._structure.precondition(matrices, by_layer, gamma)
             for by_layer, gamma in zip(inverses, gammas, strict=True)
         ]
         directions = gradient.new_empty((len(tried), len(gradient)))

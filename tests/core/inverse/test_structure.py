@@ -30,8 +30,8 @@ def test_a_candidate_is_what_its_gamma_gives_alone(inverse):
             expected = alone[name][0].inverse.tensors()
             for key, tensor in one.inverse.tensors().items():
                 assert torch.equal(tensor, expected[key])
-        mine, _ = structure.solve(gradients(), at(together, number), gamma)
-        other, _ = structure.solve(gradients(), at(alone, 0), gamma)
+        mine, _ = structure.precondition(gradients(), at(together, number), gamma)
+        other, _ = structure.precondition(gradients(), at(alone, 0), gamma)
         assert all(torch.equal(mine[name], other[name]) for name in NAMES)
 
 
@@ -61,8 +61,8 @@ def test_an_inverse_that_travelled_as_arrays_gives_the_same_bits(inverse, dtype)
         for name, inverted in sent.items()
     }
     for number, gamma in enumerate(GAMMAS):
-        one, _ = structure.solve(gradients(dtype=dtype), at(sent, number), gamma)
-        other, _ = structure.solve(gradients(dtype=dtype), at(received, number), gamma)
+        one, _ = structure.precondition(gradients(dtype=dtype), at(sent, number), gamma)
+        other, _ = structure.precondition(gradients(dtype=dtype), at(received, number), gamma)
         for name in NAMES:
             assert one[name].dtype == dtype
             assert torch.equal(one[name], other[name])
@@ -73,7 +73,7 @@ def test_the_direction_descends_and_is_shorter_with_more_damping(inverse):
     structure, V = structure_of(inverse), gradients()
     norms = []
     for gamma in (0.01, 0.1, 1.0, 10.0, 1e4):
-        solved, fallen = structure.solve(V, at(prepared(structure, (gamma,)), 0), gamma)
+        solved, fallen = structure.precondition(V, at(prepared(structure, (gamma,)), 0), gamma)
         assert fallen == ()
         assert sum((V[name] * solved[name]).sum() for name in NAMES) > 0
         norms.append(sum(U.square().sum() for U in solved.values()).sqrt().item())
@@ -88,9 +88,11 @@ def test_redamping_shortens_the_direction(inverse):
     light = prepared(structure, (0.3,))
     heavy = {name: structure.redamp(one, 3.0) for name, (one,) in light.items()}
     assert all(one.gamma == 3.0 for one in heavy.values())
-    short, fallen = structure.solve(V, {name: one.inverse for name, one in heavy.items()}, 3.0)
+    short, fallen = structure.precondition(
+        V, {name: one.inverse for name, one in heavy.items()}, 3.0
+    )
     assert fallen == ()
-    long, _ = structure.solve(V, at(light, 0), 0.3)
+    long, _ = structure.precondition(V, at(light, 0), 0.3)
     assert sum(U.norm() for U in short.values()) < sum(U.norm() for U in long.values())
 
 
@@ -99,7 +101,7 @@ def test_redamping_shortens_the_direction(inverse):
 def test_factors_that_are_not_finite_have_no_inverse(inverse, bad):
     structure, snapshot = structure_of(inverse), snapshots()["first"]
     snapshot.pair.A[0, 0] = bad
-    assert structure.prepare(snapshot, GAMMAS) == [None] * 3
+    assert structure.invert_at_gammas(snapshot, GAMMAS) == [None] * 3
 
 
 @pytest.mark.parametrize("inverse", STRUCTURES)
@@ -107,7 +109,7 @@ def test_a_layer_without_inverse_falls_back_to_the_gradient(inverse):
     structure, V = structure_of(inverse), gradients()
     inverses = at(prepared(structure), 0)
     del inverses["second"]
-    solved, fallen = structure.solve(V, inverses, 0.5)
+    solved, fallen = structure.precondition(V, inverses, 0.5)
     assert fallen == ("second",)
     assert all(torch.isfinite(U).all() for U in solved.values())
     assert sum((V[name] * solved[name]).sum() for name in NAMES) > 0
@@ -137,7 +139,7 @@ def test_ekfac_takes_the_moments_along_to_a_new_basis():
         expected = current[name].inverse.moments * 0.5 + 2.0 * 0.5
         torch.testing.assert_close(one.inverse.moments, expected)
         assert one.inverse.num_updates == 2
-        (new,) = structure.prepare(snapshots(seed=4)[name], (0.7,))
+        (new,) = structure.invert_at_gammas(snapshots(seed=4)[name], (0.7,))
         installed = structure.install(new, one)
         assert installed.gamma == installed.inverse.gamma == 0.7
         assert torch.equal(installed.inverse.basis.A, new.inverse.basis.A)

@@ -66,9 +66,9 @@ def solve(inverse, averages, matrices, gamma):
     structure = structure_for(kfac_settings({"inverse": inverse}), averages.names, averages.links)
     inverses = {}
     for name in averages.names:
-        (one,) = structure.prepare(averages.snapshot(name), [gamma])
+        (one,) = structure.invert_at_gammas(averages.snapshot(name), [gamma])
         inverses[name] = one.inverse
-    solved, fallen = structure.solve(matrices, inverses, gamma)
+    solved, fallen = structure.precondition(matrices, inverses, gamma)
     assert fallen == ()
     return solved
 
