@@ -1,4 +1,4 @@
-"""The chain where it has trouble; that it is right is shown in the oracles."""
+"""The chain in numeric trouble; oracle 7 shows that it is right otherwise."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests.core.inverse.layers_of_a_chain import (
 
 
 @pytest.mark.parametrize("which", ["next_pair", "cross"])
-def test_neither_has_a_link_whose_other_half_is_not_finite(which):
+def test_a_link_with_a_factor_that_is_not_finite_is_not_inverted(which):
     snapshot = snapshots()["first"]
     getattr(snapshot, which).G[0, 0] = math.nan
     assert structure_of("block_tridiagonal").invert_at_gammas(snapshot, GAMMAS) == [None] * 3
@@ -50,11 +50,11 @@ def test_links_join_neighbours_in_the_order_of_the_model():
 
 def test_a_chain_of_one_layer_is_block_diagonal():
     snapshot = snapshots()["third"]
-    (one,) = structure_of("block_tridiagonal").invert_at_gammas(snapshot, (0.2,))
-    (other,) = structure_of("block_diagonal").invert_at_gammas(snapshot, (0.2,))
+    (part,) = structure_of("block_tridiagonal").invert_at_gammas(snapshot, (0.2,))
+    (expected,) = structure_of("block_diagonal").invert_at_gammas(snapshot, (0.2,))
     V = {"third": gradients()["third"]}
-    solved, _ = precondition_chain(V, {"third": one.inverse}, (), 0.2)
-    torch.testing.assert_close(solved["third"], other.inverse.apply(V["third"]))
+    solved, _ = precondition_chain(V, {"third": part.inverse}, (), 0.2)
+    torch.testing.assert_close(solved["third"], expected.inverse.apply(V["third"]))
 
 
 def failing_in_float32(A, *args):

@@ -63,7 +63,7 @@ def test_square_norm():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_plane_tells_whether_it_is_finite(bad):
+def test_a_plane_with_a_number_that_is_not_finite_is_not_finite(bad):
     assert plane((0.0, 0.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)).is_finite()
     assert not plane((0.0, bad), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)).is_finite()
     assert not plane((0.0, 0.0), (1.0, 1.0, 1.0), (1.0, bad, 1.0)).is_finite()
