@@ -146,5 +146,5 @@ def probe_snapshot(order: int, dtype: torch.dtype, *, linked: bool) -> LayerSnap
 
 def _time(structure: Structure[Any], snapshot: LayerSnapshot) -> float:
     started = time.perf_counter()
-    structure.prepare(snapshot, [1.0])
+    structure.invert_at_gammas(snapshot, [1.0])
     return time.perf_counter() - started

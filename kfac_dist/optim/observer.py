@@ -1,4 +1,4 @@
-"""What K-FAC sees of a training loop that is not its own: the inputs of the model's passes."""
+"""How K-FAC observes a training loop of the user's: it keeps the inputs of the forward passes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kfac_dist.errors import InvalidSpecError
 
 
 class ForwardObserver:
-    """Keeps the inputs of forward passes whose gradients may be wanted, while `wants` says so.
+    """Keeps the inputs of forward passes in training mode with gradients enabled.
 
-    These are passes in training mode with gradients enabled.
+    It keeps them only while `wants()` is true, in the steps that need statistics.
 
     Raises:
-        InvalidSpecError: in such a pass, the model is not called with one tensor.
+        InvalidSpecError: in such a pass, the model was not called with one tensor.
     """
 
     def __init__(self, model: nn.Module, wants: Callable[[], bool]) -> None:
@@ -29,6 +29,7 @@ class ForwardObserver:
         self._paused = False
         model.register_forward_pre_hook(self._observe, with_kwargs=True)
 
+    # The decorator has no types. Compiled models must run the hook as plain Python.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or not (module.training and torch.is_grad_enabled()):
@@ -37,19 +38,19 @@ class ForwardObserver:
             raise InvalidSpecError(
                 f"KFACPreconditioner: {type(plain_module(module)).__name__} was called with "
                 f"{len(args)} positional and {len(kwargs)} keyword arguments; it must be called "
-                "with one tensor. Wrap it in a module that takes one and hands out the parts"
+                "with one tensor. Wrap it in a module that takes one tensor and passes on its parts"
             )
         if self._wants():
             self._inputs.append(args[0].detach())
 
-    def take(self) -> list[Tensor]:
-        """Return the inputs since the last call, in order."""
+    def pop_inputs(self) -> list[Tensor]:
+        """Return the inputs since the last call, in order, and forget them."""
         taken, self._inputs = self._inputs, []
         return taken
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Observe nothing inside: these passes are K-FAC's own."""
+        """Observe no passes inside: they are K-FAC's own."""
         self._paused = True
         try:
             yield
@@ -69,7 +70,11 @@ def plain_module(model: nn.Module) -> nn.Module:
 
 
 def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """Return the group that the gradients of a model are reduced in, as far as one can tell."""
+    """Return the process group that most likely reduces the gradients of a model.
+
+    It is the group of DistributedDataParallel, or else the default group of torch.distributed;
+    None if that is not initialised.
+    """
     if isinstance(model, DistributedDataParallel):
         return model.process_group
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

@@ -1,4 +1,4 @@
-"""The serial K-FAC optimizer: the reader's guide to the algorithm, and its distributed oracle.
+"""The serial K-FAC optimizer: a guide to the algorithm, and the oracle of the distributed run.
 
 `KFAC.step` reads like the paper. The distributed run does the same work with the same functions:
 `BatchComputer` in the gradient workers, `FactorAverages` and a `Structure` in the inverse workers,
@@ -25,12 +25,17 @@ from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.inverse.curvature import Curvature
-from kfac_dist.core.inverse.shelf import Held, all_carry, at_gamma, ready
+from kfac_dist.core.inverse.shelf import (
+    InverseVersion,
+    all_inverted_for,
+    layer_inverses,
+    nearest_inverses,
+)
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
 from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.averaging import ParameterAverage
-from kfac_dist.core.step.step_rule import Choice
+from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
@@ -42,22 +47,41 @@ _LOG = logging.getLogger(__name__)
 
 
 class KFAC(torch.optim.Optimizer):
-    """K-FAC on one process.
+    """Trains a model by K-FAC in one process: each call of `step` does the whole algorithm.
 
-    `distribution` is the predictive distribution of the outputs: `"bernoulli"` (logits),
-    `"categorical"` (logits) or `"gaussian"`. The remaining options are the fields of the job
-    specification's `optimizer` section, by the same names and with the same defaults; `damping`
-    and `gamma` may be given as a number, their initial value. `settings` has all of them, with
-    `precondition_dtype: auto` decided.
+    `step` computes the loss, the gradient and the curvature of a batch and updates the parameters.
+    It needs no `backward` and no `zero_grad`. To precondition the gradients of your own training
+    loop instead, use `KFACPreconditioner`; to train in several processes, submit a job.
 
-    `delay_steps` simulates an asynchronous run: by patterns of layer names, of which the last that
-    matches counts, how many steps late a refresh of the inverses is used. A job with the same
-    `staleness.delay_steps` takes the same steps. The first `warmup_steps` steps are synchronous
-    all the same, as with `staleness.warmup_steps`.
+        optimizer = KFAC(model, distribution="categorical", damping=1.0)
+        for inputs, targets in loader:
+            result = optimizer.step(inputs, targets)
+            print(result.step, result.loss)
+
+    Args:
+        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
+            of outputs, which parametrise `distribution`.
+        distribution: predictive distribution of the outputs, which also defines the loss:
+            `"bernoulli"` (outputs are logits), `"categorical"` (logits along the last axis) or
+            `"gaussian"` (means; the variance is 1).
+        seed: seed of the targets that are sampled for the factors.
+        delay_steps: simulates an asynchronous run. Maps patterns of layer names to the number of
+            steps by which a refresh of the inverses is used late; the last pattern that matches
+            counts. A job with the same `staleness.delay_steps` takes the same steps.
+        warmup_steps: number of first steps without delays, as `staleness.warmup_steps` in a job.
+        options: the fields of the job specification's `optimizer` section, with the same names and
+            defaults. `damping` and `gamma` may be numbers, their initial values.
+
+    Attributes:
+        settings: all options, with their defaults; `precondition_dtype: auto` is replaced by the
+            type that was chosen.
+        step_count: number of steps so far, skipped ones included.
+        numeric_events: how often each rung of the ladder of numeric trouble was climbed
+            (docs/operations.md explains the names).
 
     Raises:
-        InvalidSpecError: an option is unknown, out of range, not for the type of the parameters,
-            or does not fit the model.
+        InvalidSpecError: an option is unknown, out of range, not possible for the type of the
+            parameters, or does not fit the model.
     """
 
     def __init__(
@@ -81,11 +105,11 @@ class KFAC(torch.optim.Optimizer):
         )
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
-        chosen = choose_precondition_dtype(
+        precondition_dtype = choose_precondition_dtype(
             self.settings, self._registration.blocks, self._parameters[0]
         )
-        self.settings = chosen.resolve(self.settings)
-        _LOG.info("%s", chosen)
+        self.settings = precondition_dtype.resolve(self.settings)
+        _LOG.info("%s", precondition_dtype)
         self._schedule = kfac_schedule(self.settings)
         self._bound = StalenessBound(
             max_steps=0,
@@ -102,8 +126,16 @@ class KFAC(torch.optim.Optimizer):
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
         self.step_count = 0
 
+    # torch's own optimizers are given a closure, not a batch.
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:  # type: ignore[override]
-        """Run the whole algorithm on one batch: inputs [N, ...], targets as the loss takes them.
+        """Do one step of K-FAC on a batch and return what it did.
+
+        If the loss, the gradient, or every candidate for the update is not finite, the parameters
+        are left as they are, and the result has `applied=False`.
+
+        Args:
+            inputs: [N, ...], the cases along the first axis.
+            targets: [N, ...], in the form that the loss of `distribution` takes them.
 
         Raises:
             InvalidSpecError: the batch is empty.
@@ -118,14 +150,14 @@ class KFAC(torch.optim.Optimizer):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets, trace)
         self._invert(plan)
-        held = self._admit(plan)
-        gammas = self._tried_gammas(plan, held)
-        directions = self._precondition(gradient, held, gammas)
+        admitted = self._admit(plan)
+        gammas = self._tried_gammas(plan, admitted)
+        directions = self._precondition(gradient, admitted, gammas)
         fisher = self._fisher_products(plan, inputs, directions, trace)
         choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
-        self._curvature.shelf.use(held, choice.gamma, search_open=self._update.search_open)
+        self._curvature.shelf.use(admitted, choice.gamma, search_open=self._update.search_open)
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
         return self._result(plan, loss, objective, choice, ratio)
@@ -141,7 +173,7 @@ class KFAC(torch.optim.Optimizer):
         return loss, loss + self._l2_term(theta), gradient, sums.trace
 
     def _flat_parameters(self) -> Tensor:
-        """Return the parameters [P] as they are now, until this is asked for again."""
+        """Return the current parameters [P], in a buffer that the next call overwrites."""
         return flatten(self._parameters, self._theta)
 
     def _l2_term(self, theta: Tensor) -> float:
@@ -196,21 +228,28 @@ class KFAC(torch.optim.Optimizer):
 
     def _invert(self, plan: StepPlan) -> None:
         if plan.refresh_inverses:
-            self._curvature.prepare(self._update.requested_gammas(search=plan.search_gamma))
+            self._curvature.invert(self._update.requested_gammas(search=plan.search_gamma))
 
-    def _admit(self, plan: StepPlan) -> Held:
-        """Return the inverses that the step uses: the newest, but for scripted delays."""
+    def _admit(self, plan: StepPlan) -> dict[str, InverseVersion]:
+        """Return the inverses that the step uses: the newest ones, unless delays are scripted."""
         shelf = self._curvature.shelf
         only = self._bound.only_admissible(plan.step, self._registration.names)
-        return shelf.installed(shelf.take(only))
+        return shelf.install(shelf.admit(only))
 
-    def _tried_gammas(self, plan: StepPlan, held: Held) -> tuple[float, ...]:
+    def _tried_gammas(
+        self, plan: StepPlan, admitted: Mapping[str, InverseVersion]
+    ) -> tuple[float, ...]:
         return self._update.tried_gammas(
-            lambda gammas: all_carry(held, gammas), search=plan.search_gamma
+            lambda gammas: all_inverted_for(admitted, gammas), search=plan.search_gamma
         )
 
-    def _precondition(self, gradient: Tensor, held: Held, gammas: tuple[float, ...]) -> Tensor:
-        inverses = [ready(at_gamma(held, gamma)) for gamma in gammas]
+    def _precondition(
+        self,
+        gradient: Tensor,
+        admitted: Mapping[str, InverseVersion],
+        gammas: tuple[float, ...],
+    ) -> Tensor:
+        inverses = [layer_inverses(nearest_inverses(admitted, gamma)) for gamma in gammas]
         directions, fallen = self._update.directions(gradient, inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
         return directions
@@ -242,7 +281,7 @@ class KFAC(torch.optim.Optimizer):
 
     @property
     def factors(self) -> dict[str, LayerFactors]:
-        """The averaged factors of each layer, as new tensors."""
+        """The averaged factors of each layer, copied."""
         averages = self._curvature.averages
         return {name: averages.pair(name) for name in averages.names}
 
@@ -252,18 +291,19 @@ class KFAC(torch.optim.Optimizer):
         return self._average.value if self._average else None
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map each layer's gradient matrix [dim_G, dim_A] (bias last) to its direction.
+        """Return the direction of each layer, by the inverses in use.
 
-        With a block-tridiagonal inverse, those of all layers are needed.
+        `gradients` maps a layer to its gradient as a matrix [dim_G, dim_A], whose last column is
+        the bias. A block-tridiagonal inverse needs the gradients of all layers.
         """
-        return self._curvature.solve(gradients, self._update.gamma)
+        return self._curvature.precondition(gradients, self._update.gamma)
 
     def registration_report(self) -> tuple[ReportRow, ...]:
         """Return one row for each parameter: its block, factor sizes and cost."""
         return self._registration.report
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on, apart from the parameters themselves."""
+        """Return all that the next step depends on, except for the parameters themselves."""
         state = {
             "step_count": self.step_count,
             "update": self._update.state_dict(),
@@ -274,10 +314,10 @@ class KFAC(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of the same model and options.
+        """Restore a copy of a state that was saved with the same model and options.
 
         Raises:
-            InvalidSpecError: the state is of a model with other layers or another size, or of
+            InvalidSpecError: the state belongs to a model with other layers or another size, or to
                 another structure of the inverse.
         """
         self._curvature.check_state(state_dict)

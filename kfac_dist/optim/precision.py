@@ -1,4 +1,4 @@
-"""In which type the inverses are applied, where the settings leave it to a measurement."""
+"""The type in which inverses are applied: as it is set, or as a measurement decides."""
 
 from __future__ import annotations
 
@@ -16,37 +16,40 @@ from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.errors import InvalidSpecError
 
 _NUM_LARGEST = 2  # layers
-# Wide layers are cut so that it takes tenths of a second; where bfloat16 is emulated it is tens of
-# times slower, which small matrices show.
+# Orders that wide layers are cut to, so that the measurement takes tenths of a second. Emulated
+# bfloat16 is tens of times slower than float32, which the first, small order shows at once.
 _ORDERS = (192, 1024)
 _HOPELESS = 0.25
-_WORTHWHILE = 1.2  # above what one measurement differs from the next by
+_WORTHWHILE = 1.2  # repeated measurements differ by less
 _REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreconditionDtype:
-    """The type, and a sentence that says why."""
+    """The type in which inverses are applied, and why."""
 
     dtype: Literal["float32", "bfloat16"]
     reason: str
 
     def __str__(self) -> str:
-        """The choice, as one says it in a log."""
+        """Return the choice as a line of a log."""
         return f"inverses are applied in {self.dtype}: {self.reason}"
 
     def resolve(self, settings: KFACSpec) -> KFACSpec:
-        """Return the settings with the choice made."""
+        """Return the settings with this type as their `precondition_dtype`."""
         return settings.model_copy(update={"precondition_dtype": self.dtype})
 
 
 def choose_precondition_dtype(
     settings: KFACSpec, blocks: Sequence[LayerBlock], like: Tensor
 ) -> PreconditionDtype:
-    """Choose for parameters of the type and on the device of `like`; `auto` takes a measurement.
+    """Choose the type for parameters of the type and on the device of `like`.
+
+    `auto` is measured if the parameters are float32 and a layer has two dense factors; otherwise
+    the type of the parameters is kept.
 
     Raises:
-        InvalidSpecError: bfloat16 is asked for, and the parameters are not float32.
+        InvalidSpecError: the setting is bfloat16, and the parameters are not float32.
     """
     wanted = settings.precondition_dtype
     if wanted == "bfloat16" and like.dtype != torch.float32:
@@ -85,7 +88,7 @@ def _speedup(matrices: Sequence[Tensor]) -> float:
 
 
 def _seconds(pairs: Sequence[KroneckerPair], matrices: Sequence[Tensor]) -> float:
-    """Return the least of a few times to apply `pairs`."""
+    """Return the shortest of a few measured times to apply `pairs`, in seconds."""
     return min(_time(pairs, matrices) for _ in range(_REPEATS))
 
 

@@ -1,13 +1,4 @@
-"""K-FAC for people who have their own training loop: the gradient is preconditioned in place.
-
-preconditioner = KFACPreconditioner(model, distribution="categorical", damping=1e-2)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-for inputs, targets in loader:
-    optimizer.zero_grad()
-    loss_function(model(inputs), targets).backward()
-    preconditioner.step()
-    optimizer.step()
-"""
+"""K-FAC in a training loop of your own: gradients are preconditioned in place."""
 
 from __future__ import annotations
 
@@ -35,7 +26,7 @@ from kfac_dist.core.vector import is_finite, rows_at, trainable_parameters, unfl
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
 
-# Settings of `KFAC` that belong to the user's own loop here.
+# Options of `KFAC` about the step, which here is the user's own optimizer's.
 _FOREIGN = (
     "step_rule",
     "gamma",
@@ -49,34 +40,57 @@ _FOREIGN = (
 
 
 class KFACPreconditioner:
-    """Replaces the gradients of a model by their directions, for any torch optimizer after it.
+    """Replaces the gradients of a model by their directions; your own optimizer takes the step.
 
-    `model` is called with one tensor of inputs, the cases along its first axis, and returns one
-    tensor of outputs, which parametrise `distribution` (`"bernoulli"`, `"categorical"` or
-    `"gaussian"`, as for `KFAC`). It may be wrapped in DistributedDataParallel, and compiled.
-    Statistics are summed over `process_group`, by default that of DistributedDataParallel or, where
-    torch.distributed is initialised, its default group; every process makes the same directions.
+    Call `step` between `backward` and the step of any torch optimizer:
 
-    Forward passes in training mode are observed; `step` computes statistics from their inputs in
-    passes of its own, on a fraction `statistics_fraction` of the cases and in the precision of the
-    parameters, whatever autocast does elsewhere. Gradients that were accumulated over several
-    backward passes belong to all the inputs seen since the last step.
+        preconditioner = KFACPreconditioner(model, distribution="categorical", damping=1e-2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss_function(model(inputs), targets).backward()
+            preconditioner.step()
+            optimizer.step()
 
-    The direction is linear in the gradient. A gradient scaled by a GradScaler gives a direction
-    scaled alike, unless `norm_constraint` is set, which wants `scaler.unscale_` before it.
+    Forward passes in training mode are observed. `step` computes statistics from their inputs in
+    passes of its own, on the fraction `statistics_fraction` of the cases and in the precision of
+    the parameters, whatever autocast does elsewhere. If gradients are accumulated over several
+    backward passes, they belong to all the inputs seen since the last step.
 
-    `damping` is lambda; the strength of the factored damping is its square root. With
-    `norm_constraint` c, directions are scaled by `min(1, sqrt(c / (direction . gradient)) / lr)`,
-    `lr` the learning rate of the optimizer, a number or a function that returns it. The
-    distribution's loss is a sum over the positions of a case (a sequence of T tokens has T): where
-    the user's loss is a mean over positions too, multiply damping and learning rate by T.
+    The direction is linear in the gradient, so a gradient scaled by a GradScaler gives an equally
+    scaled direction. With `norm_constraint`, call `scaler.unscale_` before `step`.
 
-    The remaining options are those of `KFAC`: `inverse`, `fisher_type` (`"mc"` or `"exact"`),
-    `factor_decay`, `factor_update_period`, `inverse_update_period`, `statistics_fraction`,
-    `pi_norm` and those that choose the layers' blocks.
+    The loss of `distribution` is a sum over the positions of a case (a sequence of T tokens has
+    T). If your loss is a mean over positions, multiply the damping and the learning rate by T.
+
+    Args:
+        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
+            of outputs, which parametrise `distribution`. It may be wrapped in
+            DistributedDataParallel, and compiled.
+        distribution: predictive distribution of the outputs: `"bernoulli"`, `"categorical"` or
+            `"gaussian"`, as for `KFAC`.
+        damping: lambda. The strength of the factored damping, gamma, is its square root.
+        norm_constraint: bound c on what a step may change. Directions are scaled by
+            `min(1, sqrt(c / (direction . gradient)) / lr)`.
+        lr: learning rate of the optimizer, or a function that returns it. Give it if and only if
+            `norm_constraint` is given.
+        process_group: statistics are summed over its processes, so that all of them make the same
+            directions. By default it is the group of DistributedDataParallel, or else the default
+            group of torch.distributed if that is initialised.
+        seed: seed of the targets that are sampled for the factors.
+        options: further options of `KFAC`: `inverse`, `fisher_type` (`"mc"` or `"exact"`),
+            `factor_decay`, `factor_update_period`, `inverse_update_period`,
+            `statistics_fraction`, `pi_norm`, and those that choose the layers' blocks.
+
+    Attributes:
+        settings: all options, with their defaults.
+        damping: lambda; you may change it between steps.
+        step_count: number of steps so far.
+        numeric_events: how often each rung of the ladder of numeric trouble was climbed
+            (docs/operations.md explains the names).
 
     Raises:
-        InvalidSpecError: an option is unknown, out of range, or one of the user's own loop.
+        InvalidSpecError: an option is unknown, out of range, or belongs to your own loop.
     """
 
     def __init__(
@@ -123,22 +137,22 @@ class KFACPreconditioner:
 
     @property
     def gamma(self) -> float:
-        """Strength of the factored damping, the square root of `damping`."""
+        """Strength of the factored damping: the square root of `damping`."""
         return math.sqrt(self.damping)
 
     def step(self) -> None:
         """Replace `.grad` of every parameter by its direction, in place.
 
-        A parameter without gradient counts as one with a zero gradient and stays without. A
-        gradient that is not finite is left as it is, and counted.
+        A parameter without a gradient is treated as having a zero gradient, and stays without.
+        If a gradient is not finite, all are left as they are, and the event is counted.
 
         Raises:
-            InvalidSpecError: there was no forward pass in training mode since the last step.
+            InvalidSpecError: the model made no forward pass in training mode since the last step.
         """
         plan = self._schedule.plan(self.step_count + 1)
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             self._update_factors(plan)
-            self.step_count = plan.step  # a step that was refused is none
+            self.step_count = plan.step  # a refused step raises before this line and does not count
             self._invert(plan)
             self._precondition()
 
@@ -149,12 +163,12 @@ class KFACPreconditioner:
     def _update_factors(self, plan: StepPlan) -> None:
         if not plan.update_factors:
             return
-        inputs = self._observer.take()
+        inputs = self._observer.pop_inputs()
         if not inputs:
             raise InvalidSpecError(
                 f"KFACPreconditioner.step: step {plan.step} needs statistics, and the model made "
-                "no forward pass in training mode since the last step. A model that was compiled "
-                "and called before must be given compiled"
+                "no forward pass in training mode since the last step. If the model was compiled "
+                "and called before KFACPreconditioner was made, pass it the compiled model"
             )
         statistics, num_cases = self._statistics(plan.step, inputs)
         self._curvature.update(plan.step, statistics, num_cases)
@@ -195,7 +209,7 @@ class KFACPreconditioner:
         return dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def _reduce(self, statistics: BatchStatistics, num_cases: int) -> int:
-        """Sum over the processes, in place; return the number of cases of all."""
+        """Sum over the processes, in place; return the number of cases of all processes."""
         if self._group is None:
             return num_cases
         tensors = list(statistics.tensors())
@@ -208,9 +222,9 @@ class KFACPreconditioner:
 
     def _invert(self, plan: StepPlan) -> None:
         if plan.refresh_inverses:
-            self._curvature.prepare((self.gamma,))
+            self._curvature.invert((self.gamma,))
             shelf = self._curvature.shelf
-            shelf.use(shelf.installed(shelf.take()), self.gamma, search_open=False)
+            shelf.use(shelf.install(shelf.admit()), self.gamma, search_open=False)
 
     def _precondition(self) -> None:
         parameters = self._computer.parameters
@@ -220,7 +234,7 @@ class KFACPreconditioner:
             self.numeric_events["bad_step"] += 1
             return
         blocks = self._registration.blocks
-        solved = self._curvature.solve(matrices_of(vector, blocks), self.gamma)
+        solved = self._curvature.precondition(matrices_of(vector, blocks), self.gamma)
         direction = vector_of(solved, blocks, vector)
         direction.mul_(self._scale(vector, direction))
         for parameter, piece in zip(parameters, unflatten(direction, parameters), strict=True):
@@ -239,7 +253,7 @@ class KFACPreconditioner:
         return self._registration.report
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on, apart from model and options."""
+        """Return all that the next step depends on, except for the model and the options."""
         return {
             "step_count": self.step_count,
             "damping": self.damping,
@@ -247,11 +261,11 @@ class KFACPreconditioner:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of the same model and options.
+        """Restore a copy of a state that was saved with the same model and options.
 
         Raises:
-            InvalidSpecError: the state is of a model with other layers, or of another structure
-                of the inverse.
+            InvalidSpecError: the state belongs to a model with other layers, or to another
+                structure of the inverse.
         """
         self._curvature.check_state(state_dict)
         self.step_count = state_dict["step_count"]
@@ -263,14 +277,14 @@ def _settings(damping: float, options: dict[str, Any]) -> KFACSpec:
     foreign = [name for name in options if name in _FOREIGN]
     if foreign:
         raise InvalidSpecError(
-            f"KFACPreconditioner has no option {', '.join(foreign)}: it makes directions, and the "
-            "step is your own optimizer's"
+            f"KFACPreconditioner has no option {', '.join(foreign)}: it computes directions, and "
+            "your own optimizer takes the step"
         )
     settings = kfac_settings({"damping": damping, **options})
     if settings.fisher_type == "empirical":
         raise InvalidSpecError(
-            'KFACPreconditioner: fisher_type "empirical" needs the targets, which are not seen '
-            'here; use "mc" or "exact"'
+            'KFACPreconditioner: fisher_type "empirical" needs the targets, which it does not '
+            'see; use "mc" or "exact"'
         )
     return settings
 

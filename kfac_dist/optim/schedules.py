@@ -1,31 +1,32 @@
-"""From the settings of an optimizer to the rules of what is due, and with which values."""
+"""From the settings of an optimizer to its `StepSchedule`: what is due when, and which values."""
 
 from __future__ import annotations
 
 from kfac_dist.config import KFACSpec, LearningRateSchedule, ValueSchedule
 from kfac_dist.coordination.steps.plan import StepSchedule
 from kfac_dist.coordination.steps.schedule import Schedule
-from kfac_dist.core.step.update import searches_gamma
+from kfac_dist.core.step.step_rule import step_rule_for
 
 
 def kfac_schedule(settings: KFACSpec) -> StepSchedule:
-    """Return the periods and given values of `settings`.
+    """Return the periods and the scheduled values of `settings`.
 
-    gamma has no period where it follows the damping, and lr no value where alpha is computed.
+    The step rule decides whether there is a period for the search for gamma, and an lr.
     """
+    rule = step_rule_for(settings)
     damping = settings.damping.initial
     return StepSchedule(
         factor_update_period=settings.factor_update_period,
         inverse_update_period=settings.inverse_update_period,
-        gamma_adapt_period=settings.gamma.adapt_period if searches_gamma(settings) else None,
+        gamma_adapt_period=rule.gamma_search_period,
         damping_adapt_period=settings.damping.adapt_period,
-        lr=schedule_of(settings.lr) if settings.step_rule == "norm_constraint" else None,
+        lr=schedule_of(settings.lr) if rule.takes_lr else None,
         damping=schedule_of(damping) if isinstance(damping, ValueSchedule) else None,
     )
 
 
 def schedule_of(section: float | ValueSchedule) -> float | Schedule:
-    """Return a number or a schedule of the specification as the rules know it."""
+    """Return a number as it is, and a schedule of the specification as the rules read it."""
     if not isinstance(section, ValueSchedule):
         return section
     return Schedule(

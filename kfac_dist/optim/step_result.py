@@ -1,4 +1,4 @@
-"""What a step of the serial optimizer tells."""
+"""What a step of the serial optimizer returns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from dataclasses import dataclass
 class StepResult:
     """What one step did.
 
-    `loss` is the mean of -log r(y|z) over the batch before the update, in nats a case, `objective`
-    adds the l2 term. `predicted_change` is M(delta) - M(0); `reduction_ratio` (rho) is there every
-    `damping.adapt_period` steps. `damping` and `gamma` are the values after the step, `lr` that of
-    the step, None where alpha needs none. `applied` is False when a number was not finite and the
-    parameters were left alone.
+    Attributes:
+        step: number of the step, from 1.
+        loss: mean of -log r(y|z) over the batch before the update, in nats a case.
+        objective: the loss plus the l2 term.
+        alpha: step size along the direction.
+        mu: momentum, the weight of the previous update.
+        damping: lambda after the step.
+        gamma: strength of the factored damping after the step.
+        update_norm: Euclidean norm of the update.
+        predicted_change: M(delta) - M(0), None if the step computed no Fisher products.
+        reduction_ratio: rho, every `damping.adapt_period` steps; otherwise None.
+        lr: learning rate of the step, None under a step rule that does not take one.
+        applied: False if a number was not finite, so that the parameters were left alone.
     """
 
     step: int

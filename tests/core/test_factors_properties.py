@@ -10,7 +10,7 @@ from kfac_dist.config import kfac_settings
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import FactorAverages, KroneckerPair
 from kfac_dist.core.inverse.damped import invert_pair, redamp
-from kfac_dist.core.inverse.precondition import direction, precondition
+from kfac_dist.core.inverse.precondition import matrices_of, precondition_layers, vector_of
 from tests.core.inverse.layers_of_a_chain import STRUCTURES
 from tests.oracles.truth.cases import DISTRIBUTIONS, Case
 from tests.oracles.truth.library import computer_for
@@ -65,7 +65,7 @@ def test_inverse_errs_no_more_than_the_condition_number_allows(pair, gamma, norm
 @given(pair=pairs(), gamma=log_uniform(-4, 3), seed=SEEDS)
 def test_direction_descends(pair, gamma, seed):
     V = gradient_for(pair, seed)
-    U = precondition(V, invert_pair(pair, gamma).inverse)
+    U = invert_pair(pair, gamma).inverse.apply(V)
     assert (U * V).sum() > 0
 
 
@@ -79,15 +79,15 @@ def test_large_damping_gives_the_scaled_gradient(pair, seed):
         1.0,
     )
     gamma = 1e6 * largest
-    U = precondition(V, invert_pair(pair, gamma).inverse)
+    U = invert_pair(pair, gamma).inverse.apply(V)
     torch.testing.assert_close(U * gamma**2, V, rtol=1e-5, atol=1e-5)
 
 
 @given(pair=pairs(), gamma=log_uniform(-3, 2), factor=st.floats(1.0, 100.0), seed=SEEDS)
 def test_more_damping_gives_a_shorter_direction(pair, gamma, factor, seed):
     V = gradient_for(pair, seed)
-    short = precondition(V, redamp(invert_pair(pair, gamma), gamma * factor).inverse)
-    long = precondition(V, invert_pair(pair, gamma).inverse)
+    short = redamp(invert_pair(pair, gamma), gamma * factor).inverse.apply(V)
+    long = invert_pair(pair, gamma).inverse.apply(V)
     assert short.norm() <= long.norm() * (1 + 1e-6)
 
 
@@ -137,10 +137,15 @@ def test_direction_is_linear_in_the_gradient(seed, gamma, scale):
         for block in registration.blocks
     }
     gradient = torch.randn(registration.num_parameters, generator=generator, dtype=torch.float64)
-    one, fallen = direction(gradient, registration.blocks, inverses, gamma)
-    many, _ = direction(scale * gradient, registration.blocks, inverses, gamma)
-    assert fallen == ()
-    assert (many - scale * one).norm() <= 1e-10 * scale * one.norm()
+
+    def direction(vector):
+        matrices = matrices_of(vector, registration.blocks)
+        solved, fallen = precondition_layers(matrices, inverses, gamma)
+        assert fallen == ()
+        return vector_of(solved, registration.blocks, vector)
+
+    plain, scaled = direction(gradient), direction(scale * gradient)
+    assert (scaled - scale * plain).norm() <= 1e-10 * scale * plain.norm()
 
 
 @st.composite

@@ -108,7 +108,7 @@ WARMED = {"schedule": "cosine", "initial": 0.5, "final": 0.1, "steps": 6, "warmu
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_schedules_go_on_where_a_state_was_saved(rule):
+def test_schedules_continue_where_a_state_was_saved(rule):
     case = case_for("categorical")
     inputs, targets = case.data()
     options = {"damping": {"initial": FALLING, "adapt_period": None}, "lr": WARMED}
@@ -285,7 +285,7 @@ def test_precondition_is_the_dense_solve_with_the_averaged_factors():
 
 @pytest.mark.parametrize(("initial", "direction"), [(1e-4, 1), (100.0, -1)])
 def test_gamma_finds_its_way_from_both_sides(initial, direction):
-    """Far too small a gamma grows and far too large a one shrinks, whatever the damping."""
+    """With a fixed damping, a gamma that is far too small grows, and one far too large shrinks."""
     case = case_for("gaussian", seed=4)
     model, (inputs, targets) = case.model(), case.data()
     optimizer = optimizer_for(

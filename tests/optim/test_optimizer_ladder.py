@@ -1,4 +1,4 @@
-"""The ladder of numeric trouble (algorithm.md section 13): each rung is reached and counted."""
+"""The ladder of numeric trouble (docs/algorithm.md#ladder): each rung is reached and counted."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def batch():
 
 @pytest.fixture
 def optimizer(monkeypatch):
-    """One layer, each step with factors that a test puts into `optimizer.next_factors`."""
+    """One layer; each step uses the factors that a test puts into `optimizer.next_factors`."""
     torch.manual_seed(0)
     made = KFAC(
         nn.Sequential(nn.Linear(3, 2)),

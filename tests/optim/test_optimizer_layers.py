@@ -1,4 +1,4 @@
-"""Whole steps on a convolutional network and a transformer, with every structure."""
+"""Whole steps on a convolutional network and a transformer, with every inverse structure."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_steps_lower_the_loss(problem, inverse, sharing):
 
 @pytest.mark.parametrize("inverse", STRUCTURES)
 @pytest.mark.parametrize("problem", [convnet, transformer])
-def test_a_restored_run_goes_on_as_the_uninterrupted_one(problem, inverse):
+def test_a_restored_run_continues_as_the_uninterrupted_one(problem, inverse):
     options = {"distribution": "categorical", "inverse": inverse, "damping": 1.0}
     model, inputs, targets = problem()
     optimizer = KFAC(model, **options)

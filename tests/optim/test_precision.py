@@ -1,4 +1,4 @@
-"""The type that inverses are applied in: asked for, refused, or measured."""
+"""The type in which inverses are applied: set, refused, or measured."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def choice(wanted, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
-def test_what_is_asked_for_is_taken(wanted):
+def test_the_setting_is_obeyed(wanted):
     assert choice(wanted).dtype == wanted
 
 
@@ -35,7 +35,7 @@ def test_float64_is_never_rounded():
         KFAC(CASE.model(), distribution="bernoulli", precondition_dtype="bfloat16")
 
 
-def test_auto_measures_and_says_what(caplog):
+def test_auto_measures_and_logs_what_it_found(caplog):
     with caplog.at_level("INFO", logger="kfac_dist"):
         optimizer = KFAC(CASE.model().float(), distribution="bernoulli", precondition_dtype="auto")
     assert "times as long as float32 on cpu (products with 4 x 6 and 5 x 7)" in caplog.text

@@ -1,4 +1,4 @@
-"""KFACPreconditioner in the loops that people write: every wrapper they would put around it."""
+"""KFACPreconditioner in typical training loops, with every wrapper that users put around them."""
 
 import importlib.util
 import os
@@ -128,7 +128,7 @@ def test_two_processes_equal_one_on_the_whole_batch(two_processes, inverse):
 
 @pytest.fixture
 def nothing_compiled():
-    """Compiled code is cached by the module's class, with the hooks of its first instance."""
+    """Clear compiled code, which is cached by class, with the hooks of the first instance."""
     torch._dynamo.reset()
 
 
@@ -140,20 +140,20 @@ def test_a_compiled_model_is_observed_too():
         preconditioner = preconditioner_for(model)
         backward(model)
         preconditioner.step()
-    for one, two in zip(gradients(plain), gradients(other), strict=True):
-        torch.testing.assert_close(one, two)
+    for gradient, other_gradient in zip(gradients(plain), gradients(other), strict=True):
+        torch.testing.assert_close(gradient, other_gradient)
 
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_model_that_is_compiled_afterwards_is_observed_too():
     plain, other = job.model(), job.model()
-    preconditioner, of_plain = preconditioner_for(other), preconditioner_for(plain)
+    preconditioner, plain_preconditioner = preconditioner_for(other), preconditioner_for(plain)
     backward(torch.compile(other, backend="eager"))
     preconditioner.step()
     backward(plain)
-    of_plain.step()
-    for one, two in zip(gradients(plain), gradients(other), strict=True):
-        torch.testing.assert_close(one, two)
+    plain_preconditioner.step()
+    for gradient, other_gradient in zip(gradients(plain), gradients(other), strict=True):
+        torch.testing.assert_close(gradient, other_gradient)
 
 
 def test_a_scaled_gradient_gives_a_direction_scaled_alike():
@@ -162,8 +162,8 @@ def test_a_scaled_gradient_gives_a_direction_scaled_alike():
         preconditioner = preconditioner_for(model)
         backward(model, scale=scale)
         preconditioner.step()
-    for one, two in zip(gradients(plain), gradients(scaled), strict=True):
-        torch.testing.assert_close(one, two / 1024)
+    for gradient, other_gradient in zip(gradients(plain), gradients(scaled), strict=True):
+        torch.testing.assert_close(gradient, other_gradient / 1024)
 
 
 def test_autocast_and_grad_scaler_train():
@@ -296,12 +296,12 @@ class TwoInputs(nn.Module):
         (lambda: preconditioner_for(job.model().bfloat16()), "bfloat16"),
     ],
 )
-def test_mistakes_are_told(make, message):
+def test_mistakes_are_reported(make, message):
     with pytest.raises(InvalidSpecError, match=message):
         make()
 
 
-def test_a_model_of_two_inputs_is_told_what_to_do():
+def test_a_model_of_two_inputs_is_refused_with_advice():
     model = TwoInputs()
     preconditioner_for(model)
     with pytest.raises(InvalidSpecError, match="Wrap it in a module"):

@@ -35,7 +35,7 @@ def test_what_is_measured_for_the_costs_is_the_ordinary_work_of_the_structure(in
     settings, link = KFACSpec(inverse=inverse), Link("a", "b")
     structure = structure_for(settings, link, [link])
     snapshot = probe_snapshot(20, torch.float32, linked=bool(structure.links))
-    (prepared,) = structure.prepare(snapshot, [1.0])
+    (prepared,) = structure.invert_at_gammas(snapshot, [1.0])
     assert prepared.rungs == ()
     expected = {"block_diagonal": "A", "block_tridiagonal": "psi_A", "ekfac": "Q_A"}
     assert expected[inverse] in prepared.inverse.tensors()

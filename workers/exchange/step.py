@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kfac_dist.core.compute import GradientSums
 from kfac_dist.core.passes.fisher import FisherSums
-from kfac_dist.core.step.step_rule import Choice
+from kfac_dist.core.step.choice import Choice
 from workers.exchange.process_group import Group
 
 _SKIP = (0.0, 0.0)

@@ -16,7 +16,7 @@ from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.distributions import get_distribution
-from kfac_dist.core.step.step_rule import combine
+from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
 from kfac_dist.data import Split
 from kfac_dist.tasks import Task, build_model, load_task, torch_dtype, user_code

@@ -200,7 +200,7 @@ class InverseWork:
     def _invert(self, name: str, gammas: tuple[float, ...]) -> InverseMessage:
         started = time.perf_counter()
         snapshot = self._averages[name].snapshot(name)
-        prepared = self._structure.prepare(snapshot, gammas)
+        prepared = self._structure.invert_at_gammas(snapshot, gammas)
         self._versions[name] = snapshot.step
         if self._policy == "largest_drift":
             self._drift.start_from(name, snapshot.pair.tensors())

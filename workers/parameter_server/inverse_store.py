@@ -20,12 +20,11 @@ from kfac_dist.coordination.steps.staleness import Admission, StalenessBound, ad
 from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.inverse.precondition import LayerInverse
 from kfac_dist.core.inverse.shelf import (
-    Held,
-    HeldInverses,
     InverseShelf,
-    all_carry,
-    at_gamma,
-    ready,
+    InverseVersion,
+    all_inverted_for,
+    layer_inverses,
+    nearest_inverses,
 )
 from kfac_dist.core.inverse.structure import Structure
 from kfac_dist.core.vector import is_finite
@@ -75,13 +74,13 @@ class InverseStore:
                 self._shelf.put(header.layer, held)
             self._changed.notify_all()
 
-    def _unpack(self, header: InverseHeader, parcel: InverseParcel) -> HeldInverses:
+    def _unpack(self, header: InverseHeader, parcel: InverseParcel) -> InverseVersion:
         tensors = unpack_inverses(parcel, self.device)
         by_gamma = {
             gamma: None if pi is None else self.structure.restore(next(tensors), pi, gamma)
             for gamma, pi in zip(header.gammas, header.pis, strict=True)
         }
-        return HeldInverses(version_step=header.version_step, by_gamma=by_gamma)
+        return InverseVersion(version_step=header.version_step, by_gamma=by_gamma)
 
     def set_orphaned(self, layers: Collection[str]) -> None:
         """Tell which layers no inverse worker refreshes now; a waiting step decides anew."""
@@ -119,7 +118,7 @@ class InverseStore:
                     )
                 admission = self._decide(step)
             return Admitted(
-                held=self._shelf.take(self.bound.only_admissible(step, self.layers)),
+                held=self._shelf.admit(self.bound.only_admissible(step, self.layers)),
                 admission=admission,
                 waited_seconds=time.perf_counter() - started,
             )
@@ -127,14 +126,14 @@ class InverseStore:
     def _versions(self, step: int) -> dict[str, int | None]:
         """Return the version of each layer that is here for `step`, None without any."""
         only = self.bound.only_admissible(step, self.layers) or {}
-        return {name: self._shelf.version(name, only.get(name)) for name in self.layers}
+        return {name: self._shelf.available_version(name, only.get(name)) for name in self.layers}
 
     def install(self, admitted: Admitted) -> Admitted:
         """Return them as a step uses them: newer ones with what they take over from those in use.
 
         Nothing is changed before `use`, so a step that is not applied leaves the next one to do it.
         """
-        return replace(admitted, held=self._shelf.installed(admitted.held))
+        return replace(admitted, held=self._shelf.install(admitted.held))
 
     def _decide(self, step: int) -> Admission:
         return admit(
@@ -163,7 +162,7 @@ class InverseStore:
         A layer that is admitted only with heavier damping gets its gamma raised in proportion to
         its age over the bound.
         """
-        inverses = at_gamma(admitted.held, gamma)
+        inverses = nearest_inverses(admitted.held, gamma)
         for name in [name for name in admitted.admission.damp if name in inverses]:
             age = step - admitted.held[name].version_step
             heavier = inverses[name].gamma * age / self.staleness.max_steps
@@ -180,14 +179,14 @@ class InverseStore:
             self._counts["refused_moments"] += 1
             return
         for name, of in moments.items():
-            used = self._shelf.used_version(name)
+            used = self._shelf.version_in_use(name)
             assert used == of.version_step, "moments in the basis of the inverse"
         self._shelf.observe({name: of.sums for name, of in moments.items()}, num_cases)
 
     def bases(self) -> dict[str, Basis]:
         """Return the bases in which moments are to be computed."""
         return {
-            name: Basis(version_step=self._shelf.used_version(name), pair=pair)
+            name: Basis(version_step=self._shelf.version_in_use(name), pair=pair)
             for name, pair in self._shelf.bases().items()
         }
 
@@ -217,7 +216,7 @@ class InverseStore:
 class Admitted:
     """What a step may use: the newest inverses of each layer that has any, and on what terms."""
 
-    held: Held
+    held: Mapping[str, InverseVersion]
     admission: Admission
     waited_seconds: float
 
@@ -225,7 +224,7 @@ class Admitted:
         """Tell whether every layer has an inverse for each of `gammas`, or an excuse."""
         excused = {*self.admission.stale, *self.admission.gradient}
         counted = {name: one for name, one in self.held.items() if name not in excused}
-        return all_carry(counted, gammas)
+        return all_inverted_for(counted, gammas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +237,7 @@ class Candidate:
     @property
     def by_layer(self) -> dict[str, LayerInverse]:
         """The inverses, ready to be applied."""
-        return ready(self.inverses)
+        return layer_inverses(self.inverses)
 
 
 @dataclass(frozen=True, kw_only=True)

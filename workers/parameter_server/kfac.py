@@ -17,7 +17,7 @@ from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
 from kfac_dist.coordination.steps.sampling import subset_positions
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.passes.fisher import FisherMeans
-from kfac_dist.core.step.step_rule import Choice
+from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from workers.exchange.arrays import Array, section, to_arrays, to_tensors
 from workers.exchange.checksum import checksum

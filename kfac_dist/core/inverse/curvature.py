@@ -1,6 +1,6 @@
-"""The curvature of all layers where one process holds it: averages, and a shelf of inverses.
+"""The curvature of all layers in one process: averaged factors, and a shelf of inverses.
 
-In a distributed run the averages are the inverse workers' and the shelf the parameter server's;
+In a distributed run the inverse workers hold the averages and the parameter server the shelf;
 both use the same `Structure`.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import FactorAverages
-from kfac_dist.core.inverse.shelf import HeldInverses, InverseShelf, ready
+from kfac_dist.core.inverse.shelf import InverseShelf, InverseVersion, layer_inverses
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
@@ -24,7 +24,7 @@ from kfac_dist.errors import InvalidSpecError
 class Curvature:
     """Averaged factors and inverses of the layers of a model.
 
-    `events` counts rungs of the ladder of numeric trouble.
+    `events` counts the rungs of the ladder of numeric trouble (docs/algorithm.md#ladder).
     """
 
     def __init__(
@@ -39,31 +39,37 @@ class Curvature:
         self._events = events
 
     def update(self, step: int, statistics: BatchStatistics, num_cases: int) -> None:
-        """Take in the statistics of one step, unless a number is not finite."""
+        """Average in the statistics of one step, or refuse them if a number is not finite."""
         if not statistics.is_finite():
             self._events["refused_statistics"] += 1
             return
         self.averages.update(step, statistics.factors, num_cases, statistics.crosses)
         self.shelf.observe(statistics.moments, num_cases)
 
-    def prepare(self, gammas: Sequence[float]) -> None:
-        """Put inverses for each gamma on the shelf; without any, a layer keeps what it has."""
-        if self.averages.step == 0:
-            return
-        for name in self.averages.names:
-            prepared = self.structure.prepare(self.averages.snapshot(name), gammas)
-            made = [one for one in prepared if one is not None]
-            self._events.update(rung for one in made for rung in one.rungs)
-            kept = "kept_inverse" if name in self.shelf else "no_inverse"
-            self._events[kept] += prepared.count(None)
-            if not made:
-                continue
-            by_gamma = dict(zip(gammas, prepared, strict=True))
-            self.shelf.put(name, HeldInverses(version_step=self.averages.step, by_gamma=by_gamma))
+    def invert(self, gammas: Sequence[float]) -> None:
+        """Invert the averaged factors at each gamma and make the inverses available.
 
-    def solve(self, matrices: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
+        A layer whose inversion fails at every gamma keeps the inverses it has.
+        """
+        if self.averages.step == 0:
+            return  # the statistics of every step so far were refused
+        for name in self.averages.names:
+            inverted = self.structure.invert_at_gammas(self.averages.snapshot(name), gammas)
+            succeeded = [inverse for inverse in inverted if inverse is not None]
+            self._events.update(rung for inverse in succeeded for rung in inverse.rungs)
+            kept = "kept_inverse" if name in self.shelf else "no_inverse"
+            self._events[kept] += inverted.count(None)
+            if not succeeded:
+                continue
+            by_gamma = dict(zip(gammas, inverted, strict=True))
+            version = InverseVersion(version_step=self.averages.step, by_gamma=by_gamma)
+            self.shelf.put(name, version)
+
+    def precondition(self, matrices: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
         """Return the direction of each layer [dim_G, dim_A] by the inverses in use."""
-        return self.structure.solve(matrices, ready(self.shelf.in_use()), gamma)[0]
+        inverses = layer_inverses(self.shelf.inverses_in_use())
+        directions, _ = self.structure.precondition(matrices, inverses, gamma)
+        return directions
 
     def state_dict(self) -> dict[str, Any]:
         """Return the structure, the averages and the shelf."""
@@ -74,14 +80,14 @@ class Curvature:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Check that a state is of these layers and this structure.
+        """Check that a state belongs to these layers and this structure.
 
         Raises:
-            InvalidSpecError: it is not.
+            InvalidSpecError: it does not.
         """
         if state["inverse"] != self._inverse:
             raise InvalidSpecError(
-                f"the state is of inverse: {state['inverse']}; this optimizer has "
+                f"the state was saved with inverse: {state['inverse']}; this optimizer has "
                 f"inverse: {self._inverse}"
             )
         names = {key.rpartition("/")[0] for key in state["factors"] if "/" in key}
@@ -93,7 +99,7 @@ class Curvature:
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of the same layers and structure."""
+        """Restore a copy of the state of the same layers and structure."""
         self.averages.load_state_dict(state["factors"])
         self.shelf.load_state_dict(
             {name: value.clone() for name, value in state["inverses"].items()}

@@ -1,4 +1,4 @@
-"""Damped inverses of Kronecker factors (algorithm.md sections 4 and 7).
+"""Damped inverses of Kronecker factors (docs/algorithm.md#factored-damping; paper 6.3).
 
 Factored Tikhonov damping replaces `A (x) G + gamma^2 I` by
 `(A + pi gamma I) (x) (G + (gamma / pi) I)`.
@@ -19,23 +19,23 @@ from kfac_dist.core.vector import is_finite
 PiNorm = Literal["trace", "frobenius"]
 T_co = TypeVar("T_co", covariant=True)
 
-# A factor of nothing but zeros says nothing about the split, and a nearly empty one would put all
-# the damping on one side: pi stays within these bounds, far outside of what real layers show.
+# A nearly empty factor would put all the damping on the other one, so pi is bounded, far outside
+# the values that real layers have.
 _PI_BOUNDS = (1e-6, 1e6)
 NUM_RAISES = 6
 RAISE_BY = 10.0
 
 
 class InversionFailedError(ArithmeticError):
-    """No rung of the ladder gave a finite inverse."""
+    """No rung of the ladder of numeric trouble gave a finite inverse."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inverted(Generic[T_co]):
-    """What was prepared to apply the inverse of one layer's curvature, and how it was damped.
+    """The inverse of one layer's curvature, and how it was damped.
 
-    `rungs` names the steps of the ladder of numeric trouble that were needed, in order; empty as
-    a rule.
+    `rungs` names the rungs of the ladder of numeric trouble (docs/algorithm.md#ladder) that were
+    climbed, in order; usually it is empty.
     """
 
     inverse: T_co
@@ -51,13 +51,13 @@ InvertedPair = Inverted[KroneckerPair]
 def invert_layer(
     factors: LayerFactors, gamma: float, pi_norm: PiNorm = "trace"
 ) -> Inverted[LayerFactors]:
-    """Invert the curvature of a layer under damping of strength `gamma`, whatever its kind.
+    """Invert the curvature of a layer of any kind under damping of strength `gamma`.
 
     Raises:
         InversionFailedError: a factor is not finite, or no amount of damping helped.
     """
     if isinstance(factors, UnitMoments):
-        # One factor only: nothing to split the damping between.
+        # With one factor only, the damping is not split.
         inverse, rungs = _invert_factor(factors.M, gamma**2)
         return Inverted(inverse=UnitMoments(M=inverse), pi=1.0, gamma=gamma, rungs=rungs)
     return invert_pair(factors, gamma, pi_norm)
@@ -82,7 +82,7 @@ def damping_split(pair: KroneckerPair, norm: PiNorm) -> float:
     """Return pi, which splits the damping between A and G by their mean size.
 
     `trace`: pi^2 = (tr A / dim_A) / (tr G / dim_G); `frobenius`: the same with
-    `||.||_F / sqrt(dim)`. It is 1 when a factor is zero, and bounded to [1e-6, 1e6].
+    `||.||_F / sqrt(dim)`. It is 1 if a factor is zero, and bounded to [1e-6, 1e6].
     """
     size_A, size_G = (_mean_size(factor, norm) for factor in (pair.A, pair.G))
     if not (size_A > 0 and size_G > 0):
@@ -117,9 +117,10 @@ def invert_pair(pair: KroneckerPair, gamma: float, pi_norm: PiNorm = "trace") ->
 
 
 def _invert_factor(factor: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
-    """Climb the ladder: as it is, in float64, then with more and more damping.
+    """Invert a factor: as it is, then in float64, then with more and more damping.
 
-    A factor is a matrix, several [units, k, k], or the vector of a diagonal.
+    A factor is a matrix [k, k], several [units, k, k], or the vector of a diagonal [k]. Returns
+    the inverse and the rungs that were climbed.
     """
     if not is_finite(factor):
         raise InversionFailedError("the factor has elements that are not finite")
@@ -151,7 +152,7 @@ def _cholesky_inverse(factor: Tensor, damping: float) -> Tensor | None:
     root, failed = torch.linalg.cholesky_ex(damped)
     if failed.any():
         return None
-    # By rows, as a matrix that has travelled: BLAS rounds the two layouts differently.
+    # Stored by rows, as after a transfer between processes: BLAS rounds the layouts differently.
     inverse = torch.cholesky_inverse(root).contiguous()
     inverse = (inverse + inverse.mT) / 2
     return inverse if is_finite(inverse) else None

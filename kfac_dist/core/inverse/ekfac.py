@@ -1,9 +1,9 @@
-"""EKFAC: K-FAC with corrected eigenvalues (George et al., arXiv:1806.03884).
+"""EKFAC: K-FAC with corrected eigenvalues (docs/algorithm.md#ekfac; arXiv:1806.03884).
 
-K-FAC says that in the basis `Q_A (x) Q_G` of the factors' eigenvectors the curvature is diagonal,
-with the products of the eigenvalues on its diagonal. EKFAC keeps the basis and measures the
-diagonal: the second moments of the gradients of single cases, of all diagonals the nearest to the
-exact block in the Frobenius norm.
+In K-FAC, the curvature is diagonal in the basis `Q_A (x) Q_G` of the factors' eigenvectors, with
+the products of the eigenvalues on the diagonal. EKFAC keeps the basis and measures the diagonal,
+as the second moments of the gradients of single cases. No other diagonal in this basis is nearer
+to the exact block in the Frobenius norm.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class EigenInverse:
 
     `basis` has the eigenvectors Q_A [dim_A, dim_A] and Q_G [dim_G, dim_G] as columns; `moments`
     [dim_G, dim_A] is the running mean over cases of `(Q_G^T DW Q_A)^2`, DW the gradient of one
-    case, and `num_updates` what it counts as: 1 where K-FAC's own diagonal stands in for it.
-    The damping gamma^2 is what remains of the factored damping where the curvature is zero.
+    case. `num_updates` counts the updates in it; K-FAC's own diagonal, the initial value, counts
+    as one. gamma^2 is what the factored damping amounts to where the curvature is zero.
     """
 
     basis: KroneckerPair
@@ -42,11 +42,11 @@ class EigenInverse:
         return two_sided(Q_G, inner / (self.moments + self.gamma**2), Q_A.T)
 
     def map_matrices(self, change: Callable[[Tensor], Tensor]) -> EigenInverse:
-        """Return it with the basis changed."""
+        """Return the inverse with `change` applied to the matrices of the basis."""
         return replace(self, basis=self.basis.map_matrices(change))
 
     def updated(self, sums: Tensor, num_cases: int, decay: float) -> EigenInverse:
-        """Return it with the moments of one step averaged in, by the rule of the factors.
+        """Return the inverse with the moments of one step averaged in, weighted as factors are.
 
         `sums` [dim_G, dim_A] are over `num_cases` cases, in this basis.
         """
@@ -56,7 +56,7 @@ class EigenInverse:
         return replace(self, moments=moments, num_updates=num_updates)
 
     def carrying(self, old: EigenInverse) -> EigenInverse:
-        """Return it with the moments of `old`, carried over to this basis.
+        """Return the inverse with the moments of `old`, carried over to this basis.
 
         If the curvature is diagonal in the old basis, its diagonal in the new one is
         `(R_G . R_G) moments (R_A . R_A)^T` with `R = Q^T Q_old`; the sum of the moments stays.
@@ -66,7 +66,7 @@ class EigenInverse:
         return replace(self, moments=moments, num_updates=old.num_updates)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, not copied; gamma goes beside them."""
+        """Return the tensors by name, not copied; gamma is not among them."""
         return {
             "Q_A": self.basis.A,
             "Q_G": self.basis.G,
@@ -76,7 +76,7 @@ class EigenInverse:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], gamma: float) -> EigenInverse:
-        """Return the inverse that has these tensors; they are kept."""
+        """Return the inverse that has these tensors; they are kept, not copied."""
         return cls(
             basis=KroneckerPair(A=tensors["Q_A"], G=tensors["Q_G"]),
             moments=tensors["moments"],
@@ -90,7 +90,7 @@ def eigen_inverse(
 ) -> Inverted[EigenInverse]:
     """Return the inverse in the eigenbasis of a layer's factors, with K-FAC's moments.
 
-    Nothing but `gamma` itself depends on gamma; see `at_gamma`.
+    Its tensors do not depend on gamma, so one decomposition serves all candidates; see `at_gamma`.
 
     Raises:
         InversionFailedError: a factor is not finite, or has no eigendecomposition.
@@ -107,7 +107,7 @@ def eigen_inverse(
 
 
 def _decompose(factor: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return eigenvalues, none below zero, and eigenvectors; in float64 if it takes that."""
+    """Return eigenvalues, clamped at zero, eigenvectors, and the rungs that were climbed."""
     try:
         values, vectors = eigendecompose(factor)
         return values.clamp(min=0), vectors, ()

@@ -1,4 +1,4 @@
-"""The inverse of `A (x) B +/- C (x) D` (algorithm.md section 6; Appendix B of the paper)."""
+"""The inverse of `A (x) B +/- C (x) D` (docs/algorithm.md#kronecker-sum; paper B)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kfac_dist.core.vector import is_finite
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerSumInverse:
-    """A prepared inverse, applied to as many matrices V [dim_B, dim_A] as one likes.
+    """An inverse that can be applied to any number of matrices V [dim_B, dim_A].
 
     `K1` [dim_A, dim_A] and `K2` [dim_B, dim_B] turn both terms into diagonal matrices at once,
     `K1^T A K1 = I` and `K1^T C K1 = diag(s1)`, so that `K1 K1^T` is the inverse of A alone.
@@ -33,18 +33,18 @@ class KroneckerSumInverse:
         return two_sided(self.K2, inner / self.denominators, self.K1.T)
 
     def map_matrices(self, change: Callable[[Tensor], Tensor]) -> KroneckerSumInverse:
-        """Return it with K1 and K2 changed."""
+        """Return the inverse with `change` applied to K1 and K2."""
         return replace(self, K1=change(self.K1), K2=change(self.K2))
 
 
 def invert_kronecker_sum(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, sign: Literal[1, -1]
 ) -> KroneckerSumInverse:
-    """Prepare the inverse of `A (x) B + sign C (x) D`.
+    """Return the inverse of `A (x) B + sign C (x) D`.
 
-    A and B are positive definite, C and D semi-definite of any rank; the lower triangle of A and
-    B is read, C and D are symmetrised. A difference that is positive has s1 and s2 of at most 1
-    where it comes from a chain of layers, so they are clipped there; those of a sum are free.
+    A and B must be positive definite; only their lower triangles are read. C and D must be
+    positive semi-definite, of any rank; they are symmetrised. For a difference, s1 and s2 are
+    clipped to at most 1, which they exceed only by rounding if it comes from a chain of layers.
 
     Raises:
         InversionFailedError: A or B has no Cholesky factor, or a number is not finite.
@@ -54,15 +54,15 @@ def invert_kronecker_sum(
     if sign < 0:
         s1, s2 = s1.clamp(max=1), s2.clamp(max=1)
     denominators = 1 + sign * torch.outer(s2, s1)
-    denominators[denominators == 0] = 1
+    denominators[denominators == 0] = 1  # the sum is singular there; 1 keeps the inverse finite
     return KroneckerSumInverse(K1=K1, K2=K2, denominators=denominators)
 
 
 def _diagonalise(A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Return K [d, d] and s [d] with `K^T A K = I` and `K^T C K = diag(s)`.
 
-    Any root of A serves where the paper writes `A^{1/2}`: with `A = L L^T` and
-    `L^{-1} C L^{-T} = E S E^T`, `K = L^{-T} E`. Cholesky's costs a tenth of the symmetric one.
+    The paper writes `A^{1/2}`, but any root of A will do: with `A = L L^T` and
+    `L^{-1} C L^{-T} = E S E^T`, `K = L^{-T} E`. A Cholesky root costs a tenth of a symmetric one.
     """
     root, failed = torch.linalg.cholesky_ex(A)
     if failed:

@@ -1,4 +1,4 @@
-"""Applying the inverses to a gradient (algorithm.md section 4)."""
+"""Preconditioning: from gradients to directions (docs/algorithm.md#block-diagonal)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,14 @@ import torch
 from torch import Tensor
 
 from kfac_dist.core.blocks.block import LayerBlock
-from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.products import HasMatrices
 
 
 class LayerInverse(HasMatrices, Protocol):
-    """The inverse of one layer's curvature, prepared to be applied."""
+    """The inverse of one layer's curvature, in a form that multiplies gradients."""
 
     def apply(self, matrix: Tensor) -> Tensor:
         """Return the inverse times V [dim_G, dim_A], as a new matrix."""
-
-
-def precondition(matrix: Tensor, inverse: KroneckerPair) -> Tensor:
-    """Return `U = G^-1 V A^-1` for the gradient matrix V [dim_G, dim_A] of one layer."""
-    return inverse.apply(matrix)
-
-
-def direction(
-    gradient: Tensor,
-    blocks: Sequence[LayerBlock],
-    inverses: Mapping[str, LayerInverse],
-    gamma: float,
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the preconditioned gradient [P] and the layers that fell back to the gradient.
-
-    See `solve_layers` for when they do.
-    """
-    solved, fallen = solve_layers(matrices_of(gradient, blocks), inverses, gamma)
-    return vector_of(solved, blocks, gradient), fallen
 
 
 def matrices_of(vector: Tensor, blocks: Sequence[LayerBlock]) -> dict[str, Tensor]:
@@ -54,41 +34,41 @@ def vector_of(matrices: Mapping[str, Tensor], blocks: Sequence[LayerBlock], like
 def write_matrices(
     matrices: Mapping[str, Tensor], blocks: Sequence[LayerBlock], vector: Tensor
 ) -> None:
-    """Write the parts of `vector` [P], in place."""
+    """Write each layer's matrix [dim_G, dim_A] into its part of `vector` [P], in place."""
     for block in blocks:
         block.write(matrices[block.name], vector)
 
 
-def solve_layers(
+def precondition_layers(
     matrices: Mapping[str, Tensor], inverses: Mapping[str, LayerInverse], gamma: float
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Apply each layer's inverse to its matrix [dim_G, dim_A].
+    """Return the direction of each layer [dim_G, dim_A], and the layers that fell back.
 
-    A layer falls back when it has no inverse, or when its inverse gives a direction that is not
-    finite or does not descend. Then its curvature counts as zero: V / gamma^2, which is what the
-    factored damping alone would do. The names of those layers are returned too.
+    A layer falls back to its gradient if it has no inverse, or if its inverse gives a direction
+    that is not finite or does not descend. Its direction is then V / gamma^2, which is what the
+    factored damping alone gives.
     """
     tried = {
         name: inverses[name].apply(matrix) if name in inverses else None
         for name, matrix in matrices.items()
     }
     products = _products(list(matrices.values()), list(tried.values()))
-    solved, fallen = {}, []
+    directions, fallen = {}, []
     for (name, matrix), product in zip(matrices.items(), products, strict=True):
-        preconditioned = tried[name]
-        # Zero is the product of a zero gradient, which any inverse may leave as it is.
-        if preconditioned is None or not 0 <= product < float("inf"):
-            preconditioned = matrix / gamma**2
+        direction = tried[name]
+        # A zero gradient has a zero product and needs no fallback.
+        if direction is None or not 0 <= product < float("inf"):
+            direction = matrix / gamma**2
             fallen.append(name)
-        solved[name] = preconditioned
-    return solved, tuple(fallen)
+        directions[name] = direction
+    return directions, tuple(fallen)
 
 
-def _products(matrices: Sequence[Tensor], tried: Sequence[Tensor | None]) -> list[float]:
-    """Return the products of gradients and directions, in one transfer to the host."""
+def _products(matrices: Sequence[Tensor], directions: Sequence[Tensor | None]) -> list[float]:
+    """Return the product of each gradient and its direction, in one transfer to the host."""
     products = [
-        matrix.new_zeros(()) if preconditioned is None else (matrix * preconditioned).sum()
-        for matrix, preconditioned in zip(matrices, tried, strict=True)
+        matrix.new_zeros(()) if direction is None else (matrix * direction).sum()
+        for matrix, direction in zip(matrices, directions, strict=True)
     ]
     numbers: list[float] = torch.stack(products).tolist()
     return numbers

@@ -1,8 +1,14 @@
-"""The inverses as their owner keeps them: versions that have come, and those in use.
+"""The inverses of all layers, as one owner keeps them: some available, some in use.
 
-The version of an inverse is the step of the newest statistics in it. A version is used from the
-first step that takes it, however early it was made; what is observed meanwhile goes into the one in
-use, and is carried over to the next.
+The version of an inverse is the step of the newest statistics in it. Each version of a layer's
+inverses lives through three states:
+
+    available   `put` on the shelf, where it waits for a step
+    admitted    `admit` hands it to a step, by the rule that the caller gives
+    in use      `use` records it, once the step has been applied
+
+Moments (EKFAC) that are observed while a newer version waits go into the version in use; `install`
+carries them over to the newer one when a step first admits it.
 """
 
 from __future__ import annotations
@@ -19,180 +25,190 @@ from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.inverse.precondition import LayerInverse
 from kfac_dist.core.inverse.structure import Structure
 
-InvertedLayers = dict[str, Inverted[Any]]
-
 
 @dataclass(frozen=True, kw_only=True)
-class HeldInverses:
-    """One version of a layer's inverses, by the gamma it was made for; None where that failed."""
+class InverseVersion:
+    """One version of a layer's inverses: one for each gamma, None where the inversion failed."""
 
     version_step: int
     by_gamma: Mapping[float, Inverted[Any] | None]
 
     def nearest(self, gamma: float) -> Inverted[Any] | None:
-        """Return the inverse whose damping is nearest to `gamma`."""
+        """Return the inverse whose gamma is nearest to `gamma`."""
         return self.by_gamma[self._nearest_gamma(gamma)]
 
-    def only(self, gamma: float) -> HeldInverses:
-        """Return them without those for other gammas than the nearest."""
+    def keep_nearest(self, gamma: float) -> InverseVersion:
+        """Return a version with nothing but the inverse nearest to `gamma`."""
         nearest = self._nearest_gamma(gamma)
         return replace(self, by_gamma={nearest: self.by_gamma[nearest]})
 
     def _nearest_gamma(self, gamma: float) -> float:
-        return min(self.by_gamma, key=lambda held: abs(held - gamma))
+        return min(self.by_gamma, key=lambda available: abs(available - gamma))
 
-    def any_made(self) -> Inverted[Any] | None:
-        """Return one that was made, whatever its gamma."""
-        return next((one for one in self.by_gamma.values() if one is not None), None)
-
-
-Held = dict[str, HeldInverses]
+    def any_inverse(self) -> Inverted[Any] | None:
+        """Return the first inverse that did not fail, whatever its gamma."""
+        return next((inverted for inverted in self.by_gamma.values() if inverted is not None), None)
 
 
-def at_gamma(held: Mapping[str, HeldInverses], gamma: float) -> InvertedLayers:
-    """Return the inverse nearest to `gamma` of each layer that has one."""
-    nearest = {name: one.nearest(gamma) for name, one in held.items()}
+def nearest_inverses(
+    versions: Mapping[str, InverseVersion], gamma: float
+) -> dict[str, Inverted[Any]]:
+    """Return each layer's inverse nearest to `gamma`, leaving out layers where it failed."""
+    nearest = {name: version.nearest(gamma) for name, version in versions.items()}
     return {name: inverted for name, inverted in nearest.items() if inverted is not None}
 
 
-def ready(inverted: Mapping[str, Inverted[Any]]) -> dict[str, LayerInverse]:
-    """Return the inverses themselves, to be applied."""
-    return {name: one.inverse for name, one in inverted.items()}
+def layer_inverses(inverted: Mapping[str, Inverted[Any]]) -> dict[str, LayerInverse]:
+    """Return what multiplies the gradients, without how it was damped."""
+    return {name: layer.inverse for name, layer in inverted.items()}
 
 
-def all_carry(held: Mapping[str, HeldInverses], gammas: Sequence[float]) -> bool:
-    """Tell whether every layer has an inverse for each of `gammas`, or tried to."""
-    return all(gamma in one.by_gamma for one in held.values() for gamma in gammas)
+def all_inverted_for(versions: Mapping[str, InverseVersion], gammas: Sequence[float]) -> bool:
+    """Return whether every layer was inverted for each of `gammas`, successfully or not."""
+    return all(gamma in version.by_gamma for version in versions.values() for gamma in gammas)
 
 
 @dataclass
 class InverseShelf:
-    """All versions of the layers' inverses that a step may still take, and the versions in use."""
+    """The available inverses of all layers, by version, and the versions in use."""
 
     structure: Structure[Any]
-    _versions: dict[str, dict[int, HeldInverses]] = field(default_factory=dict)
-    _used: Held = field(default_factory=dict)
+    _available: dict[str, dict[int, InverseVersion]] = field(default_factory=dict)
+    _in_use: dict[str, InverseVersion] = field(default_factory=dict)
 
-    def put(self, name: str, new: HeldInverses) -> None:
-        """Add a version, unless one as new is here."""
-        versions = self._versions.setdefault(name, {})
+    def put(self, name: str, new: InverseVersion) -> None:
+        """Make a version available, unless one at least as new already is."""
+        versions = self._available.setdefault(name, {})
         if not versions or new.version_step > max(versions):
             versions[new.version_step] = new
 
     def __contains__(self, name: str) -> bool:
-        return name in self._versions
+        return name in self._available
 
-    def version(self, name: str, at_most: int | None = None) -> int | None:
-        """Return the newest version of a layer, None without any.
+    def available_version(self, name: str, at_most: int | None = None) -> int | None:
+        """Return the newest available version of a layer, None if it has none.
 
-        With `at_most` the newest that is no newer, or the oldest if all are.
+        With `at_most`, the newest version up to that step, or the oldest if all are newer.
         """
-        versions = self._versions.get(name)
+        versions = self._available.get(name)
         if not versions:
             return None
         fitting = [version for version in versions if at_most is None or version <= at_most]
         return max(fitting) if fitting else min(versions)
 
-    def take(self, at_most: Mapping[str, int] | None = None) -> Held:
-        """Return the `version` of each layer that has one; older ones will not be asked for.
+    def admit(self, at_most: Mapping[str, int] | None = None) -> dict[str, InverseVersion]:
+        """Return the inverses that a step may use, and forget the versions older than those.
 
-        Layers that are not in `at_most` are left where they are.
+        A layer's is the newest available version, or with `at_most` the newest up to the step
+        given there. Layers that `at_most` does not name are left out.
         """
-        taken = {}
-        for name, versions in self._versions.items():
+        admitted = {}
+        for name, versions in self._available.items():
             if at_most is not None and name not in at_most:
                 continue
-            version = self.version(name, at_most[name] if at_most else None)
-            assert version is not None, "a layer on the shelf has a version"
-            taken[name] = versions[version]
-            self._versions[name] = {v: held for v, held in versions.items() if v >= version}
-        return taken
+            step = self.available_version(name, at_most[name] if at_most else None)
+            assert step is not None, "a layer on the shelf has a version"
+            admitted[name] = versions[step]
+            self._available[name] = {s: version for s, version in versions.items() if s >= step}
+        return admitted
 
-    def installed(self, taken: Mapping[str, HeldInverses]) -> Held:
-        """Return what a step uses: new versions with what they take over from those in use.
+    def install(self, admitted: Mapping[str, InverseVersion]) -> dict[str, InverseVersion]:
+        """Return the admitted versions with what they take over from those in use.
 
-        Where an inversion failed that is the inverse used last.
+        A new version takes over the moments, and where its inversion failed the inverse itself.
+        The shelf does not change, so a step that is not applied has no effect on the next one.
         """
-        return {name: self._installed(self._used.get(name), new) for name, new in taken.items()}
+        return {name: self._install(self._in_use.get(name), new) for name, new in admitted.items()}
 
-    def _installed(self, used: HeldInverses | None, new: HeldInverses) -> HeldInverses:
-        if used is None or used.version_step == new.version_step:
-            return used or new
+    def _install(self, current: InverseVersion | None, new: InverseVersion) -> InverseVersion:
+        if current is None:
+            return new
+        if current.version_step == new.version_step:
+            return current  # it has the moments observed since it was installed
         by_gamma = {}
         for gamma, inverted in new.by_gamma.items():
-            current = used.nearest(gamma)
-            if inverted is not None:
-                current = self.structure.install(inverted, current)
-            by_gamma[gamma] = current
+            old = current.nearest(gamma)
+            by_gamma[gamma] = old if inverted is None else self.structure.install(inverted, old)
         return replace(new, by_gamma=by_gamma)
 
-    def use(self, held: Mapping[str, HeldInverses], gamma: float, *, search_open: bool) -> None:
-        """Remember the inverses of an applied step; those of other gammas only for a search."""
-        self._used = {name: one if search_open else one.only(gamma) for name, one in held.items()}
+    def use(
+        self, installed: Mapping[str, InverseVersion], gamma: float, *, search_open: bool
+    ) -> None:
+        """Record the inverses that an applied step used.
 
-    def in_use(self) -> InvertedLayers:
+        Inverses for gammas other than `gamma` are kept only while a search for gamma is open.
+        """
+        self._in_use = {
+            name: version if search_open else version.keep_nearest(gamma)
+            for name, version in installed.items()
+        }
+
+    def inverses_in_use(self) -> dict[str, Inverted[Any]]:
         """Return an inverse in use of each layer that has one."""
-        made = {name: one.any_made() for name, one in self._used.items()}
-        return {name: inverted for name, inverted in made.items() if inverted is not None}
+        found = {name: version.any_inverse() for name, version in self._in_use.items()}
+        return {name: inverted for name, inverted in found.items() if inverted is not None}
 
-    def used_version(self, name: str) -> int:
+    def version_in_use(self, name: str) -> int:
         """Return the version in use of a layer that has one."""
-        return self._used[name].version_step
+        return self._in_use[name].version_step
 
     def bases(self) -> dict[str, KroneckerPair]:
-        """Return the bases in which moments are to be computed."""
-        return self.structure.bases(self.in_use())
+        """Return the eigenbases in which moments are computed, by layer."""
+        return self.structure.bases(self.inverses_in_use())
 
     def observe(self, moments: Mapping[str, Tensor], num_cases: int) -> None:
-        """Take one step's sums of moments, in `bases`, into the inverses in use."""
+        """Average one step's sums of moments, in `bases`, into the inverses in use."""
         for name, sums in moments.items():
-            used = self._used[name]
+            version = self._in_use[name]
             by_gamma = {
                 gamma: inverted
                 and self.structure.observe({name: inverted}, {name: sums}, num_cases)[name]
-                for gamma, inverted in used.by_gamma.items()
+                for gamma, inverted in version.by_gamma.items()
             }
-            self._used[name] = replace(used, by_gamma=by_gamma)
+            self._in_use[name] = replace(version, by_gamma=by_gamma)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the versions in use and the newer ones, by flat names; not copied."""
         state: dict[str, Tensor] = {}
-        for name, versions in self._versions.items():
-            used = self._used.get(name)
+        for name, versions in self._available.items():
+            current = self._in_use.get(name)
             kept = list(versions.values())
-            if used is not None:
-                kept = [used, *(one for one in kept if one.version_step > used.version_step)]
-                state[f"{name}/used"] = torch.tensor(used.version_step)
-            for held in kept:
-                state |= _held_state(f"{name}/{held.version_step}", held)
+            if current is not None:
+                newer = (v for v in versions.values() if v.version_step > current.version_step)
+                kept = [current, *newer]
+                state[f"{name}/used"] = torch.tensor(current.version_step)
+            for version in kept:
+                state |= _version_state(f"{name}/{version.version_step}", version)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state; the tensors are kept."""
-        self._versions, self._used = {}, {}
+        """Restore the versions from `state`; its tensors are kept, not copied."""
+        self._available, self._in_use = {}, {}
         for key in [key for key in state if key.endswith("/gamma")]:
-            name, version, number, _ = key.rsplit("/", 3)
-            self._restore(state, name, int(version), f"{name}/{version}/{number}/")
-        for name, versions in self._versions.items():
+            name, step, number, _ = key.rsplit("/", 3)
+            self._restore(state, name, int(step), f"{name}/{step}/{number}/")
+        for name, versions in self._available.items():
             if f"{name}/used" in state:
-                self._used[name] = versions[int(state[f"{name}/used"])]
+                self._in_use[name] = versions[int(state[f"{name}/used"])]
 
-    def _restore(self, state: Mapping[str, Tensor], name: str, version: int, prefix: str) -> None:
+    def _restore(self, state: Mapping[str, Tensor], name: str, step: int, prefix: str) -> None:
+        """Add one inverse, whose tensors have `prefix`, to the version of `step`."""
         tensors = {
             key.removeprefix(prefix): tensor
             for key, tensor in state.items()
             if key.startswith(prefix)
         }
         gamma, pi = float(tensors.pop("gamma")), tensors.pop("pi", None)
-        versions = self._versions.setdefault(name, {})
-        held = versions.setdefault(version, HeldInverses(version_step=version, by_gamma={}))
+        versions = self._available.setdefault(name, {})
+        version = versions.setdefault(step, InverseVersion(version_step=step, by_gamma={}))
+        # A failed inversion was saved as its gamma alone.
         inverted = None if pi is None else self.structure.restore(tensors, float(pi), gamma)
-        versions[version] = replace(held, by_gamma={**held.by_gamma, gamma: inverted})
+        versions[step] = replace(version, by_gamma={**version.by_gamma, gamma: inverted})
 
 
-def _held_state(prefix: str, held: HeldInverses) -> dict[str, Tensor]:
+def _version_state(prefix: str, version: InverseVersion) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for number, (gamma, inverted) in enumerate(held.by_gamma.items()):
+    for number, (gamma, inverted) in enumerate(version.by_gamma.items()):
         state[f"{prefix}/{number}/gamma"] = torch.tensor(gamma, dtype=torch.float64)
         if inverted is not None:
             state[f"{prefix}/{number}/pi"] = torch.tensor(inverted.pi, dtype=torch.float64)

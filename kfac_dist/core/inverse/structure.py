@@ -1,12 +1,12 @@
-"""What the structures of the approximate inverse differ in (the option `inverse`).
+"""The structures of the approximate inverse (the option `inverse`): how they differ.
 
-An inverse of a layer's curvature has named tensors, `inverse.tensors()`, which with its gamma and
-pi are all of it: that is how it travels and how it is saved.
+A layer's inverse consists of its named tensors, `inverse.tensors()`, its gamma and its pi. It is
+sent between processes and saved in that form.
 
-    statistics       links and bases: what gradient workers compute beside A and G
-    prepare          from a snapshot of the factors, for each gamma: an inverse worker's part
-    install, observe what the owner of the inverses does with new ones, and with moments
-    solve            the direction, from the gradients of all layers
+    links, bases        what gradient workers compute beside A and G
+    invert_at_gammas    what inverse workers do: a snapshot of the factors, inverted at each gamma
+    install, observe    what the owner of the inverses does with new ones, and with moments
+    precondition        from the gradients of all layers to the direction
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from kfac_dist.core.factors import (
 )
 from kfac_dist.core.inverse.damped import InversionFailedError, Inverted, invert_layer, redamp_layer
 from kfac_dist.core.inverse.ekfac import EigenInverse, at_gamma, eigen_inverse
-from kfac_dist.core.inverse.precondition import LayerInverse, solve_layers
+from kfac_dist.core.inverse.precondition import LayerInverse, precondition_layers
 from kfac_dist.core.inverse.tridiagonal import (
     ChainInverse,
     invert_conditional,
+    precondition_chain,
     redamp_conditional,
-    solve_chain,
 )
 
 T = TypeVar("T", bound=LayerInverse)
@@ -44,8 +44,8 @@ EigenOrFactors = EigenInverse | LayerFactors
 class Structure(ABC, Generic[T]):
     """A structure of the inverse for layers `names`, in the order of the model; it has no state.
 
-    `links` are the pairs of neighbours whose cross factors are averaged. With `observes_moments`
-    there are `bases`, and moments in them to `observe`.
+    `links` are the pairs of neighbours whose cross factors are averaged. If `observes_moments`,
+    gradient workers compute moments in the `bases`, and `observe` averages them in.
     """
 
     observes_moments = False
@@ -59,56 +59,58 @@ class Structure(ABC, Generic[T]):
 
     @abstractmethod
     def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[T]:
-        """Return a layer's inverse.
+        """Return a layer's inverse under damping of strength `gamma`.
 
         Raises:
-            InversionFailedError: no rung of the ladder gave a finite one.
+            InversionFailedError: no rung of the ladder gave a finite inverse.
         """
 
-    def prepare(self, snapshot: LayerSnapshot, gammas: Sequence[float]) -> list[Inverted[T] | None]:
-        """Return a layer's inverse at each gamma, None where it could not be made."""
-        prepared: list[Inverted[T] | None] = []
+    def invert_at_gammas(
+        self, snapshot: LayerSnapshot, gammas: Sequence[float]
+    ) -> list[Inverted[T] | None]:
+        """Return a layer's inverse at each gamma, None where the inversion failed."""
+        inverted: list[Inverted[T] | None] = []
         for gamma in gammas:
             try:
-                prepared.append(self.invert(snapshot, gamma))
+                inverted.append(self.invert(snapshot, gamma))
             except InversionFailedError:
-                prepared.append(None)
-        return prepared
+                inverted.append(None)
+        return inverted
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], pi: float, gamma: float) -> Inverted[T]:
-        """Return the inverse with these tensors, which are kept."""
+        """Return the inverse that has these tensors; they are kept, not copied."""
 
     @abstractmethod
     def redamp(self, inverted: Inverted[T], gamma: float) -> Inverted[T]:
         """Return a layer's inverse at a larger gamma, from the inverse alone."""
 
     def bases(self, inverses: Mapping[str, Inverted[T]]) -> dict[str, KroneckerPair]:
-        """Return the bases in which gradient workers compute moments, by layer."""
+        """Return the eigenbases in which gradient workers compute moments, by layer."""
         return {}
 
     def install(self, new: Inverted[T], current: Inverted[T] | None) -> Inverted[T]:
-        """Return a newly prepared inverse with what it takes over from the layer's current one."""
+        """Return a new inverse with what it takes over from the layer's current one."""
         return new
 
     def observe(
         self, inverses: Mapping[str, Inverted[T]], moments: Mapping[str, Tensor], num_cases: int
     ) -> dict[str, Inverted[T]]:
-        """Return the inverses with one step's sums of moments in their bases taken in."""
+        """Return the inverses with one step's sums of moments averaged in."""
         return dict(inverses)
 
-    def solve(
+    def precondition(
         self, matrices: Mapping[str, Tensor], inverses: Mapping[str, T], gamma: float
     ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Return the direction of each layer [dim_G, dim_A], and the layers that fell back.
 
-        `matrices` are the gradients of all layers.
+        `matrices` are the gradients of all layers. See `precondition_layers` for the fallback.
         """
-        return solve_layers(matrices, inverses, gamma)
+        return precondition_layers(matrices, inverses, gamma)
 
 
 class BlockDiagonal(Structure[LayerFactors]):
-    """`U_i = G_i^{-1} V_i A_i^{-1}` (section 4), or unit by unit."""
+    """`U_i = G_i^{-1} V_i A_i^{-1}` (docs/algorithm.md#block-diagonal), or unit by unit."""
 
     def invert(self, snapshot: LayerSnapshot, gamma: float) -> Inverted[LayerFactors]:
         """Invert the damped factors."""
@@ -126,7 +128,7 @@ class BlockDiagonal(Structure[LayerFactors]):
 
 
 class BlockTridiagonal(Structure[ChainInverse]):
-    """Linked layers as chains, in the order of the modules (section 5)."""
+    """Linked layers as chains, in module order (docs/algorithm.md#block-tridiagonal)."""
 
     def __init__(
         self, settings: KFACSpec, names: Sequence[str], chain_links: Sequence[Link]
@@ -149,18 +151,19 @@ class BlockTridiagonal(Structure[ChainInverse]):
         """Return the layer's own block at a larger gamma, no longer linked with the next."""
         return redamp_conditional(inverted, gamma)
 
-    def solve(
+    def precondition(
         self, matrices: Mapping[str, Tensor], inverses: Mapping[str, ChainInverse], gamma: float
     ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Run the three passes over the chain."""
-        return solve_chain(matrices, inverses, self.links, gamma)
+        return precondition_chain(matrices, inverses, self.links, gamma)
 
 
 class EKFAC(Structure[EigenOrFactors]):
-    """The basis is prepared; the moments in it are observed by the owner of the inverses.
+    """The eigenbasis of the factors, with measured moments in it (docs/algorithm.md#ekfac).
 
-    Only two dense factors have a basis that is not known beforehand: layers with a diagonal A or
-    with the Fisher of each unit are inverted as `BlockDiagonal` does.
+    Inverse workers make the basis; the owner of the inverses observes the moments. Only layers with
+    two dense factors need a basis: a layer with a diagonal A, or with a Fisher block for each unit,
+    is inverted as `BlockDiagonal` does.
     """
 
     observes_moments = True
@@ -172,15 +175,15 @@ class EKFAC(Structure[EigenOrFactors]):
             return invert_layer(factors, gamma, self._settings.pi_norm)
         return eigen_inverse(factors, gamma, self._settings.pi_norm)
 
-    def prepare(
+    def invert_at_gammas(
         self, snapshot: LayerSnapshot, gammas: Sequence[float]
     ) -> list[Inverted[EigenOrFactors] | None]:
         """Decompose both factors once for all gammas."""
-        (first,) = super().prepare(snapshot, gammas[:1])
+        (first,) = super().invert_at_gammas(snapshot, gammas[:1])
         if first is None:
             return [None] * len(gammas)
         if not isinstance(first.inverse, EigenInverse):
-            return [first, *super().prepare(snapshot, gammas[1:])]
+            return [first, *super().invert_at_gammas(snapshot, gammas[1:])]
         others = replace(first, rungs=())  # the ladder was climbed once
         return [first, *(self.redamp(others, gamma) for gamma in gammas[1:])]
 
@@ -196,7 +199,7 @@ class EKFAC(Structure[EigenOrFactors]):
         return Inverted(inverse=inverse, pi=pi, gamma=gamma, rungs=())
 
     def redamp(self, inverted: Inverted[EigenOrFactors], gamma: float) -> Inverted[EigenOrFactors]:
-        """Return the same tensors under a larger gamma, where there is a basis."""
+        """Return the inverse at a larger gamma; with a basis, its tensors stay the same."""
         if isinstance(inverted.inverse, EigenInverse):
             return at_gamma(cast(Inverted[EigenInverse], inverted), gamma)
         return redamp_layer(cast(Inverted[LayerFactors], inverted), gamma)
@@ -214,7 +217,7 @@ class EKFAC(Structure[EigenOrFactors]):
         new: Inverted[EigenOrFactors],
         current: Inverted[EigenOrFactors] | None,
     ) -> Inverted[EigenOrFactors]:
-        """Carry the moments over to the new basis."""
+        """Return the new basis with the moments carried over to it."""
         if current is None or not isinstance(new.inverse, EigenInverse):
             return new
         assert isinstance(current.inverse, EigenInverse), "a layer stays of its kind"
@@ -226,7 +229,7 @@ class EKFAC(Structure[EigenOrFactors]):
         moments: Mapping[str, Tensor],
         num_cases: int,
     ) -> dict[str, Inverted[EigenOrFactors]]:
-        """Average the moments in, where there is a basis."""
+        """Return the inverses with the moments averaged in, for layers with a basis."""
         decay = self._settings.factor_decay
         return {
             name: replace(
@@ -243,8 +246,8 @@ def structure_for(
 ) -> Structure[Any]:
     """Return the structure that `settings.inverse` names, for the layers `names`.
 
-    `chain_links` are the neighbours among them (`Registration.links`), for a block-tridiagonal
-    inverse.
+    `chain_links` are the neighbours among them (`Registration.links`); only a block-tridiagonal
+    inverse uses them.
     """
     structures: dict[str, type[Structure[Any]]] = {
         "block_diagonal": BlockDiagonal,

@@ -1,9 +1,10 @@
-"""The block-tridiagonal inverse (algorithm.md section 5; section 4.3 of the paper).
+"""The block-tridiagonal inverse (docs/algorithm.md#block-tridiagonal; paper 4.3).
 
-`Fhat^{-1} = Xi^T Lambda Xi`: Lambda block diagonal with the blocks `Sigma_{i|i+1}^{-1}`, Xi the
-identity with `-Psi_{i,i+1} = -PsiA_{i-1,i} (x) PsiG_{i,i+1}` beside it. Each layer's part of the
-two is made from factors of that layer and the next, all of one snapshot, and is positive whatever
-the parts of other layers: those may be of other steps without making the product indefinite.
+`Fhat^{-1} = Xi^T Lambda Xi`. Lambda is block-diagonal with the blocks `Sigma_{i|i+1}^{-1}`. Xi is
+the identity with `-Psi_{i,i+1} = -PsiA_{i-1,i} (x) PsiG_{i,i+1}` on the first superdiagonal. Each
+layer's part of the two comes from one snapshot of the factors of that layer and the next, and is
+positive on its own. So the parts of two layers may come from different steps without making the
+product indefinite.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from kfac_dist.core.inverse.damped import (
     redamp_layer,
 )
 from kfac_dist.core.inverse.kronecker_sum import KroneckerSumInverse, invert_kronecker_sum
-from kfac_dist.core.inverse.precondition import solve_layers
+from kfac_dist.core.inverse.precondition import precondition_layers
 from kfac_dist.core.products import two_sided
 from kfac_dist.core.vector import is_finite
 
@@ -43,7 +44,7 @@ class ChainInverse:
     """One layer's part of the inverse.
 
     `conditional` applies `Sigma_{i|i+1}^{-1}`. `psi` has PsiA_{i-1,i} [dim_A, next dim_A] and
-    PsiG_{i,i+1} [dim_G, next dim_G], None for a layer that is linked with no next one.
+    PsiG_{i,i+1} [dim_G, next dim_G]; it is None for a layer that is not linked with a next one.
     """
 
     conditional: LayerFactors | KroneckerSumInverse
@@ -54,12 +55,12 @@ class ChainInverse:
         return self.conditional.apply(matrix)
 
     def map_matrices(self, change: Callable[[Tensor], Tensor]) -> ChainInverse:
-        """Return the part with the matrices of `conditional` and `psi` changed."""
+        """Return the part with `change` applied to the matrices of `conditional` and `psi`."""
         psi = None if self.psi is None else self.psi.map_matrices(change)
         return ChainInverse(conditional=self.conditional.map_matrices(change), psi=psi)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, not copied: those of factors, or K1, K2, ... and psi."""
+        """Return the tensors by name, not copied: factors, or K1, K2, denominators and psi."""
         if not isinstance(self.conditional, KroneckerSumInverse):
             return self.conditional.tensors()
         assert self.psi is not None, "only a linked layer has a sum to invert"
@@ -73,7 +74,7 @@ class ChainInverse:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ChainInverse:
-        """Return the part that has these tensors; they are kept."""
+        """Return the part that has these tensors; they are kept, not copied."""
         if "K1" not in tensors:
             return cls(conditional=factors_from_tensors(tensors), psi=None)
         return cls(
@@ -87,11 +88,11 @@ class ChainInverse:
 def invert_conditional(
     snapshot: LayerSnapshot, gamma: float, pi_norm: PiNorm = "trace"
 ) -> Inverted[ChainInverse]:
-    """Prepare one layer's part under the factored damping of strength `gamma`.
+    """Return one layer's part under the factored damping of strength `gamma`.
 
-    Every diagonal factor is damped, in Psi and Sigma too, with its own layer's pi; cross factors
-    are not. Candidates for gamma share no decomposition: what is diagonalised is damped already,
-    and the damped factors themselves need only Cholesky's.
+    Every diagonal factor is damped with its own layer's pi, in Psi and Sigma too; cross factors
+    are not damped. Candidates for gamma cannot share a decomposition, since what is diagonalised
+    is already damped.
 
     Raises:
         InversionFailedError: a factor is not finite, or no amount of damping helped.
@@ -112,7 +113,7 @@ def invert_conditional(
 
 
 class _Linked(NamedTuple):
-    """Factors of a layer and the next, and between them."""
+    """Factors of a layer, of the next one, and the cross factors between them."""
 
     own: KroneckerPair
     following: KroneckerPair
@@ -120,7 +121,7 @@ class _Linked(NamedTuple):
 
 
 def _climb(linked: _Linked, gamma: float, pi_norm: PiNorm) -> tuple[ChainInverse, tuple[str, ...]]:
-    """Climb the ladder: as it is, in float64, then with more and more damping."""
+    """Make the part: as it is, then in float64, then with more and more damping."""
     dtype = linked.own.A.dtype
     rungs: list[str] = []
     for _ in range(NUM_RAISES + 2):
@@ -141,7 +142,7 @@ def _attempt(linked: _Linked, gamma: float, pi_norm: PiNorm, dtype: torch.dtype)
         A=_times_inverse(cross.A, following.A), G=_times_inverse(cross.G, following.G)
     )
     conditional = invert_kronecker_sum(
-        # PsiA A_{i,i} PsiA^T = PsiA A_{i-1,i}^T, for Psi holds the inverse of that same A_{i,i}.
+        # PsiA A_{i,i} PsiA^T = PsiA A_{i-1,i}^T, since PsiA = A_{i-1,i} A_{i,i}^{-1}.
         own.A,
         own.G,
         psi.A @ cross.A.T,
@@ -174,8 +175,9 @@ def _times_inverse(matrix: Tensor, factor: Tensor) -> Tensor:
 def redamp_conditional(inverted: Inverted[ChainInverse], gamma: float) -> Inverted[ChainInverse]:
     """Return a layer's part at a larger `gamma`, from the part alone.
 
-    Without the factors the conditional covariance cannot be damped anew, but `K1 K1^T` and
-    `K2 K2^T` are the inverses of the layer's own damped factors: the layer becomes block-diagonal.
+    The conditional covariance cannot be damped anew without the factors. But `K1 K1^T` and
+    `K2 K2^T` are the inverses of the layer's own damped factors, so the layer becomes
+    block-diagonal: it is no longer linked with the next.
     """
     conditional = inverted.inverse.conditional
     if isinstance(conditional, KroneckerSumInverse):
@@ -193,21 +195,23 @@ def redamp_conditional(inverted: Inverted[ChainInverse], gamma: float) -> Invert
     )
 
 
-def solve_chain(
+def precondition_chain(
     matrices: Mapping[str, Tensor],
     inverses: Mapping[str, ChainInverse],
     links: Iterable[Link],
     gamma: float,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Apply `Fhat^{-1}` to the matrices V_i [dim_G, dim_A] of all layers, in three passes.
+    """Return the direction of each layer [dim_G, dim_A], and the layers that fell back.
+
+    `Fhat^{-1}` is applied to the gradients V_i [dim_G, dim_A] of all layers in three passes:
 
     (1) `V1_i = V_i - PsiG_{i,i+1} V_{i+1} PsiA_{i-1,i}^T`, all from the original V;
     (2) `V2_i = Sigma_{i|i+1}^{-1} V1_i`;
     (3) `V3_i = V2_i - PsiG_{i-1,i}^T V2_{i-1} PsiA_{i-2,i-1}`, from V2.
 
-    The product with the gradient is the sum of `V1_i . V2_i`, so each of these must be positive:
-    `solve_layers` sees to it, and its fallen layers are returned. A layer without inverse is not
-    linked with the next.
+    The product of gradient and direction is the sum of `V1_i . V2_i`. Each of these must be
+    positive, so a layer for which it is not falls back in (2), by `precondition_layers`. A layer
+    without an inverse is treated as not linked with the next.
     """
     psis = [
         (link, psi)
@@ -217,7 +221,7 @@ def solve_chain(
     first = dict(matrices)
     for (name, next_name), psi in psis:
         first[name] = matrices[name] - two_sided(psi.G, matrices[next_name], psi.A.T)
-    second, fallen = solve_layers(first, inverses, gamma)
+    second, fallen = precondition_layers(first, inverses, gamma)
     third = dict(second)
     for (name, next_name), psi in psis:
         third[next_name] = second[next_name] - two_sided(psi.G.T, second[name], psi.A)

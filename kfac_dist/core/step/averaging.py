@@ -1,4 +1,4 @@
-"""Iterate averaging of the parameters (algorithm.md section 11)."""
+"""Iterate averaging of the parameters (docs/algorithm.md#averaging; paper 13)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kfac_dist.core.factors import old_weight
 class ParameterAverage:
     """Polyak average of the parameter vector from step `start` on.
 
-    `average <- xi_j average + (1 - xi_j) theta`, `xi_j = min(1 - 1/j, decay)`, j counting the
+    `average <- xi_j average + (1 - xi_j) theta`, `xi_j = min(1 - 1/j, decay)`, where j counts the
     averaged iterates from 1.
     """
 
@@ -24,7 +24,7 @@ class ParameterAverage:
         self._average: Tensor | None = None
 
     def update(self, step: int, parameters: Tensor) -> None:
-        """Take in the parameter vector [P] after `step`; it is not kept."""
+        """Average in the parameter vector [P] after `step`; the tensor itself is not kept."""
         if step < self.start:
             return
         self.num_averaged += 1
@@ -46,6 +46,6 @@ class ParameterAverage:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state."""
+        """Restore a copy of `state`."""
         self.num_averaged = int(state["num_averaged"])
         self._average = state["average"].clone() if "average" in state else None

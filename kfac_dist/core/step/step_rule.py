@@ -1,145 +1,93 @@
-"""Step size and momentum (algorithm.md section 8): the two rules, as functions of a few numbers.
+"""The step rules (the option `step_rule`): how far a step goes along its direction.
 
-With Delta the negative direction and delta_0 the previous update, an update is
-`delta = alpha Delta + mu delta_0`. On the plane of the two vectors, the quadratic model
-
-    M(delta) - M(0) = grad.delta + 1/2 delta^T (F + (damping + l2) I) delta
-
-is a quadratic in (alpha, mu), with F the exact Fisher on the current batch.
+A new rule is a subclass of `StepRule` and a row in `step_rule_for`; its name is also a value of
+`KFACSpec.step_rule`, and settings of its own are fields there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 
-import torch
-from torch import Tensor
-
-# Below this relative determinant the two vectors are parallel to working precision.
-_PARALLEL = 1e-12
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.step.plane_model import PlaneModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlaneModel:
-    """The quadratic model on the plane of Delta (index 0) and delta_0 (index 1).
+class StepRule(ABC):
+    """How a step size and a momentum are chosen; a rule has settings and no state.
 
-    `slopes` are the products with the gradient, `squares` the plain inner products (00, 01, 11),
-    `fisher` the products through F (00, 01, 11), means over cases.
+    `needs_fisher`: every step needs exact Fisher products along its directions; under a rule
+    without them, only the steps that measure the reduction ratio compute them.
+    `takes_lr`: each step is given the value of the option `lr` or of its schedule.
     """
 
-    slopes: tuple[float, float]
-    squares: tuple[float, float, float]
-    fisher: tuple[float, float, float]
+    needs_fisher = False
+    takes_lr = False
 
-    def curvature(self, ridge: float) -> tuple[float, float, float]:
-        """Return the products through `F + ridge I` (00, 01, 11)."""
-        q00, q01, q11 = (f + ridge * s for f, s in zip(self.fisher, self.squares, strict=True))
-        return q00, q01, q11
+    def __init__(self, settings: KFACSpec) -> None:
+        self._settings = settings
 
-    def change(self, alpha: float, mu: float, ridge: float) -> float:
-        """Return M(delta) - M(0)."""
-        return (
-            alpha * self.slopes[0]
-            + mu * self.slopes[1]
-            + _form(self.curvature(ridge), alpha, mu) / 2
-        )
+    @property
+    def gamma_search_period(self) -> int | None:
+        """Steps from one search for gamma to the next, None if gamma follows the damping.
 
-    def square_norm(self, alpha: float, mu: float) -> float:
-        """Return ||delta||^2."""
-        return max(_form(self.squares, alpha, mu), 0.0)
+        A search compares its candidates by the quadratic model, which takes Fisher products.
+        """
+        return self._settings.gamma.adapt_period if self.needs_fisher else None
 
-    def is_finite(self) -> bool:
-        """Tell whether all numbers are finite."""
-        return all(map(math.isfinite, (*self.slopes, *self.squares, *self.fisher)))
+    @abstractmethod
+    def coefficients(
+        self, model: PlaneModel, *, ridge: float, lr: float | None
+    ) -> tuple[float, float]:
+        """Return (alpha, mu) of the update `alpha Delta + mu delta_0`.
 
-
-def _form(matrix: tuple[float, float, float], x: float, y: float) -> float:
-    return matrix[0] * x * x + 2 * matrix[1] * x * y + matrix[2] * y * y
+        Args:
+            model: the quadratic model on the plane of Delta and delta_0; its Fisher products are 0
+                if they were not computed.
+            ridge: damping + l2, the multiple of the identity in the model.
+            lr: the learning rate of the step, None under a rule that does not take one.
+        """
 
 
-def plane_models(
-    gradient: Tensor, directions: Iterable[Tensor], previous_update: Tensor, gram: Tensor | None
-) -> list[PlaneModel]:
-    """Return the model on the plane of each direction and the previous update, all [P].
+class AdaptiveRule(StepRule):
+    """The minimum of the quadratic model (docs/algorithm.md#step-size-and-momentum)."""
 
-    `gram` [C + 1, C + 1] holds the Fisher products of the C directions and, last, the previous
-    update, means over cases; None leaves them out.
-    """
-    slope_previous = torch.dot(gradient, previous_update)
-    square_previous = torch.dot(previous_update, previous_update)
-    rows = [
-        torch.stack(
-            (
-                -torch.dot(gradient, direction),
-                slope_previous,
-                torch.dot(direction, direction),
-                -torch.dot(direction, previous_update),
-                square_previous,
-            )
-        )
-        for direction in directions
-    ]
-    numbers = torch.stack(rows).double().tolist()
-    products = [[0.0] * (len(rows) + 1)] * (len(rows) + 1) if gram is None else gram.tolist()
-    return [
-        PlaneModel(
-            slopes=(row[0], row[1]),
-            squares=(row[2], row[3], row[4]),
-            fisher=(products[c][c], -products[c][-1], products[-1][-1]),
-        )
-        for c, row in enumerate(numbers)
-    ]
+    needs_fisher = True
+
+    def coefficients(
+        self, model: PlaneModel, *, ridge: float, lr: float | None
+    ) -> tuple[float, float]:
+        """Return (alpha, mu) at the minimum."""
+        return model.minimum(ridge)
 
 
-def adaptive_coefficients(model: PlaneModel, ridge: float) -> tuple[float, float]:
-    """Return (alpha, mu) at the minimum of the model, `ridge` = damping + l2.
+class NormConstraintRule(StepRule):
+    """The learning rate, bounded, and a fixed momentum (docs/algorithm.md#norm-constraint)."""
 
-    mu is 0 when there is no previous update or it is parallel to Delta; both are 0 when the
-    gradient vanishes.
-    """
-    q00, q01, q11 = model.curvature(ridge)
-    b0, b1 = model.slopes
-    if q00 <= 0:
-        return 0.0, 0.0
-    determinant = q00 * q11 - q01 * q01
-    if determinant <= _PARALLEL * q00 * q11:
-        return -b0 / q00, 0.0
-    return (q01 * b1 - q11 * b0) / determinant, (q01 * b0 - q00 * b1) / determinant
+    takes_lr = True
+
+    def coefficients(
+        self, model: PlaneModel, *, ridge: float, lr: float | None
+    ) -> tuple[float, float]:
+        """Return the bounded learning rate and `momentum`."""
+        assert lr is not None, "the norm constraint needs an lr"
+        alpha = constrained_step(lr, self._settings.norm_constraint, -model.slopes[0])
+        return alpha, self._settings.momentum
 
 
 def constrained_step(lr: float, constraint: float, slope: float) -> float:
     """Return `min(lr, sqrt(constraint / (direction . grad)))` (Ba et al., 2017).
 
-    `slope` is the product of direction and gradient; the step bounds the squared norm of the
-    update in the metric of the approximate Fisher.
+    `slope` is the product of direction and gradient. The step keeps the squared norm of the
+    update, in the metric of the approximate Fisher, below `constraint`.
     """
     return lr if slope <= 0 else min(lr, math.sqrt(constraint / slope))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What a step does: `update = mu previous_update - alpha directions[candidate]`.
-
-    `predicted_change` is M(delta) - M(0) on the batch, None when the Fisher products were not
-    computed; `prediction_for_ratio` is the part of it that the reduction ratio compares with.
-    `applied` is False when a number was not finite: nothing may be applied.
-    """
-
-    candidate: int
-    gamma: float
-    alpha: float
-    mu: float
-    update_norm: float
-    predicted_change: float | None
-    prediction_for_ratio: float | None
-    applied: bool = True
-
-
-def combine(direction: Tensor, previous_update: Tensor, alpha: float, mu: float) -> Tensor:
-    """Turn the previous update [P] into the new one, in place, and return it.
-
-    Every holder of the parameters does this same arithmetic.
-    """
-    return previous_update.mul_(mu).add_(direction, alpha=-alpha)
+def step_rule_for(settings: KFACSpec) -> StepRule:
+    """Return the rule that `settings.step_rule` names."""
+    rules: dict[str, type[StepRule]] = {
+        "adaptive": AdaptiveRule,
+        "norm_constraint": NormConstraintRule,
+    }
+    return rules[settings.step_rule](settings)

@@ -1,7 +1,7 @@
 """The parameter server's part of the algorithm: direction, step, damping, gamma.
 
-The serial optimizer and the parameter server both hold one `KFACUpdate`; it owns damping, gamma
-and the previous update, and knows nothing of who computed the gradient.
+The serial optimizer and the parameter server both hold one `KFACUpdate`. It owns damping, gamma
+and the previous update, and does not depend on where the gradient was computed.
 """
 
 from __future__ import annotations
@@ -18,31 +18,22 @@ from kfac_dist.core.inverse.precondition import LayerInverse, matrices_of, write
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.passes.fisher import FisherMeans, fisher_fraction
 from kfac_dist.core.products import RoundedCopies
-from kfac_dist.core.step.step_rule import (
-    Choice,
-    PlaneModel,
-    adaptive_coefficients,
-    combine,
-    constrained_step,
-    plane_models,
-)
+from kfac_dist.core.step.choice import Choice, combine, skipped_choice
+from kfac_dist.core.step.plane_model import PlaneModel, plane_models
+from kfac_dist.core.step.step_rule import step_rule_for
 
-_OMEGA = 19 / 20  # the paper's decay a step, of damping (section 6.5) and gamma (section 6.6)
+_OMEGA = 19 / 20  # decay a step of damping (paper 6.5) and of gamma (paper 6.6)
 _RATIO_GOOD, _RATIO_BAD = 3 / 4, 1 / 4
 
 
-def searches_gamma(settings: KFACSpec) -> bool:
-    """Tell whether gamma is searched for (section 10) or follows the damping."""
-    return settings.step_rule == "adaptive" and settings.gamma.adapt_period is not None
-
-
 class KFACUpdate:
-    """Damping, gamma, previous update, and the rules by which they move.
+    """Damping, gamma and the previous update, and the rules by which they move.
 
-    `gamma` is the strength of the factored damping; it starts at sqrt(damping + l2) unless given,
-    is searched for under the adaptive rule, and follows damping where it is not searched for.
-    `fisher_noise` is that of the last Fisher products along a direction, infinite before the first.
-    Damping is adapted, stays, or is given step by step by a schedule.
+    `damping` is adapted (docs/algorithm.md#damping), stays fixed, or is set each step by a
+    schedule. `gamma`, the strength of the factored damping, starts at sqrt(damping + l2) unless it
+    is given; if the step rule searches for it (docs/algorithm.md#gamma), the search moves it,
+    otherwise it follows the damping. `fisher_noise` is the noise of the last Fisher products
+    along a direction, infinite before the first.
     """
 
     def __init__(
@@ -53,13 +44,14 @@ class KFACUpdate:
         self.gamma = self._gamma_for(self.damping)
         self.previous_update = previous_update
         self.fisher_noise = math.inf
-        self._search: tuple[float, ...] | None = None
+        self._rule = step_rule_for(settings)
+        self._search: tuple[float, ...] | None = None  # gammas of a search that is still open
         self._blocks = registration.blocks
         self._copies = RoundedCopies() if settings.precondition_dtype == "bfloat16" else None
         self._structure = structure_for(settings, registration.names, registration.links)
 
     def _gamma_for(self, damping: float) -> float:
-        """Return the gamma that goes with a damping where none is searched for."""
+        """Return the gamma that goes with a damping if gamma is not searched for."""
         return self.settings.gamma.initial or self._bounded_gamma(
             math.sqrt(damping + self.settings.l2)
         )
@@ -68,21 +60,21 @@ class KFACUpdate:
         return min(max(gamma, self.settings.gamma.min), self.settings.gamma.max)
 
     def begin_step(self, damping: float | None) -> None:
-        """Take over the damping that a schedule gives for a step; None where none does."""
+        """Set the damping that a schedule gives for the step; None if no schedule does."""
         if damping is not None:
             self._set_damping(damping)
 
     def gammas(self, *, search: bool, damping: float | None = None) -> tuple[float, ...]:
         """Return the gammas to invert with: the current one, then one below and one above it.
 
-        The other two only when `search` is due (every T2 steps, `w2 = (19/20)^(T2/2)`), and only
-        where the bounds leave them different. `damping` is what a schedule gives for a step that
-        has not begun.
+        The other two are returned only if `search` is due (every T2 steps; they differ by the
+        factor `w2 = (19/20)^(T2/2)`), and only if they still differ within the bounds. `damping`
+        is the value that a schedule gives for a step that has not begun.
         """
-        if damping is not None and not searches_gamma(self.settings):
+        period = self._rule.gamma_search_period
+        if period is None and damping is not None:
             return (self._gamma_for(self._bounded_damping(damping)),)
-        period = self.settings.gamma.adapt_period
-        if not (search and searches_gamma(self.settings) and period is not None):
+        if period is None or not search:
             return (self.gamma,)
         factor = _OMEGA ** (period / 2)
         tried = (self.gamma, factor * self.gamma, self.gamma / factor)
@@ -90,24 +82,25 @@ class KFACUpdate:
 
     @property
     def search_open(self) -> bool:
-        """Tell whether a search for gamma is due that has not been decided."""
+        """Whether a search for gamma is due that has not been decided."""
         return self._search is not None
 
     def requested_gammas(self, *, search: bool, damping: float | None = None) -> tuple[float, ...]:
-        """Return the gammas to invert with in a step; those of an open search, too."""
+        """Return the gammas to invert with in a step, including those of an open search."""
         return self.gammas(search=search or self.search_open, damping=damping)
 
     def tried_gammas(
-        self, carried: Callable[[Sequence[float]], bool], *, search: bool
+        self, all_inverted_for: Callable[[Sequence[float]], bool], *, search: bool
     ) -> tuple[float, ...]:
         """Return the gammas a step tries: more than the current one when a search is decided.
 
-        That is in the first step from which `search` is due on whose inverses carry all gammas
-        of the search, which `carried` tells.
+        `search` opens a search. It is decided in the first step from then on for which
+        `all_inverted_for` returns True: the layers' inverses for all gammas of the search are
+        there.
         """
         if search:
             self._search = self.gammas(search=True)
-        if self._search is None or not carried(self._search):
+        if self._search is None or not all_inverted_for(self._search):
             return (self.gamma,)
         tried, self._search = self._search, None
         return tried
@@ -126,7 +119,7 @@ class KFACUpdate:
         if self._copies is not None:
             inverses = self._copies.of(inverses)
         tried = [
-            self._structure.solve(matrices, by_layer, gamma)
+            self._structure.precondition(matrices, by_layer, gamma)
             for by_layer, gamma in zip(inverses, gammas, strict=True)
         ]
         directions = gradient.new_empty((len(tried), len(gradient)))
@@ -136,11 +129,12 @@ class KFACUpdate:
         return directions, tuple(fallen)
 
     def fisher_fraction(self, num_cases: int, *, measure: bool) -> float | None:
-        """Return on which fraction of a batch a step needs the exact Fisher products.
+        """Return the fraction of the batch for the exact Fisher products of a step.
 
-        None where it needs none.
+        None if the step needs no Fisher products. `measure`: the step measures the reduction
+        ratio.
         """
-        if self.settings.step_rule != "adaptive" and not measure:
+        if not (self._rule.needs_fisher or measure):
             return None
         return fisher_fraction(self.settings.fisher_fraction, self.fisher_noise, num_cases)
 
@@ -155,9 +149,16 @@ class KFACUpdate:
     ) -> Choice:
         """Choose the finite candidate with the lowest model value, its alpha and its mu.
 
-        `fisher` has the products of the directions and, last, the previous update; None where
-        `fisher_fraction` is. `lr` bounds alpha; None under the adaptive rule. Moves gamma to the
-        candidate's, and takes in the noise of its products.
+        Gamma moves to that of the candidate, and `fisher_noise` to that of its products. If no
+        candidate is finite, the choice is to apply nothing, and the damping is raised.
+
+        Args:
+            gradient: gradient of the objective [P].
+            directions: one direction a candidate, [C, P].
+            gammas: the gamma of each candidate.
+            fisher: Fisher products of the directions and, last, the previous update; None if
+                `fisher_fraction` was None.
+            lr: learning rate of the step, None under a rule that does not take one.
         """
         gram = None if fisher is None else fisher.gram
         models = plane_models(gradient, directions, self.previous_update, gram)
@@ -168,34 +169,25 @@ class KFACUpdate:
         ]
         if not tried:
             self._raise_damping()
-            return Choice(
-                candidate=0,
-                gamma=self.gamma,
-                alpha=0.0,
-                mu=0.0,
-                update_norm=0.0,
-                predicted_change=None,
-                prediction_for_ratio=None,
-                applied=False,
-            )
+            return skipped_choice(self.gamma)
+        # Without Fisher products there is no search, hence one candidate.
         best = min(tried, key=lambda choice: choice.predicted_change or 0.0)
-        if searches_gamma(self.settings):
+        if self._searches_gamma:
             self.gamma = best.gamma
         if fisher is not None:
             self.fisher_noise = fisher.noise(best.candidate)
         return best
+
+    @property
+    def _searches_gamma(self) -> bool:
+        return self._rule.gamma_search_period is not None
 
     def _choice(
         self, number: int, gamma: float, model: PlaneModel, lr: float | None, *, has_fisher: bool
     ) -> Choice:
         settings = self.settings
         ridge = self.damping + settings.l2
-        if settings.step_rule == "adaptive":
-            alpha, mu = adaptive_coefficients(model, ridge)
-        else:
-            assert lr is not None, "the norm constraint needs an lr"
-            alpha = constrained_step(lr, settings.norm_constraint, -model.slopes[0])
-            mu = settings.momentum
+        alpha, mu = self._rule.coefficients(model, ridge=ridge, lr=lr)
         included = ridge if settings.damping.rho_includes_damping else settings.l2
         return Choice(
             candidate=number,
@@ -215,11 +207,11 @@ class KFACUpdate:
         return self.previous_update
 
     def adapt_damping(self, choice: Choice, actual_change: float) -> float | None:
-        """Move the damping by the reduction ratio (section 9) and return the ratio.
+        """Move the damping by the reduction ratio (docs/algorithm.md#damping), and return it.
 
         `actual_change` is h(theta + delta) - h(theta), l2 term included, on the batch of the step.
-        A change that is not finite, or an objective that rose, counts as a ratio below 1/4; the
-        ratio is None when it cannot be formed.
+        A change that is not finite, or an objective that rose, counts as a ratio below 1/4. The
+        ratio is None if it cannot be formed.
         """
         predicted = choice.prediction_for_ratio
         ratio: float | None = None
@@ -241,7 +233,7 @@ class KFACUpdate:
 
     def _set_damping(self, damping: float) -> None:
         self.damping = self._bounded_damping(damping)
-        if not searches_gamma(self.settings):
+        if not self._searches_gamma:
             self.gamma = self._gamma_for(self.damping)
 
     def _bounded_damping(self, damping: float) -> float:
@@ -258,7 +250,7 @@ class KFACUpdate:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state."""
+        """Restore a copy of `state`."""
         self.damping = float(state["damping"])
         self.gamma = float(state["gamma"])
         self.fisher_noise = float(state["fisher_noise"])

@@ -62,7 +62,8 @@ def gradients(seed=1, dtype=torch.float64):
 
 def prepared(structure, gammas=GAMMAS, **options):
     return {
-        name: structure.prepare(snapshot, gammas) for name, snapshot in snapshots(**options).items()
+        name: structure.invert_at_gammas(snapshot, gammas)
+        for name, snapshot in snapshots(**options).items()
     }
 
 

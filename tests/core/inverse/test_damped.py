@@ -40,8 +40,8 @@ def test_zero_factors_split_evenly_and_invert(A, G, norm):
 
 @pytest.mark.parametrize("norm", ["trace", "frobenius"])
 def test_pi_of_tiny_factors_is_bounded(norm):
-    tiny, one = 1e-300 * torch.eye(2), torch.eye(2)
-    for pair in (pair_of(tiny, one), pair_of(one, tiny), pair_of(tiny, tiny)):
+    tiny, eye = 1e-300 * torch.eye(2), torch.eye(2)
+    for pair in (pair_of(tiny, eye), pair_of(eye, tiny), pair_of(tiny, tiny)):
         assert 1e-6 <= damping_split(pair, norm) <= 1e6
         inverse = invert_pair(pair, 0.1, norm).inverse
         assert inverse.is_finite()

@@ -1,4 +1,4 @@
-"""What the structures of the inverse promise alike."""
+"""What all structures of the inverse have in common, and what only some have."""
 
 import math
 
@@ -25,21 +25,21 @@ def test_a_candidate_is_what_its_gamma_gives_alone(inverse):
     for number, gamma in enumerate(GAMMAS):
         alone = prepared(structure, (gamma,))
         for name in NAMES:
-            one = together[name][number]
-            assert (one.gamma, one.pi) == (gamma, alone[name][0].pi)
-            expected = alone[name][0].inverse.tensors()
-            for key, tensor in one.inverse.tensors().items():
-                assert torch.equal(tensor, expected[key])
-        mine, _ = structure.solve(gradients(), at(together, number), gamma)
-        other, _ = structure.solve(gradients(), at(alone, 0), gamma)
-        assert all(torch.equal(mine[name], other[name]) for name in NAMES)
+            candidate = together[name][number]
+            assert (candidate.gamma, candidate.pi) == (gamma, alone[name][0].pi)
+            tensors = alone[name][0].inverse.tensors()
+            for key, tensor in candidate.inverse.tensors().items():
+                assert torch.equal(tensor, tensors[key])
+        direction, _ = structure.precondition(gradients(), at(together, number), gamma)
+        expected, _ = structure.precondition(gradients(), at(alone, 0), gamma)
+        assert all(torch.equal(direction[name], expected[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("inverse", STRUCTURES)
-def test_tensors_depend_on_gamma_but_in_a_basis(inverse):
+def test_tensors_depend_on_gamma_except_in_an_eigenbasis(inverse):
     structure = structure_of(inverse)
-    for one, other, _ in prepared(structure).values():
-        left, right = one.inverse.tensors(), other.inverse.tensors()
+    for first, second, _ in prepared(structure).values():
+        left, right = first.inverse.tensors(), second.inverse.tensors()
         same = all(torch.equal(left[key], right[key]) for key in left)
         assert same is (inverse == "ekfac")
 
@@ -52,20 +52,20 @@ def test_an_inverse_that_travelled_as_arrays_gives_the_same_bits(inverse, dtype)
     received = {
         name: [
             structure.restore(
-                {k: torch.from_numpy(v.numpy().copy()) for k, v in one.inverse.tensors().items()},
-                one.pi,
-                one.gamma,
+                {k: torch.from_numpy(v.numpy().copy()) for k, v in layer.inverse.tensors().items()},
+                layer.pi,
+                layer.gamma,
             )
-            for one in inverted
+            for layer in inverted
         ]
         for name, inverted in sent.items()
     }
     for number, gamma in enumerate(GAMMAS):
-        one, _ = structure.solve(gradients(dtype=dtype), at(sent, number), gamma)
-        other, _ = structure.solve(gradients(dtype=dtype), at(received, number), gamma)
+        expected, _ = structure.precondition(gradients(dtype=dtype), at(sent, number), gamma)
+        found, _ = structure.precondition(gradients(dtype=dtype), at(received, number), gamma)
         for name in NAMES:
-            assert one[name].dtype == dtype
-            assert torch.equal(one[name], other[name])
+            assert found[name].dtype == dtype
+            assert torch.equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize("inverse", STRUCTURES)
@@ -73,7 +73,7 @@ def test_the_direction_descends_and_is_shorter_with_more_damping(inverse):
     structure, V = structure_of(inverse), gradients()
     norms = []
     for gamma in (0.01, 0.1, 1.0, 10.0, 1e4):
-        solved, fallen = structure.solve(V, at(prepared(structure, (gamma,)), 0), gamma)
+        solved, fallen = structure.precondition(V, at(prepared(structure, (gamma,)), 0), gamma)
         assert fallen == ()
         assert sum((V[name] * solved[name]).sum() for name in NAMES) > 0
         norms.append(sum(U.square().sum() for U in solved.values()).sqrt().item())
@@ -86,11 +86,13 @@ def test_the_direction_descends_and_is_shorter_with_more_damping(inverse):
 def test_redamping_shortens_the_direction(inverse):
     structure, V = structure_of(inverse), gradients()
     light = prepared(structure, (0.3,))
-    heavy = {name: structure.redamp(one, 3.0) for name, (one,) in light.items()}
-    assert all(one.gamma == 3.0 for one in heavy.values())
-    short, fallen = structure.solve(V, {name: one.inverse for name, one in heavy.items()}, 3.0)
+    heavy = {name: structure.redamp(layer, 3.0) for name, (layer,) in light.items()}
+    assert all(layer.gamma == 3.0 for layer in heavy.values())
+    short, fallen = structure.precondition(
+        V, {name: layer.inverse for name, layer in heavy.items()}, 3.0
+    )
     assert fallen == ()
-    long, _ = structure.solve(V, at(light, 0), 0.3)
+    long, _ = structure.precondition(V, at(light, 0), 0.3)
     assert sum(U.norm() for U in short.values()) < sum(U.norm() for U in long.values())
 
 
@@ -99,7 +101,7 @@ def test_redamping_shortens_the_direction(inverse):
 def test_factors_that_are_not_finite_have_no_inverse(inverse, bad):
     structure, snapshot = structure_of(inverse), snapshots()["first"]
     snapshot.pair.A[0, 0] = bad
-    assert structure.prepare(snapshot, GAMMAS) == [None] * 3
+    assert structure.invert_at_gammas(snapshot, GAMMAS) == [None] * 3
 
 
 @pytest.mark.parametrize("inverse", STRUCTURES)
@@ -107,7 +109,7 @@ def test_a_layer_without_inverse_falls_back_to_the_gradient(inverse):
     structure, V = structure_of(inverse), gradients()
     inverses = at(prepared(structure), 0)
     del inverses["second"]
-    solved, fallen = structure.solve(V, inverses, 0.5)
+    solved, fallen = structure.precondition(V, inverses, 0.5)
     assert fallen == ("second",)
     assert all(torch.isfinite(U).all() for U in solved.values())
     assert sum((V[name] * solved[name]).sum() for name in NAMES) > 0
@@ -130,25 +132,25 @@ def test_ekfac_decomposes_once_for_all_candidates(monkeypatch):
 
 def test_ekfac_takes_the_moments_along_to_a_new_basis():
     structure = structure_of("ekfac", factor_decay=0.5)
-    current = {name: one for name, (one,) in prepared(structure, (0.3,)).items()}
-    sixes = {name: torch.full_like(one.inverse.moments, 6.0) for name, one in current.items()}
+    current = {name: layer for name, (layer,) in prepared(structure, (0.3,)).items()}
+    sixes = {name: torch.full_like(layer.inverse.moments, 6.0) for name, layer in current.items()}
     observed = structure.observe(current, sixes, 3)
-    for name, one in observed.items():
+    for name, layer in observed.items():
         expected = current[name].inverse.moments * 0.5 + 2.0 * 0.5
-        torch.testing.assert_close(one.inverse.moments, expected)
-        assert one.inverse.num_updates == 2
-        (new,) = structure.prepare(snapshots(seed=4)[name], (0.7,))
-        installed = structure.install(new, one)
+        torch.testing.assert_close(layer.inverse.moments, expected)
+        assert layer.inverse.num_updates == 2
+        (new,) = structure.invert_at_gammas(snapshots(seed=4)[name], (0.7,))
+        installed = structure.install(new, layer)
         assert installed.gamma == installed.inverse.gamma == 0.7
         assert torch.equal(installed.inverse.basis.A, new.inverse.basis.A)
-        torch.testing.assert_close(installed.inverse.moments.sum(), one.inverse.moments.sum())
+        torch.testing.assert_close(installed.inverse.moments.sum(), layer.inverse.moments.sum())
         assert structure.install(new, None) is new
 
 
 @pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal"])
 def test_the_other_structures_have_no_moments(inverse):
     structure = structure_of(inverse)
-    current = {name: one for name, (one,) in prepared(structure, (0.3,)).items()}
+    current = {name: layer for name, (layer,) in prepared(structure, (0.3,)).items()}
     assert structure.bases(current) == {}
     assert structure.observe(current, {}, 3) == current
     assert structure.install(current["first"], None) is current["first"]

@@ -23,7 +23,7 @@ def log_uniform(low, high):
 
 @st.composite
 def chains(draw):
-    """Averages of a chain over some steps of any number of cases, and its sizes."""
+    """Averages of a chain over a few steps of any number of cases, and its sizes."""
     generator = torch.Generator().manual_seed(draw(SEEDS))
     sizes = draw(st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4))
     scales = [(draw(log_uniform(-2, 2)), draw(log_uniform(-2, 2))) for _ in sizes]
@@ -66,9 +66,9 @@ def solve(inverse, averages, matrices, gamma):
     structure = structure_for(kfac_settings({"inverse": inverse}), averages.names, averages.links)
     inverses = {}
     for name in averages.names:
-        (one,) = structure.prepare(averages.snapshot(name), [gamma])
-        inverses[name] = one.inverse
-    solved, fallen = structure.solve(matrices, inverses, gamma)
+        (layer,) = structure.invert_at_gammas(averages.snapshot(name), [gamma])
+        inverses[name] = layer.inverse
+    solved, fallen = structure.precondition(matrices, inverses, gamma)
     assert fallen == ()
     return solved
 
@@ -86,10 +86,10 @@ def dot(left, right):
 def test_the_inverse_is_symmetric_and_positive(chain, gamma, inverse, seed):
     averages, sizes = chain
     V, W = gradients(sizes, seed), gradients(sizes, seed + 1)
-    of_V, of_W = (solve(inverse, averages, one, gamma) for one in (V, W))
-    assert dot(V, of_V) > 0
-    size = (dot(V, of_V) * dot(W, of_W)) ** 0.5
-    assert abs(dot(W, of_V) - dot(V, of_W)) <= 1e-8 * size
+    inverse_V, inverse_W = (solve(inverse, averages, X, gamma) for X in (V, W))
+    assert dot(V, inverse_V) > 0
+    size = (dot(V, inverse_V) * dot(W, inverse_W)) ** 0.5
+    assert abs(dot(W, inverse_V) - dot(V, inverse_W)) <= 1e-8 * size
 
 
 @given(chain=chains(), seed=SEEDS, inverse=st.sampled_from(["block_tridiagonal", "ekfac"]))

@@ -1,4 +1,4 @@
-"""The chain where it has trouble; that it is right is shown in the oracles."""
+"""The chain in numeric trouble; oracle 7 shows that it is right otherwise."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from kfac_dist.core.factors import Link
 from kfac_dist.core.inverse import kronecker_sum
 from kfac_dist.core.inverse.damped import InversionFailedError
-from kfac_dist.core.inverse.tridiagonal import invert_conditional, solve_chain
+from kfac_dist.core.inverse.tridiagonal import invert_conditional, precondition_chain
 from tests.core.inverse.layers_of_a_chain import (
     GAMMAS,
     NAMES,
@@ -22,10 +22,10 @@ from tests.core.inverse.layers_of_a_chain import (
 
 
 @pytest.mark.parametrize("which", ["next_pair", "cross"])
-def test_neither_has_a_link_whose_other_half_is_not_finite(which):
+def test_a_link_with_a_factor_that_is_not_finite_is_not_inverted(which):
     snapshot = snapshots()["first"]
     getattr(snapshot, which).G[0, 0] = math.nan
-    assert structure_of("block_tridiagonal").prepare(snapshot, GAMMAS) == [None] * 3
+    assert structure_of("block_tridiagonal").invert_at_gammas(snapshot, GAMMAS) == [None] * 3
 
 
 def test_a_chain_with_a_part_that_does_not_descend_still_does():
@@ -36,7 +36,7 @@ def test_a_chain_with_a_part_that_does_not_descend_still_does():
         broken = inverses | {
             "second": replace(inverses["second"], conditional=replace(good, denominators=spoiled))
         }
-        solved, fallen = structure.solve(V, broken, 0.5)
+        solved, fallen = structure.precondition(V, broken, 0.5)
         assert fallen == ("second",)
         assert sum((V[name] * solved[name]).sum() for name in NAMES) > 0
 
@@ -50,11 +50,11 @@ def test_links_join_neighbours_in_the_order_of_the_model():
 
 def test_a_chain_of_one_layer_is_block_diagonal():
     snapshot = snapshots()["third"]
-    (one,) = structure_of("block_tridiagonal").prepare(snapshot, (0.2,))
-    (other,) = structure_of("block_diagonal").prepare(snapshot, (0.2,))
+    (part,) = structure_of("block_tridiagonal").invert_at_gammas(snapshot, (0.2,))
+    (expected,) = structure_of("block_diagonal").invert_at_gammas(snapshot, (0.2,))
     V = {"third": gradients()["third"]}
-    solved, _ = solve_chain(V, {"third": one.inverse}, (), 0.2)
-    torch.testing.assert_close(solved["third"], other.inverse.apply(V["third"]))
+    solved, _ = precondition_chain(V, {"third": part.inverse}, (), 0.2)
+    torch.testing.assert_close(solved["third"], expected.inverse.apply(V["third"]))
 
 
 def failing_in_float32(A, *args):

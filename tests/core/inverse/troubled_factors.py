@@ -1,6 +1,6 @@
-"""Factors of a layer of 3 inputs and 2 outputs, and the rungs that inverting them at GAMMA takes.
+"""Factors of a layer of 3 inputs and 2 outputs, and the rungs it takes to invert them at GAMMA.
 
-The rungs have the same names and counts wherever the factors are inverted.
+The serial optimizer and the distributed run must count the same rungs by the same names.
 """
 
 import math
@@ -23,7 +23,7 @@ FACTORS = {
     "indefinite": _pair(torch.tensor([5.0, -1e-4, 1.0, 1.0]).diag()),
     "hopeless": _pair(torch.tensor([1e9, -1e9, 1.0, 1.0]).diag()),
 }
-# One after the other; what a failed inversion does depends on whether there is one to keep.
+# In this order: a failed inversion keeps the last inverse only if there is one.
 LADDER = (
     ("hopeless", {"no_inverse": 1}),
     ("sound", {}),

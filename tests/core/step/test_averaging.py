@@ -34,7 +34,7 @@ def test_the_parameters_are_not_kept():
 
 
 @pytest.mark.parametrize("saved_after", [0, 2, 6])
-def test_state_round_trip_goes_on_bitwise(saved_after):
+def test_a_restored_average_continues_bitwise(saved_after):
     average, other = ParameterAverage(0.9, 4), ParameterAverage(0.9, 4)
     for step in range(1, saved_after + 1):
         average.update(step, vector(step))

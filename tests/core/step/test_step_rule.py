@@ -1,72 +1,46 @@
-import math
+from typing import get_args
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from kfac_dist.core.step.step_rule import PlaneModel, adaptive_coefficients, constrained_step
+from kfac_dist.config import KFACSpec, kfac_settings
+from kfac_dist.core.step.plane_model import PlaneModel
+from kfac_dist.core.step.step_rule import constrained_step, step_rule_for
 
-NUMBERS = st.floats(-10, 10, allow_nan=False)
-
-
-def plane(slopes, squares, fisher):
-    return PlaneModel(slopes=slopes, squares=squares, fisher=fisher)
+NAMES = get_args(KFACSpec.model_fields["step_rule"].annotation)
+MODEL = PlaneModel(slopes=(-6.0, 0.0), squares=(1.0, 0.0, 0.0), fisher=(2.0, 0.0, 0.0))
 
 
-@given(
-    a=st.tuples(NUMBERS, NUMBERS, NUMBERS), b=st.tuples(NUMBERS, NUMBERS, NUMBERS),
-    ridge=st.floats(1e-3, 100), slopes=st.tuples(NUMBERS, NUMBERS),
-)  # fmt: skip
-def test_no_other_coefficients_give_a_lower_model(a, b, ridge, slopes):
-    """Delta = a and delta_0 = b in R^3, F the identity on the first two axes."""
-    model = plane(
-        slopes,
-        (dot(a, a), dot(a, b), dot(b, b)),
-        (dot(a[:2], a[:2]), dot(a[:2], b[:2]), dot(b[:2], b[:2])),
-    )
-    q00, q01, q11 = model.curvature(ridge)
-    if q00 <= 1e-6 or q00 * q11 - q01 * q01 <= 1e-6 * q00 * q11:
-        return
-    alpha, mu = adaptive_coefficients(model, ridge)
-    lowest = model.change(alpha, mu, ridge)
-    assert lowest <= 0
-    half_slope = 0.5 * (alpha * slopes[0] + mu * slopes[1])
-    assert lowest == pytest.approx(half_slope, rel=1e-5, abs=1e-9)
-    for step in (-0.1, 0.1):
-        slack = 1e-9 * (1 + abs(lowest))
-        assert model.change(alpha + step, mu, ridge) >= lowest - slack
-        assert model.change(alpha, mu + step, ridge) >= lowest - slack
+def rule_for(name, **options):
+    return step_rule_for(kfac_settings({"step_rule": name, **options}))
 
 
-def dot(u, v):
-    return sum(x * y for x, y in zip(u, v, strict=True))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_that_the_settings_allow_has_a_rule(name):
+    rule = rule_for(name)
+    alpha, mu = rule.coefficients(MODEL, ridge=1.0, lr=0.1 if rule.takes_lr else None)
+    assert alpha > 0
+    assert 0 <= mu < 1
 
 
-def test_without_a_previous_update_it_is_a_line_search():
-    alpha, mu = adaptive_coefficients(plane((-6.0, 0.0), (1.0, 0.0, 0.0), (2.0, 0.0, 0.0)), 1.0)
-    assert (alpha, mu) == (2.0, 0.0)
+def test_the_adaptive_rule_takes_the_minimum_of_the_model():
+    rule = rule_for("adaptive")
+    assert rule.needs_fisher
+    assert not rule.takes_lr
+    assert rule.coefficients(MODEL, ridge=1.0, lr=None) == (2.0, 0.0)
 
 
-@pytest.mark.parametrize("scale", [1.0, -0.5, 1e-3])
-def test_a_parallel_previous_update_gives_no_momentum(scale):
-    model = plane((-6.0, -6.0 * scale), (1.0, scale, scale**2), (2.0, 2.0 * scale, 2.0 * scale**2))
-    assert adaptive_coefficients(model, 1.0) == (pytest.approx(2.0), 0.0)
+def test_the_norm_constraint_takes_lr_and_momentum_and_no_fisher_products():
+    rule = rule_for("norm_constraint", norm_constraint=1.5, momentum=0.8)
+    assert not rule.needs_fisher
+    assert rule.takes_lr
+    assert rule.coefficients(MODEL, ridge=1.0, lr=0.1) == (0.1, 0.8)
+    assert rule.coefficients(MODEL, ridge=1.0, lr=10.0) == (0.5, 0.8)
 
 
-def test_a_zero_gradient_gives_no_step():
-    assert adaptive_coefficients(plane((0.0, 0.0), (0.0,) * 3, (0.0,) * 3), 1.0) == (0.0, 0.0)
-
-
-def test_square_norm():
-    model = plane((0.0, 0.0), (4.0, 1.0, 9.0), (0.0, 0.0, 0.0))
-    assert model.square_norm(0.5, 2.0) == 4.0 / 4 + 2 * 0.5 * 2.0 * 1.0 + 4 * 9.0
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_plane_tells_whether_it_is_finite(bad):
-    assert plane((0.0, 0.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)).is_finite()
-    assert not plane((0.0, bad), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)).is_finite()
-    assert not plane((0.0, 0.0), (1.0, 1.0, 1.0), (1.0, bad, 1.0)).is_finite()
+@pytest.mark.parametrize(("name", "expected"), [("adaptive", 7), ("norm_constraint", None)])
+def test_gamma_is_searched_for_under_a_rule_with_fisher_products(name, expected):
+    assert rule_for(name, gamma={"adapt_period": 7}).gamma_search_period == expected
+    assert rule_for(name, gamma={"adapt_period": None}).gamma_search_period is None
 
 
 def test_constrained_step_bounds_the_norm_in_the_metric():

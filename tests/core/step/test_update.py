@@ -6,7 +6,7 @@ import torch
 from kfac_dist.config import kfac_settings
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.passes.fisher import FisherMeans
-from kfac_dist.core.step.step_rule import Choice, combine
+from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 
 W1 = 19 / 20
@@ -188,13 +188,6 @@ def test_update_is_alpha_and_mu_times_the_two_vectors():
     torch.testing.assert_close(delta, choice.mu * torch.ones(3).double() - choice.alpha * ALONG)
     assert update.previous_update is delta or torch.equal(update.previous_update, delta)
     assert choice.update_norm == pytest.approx(delta.norm().item())
-
-
-def test_combine_turns_the_previous_update_into_the_new_one():
-    previous, along = torch.ones(3, dtype=torch.float64), ALONG.clone()
-    assert combine(along, previous, 0.5, 2.0) is previous
-    torch.testing.assert_close(previous, 2.0 - 0.5 * ALONG)
-    assert torch.equal(along, ALONG)
 
 
 def test_norm_constraint_bounds_the_step():

@@ -9,7 +9,6 @@ import torch
 
 from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.inverse.damped import invert_pair, redamp
-from kfac_dist.core.inverse.precondition import precondition
 from tests.oracles.truth import dense
 
 TOLERANCE = 1e-10
@@ -46,7 +45,7 @@ def test_applied_inverse_is_the_dense_solve(dim_A, dim_G, gamma, full_rank, norm
     assert inverted.rungs == ()
     assert inverted.gamma == gamma
     assert inverted.pi == pytest.approx(dense.split_damping(pair.A, pair.G, norm), rel=1e-12)
-    U = precondition(V, inverted.inverse)
+    U = inverted.inverse.apply(V)
     for order in ("rows", "columns"):
         block = dense.damped_block(pair.A, pair.G, gamma, order, norm)
         expected = torch.linalg.solve(block, as_vec(V, order))

@@ -97,12 +97,12 @@ def undamped_step(model, distribution, inputs, targets, inverse, gamma=0.0):
     averages.update(1, statistics.factors, len(inputs), statistics.crosses)
     inverses = {}
     for name in names:
-        (prepared,) = structure.prepare(averages.snapshot(name), [gamma])
+        (prepared,) = structure.invert_at_gammas(averages.snapshot(name), [gamma])
         assert prepared.rungs == ()
         inverses[name] = prepared.inverse
     gradient = dense.per_case_gradients(distribution, model, inputs, targets).mean(dim=0)
     matrices = {name: dense.homogeneous_matrix(gradient, model, name) for name in names}
-    solved, fallen = structure.solve(matrices, inverses, 1.0)
+    solved, fallen = structure.precondition(matrices, inverses, 1.0)
     assert fallen == ()
     return [solved[name] for name in layer_names(model)]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kfac_dist import KFAC
-from kfac_dist.core.step.step_rule import PlaneModel, adaptive_coefficients
+from kfac_dist.core.step.plane_model import PlaneModel
 from tests.oracles.truth import dense
 from tests.oracles.truth.cases import Case
 
@@ -53,7 +53,7 @@ def test_the_plane_solution_is_a_conjugate_gradient_step(size, ridge):
         gradient = matrix @ theta - right_side
         Delta = -torch.linalg.solve(preconditioner, gradient)
         model = plane_model(fisher, gradient, Delta, previous)
-        alpha, mu = adaptive_coefficients(model, ridge)
+        alpha, mu = model.minimum(ridge)
         previous = alpha * Delta + mu * previous
         theta = theta + previous
         torch.testing.assert_close(theta, expected, rtol=TOLERANCE, atol=TOLERANCE)

@@ -9,7 +9,7 @@ import torch
 
 from kfac_dist.core.compute import GradientSums
 from kfac_dist.core.passes.fisher import FisherSums
-from kfac_dist.core.step.step_rule import Choice
+from kfac_dist.core.step.choice import Choice
 from tests.workers.whole_jobs.local_job import in_threads, make_group
 from workers.exchange.process_group import Group, PeerLostError
 from workers.exchange.step import Directions, ServerSide, WorkerSide

@@ -162,7 +162,7 @@ def eigen_store(gammas: tuple[float, ...] = (1.0, 2.0)):
     def publish_eigen(version: int) -> EigenInverse:
         rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(version)).double()
         pair = KroneckerPair(A=rows.T @ rows, G=rows[:, :2].T @ rows[:, :2])
-        prepared = store.structure.prepare(LayerSnapshot(step=version, pair=pair), gammas)
+        prepared = store.structure.invert_at_gammas(LayerSnapshot(step=version, pair=pair), gammas)
         header = InverseHeader(
             layer="a",
             version_step=version,
