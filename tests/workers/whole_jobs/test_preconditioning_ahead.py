@@ -15,16 +15,16 @@ PATIENCE_SECONDS = 1.0
 
 
 class HeldBack(LocalJob):
-    """A job whose first worker sends no statistics before the server has preconditioned.
+    """A job whose first worker waits for the server to precondition before it sends statistics.
 
-    Unless that does not happen while it waits; `ahead` tells, by step, whether it did.
+    It waits for `PATIENCE_SECONDS` at most; `ahead` has for each step whether the server did.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.ahead: dict[int, bool] = {}
         self._preconditioned = threading.Event()
-        sender, update = self.workers[0]._statistics, self.server._update
+        sender, update = self.workers[0]._sender, self.server._update
         send, directions = sender.send, update.directions
 
         def held_back(step: int, *arguments: Any, **more: Any) -> Any:

@@ -15,6 +15,7 @@ from kfac_dist.core.vector import flatten
 from tests.paths import ROOT
 from tests.workers.whole_jobs.local_job import LocalJob, small_spec
 from tests.workers.whole_jobs.test_distributed_is_serial import serial_run
+from workers.exchange.messages import StatisticsMessage
 
 NUM_STEPS = 26
 INVERSES = ("block_diagonal", "block_tridiagonal", "ekfac")
@@ -87,11 +88,11 @@ def test_each_layer_is_as_old_as_its_script_says(run):
 class StrayMessages(LocalJob):
     """Every statistics message comes twice, and an old one again with each."""
 
-    def _send(self, worker: int, header: Any, parcel: Any) -> None:
-        self._sent = [*getattr(self, "_sent", []), (header, parcel)]
-        stray = random.Random(header.step).choice(self._sent)
-        for message in ((header, parcel), (header, parcel), stray):
-            super()._send(worker, *message)
+    def _send(self, worker: int, message: StatisticsMessage) -> None:
+        self._sent = [*getattr(self, "_sent", []), message]
+        stray = random.Random(message.header.step).choice(self._sent)
+        for sent in (message, message, stray):
+            super()._send(worker, sent)
 
 
 def test_duplicated_and_late_statistics_change_nothing(run):
