@@ -75,8 +75,6 @@ class WorkerReport:
     `traffic` is what it exchanged with the parameter server: gradients, directions and numbers.
     """
 
-    rank: int
-    step: int
     phase_seconds: Mapping[str, float]
     traffic: Traffic
 
@@ -232,11 +230,8 @@ class InverseStatus:
     `inversion_seconds` is the sum over all inversions.
     """
 
-    rank: int
     pid: int
     queue_depth: int
-    applied_step: int
-    num_inversions: int
     inversion_seconds: float
     duplicates: int
     late: int

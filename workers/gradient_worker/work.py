@@ -119,12 +119,8 @@ class GradientWork:
             if order.plan.update_factors:
                 self._send_statistics(self._sender, order, part, sums, phases)
             self._take_part_in_choice(part, sums.trace, phases)
-        return WorkerReport(
-            rank=self._rank,
-            step=order.plan.step,
-            phase_seconds=phases.seconds,
-            traffic=self._joined.group.take_traffic(),
-        )
+        traffic = self._joined.group.take_traffic()
+        return WorkerReport(phase_seconds=phases.seconds, traffic=traffic)
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
         return user_code(self._task, f"{doing} in gradient worker {self._rank}")

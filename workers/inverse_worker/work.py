@@ -197,7 +197,6 @@ class InverseWork:
         if self._policy == "largest_drift":
             self._drift.start_from(name, snapshot.pair.tensors())
         seconds = time.perf_counter() - started
-        self._counts["inversions"] += 1
         self._inversion_seconds += seconds
         made = [inverted for inverted in prepared if inverted is not None]
         header = InverseHeader(
@@ -229,11 +228,8 @@ class InverseWork:
             and self._versions.get(name, 0) < min(request.step, averages.step)
         ]
         return InverseStatus(
-            rank=self._setup.rank,
             pid=os.getpid(),
             queue_depth=queue_depth + len(due),
-            applied_step=self._handled_step,
-            num_inversions=self._counts["inversions"],
             inversion_seconds=self._inversion_seconds,
             duplicates=self._counts["duplicate"],
             late=self._counts["late"],

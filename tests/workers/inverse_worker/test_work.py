@@ -97,7 +97,7 @@ def test_duplicated_and_late_statistics_change_nothing(make):
     repeated = [IN_ORDER[0], *IN_ORDER[:3], IN_ORDER[2], *IN_ORDER[3:], *IN_ORDER]
     assert deliver(work, *repeated) == expected
     status = work.status(queue_depth=0)
-    assert (status.applied_step, status.duplicates + status.late) == (3, 8)
+    assert (work.handled_step, status.duplicates + status.late) == (3, 8)
 
 
 def test_ranks_may_arrive_in_any_order(make):
