@@ -1,7 +1,8 @@
 """EKFAC's part of a step's protocol: bases go to the gradient workers, moments come back.
 
 The parameter server owns the moments. The bases are those of the inverses in use; each is sent
-once, and every member of the group holds the same ones, in the same order.
+once, and every member of the group holds the same ones, in the same order. What moments are:
+docs/algorithm.md#ekfac.
 """
 
 from __future__ import annotations

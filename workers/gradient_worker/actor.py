@@ -56,7 +56,7 @@ class GradientWorker:
         return build_gradient_work(self._job, self._rank, device, self._send_statistics)
 
     def join(self, rendezvous: Rendezvous) -> None:
-        """Join a group and take over the server's parameters."""
+        """Join a group, and start from the server's parameters."""
         self._group = join_group(
             rendezvous,
             join_store(rendezvous),

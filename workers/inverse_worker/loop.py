@@ -1,7 +1,8 @@
 """The one thread in which an inverse worker works, and the mailbox in front of it.
 
 Each turn of the loop averages the statistics that have arrived, so that an inverse contains the
-newest ones; then inverts one layer; then answers the snapshots that are due.
+newest ones; then inverts one layer; then answers the snapshots that are due
+(docs/algorithm.md#asynchrony).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An inverse has one life here: it becomes *available* when it arrives, at any time and from another
 thread; it is *admitted* when the staleness rule lets a step use it; it is *in use* once that step
 has been applied. The newest version of a layer wins. A step waits for inverses here and nowhere
-else.
+else (docs/algorithm.md#asynchrony).
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ class InverseStore:
     device: torch.device
     _shelf: InverseShelf = field(init=False)
     _orphaned: frozenset[str] = frozenset()
-    _failed_step: dict[str, int] = field(default_factory=dict)
+    _failed_step: dict[str, int] = field(default_factory=dict)  # the version that was not made
     _newest_statistics: int = 0
     _counts: Counter[str] = field(default_factory=Counter)
-    _accepted: list[InverseHeader] = field(default_factory=list)
+    _accepted: list[InverseHeader] = field(default_factory=list)  # since the last report
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
@@ -173,10 +173,11 @@ class InverseStore:
         return {name: self._shelf.version(name, only.get(name)) for name in self.layers}
 
     def install(self, admitted: AdmittedInverses) -> AdmittedInverses:
-        """Return the inverses as the step uses them: with what new ones take over from old ones.
+        """Return the inverses as the step applies them.
 
-        Nothing in the store changes before `use`, so after a step that is not applied the next one
-        can do the same.
+        A new version takes over the moments of the version in use, and the inverse itself where
+        the inversion failed. Nothing in the store changes before `use`, so if the step is not
+        applied, the next one can do the same.
         """
         return replace(admitted, held=self._shelf.installed(admitted.held))
 
@@ -191,9 +192,9 @@ class InverseStore:
         )
 
     def _failed(self, step: int) -> set[str]:
-        """Return the layers whose last inversion failed, and which no refresh will replace in time.
+        """Return the layers whose last inversion failed, so that `step` need not wait for them.
 
-        A step that uses exact versions waits for the next scheduled refresh like for any other.
+        A step that uses exact versions still waits for a refresh that came after the failed one.
         """
         return {
             name
@@ -251,7 +252,7 @@ class InverseStore:
             return taken
 
     def counts(self) -> Counter[str]:
-        """Return how often each kind of numeric trouble occurred (`docs/algorithm.md#ladder`)."""
+        """Return how often each kind of numeric trouble occurred (docs/algorithm.md#ladder)."""
         with self._changed:
             return Counter(self._counts)
 

@@ -1,4 +1,4 @@
-"""The ladder of numeric trouble over processes: the names and counts of the serial optimizer."""
+"""Numeric trouble is counted as in the serial optimizer (docs/algorithm.md#ladder)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def both_sides(spec, folder):
     return work, store
 
 
-def test_an_inverse_worker_and_the_store_climb_it_like_the_serial_optimizer(tmp_path):
+def test_an_inverse_worker_and_the_store_count_trouble_like_the_serial_optimizer(tmp_path):
     work, store = both_sides(small_spec(optimizer={"factor_decay": 0.0}), tmp_path)
     expected: Counter[str] = Counter()
     for step, (trouble, rungs) in enumerate(LADDER, start=1):
@@ -115,7 +115,7 @@ class Spoiled(LocalJob):
         super()._send(worker, replace(message, parcel=pack(factors)))
 
 
-def test_the_server_counts_what_falls_back_and_what_is_skipped(tmp_path):
+def test_the_server_counts_fallbacks_to_the_gradient_and_skipped_steps(tmp_path):
     job = Spoiled(small_spec(steps=4), tmp_path)
     num_layers = len(job.store.layers)
     (report,) = job.steps(1)
