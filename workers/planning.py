@@ -130,6 +130,8 @@ def measure_cost_model(settings: KFACSpec, dtype: torch.dtype) -> CostModel:
     samples = []
     for order in _MEASURED_ORDERS:
         snapshot = probe_snapshot(order, dtype, linked=bool(structure.links))
+        # Half the time of two factors: the cost model is for one matrix. The minimum is the
+        # measurement that was disturbed least.
         seconds = min(_time(structure, snapshot) for _ in range(_REPEATS)) / 2
         samples.append((order, seconds))
     # A fit without a cubic term comes from a disturbed measurement, and would say nothing about

@@ -135,6 +135,7 @@ class InverseWork:
             messages = self._waiting.pop(step)
             self._update(step, [messages[rank] for rank in sorted(messages)])
             self._handled_step = step
+        # Steps of which some messages never came; the ledger counts them as dropped.
         for step in [step for step in self._waiting if step < self._ledger.applied_step]:
             del self._waiting[step]
 
@@ -171,6 +172,7 @@ class InverseWork:
                 return self._invert(name, wanted[name])
             if not request.exact:
                 return None
+            # Every layer has its exact version, so later statistics may be averaged now.
             self._exact_step = self._requests.popleft().step
             self.apply_statistics()
         return None

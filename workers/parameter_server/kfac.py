@@ -73,8 +73,9 @@ class KFACServer:
         self._update.begin_step(plan.damping)
         mean = self._receive_gradient(phases)
         finite = mean.is_finite()
+        # The workers compute their statistics now. The server preconditions meanwhile, if it can.
         ahead = finite and not self._needs_statistics(plan)
-        if ahead:  # while the workers compute their statistics
+        if ahead:
             inverses, directions = self._precondition(plan, mean, phases)
         self._receive_statistics(order, phases)
         if not finite:
@@ -240,6 +241,7 @@ class KFACServer:
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""
+        # Checkpoints contain these names, so they must not change.
         update = {f"update:{k}": v for k, v in self._update.state_dict().items()}
         events = self._counts + self._store.counts()
         counts = {f"count:{k}": torch.tensor(v) for k, v in events.items()}
