@@ -32,12 +32,14 @@ from workers.actor import Handle
 from workers.cluster.cluster import ray_cluster
 from workers.exchange.messages import (
     InverseHeader,
+    InverseMessage,
     InverseSetup,
     JobContext,
     RefreshRequest,
     StatisticsHeader,
+    StatisticsMessage,
 )
-from workers.exchange.parcels import InverseParcel, StatisticsParcel, pack_tensors, unpack_inverses
+from workers.exchange.parcels import StatisticsParcel, pack_tensors, unpack_inverses
 from workers.inverse_worker.actor import InverseWorkerActor
 
 ORDERS = (128, 256, 512, 1024, 2048)
@@ -62,10 +64,10 @@ class Receiver:
         torch.set_num_threads(1)
         self._opened = Opened(0.0, [])
 
-    def accept(self, header: InverseHeader, parcel: InverseParcel) -> None:
+    def accept(self, message: InverseMessage) -> None:
         """Take in the inverses of a layer."""
-        list(unpack_inverses(parcel, torch.device("cpu")))
-        self._opened = Opened(time.monotonic(), [*self._opened.headers, header])
+        list(unpack_inverses(message.parcel, torch.device("cpu")))
+        self._opened = Opened(time.monotonic(), [*self._opened.headers, message.header])
 
     def take(self) -> Opened:
         """Return what has come in since the last call that found all layers."""
@@ -124,7 +126,7 @@ class Workers:
                 usable=True,
             )
             parcel = StatisticsParcel(factors=dict.fromkeys(names, self._arrays), crosses={})
-            self._workers[rank].update.remote(header, parcel)
+            self._workers[rank].update.remote(StatisticsMessage(header=header, parcel=parcel))
             request = RefreshRequest(
                 step=self._step, gammas=(GAMMA,), min_statistics_step=self._step
             )

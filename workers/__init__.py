@@ -1,1 +1,1 @@
-"""The runtime: Ray actors, the training loop and its launch. The only importer of ray."""
+"""The runtime: the driver and the three roles as Ray actors. Nothing else imports ray."""

@@ -1,15 +1,14 @@
 """What the three kinds of Ray actors share: how they are declared, and their logs.
 
-Actors are thin shells around the roles' work. Long work runs in one thread; `status` and
-`lifeline` have concurrency groups of their own and always answer. No actor is restarted by Ray:
-its state would be lost without a word.
+Actors are thin shells around the roles' work. Long work runs in one thread. Methods that must
+answer during it, such as an inverse worker's `status`, have concurrency groups of their own. Ray
+restarts no actor, because a restarted one would have lost its state without anybody noticing.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,27 +21,25 @@ from kfac_dist.runs.logs import open_log
 from workers.exchange.messages import JobContext
 
 Handle: TypeAlias = Any
-"""A Ray actor, or its class; Ray makes its methods at run time."""
+"""A Ray actor or its class; untyped, because Ray creates its methods at run time."""
 
 Ref: TypeAlias = "ray.ObjectRef[Any]"
-"""A call of an actor that has been made."""
+"""The pending or finished result of an actor call."""
 
 T = TypeVar("T")
 
 
 def as_actor(role: type, *groups: str) -> Handle:
-    """Return the actor class of a role, with one thread for each of the concurrency `groups`."""
-    # Ray's stubs do not know concurrency groups.
+    """Return the actor class of a role, with one extra thread for each concurrency group."""
+    # Ray's type stubs do not have concurrency groups.
     remote: Any = ray.remote
     options = {"max_restarts": 0, "num_cpus": 0, "concurrency_groups": dict.fromkeys(groups, 1)}
     return remote(**options)(role)
 
 
 def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
-    """Open the log of this process's role; what the process prints goes beside it, to `.out`.
-
-    Ray keeps printed text in its own folder, which an embedded cluster takes with it.
-    """
+    """Open the log of this process's role; what the process prints goes to `.out` beside it."""
+    # Ray would keep printed text in its own folder, which an embedded cluster removes at its end.
     path = RunFolder.open(job.run_dir).log_path(role, rank, job.attempt)
     with path.with_suffix(".out").open("ab") as printed:
         os.dup2(printed.fileno(), sys.stdout.fileno())
@@ -51,7 +48,7 @@ def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
 
 
 def logged(log: FilteringBoundLogger, doing: str, call: Callable[[], T]) -> T:
-    """Log what `call` raises, in full; the user is shown the message only."""
+    """Log what `call` raises before passing it on; the user sees only the message."""
     try:
         return call()
     except KfacDistError as error:
@@ -60,11 +57,6 @@ def logged(log: FilteringBoundLogger, doing: str, call: Callable[[], T]) -> T:
     except Exception:
         log.exception(doing)
         raise
-
-
-def wait_forever() -> None:
-    """Keep a call open, so that the caller learns of this actor's death at once."""
-    threading.Event().wait()
 
 
 def node_address() -> str:

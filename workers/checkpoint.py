@@ -1,11 +1,11 @@
-"""Checkpoints on disk: written whole or not at all, verified before they are read.
+"""Checkpoints on disk: written as a whole or not at all, and verified before they are used.
 
     checkpoints/step-00000100/
         <role>.safetensors      the arrays of one role
-        manifest.json           format, step, sha256 and bytes of each file above, state
-        manifest.sha256         the sha256 of manifest.json, as `sha256sum -c` reads it
+        manifest.json           format, step, sha256 and size of each file above, state
+        manifest.sha256         the sha256 of manifest.json, in the format of `sha256sum -c`
 
-No pickle is ever read or written.
+Pickle is never read or written.
 """
 
 from __future__ import annotations
@@ -19,24 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from kfac_dist.errors import InvalidSpecError, JobFailedError, NotFoundError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints, write_folder
-
-__all__ = [
-    "FORMAT_VERSION",
-    "CheckpointInfo",
-    "LoadedCheckpoint",
-    "list_checkpoints",
-    "load_newest",
-    "write_checkpoint",
-]
-
-Arrays = Mapping[str, NDArray[Any]]
+from workers.exchange.arrays import Array, Arrays
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
@@ -49,20 +38,20 @@ _ROLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 class LoadedCheckpoint:
     """A verified checkpoint.
 
-    `roles` maps a role to its arrays by name; they are writable and the caller's own. `state` is
-    what was given to `write_checkpoint`, as JSON brings it back: tuples are lists, keys strings.
-    `refused` has a message for each newer checkpoint that was not whole.
+    `roles` maps a role to its arrays by name; they are writable copies. `state` is what was given
+    to `write_checkpoint`, after a round trip through JSON: tuples become lists, keys strings.
+    `refused` has a message for each newer checkpoint that was torn or altered.
     """
 
     step: int
-    roles: dict[str, dict[str, NDArray[Any]]]
+    roles: dict[str, dict[str, Array]]
     state: dict[str, Any]
     path: Path
     refused: tuple[str, ...]
 
 
 class _RefusedError(Exception):
-    """A checkpoint is not what was written; the text says what is wrong with it."""
+    """A checkpoint differs from what was written; the text says how."""
 
 
 def write_checkpoint(
@@ -74,14 +63,20 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint of `step` and return its folder; it is on disk when this returns.
 
-    A checkpoint of the same step is replaced. Afterwards the `keep` newest ones stay; later steps
-    than this one are of an attempt that was given up, and go as well. What an earlier crash left
-    half written is removed.
+    A checkpoint of the same step is replaced. Checkpoints of later steps come from an attempt that
+    was given up, and are removed, as are the half-written files of an earlier crash.
+
+    Args:
+        folder: holds all checkpoints of the run.
+        step: the step that has just been done.
+        roles: the arrays of each role, by name.
+        state: everything else, as JSON can hold it.
+        keep: how many of the newest checkpoints stay.
 
     Raises:
         InvalidSpecError: step or keep is out of range, or a role's name is not a file name.
-        TypeError, ValueError: the state cannot be written as JSON; NaN and Inf cannot.
-        JobFailedError: the file system refused, such as a full disk; no checkpoint was lost.
+        TypeError, ValueError: the state cannot be written as JSON, which has no NaN or Inf.
+        JobFailedError: writing failed, for example on a full disk; no checkpoint was lost.
     """
     _check_arguments(step, roles, keep)
     files = {f"{role}{_SUFFIX}": _to_bytes(arrays) for role, arrays in roles.items()}
@@ -108,7 +103,7 @@ def _check_arguments(step: int, roles: Mapping[str, Arrays], keep: int) -> None:
 
 
 def _to_bytes(arrays: Arrays) -> bytes:
-    # order="C" and not ascontiguousarray, which makes a vector of a scalar.
+    # Not np.ascontiguousarray, which turns a scalar into a vector.
     return save_arrays({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
@@ -137,13 +132,13 @@ def _seal(manifest: bytes) -> bytes:
 
 
 def load_newest(folder: Path, steps: Container[int] | None = None) -> LoadedCheckpoint | None:
-    """Return the newest checkpoint in `folder` that is whole; None when there is none at all.
+    """Return the newest whole checkpoint in `folder`, None if the folder has no checkpoint.
 
-    With `steps` only one of these. Every file is read and compared with its size and hash before
-    anything in it is used.
+    With `steps`, only checkpoints of these steps count. The size and hash of every file are
+    compared with the manifest before anything in it is used.
 
     Raises:
-        NotFoundError: there are checkpoints, but none is whole; the message says why, for each.
+        NotFoundError: no checkpoint is whole; the message gives the reason for each.
     """
     refused: list[str] = []
     for info in list_checkpoints(folder):
@@ -195,14 +190,14 @@ def _role(file_name: str) -> str:
     return role
 
 
-def _read_arrays(path: Path, entry: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: Path, entry: Mapping[str, Any]) -> dict[str, Array]:
     content = _read(path)
     if len(content) != entry["bytes"]:
         raise _RefusedError(f"{path.name} has {len(content)} bytes, not {entry['bytes']}")
     if _sha256(content) != entry["sha256"]:
         raise _RefusedError(f"{path.name} has another sha256 than {_MANIFEST} says")
     try:
-        arrays: dict[str, NDArray[Any]] = load_arrays(content)
+        arrays: dict[str, Array] = load_arrays(content)
     except SafetensorError as error:
         raise _RefusedError(f"{path.name} cannot be read: {error}") from error
     return {name: np.require(array, requirements="W") for name, array in arrays.items()}

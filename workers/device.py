@@ -18,7 +18,7 @@ Backend = Literal["gloo", "nccl"]
 class DevicePlan:
     """Device of the gradient workers and the parameter server; inverse workers use the CPU.
 
-    `gpus_per_member` is the share of a GPU that Ray reserves for each of them, 0 on the CPU.
+    `gpus_per_member` is the share of a GPU that Ray reserves for each member, 0 on the CPU.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -26,15 +26,16 @@ class DevicePlan:
     gpus_per_member: float
 
     def device(self) -> torch.device:
-        """Return this process's device: Ray shows each process only the GPU it was given."""
+        """Return this process's device."""
+        # No index: Ray shows each process only the GPU that it was given.
         return torch.device(self.kind)
 
 
 def plan_devices(workers: WorkersSpec, num_gpus: int) -> DevicePlan:
-    """Decide for a cluster of `num_gpus` GPUs.
+    """Choose device and backend for a cluster of `num_gpus` GPUs.
 
-    NCCL needs a GPU for every member of the group; members that share one exchange through host
-    memory with gloo.
+    NCCL needs one GPU for every member of the group. Members that share a GPU exchange through
+    host memory with gloo.
 
     Raises:
         InvalidSpecError: `workers.device` is cuda and there is no GPU.
@@ -42,7 +43,7 @@ def plan_devices(workers: WorkersSpec, num_gpus: int) -> DevicePlan:
     if workers.device == "cpu" or (workers.device == "auto" and num_gpus == 0):
         return DevicePlan(kind="cpu", backend="gloo", gpus_per_member=0.0)
     if num_gpus == 0:
-        raise InvalidSpecError("workers.device: cuda was asked for, this machine has no GPU")
+        raise InvalidSpecError("workers.device: cuda was asked for, but this machine has no GPU")
     members = workers.gradient + 1
     if num_gpus >= members:
         return DevicePlan(kind="cuda", backend="nccl", gpus_per_member=1.0)

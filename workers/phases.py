@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by verb."""
+"""How the time of a step is spent, by phase."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """Adds up seconds by phase."""
+    """Adds up seconds by phase: `with phases("reduce"): ...`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Count the time spent inside under `name`."""
+        """Add the time spent inside the block to the phase `name`."""
         started = time.perf_counter()
         try:
             yield

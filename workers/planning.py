@@ -1,4 +1,4 @@
-"""What is fixed before a job starts: periods, layers and their costs, who owns which."""
+"""What is fixed before a job starts: periods, the costs of the layers, and who owns which."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ _PROBE = Link("measured", "next")
 
 
 def step_schedule(spec: JobSpec) -> StepSchedule:
-    """Return the periods and given values of a job; a baseline has no period that matters."""
+    """Return the periods and schedules of a job.
+
+    The periods have no effect on a first-order optimizer.
+    """
     if isinstance(spec.optimizer, KFACSpec):
         return kfac_schedule(spec.optimizer)
     return StepSchedule(
@@ -48,7 +51,7 @@ def step_schedule(spec: JobSpec) -> StepSchedule:
 
 
 def staleness_bound(spec: JobSpec, replay_script: ReplayScript | None = None) -> StalenessBound:
-    """Return the bound of a job; with a `replay_script` what it says."""
+    """Return the staleness bound of a job; with a `replay_script`, the recorded versions."""
     return StalenessBound(
         max_steps=spec.staleness.max_steps,
         warmup_steps=spec.staleness.warmup_steps,
@@ -59,11 +62,11 @@ def staleness_bound(spec: JobSpec, replay_script: ReplayScript | None = None) ->
 
 
 def arithmetic_of(
-    spec: JobSpec, devices: DevicePlan, precondition: PreconditionDtype | None
+    spec: JobSpec, devices: DevicePlan, precondition_dtype: PreconditionDtype | None
 ) -> dict[str, Any]:
-    """Return what may differ between attempts of a job and decides about its numbers.
+    """Return the settings that affect an attempt's numerics and may differ between attempts.
 
-    `precondition` is in which type inverses are applied, where that was measured.
+    `precondition_dtype` is the type in which inverses are applied, if that was measured.
     """
     arithmetic: dict[str, Any] = {
         "gradient_workers": spec.workers.gradient,
@@ -72,8 +75,8 @@ def arithmetic_of(
         "staleness_max_steps": spec.staleness.max_steps,
     }
     if isinstance(spec.optimizer, KFACSpec):
-        chosen = precondition.dtype if precondition else spec.optimizer.precondition_dtype
-        arithmetic["precondition_dtype"] = chosen
+        measured = precondition_dtype.dtype if precondition_dtype else None
+        arithmetic["precondition_dtype"] = measured or spec.optimizer.precondition_dtype
     return arithmetic
 
 
@@ -92,16 +95,16 @@ def structure_of(settings: KFACSpec, registration: Registration) -> Structure[An
 
 
 def layer_costs(registration: Registration) -> tuple[LayerCost, ...]:
-    """Return the layers as the coordination rules know them, in the order of the model."""
+    """Return the layers as the coordination rules need them, in the order of the model."""
     return tuple(LayerCost(name=block.name, orders=block.orders) for block in registration.blocks)
 
 
 def inverse_setups(
     spec: JobSpec, registration: Registration, applied_step: int
 ) -> list[InverseSetup]:
-    """Return what each inverse worker that has layers is started with.
+    """Return what each inverse worker is started with; workers without layers are left out.
 
-    `applied_step` is the step of the newest statistics in the averages they are given.
+    `applied_step` is the step of the newest statistics in the averages they start from.
     """
     assert isinstance(spec.optimizer, KFACSpec)
     layers, links = layer_costs(registration), structure_of(spec.optimizer, registration).links
@@ -122,20 +125,26 @@ def inverse_setups(
 
 
 def measure_cost_model(settings: KFACSpec, dtype: torch.dtype) -> CostModel:
-    """Time how small inverses are prepared on this machine; takes some tenths of a second."""
+    """Fit the cost model to small inversions timed here; this takes some tenths of a second."""
     structure = structure_for(settings, _PROBE, [_PROBE])
     samples = []
     for order in _MEASURED_ORDERS:
         snapshot = probe_snapshot(order, dtype, linked=bool(structure.links))
+        # Half the time of two factors: the cost model is for one matrix. The minimum is the
+        # measurement that was disturbed least.
         seconds = min(_time(structure, snapshot) for _ in range(_REPEATS)) / 2
         samples.append((order, seconds))
-    # Without a cubic term the measurement was disturbed, and tells nothing about large matrices.
+    # A fit without a cubic term comes from a disturbed measurement, and would say nothing about
+    # large matrices.
     fitted = fit_cost_model(samples)
     return fitted if fitted.cubic > 0 else DEFAULT_COST_MODEL
 
 
 def probe_snapshot(order: int, dtype: torch.dtype, *, linked: bool) -> LayerSnapshot:
-    """Return factors of two neighbours that are all of one order, and correlated by half."""
+    """Return factors, all of one order, for a layer; with `linked` also those of a next layer.
+
+    The cross factors are half the factors.
+    """
     rows = torch.randn(2 * order, order, dtype=dtype, generator=torch.Generator().manual_seed(0))
     factor = rows.T @ rows / len(rows)
     pair, cross = KroneckerPair(A=factor, G=factor), KroneckerPair(A=factor / 2, G=factor / 2)

@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests of this folder, started by the first that asks for it."""
+"""One Ray cluster for all tests of this folder, started by the first test that uses it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def processes(cluster: None) -> Iterator[None]:
-    """After the test, no actor of it lives."""
+    """Check that no actor outlives the test."""
     yield
     from tests.waiting import wait_until
     from tests.workers.whole_jobs.jobs import actors_alive

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from kfac_dist.errors import InvalidSpecError, JobFailedError, NotFoundError
-from workers.checkpoint import LoadedCheckpoint, list_checkpoints, load_newest, write_checkpoint
+from kfac_dist.runs.checkpoint_folder import list_checkpoints
+from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint
 
 ROLES = {
     "parameter_server": {
@@ -42,7 +43,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest as another version of the program might have written it."""
+    """Change a manifest as if another version of the program had written it."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     rewrite(path, json.dumps(manifest))
@@ -54,7 +55,7 @@ def rewrite(path: Path, text: str) -> None:
     (path / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
 
 
-def test_what_was_written_is_loaded(tmp_path: Path) -> None:
+def test_a_checkpoint_is_loaded_as_it_was_written(tmp_path: Path) -> None:
     path = save(tmp_path / "run" / "checkpoints", 100)
     assert path == tmp_path / "run" / "checkpoints" / "step-00000100"
     loaded = load(path.parent)
@@ -147,7 +148,7 @@ def test_round_trip(
     } == {r: {n: (a.dtype, a.shape, a.tobytes()) for n, a in x.items()} for r, x in roles.items()}
 
 
-def test_nothing_is_there(tmp_path: Path) -> None:
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert load_newest(tmp_path) is None
     assert load_newest(tmp_path / "none") is None
     assert list_checkpoints(tmp_path / "none") == ()
@@ -184,8 +185,8 @@ def test_a_second_checkpoint_of_a_step_replaces_the_first(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00000200"]
 
 
-def test_later_steps_of_an_attempt_that_was_given_up_go(tmp_path: Path) -> None:
-    """Resumed from 100, since 200 was torn: at 150 that must be the newest, and be kept."""
+def test_later_steps_of_an_attempt_that_was_given_up_are_removed(tmp_path: Path) -> None:
+    """A run that resumed from 100, because 200 was torn, has 150 as its newest checkpoint."""
     save(tmp_path, 100)
     (save(tmp_path, 200) / "manifest.json").unlink()
     save(tmp_path, 150, keep=1)
@@ -201,7 +202,7 @@ def test_leftovers_of_a_crash_are_removed_at_the_next_write(tmp_path: Path) -> N
 
 
 @given(st.data())
-def test_torn_or_altered_at_any_byte_the_one_before_is_taken(
+def test_if_one_is_torn_or_altered_at_any_byte_the_one_before_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -299,7 +300,7 @@ def test_a_manifest_that_this_version_cannot_use_is_refused(
     ("text", "message"),
     [("{", "manifest.json is not JSON"), ("[]", "manifest.json is not a JSON object")],
 )
-def test_a_sealed_manifest_that_is_not_one_is_refused(
+def test_a_sealed_manifest_that_cannot_be_read_is_refused(
     tmp_path: Path, text: str, message: str
 ) -> None:
     save(tmp_path, 100)
@@ -338,7 +339,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     assert "Is a directory" in loaded.refused[0]
 
 
-def test_when_all_are_refused_the_user_is_told_of_each(tmp_path: Path) -> None:
+def test_when_all_are_refused_the_message_names_each(tmp_path: Path) -> None:
     for step in (100, 200):
         (save(tmp_path, step) / "manifest.json").unlink()
     with pytest.raises(NotFoundError) as caught:
@@ -366,7 +367,7 @@ def test_arguments_are_checked_before_anything_is_written(
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_role_error_is_one_for_the_user() -> None:
+def test_a_wrong_role_name_is_an_invalid_spec() -> None:
     with pytest.raises(InvalidSpecError):
         write_checkpoint(Path("unused"), 1, {"a b": {}}, {}, keep=1)
 
@@ -411,7 +412,7 @@ class Machine:
             self.left -= 1
             if self.left < 0:
                 if self.left == -1 and operation is REMOVE_TREE:
-                    next(iter(args[0].iterdir())).unlink()  # half of it is gone
+                    next(iter(args[0].iterdir())).unlink()  # only half of it is removed
                 raise PowerCut
             return operation(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Who is started with which layers."""
+"""Which inverse worker is started with which layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(5)])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 7])
-def test_a_chain_is_cut_into_runs_each_with_its_links(num_workers, tmp_path):
+def test_a_chain_is_cut_into_runs_with_the_links_of_their_layers(num_workers, tmp_path):
     options = {"inverse": "block_tridiagonal"}
     spec = chain_spec(tmp_path, optimizer=options, workers={"inverse": num_workers})
     setups = inverse_setups(spec, register(MODEL, spec.optimizer), applied_step=3)
@@ -31,7 +31,7 @@ def test_a_chain_is_cut_into_runs_each_with_its_links(num_workers, tmp_path):
 
 
 @pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal", "ekfac"])
-def test_what_is_measured_for_the_costs_is_the_ordinary_work_of_the_structure(inverse):
+def test_the_cost_model_is_measured_on_inversions_without_numeric_trouble(inverse):
     settings, link = KFACSpec(inverse=inverse), Link("a", "b")
     structure = structure_for(settings, link, [link])
     snapshot = probe_snapshot(20, torch.float32, linked=bool(structure.links))

@@ -168,9 +168,9 @@ class _Run:
                 self._job, self._folder, plan, loop.on_inverse_worker_death, self._interrupts
             )
             try:
-                precondition = crew.build().precondition
-                arithmetic = arithmetic_of(self._job.spec, plan.devices, precondition)
-                self._journal.started(precondition, arithmetic)
+                precondition_dtype = crew.build().precondition_dtype
+                arithmetic = arithmetic_of(self._job.spec, plan.devices, precondition_dtype)
+                self._journal.started(precondition_dtype, arithmetic)
                 return loop.run(crew)
             finally:
                 crew.kill()

@@ -1,1 +1,1 @@
-"""What travels between the processes, and how."""
+"""The data that travels between the processes of a job, and how it travels."""

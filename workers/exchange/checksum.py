@@ -1,4 +1,4 @@
-"""One word for the values of tensors: equal on all holders of the parameters, or they diverged."""
+"""A hash of tensor values, by which the driver sees whether the mirrors still agree."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from workers.exchange.arrays import to_array
 
 
 def checksum(*tensors: Tensor) -> str:
-    """Return the sha256 of the values of `tensors`, in order."""
+    """Return the sha256 of the values of `tensors`, in the order given."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        # Adding zero turns -0.0 into 0.0: equal numbers have equal bytes.
+        # Adding zero turns -0.0 into 0.0, so that equal numbers have equal bytes.
         digest.update(to_array(tensor + 0.0).tobytes())
     return digest.hexdigest()

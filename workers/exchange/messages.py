@@ -1,6 +1,7 @@
-"""What crosses between the driver and the actors: frozen, with versions and units in the names.
+"""What the driver and the actors send each other: frozen dataclasses, with units in the names.
 
-Steps count from 1. Arrays travel beside these headers (`workers.exchange.parcels`).
+Steps count from 1. Statistics and inverses travel as messages of two parts: a header, defined
+here, and a parcel of arrays (`workers.exchange.parcels`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.recorded import BeyondBound, ReplayScript
 from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.core.factors import Link
+from workers.exchange.parcels import InverseParcel, StatisticsParcel
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobContext:
-    """What every actor needs to build its part of a job; paths are of the machine it runs on.
+    """What every actor needs to build its part of a job; paths are those of its own machine.
 
-    With a `replay_script` the job does again what was recorded.
+    With a `replay_script` the job repeats what was recorded.
     """
 
     job: str
@@ -59,7 +61,7 @@ class StepOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a member has sent to others and received, in bytes of tensors, and how many tensors."""
+    """What a member has sent to others and received: bytes of tensors, and how many tensors."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
@@ -68,28 +70,37 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerReport:
-    """What a gradient worker says after a step; `phase_seconds` by verb.
+    """What a gradient worker reports after a step; `phase_seconds` has the time of each phase.
 
     `traffic` is what it exchanged with the parameter server: gradients, directions and numbers.
     """
 
-    rank: int
-    step: int
     phase_seconds: Mapping[str, float]
     traffic: Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerReport:
-    """What the parameter server says after a step.
+    """What the parameter server reports after a step.
 
-    `loss` is the mean over the batch before the update, in nats a case; `objective` adds the l2
-    term. What first-order optimizers do not have is None or empty. `next_gammas` are those to
-    invert with in the next step. `inverse_version_step` maps each layer to the step of the newest
-    statistics in the inverse that was used, `inverse_gammas` to what its version was made for;
-    `stale_layers` went beyond the bound. `accepted` are the inverses that came in since the last
-    report. `numeric_events`, `stale_applied_total` and `parameter_version` grow over the job; the
-    seconds are of this step.
+    A field that a first-order optimizer does not have is None, empty or 0 there.
+
+    Attributes:
+        applied: whether the parameters were updated.
+        loss: mean over the batch before the update, in nats a case.
+        objective: `loss` with the l2 term added.
+        parameter_version: number of updates applied so far in the job.
+        next_gammas: the gammas to invert with in the next step.
+        inverse_version_step: for each layer, the step of the newest statistics in the inverse
+            that was used.
+        inverse_gammas: for each layer, the gammas that this version was made for.
+        stale_layers: the layers whose inverse was older than the staleness bound, and how it
+            was used.
+        accepted: headers of the inverses that arrived since the last report.
+        stale_applied_total: uses of such an inverse in applied steps, so far in the job.
+        numeric_events: numeric trouble so far in the job, counted by kind.
+        waited_seconds: how long this step waited for inverses.
+        phase_seconds: the time of each phase of this step.
     """
 
     step: int
@@ -119,10 +130,10 @@ class ServerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsHeader:
-    """Sums of batch factors for `layers`, from one gradient worker to one inverse worker.
+    """Describes sums of batch factors over `num_cases` cases, for the inverses of `layers`.
 
-    Sums run over `num_cases` cases. With `usable` False a number was not finite: no parcel comes
-    with it, and the step is refused on all inverse workers alike.
+    `rank` is that of the gradient worker. `usable` is False where a number was not finite; the
+    message then has no parcel, and every inverse worker refuses the step.
     """
 
     job: str
@@ -135,13 +146,24 @@ class StatisticsHeader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefreshRequest:
-    """Invert every layer anew with each of `gammas`; a newer request replaces an older one.
+class StatisticsMessage:
+    """One gradient worker's statistics of a step, on their way to one inverse worker."""
 
-    With `gammas_by_layer` only the layers in it are inverted, each with its own gammas. A layer is
-    not inverted before the statistics of `min_statistics_step` have been dealt with. An `exact`
-    request is not replaced: statistics of later steps than its own wait until every layer has been
-    inverted for it.
+    header: StatisticsHeader
+    parcel: StatisticsParcel | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshRequest:
+    """Asks an inverse worker to invert every layer with each of `gammas`.
+
+    A newer request replaces an older one, unless the older one is `exact`: then statistics of
+    later steps wait until every layer has been inverted for it.
+
+    Attributes:
+        min_statistics_step: a layer is inverted only after the statistics of this step have been
+            averaged or refused.
+        gammas_by_layer: if given, only these layers are inverted, each with its own gammas.
     """
 
     step: int
@@ -151,7 +173,7 @@ class RefreshRequest:
     gammas_by_layer: Mapping[str, tuple[float, ...]] | None = None
 
     def gammas_of(self, layer: str) -> tuple[float, ...] | None:
-        """Return the gammas to invert a layer with, None where it is to be left."""
+        """Return the gammas to invert a layer with, None if it is not to be inverted."""
         if self.gammas_by_layer is None:
             return self.gammas
         return self.gammas_by_layer.get(layer)
@@ -159,10 +181,10 @@ class RefreshRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class InverseHeader:
-    """The inverses of one layer, from an inverse worker to the parameter server.
+    """Describes the inverses of one layer, one for each of `gammas`.
 
-    `version_step` is the step of the newest statistics in them. `pis` has one entry for each of
-    `gammas`, None where the inversion failed; the parcel holds the others, in order.
+    `version_step` is the step of the newest statistics in them. `pis` has one entry for each
+    gamma, None where the inversion failed; the parcel holds the other inverses, in order.
     """
 
     layer: str
@@ -174,11 +196,22 @@ class InverseHeader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseSetup:
-    """What an inverse worker is started with: its layers, and what it expects of one message.
+class InverseMessage:
+    """The inverses of one layer, on their way from an inverse worker to the parameter server."""
 
-    `links` are those of its layers with the next in a chain, which may be another worker's.
-    `applied_step` is the step of the newest statistics in the averages it is given.
+    header: InverseHeader
+    parcel: InverseParcel
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSetup:
+    """What an inverse worker is started with.
+
+    Attributes:
+        links: from its layers to the next layer of a chain, which another worker may own.
+        assignment_epoch: numbers the workers that have had this rank, from 1; statistics sent to
+            a predecessor are ignored.
+        applied_step: the step of the newest statistics in the averages it starts from.
     """
 
     rank: int
@@ -193,15 +226,12 @@ class InverseSetup:
 class InverseStatus:
     """The health of an inverse worker; counters grow over its life.
 
-    `inversion_seconds` is the sum over all inversions; `queue_depth` the messages not yet dealt
-    with and the layers not yet refreshed.
+    `queue_depth` counts the messages not yet read and the layers not yet refreshed.
+    `inversion_seconds` is the sum over all inversions.
     """
 
-    rank: int
     pid: int
     queue_depth: int
-    applied_step: int
-    num_inversions: int
     inversion_seconds: float
     duplicates: int
     late: int
@@ -214,7 +244,7 @@ class InverseStatus:
 class EvaluationSums:
     """Sums over the cases that one gradient worker evaluated.
 
-    `half_square_norm` is 1/2 ||theta||^2 of the parameters evaluated, the same on every worker.
+    `half_square_norm` is 1/2 ||theta||^2 of the evaluated parameters, the same on every worker.
     """
 
     num_cases: int

@@ -1,7 +1,8 @@
-"""The part of a step's protocol that EKFAC adds: bases to the gradient workers, moments back.
+"""EKFAC's part of a step's protocol: bases go to the gradient workers, moments come back.
 
-The parameter server owns the moments. Bases are those of the inverses in use; each is sent once,
-and every member of the group has the same ones, in the same order.
+The parameter server owns the moments. The bases are those of the inverses in use; each is sent
+once, and every member of the group holds the same ones, in the same order. What moments are:
+docs/algorithm.md#ekfac.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class Moments:
 
 
 class WorkerMoments:
-    """A gradient worker's side; `bases` are those it was sent last.
+    """A gradient worker's side; `bases` are the ones it was sent last.
 
-    `layers` are all layers of the model, none where no moments are observed: then nothing is
-    exchanged. Every method raises PeerLostError when another member is gone.
+    `layers` are all layers of the model. Without layers the structure has no moments, and nothing
+    is exchanged. `like` is any tensor with the dtype and device of the parameters. Every method
+    raises PeerLostError if another member is gone.
     """
 
     def __init__(self, group: Group, layers: Sequence[str], like: Tensor) -> None:
@@ -46,21 +48,22 @@ class WorkerMoments:
         self.bases: dict[str, KroneckerPair] = {}
 
     def send(self, moments: Mapping[str, Tensor] | None) -> None:
-        """Send this part's sums in `bases`; None counts as zeros."""
+        """Send the sums over this worker's part, in `bases`; None counts as zeros."""
         if not self.bases:
             return
-        parts = [
+        sums = [
             self._like.new_zeros(len(basis.G) * len(basis.A))
             if moments is None
             else moments[name].reshape(-1)
             for name, basis in self.bases.items()
         ]
-        self._group.send(torch.cat(parts))
+        self._group.send(torch.cat(sums))
 
     def receive_bases(self) -> None:
-        """Take over the bases that have changed."""
+        """Replace the bases that have changed."""
         if not self._layers:
             return
+        # The header has the orders of each layer's basis, zeros where it has not changed.
         header = torch.zeros((len(self._layers), 2), dtype=torch.int64)
         orders = self._group.broadcast(header).tolist()
         changed = {
@@ -72,16 +75,16 @@ class WorkerMoments:
             return
         sizes = [order**2 for pair in changed.values() for order in pair]
         flat = self._group.broadcast(self._like.new_empty(sum(sizes))).to(self._like.device)
-        parts = iter(torch.split(flat, sizes))
+        matrices = iter(torch.split(flat, sizes))
         for name, (order_A, order_G) in changed.items():
-            # Of their own memory: BLAS may round by alignment.
-            Q_A = next(parts).view(order_A, order_A).clone()
-            Q_G = next(parts).view(order_G, order_G).clone()
+            # Cloned, because BLAS may round differently for memory that is aligned differently.
+            Q_A = next(matrices).view(order_A, order_A).clone()
+            Q_G = next(matrices).view(order_G, order_G).clone()
             self.bases[name] = KroneckerPair(A=Q_A, G=Q_G)
 
 
 class ServerMoments:
-    """The parameter server's side; see `WorkerMoments`, whose methods these answer."""
+    """The parameter server's side; its methods answer those of `WorkerMoments`."""
 
     def __init__(self, group: Group, layers: Sequence[str], like: Tensor) -> None:
         self._group = group
@@ -93,7 +96,9 @@ class ServerMoments:
         """Return the sums over the batch, by layer, in the bases sent so far."""
         if not self._sent:
             return {}
-        shapes = {name: (len(one.pair.G), len(one.pair.A)) for name, one in self._sent.items()}
+        shapes = {
+            name: (len(basis.pair.G), len(basis.pair.A)) for name, basis in self._sent.items()
+        }
         sizes = [rows * columns for rows, columns in shapes.values()]
         flat = self._group.receive_sum(self._like.new_empty(sum(sizes))).to(self._like.device)
         parts = zip(self._sent.items(), torch.split(flat, sizes), strict=True)
@@ -103,7 +108,7 @@ class ServerMoments:
         }
 
     def send_bases(self, bases: Mapping[str, Basis]) -> None:
-        """Send those of `bases` that the workers do not have."""
+        """Send the `bases` that the workers do not have yet."""
         if not self._layers:
             return
         changed = {name: bases[name] for name in self._layers if self._is_new(name, bases)}

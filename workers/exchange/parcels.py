@@ -1,7 +1,7 @@
-"""What travels of layers: tensors by name, as arrays, symmetric ones as packed triangles.
+"""The tensors of layers as they travel: arrays by name, symmetric matrices as packed triangles.
 
-Names say what is packed (`core.packing`), so a parcel can be opened without knowing the kind of
-layer.
+The name of an array says whether it is packed (`core.packing`), so a parcel can be opened without
+knowing the kind of layer. `workers.exchange.messages` puts a header beside each parcel.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from workers.exchange.arrays import Arrays, to_array, to_arrays, to_tensor, to_t
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> Arrays:
-    """Return the tensors as arrays; those that are not packed share memory with theirs."""
+    """Return the tensors as arrays, symmetric ones as triangles; the others share their memory."""
     return to_arrays(pack_symmetric(tensors))
 
 
 def unpack_tensors(arrays: Arrays, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Return the tensors that were packed, as new ones."""
+    """Return the tensors that `pack_tensors` packed, as new tensors."""
     return unpack_symmetric(to_tensors(arrays, device))
 
 
 class StatisticsParcel(NamedTuple):
-    """Sums of factors by layer, and of cross factors by the first layer of a link."""
+    """Sums of factors by layer, and sums of cross factors by the first layer of a link."""
 
     factors: Mapping[str, Arrays]
     crosses: Mapping[str, Arrays]
 
     def part(self, layers: Sequence[str], links: Sequence[Link]) -> StatisticsParcel:
-        """Return what the inverses of `layers` are made from: of those they link to as well."""
+        """Return what the inverses of `layers` need.
+
+        A layer with a link also needs the factors of the layer it is linked to.
+        """
         own = {link.name: link for link in links if link.name in layers}
         needed = dict.fromkeys([*layers, *(link.next_name for link in own.values())])
         return StatisticsParcel(
@@ -46,7 +49,7 @@ class StatisticsParcel(NamedTuple):
 
 
 def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
-    """Pack factors and cross factors; a tensor that layers share is packed, and travels, once."""
+    """Pack factors and cross factors; a tensor that layers share is packed and sent once."""
     packed: dict[int, Arrays] = {}
 
     def pack_once(name: str, tensor: Tensor) -> Arrays:
@@ -58,12 +61,12 @@ def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
         factors={
             layer: dict(
                 item
-                for name, tensor in of.tensors().items()
+                for name, tensor in pair.tensors().items()
                 for item in pack_once(name, tensor).items()
             )
-            for layer, of in statistics.factors.items()
+            for layer, pair in statistics.factors.items()
         },
-        # By other names: cross factors are not symmetric.
+        # The prefix keeps cross factors from being packed: they are not symmetric.
         crosses={
             name: {f"cross_{key}": to_array(tensor) for key, tensor in pair.tensors().items()}
             for name, pair in statistics.crosses.items()
@@ -72,20 +75,20 @@ def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
 
 
 class ReceivedStatistics(NamedTuple):
-    """Sums as they are averaged: factors stay packed."""
+    """Sums as the averages take them in: factors stay packed."""
 
     factors: Mapping[str, PackedFactors]
     crosses: Mapping[str, KroneckerPair]
 
     def is_finite(self) -> bool:
-        """Tell whether no element is NaN or infinite."""
-        return all(of.is_finite() for of in self.factors.values()) and all(
-            of.is_finite() for of in self.crosses.values()
+        """Return whether no element is NaN or infinite."""
+        return all(factors.is_finite() for factors in self.factors.values()) and all(
+            cross.is_finite() for cross in self.crosses.values()
         )
 
 
 def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
-    """Return the sums as tensors."""
+    """Return the sums in a parcel as new tensors."""
     return ReceivedStatistics(
         factors={
             name: PackedFactors(packed=to_tensors(arrays))
@@ -99,7 +102,7 @@ def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
 
 
 def add_up(parcels: Sequence[StatisticsParcel]) -> StatisticsParcel:
-    """Return the sums of parcels of the same layers, added in the order given."""
+    """Return the sum of parcels that hold the same layers, added in the order given."""
     return StatisticsParcel(
         factors=_add_layers([parcel.factors for parcel in parcels]),
         crosses=_add_layers([parcel.crosses for parcel in parcels]),
@@ -119,7 +122,11 @@ def _add(parts: Sequence[Arrays]) -> Arrays:
 
 
 class InverseParcel(NamedTuple):
-    """The tensors of a layer's inverses: those that all share, and the others of each."""
+    """The tensors of a layer's inverses for several gammas.
+
+    `shared` holds the tensors that all of them have in common, `own` the others, one entry for
+    each inverse.
+    """
 
     shared: Arrays
     own: Sequence[Arrays]
@@ -136,14 +143,14 @@ def pack_inverses(inverses: Sequence[Inverted[Any]]) -> InverseParcel:
     return InverseParcel(
         shared=pack_tensors(shared),
         own=[
-            pack_tensors({name: tensor for name, tensor in one.items() if name not in shared})
-            for one in tensors
+            pack_tensors({name: tensor for name, tensor in own.items() if name not in shared})
+            for own in tensors
         ],
     )
 
 
 def unpack_inverses(parcel: InverseParcel, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of each inverse; what was shared is shared."""
+    """Yield the tensors of each inverse; tensors that were shared are shared again."""
     shared = unpack_tensors(parcel.shared, device)
     for own in parcel.own:
         yield shared | unpack_tensors(own, device)

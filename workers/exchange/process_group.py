@@ -1,8 +1,8 @@
 """The torch.distributed group of the gradient workers and the parameter server.
 
-Ranks 0..N-1 are gradient workers, rank N is the parameter server. A group is a value, not the
-process-wide default group: it can be left and another one joined, and tests run its members as
-threads.
+Ranks 0..N-1 are gradient workers, rank N is the parameter server. A group is a value and not the
+process-wide default group, so a process can leave it and join another one, and tests run its
+members as threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch.distributed re-exports these, but not for type checkers.
+# torch.distributed re-exports these names, but type checkers do not see that.
 from torch._C import _distributed_c10d as c10d
 
 from workers.device import Backend
@@ -23,14 +23,15 @@ from workers.exchange.messages import Rendezvous, Traffic
 
 
 class PeerLostError(RuntimeError):
-    """A collective failed: some other member is gone or late. Seldom the cause, mostly an echo."""
+    """A collective failed because another member is gone or late.
+
+    It is seldom the cause of a failure, mostly an echo of another member's.
+    """
 
 
 def host_store(host: str, timeout_seconds: float) -> c10d.TCPStore:
-    """Open the store at which the members meet, on a free port of the address `host` alone.
-
-    The store by itself would listen on all interfaces.
-    """
+    """Open the store at which the members meet, on a free port of the address `host` alone."""
+    # A store that opens its own socket listens on all interfaces.
     listening = socket.create_server((host, 0))
     port = listening.getsockname()[1]
     return c10d.TCPStore(
@@ -54,14 +55,14 @@ def join_store(rendezvous: Rendezvous) -> c10d.TCPStore:
 
 
 class Group:
-    """One member's end of a group: sums to the parameter server, broadcasts from it.
+    """One member's end of a group: sums go to the parameter server, broadcasts come from it.
 
-    Sums go straight to the server, which adds them in the order of the ranks. So they do not
-    depend on how a collective would split them, each worker sends its part once, and the server
-    sends nothing: in a ring it would pass on its own zeros. Its receiving is what limits the
-    number of workers.
+    Workers send their parts of a sum straight to the server, which adds them in the order of the
+    ranks. So the result does not depend on how a collective would split it, each worker sends its
+    part once, and the server sends nothing, where in a ring it would pass on its own zeros. What
+    the server can receive limits the number of workers.
 
-    Tensors are handed in on any device and moved to the one the backend works on.
+    Tensors may be on any device; they are moved to the one that the backend works on.
     """
 
     def __init__(self, backend: c10d.Backend, *, rank: int, size: int, device: torch.device):
@@ -79,9 +80,9 @@ class Group:
         return self.size - 1
 
     def send(self, tensor: Tensor) -> None:
-        """Send this worker's part of a sum; returns at once.
+        """Send this worker's part of a sum, and return at once.
 
-        `tensor` must stay as it is until the next broadcast.
+        The caller must leave `tensor` unchanged until the next broadcast.
         """
         tensor = tensor.to(self.device).contiguous()
         work = self._start("send", [tensor], self.server, self._next_tag())
@@ -89,18 +90,21 @@ class Group:
         self._count(sent=tensor.nbytes)
 
     def receive_sum(self, like: Tensor) -> Tensor:
-        """Return, at the server, the sum of what all workers send, with shape and dtype of `like`.
+        """Return, at the server, the sum of what all workers send, as a new tensor.
 
-        It is a new tensor.
+        `like` gives its shape and dtype.
         """
         return self.receive_sum_into(self.new_parts(like))
 
     def new_parts(self, like: Tensor) -> list[Tensor]:
-        """Return memory for the parts of all workers."""
+        """Return memory for the parts of all workers, to be used by `receive_sum_into`."""
         return [torch.empty_like(like, device=self.device) for _ in range(self.server)]
 
     def receive_sum_into(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return, at the server, the sum of what all workers send, in the first of `parts`."""
+        """Return, at the server, the sum of what all workers send.
+
+        `parts` is memory that is overwritten; the sum is the first of them.
+        """
         tag = self._next_tag()
         works = [self._start("recv", [part], rank, tag) for rank, part in enumerate(parts)]
         for work in works:
@@ -112,12 +116,12 @@ class Group:
         return total
 
     def _next_tag(self) -> int:
-        """Return the number of a sum, which all members count alike."""
+        """Return the number of the next sum; all members count the sums in the same order."""
         self._num_sums += 1
         return self._num_sums
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Return the server's tensor; at the other members `tensor` gives shape and dtype."""
+        """Return the server's tensor; the other members' `tensor` gives its shape and dtype."""
         self._finish_sending()
         options = c10d.BroadcastOptions()
         options.rootRank = self.server
@@ -130,7 +134,7 @@ class Group:
         return tensor
 
     def take_traffic(self) -> Traffic:
-        """Return what has been sent and received since the last call."""
+        """Return what this member has sent and received since the last call."""
         taken, self._traffic = self._traffic, Traffic()
         return taken
 
@@ -165,7 +169,7 @@ class Group:
         return PeerLostError(f"{call} in rank {self.rank}: {error}")
 
     def leave(self) -> None:
-        """Close the connections, so that members waiting for this one fail at once."""
+        """Close the connections, so that members that wait for this one fail at once."""
         self._backend = None
         self._sending.clear()
 
@@ -179,12 +183,12 @@ def join_group(
     backend: Backend,
     device: torch.device,
 ) -> Group:
-    """Join the group `rendezvous.epoch`; returns when all members are there.
+    """Join the group `rendezvous.epoch`, and return when all members are there.
 
     `own_host` is the address on which this member listens.
 
     Raises:
-        PeerLostError: some member did not come within the timeout.
+        PeerLostError: a member did not come within the timeout.
     """
     size = rendezvous.num_gradient_workers + 1
     numbered = c10d.PrefixStore(f"group-{rendezvous.epoch}", store)
@@ -195,8 +199,8 @@ def join_group(
             nccl._timeout = timeout
             member: c10d.Backend = c10d.ProcessGroupNCCL(numbered, rank, size, nccl)
             return Group(member, rank=rank, size=size, device=device)
-        # The options that name the address are private in torch's Python and left out of its
-        # stubs; the public way is an environment variable.
+        # torch keeps the options that name the address private and out of its stubs; the public
+        # way to set the address is an environment variable of the whole process.
         gloo: Any = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=own_host)]
         gloo._timeout = timeout

@@ -1,4 +1,4 @@
-"""The collective protocol of one step; both sides, message by message.
+"""The protocol of one step between the gradient workers and the parameter server.
 
     gradient workers                              parameter server
     1  send_gradient      -- sum [P], [2] -->     receive_gradient
@@ -7,20 +7,24 @@
     2  receive_directions <-- broadcast [2], [C, P] --  send_directions, or skip_step
     3  send_fisher        -- sum [C+2, C+1] -->   receive_fisher       (when the rule needs it)
     4  receive_choice     <-- broadcast [5] --    send_choice
-    5  both apply update = mu previous - alpha directions[candidate]
+    5  both apply   update = mu previous - alpha directions[candidate]
     5b receive_bases      <-- broadcast [L, 2], [bases that changed] --  send_bases
     6  send_loss          -- sum [1] -->          receive_loss         (when a measure is due)
 
-Between 1 and 1a the workers compute their statistics, while the server preconditions if it has all
-inverses that the step may use.
+P is the number of parameters, C the number of directions, L the number of layers. All sums run
+over the cases of the whole batch. Small numbers travel in float64, exactly as the server has them,
+so that all members do the same arithmetic.
 
-1b and 5b are EKFAC's (`moments_exchange`): the second moments of the gradients of single cases, in
-the bases of the inverses in use. The server takes them into those inverses before it looks for
-newer ones, and sends the bases of what the step has used, to members that join at once all of them.
+The workers compute their statistics between 1 and 1a. Meanwhile the server preconditions, if it
+already has every inverse that the step may use.
 
-First-order optimizers have 1 and then `receive_parameters` <-- broadcast [2], [P] --
-`send_parameters`. Sums run over the cases of the whole batch. Small numbers travel in float64,
-exactly as the server has them, so that all members do the same arithmetic.
+1b and 5b are for EKFAC only (`workers.exchange.moments`). In 1b the workers send the second
+moments of the gradients of single cases, in the bases of the inverses in use; the server averages
+them into those inverses before it admits newer ones. In 5b it sends the bases of the inverses that
+the step used. A member that joins receives all bases at once.
+
+First-order optimizers use 1, and then only `receive_parameters` <-- broadcast [2], [P] --
+`send_parameters`.
 """
 
 from __future__ import annotations
@@ -49,9 +53,10 @@ class BatchSums:
 
 @dataclass(frozen=True, kw_only=True)
 class Directions:
-    """The preconditioned gradients [C, P], and what the server waits for.
+    """The preconditioned gradients [C, P].
 
-    `fisher_fraction` is the fraction of the batch for the Fisher products; None for no products.
+    `fisher_fraction` is the fraction of the batch for which the server wants the Fisher products,
+    None if it wants none.
     """
 
     vectors: Tensor
@@ -60,7 +65,7 @@ class Directions:
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """What the server chose, as the workers need it."""
+    """The server's choice of direction, step size and momentum, as the workers need it."""
 
     candidate: int
     alpha: float
@@ -71,7 +76,7 @@ class Coefficients:
 class WorkerSide:
     """A gradient worker's side; `like` is any tensor with the dtype and device of the parameters.
 
-    Every method raises PeerLostError when another member is gone.
+    Every method raises PeerLostError if another member is gone.
     """
 
     def __init__(self, group: Group, num_parameters: int, like: Tensor) -> None:
@@ -80,16 +85,16 @@ class WorkerSide:
         self._like = like
 
     def send_gradient(self, sums: GradientSums, num_cases: int) -> None:
-        """Send the sums of this part of the batch."""
+        """Send the sums over this worker's part of the batch."""
         self._group.send(sums.gradient)
         self._group.send(_numbers(float(sums.loss), num_cases))
 
     def send_usable(self, usable: bool) -> None:
-        """Tell whether the statistics of this part were finite."""
+        """Send whether the statistics of this worker's part were finite."""
         self._group.send(_numbers(usable))
 
     def receive_directions(self) -> Directions | None:
-        """Return the directions; None when the step is skipped."""
+        """Return the directions, None if the step is skipped."""
         count, fraction = self._receive_header()
         if count == 0:
             return None
@@ -101,7 +106,7 @@ class WorkerSide:
         self._group.send(sums.packed())
 
     def receive_choice(self) -> Coefficients | None:
-        """Return what was chosen; None when the step is not applied."""
+        """Return what was chosen, None if the step is not applied."""
         numbers = self._group.broadcast(_numbers(*[0.0] * 5)).tolist()
         applied, candidate, alpha, mu, measure = numbers
         if not applied:
@@ -113,16 +118,14 @@ class WorkerSide:
         self._group.send(loss_sum.reshape(1))
 
     def receive_parameters(self) -> Tensor | None:
-        """Return the new parameters [P]; None when the step is skipped."""
+        """Return the new parameters [P], None if the step is skipped."""
         count, _ = self._receive_header()
         return None if count == 0 else self._receive(self._num_parameters)
 
     def receive_state(self) -> tuple[Tensor, Tensor]:
-        """Return parameters and previous update, [P] each: at the start, and after a restore.
-
-        Each in memory of its own, as the server's: products round by where a vector begins.
-        """
+        """Return parameters and previous update, [P] each, when this worker joins."""
         parameters, previous = self._receive(2, self._num_parameters)
+        # Memory of their own, as at the server: how a product rounds depends on alignment.
         return parameters.clone(), previous.clone()
 
     def _receive_header(self) -> tuple[int, float]:
@@ -135,7 +138,7 @@ class WorkerSide:
 
 
 class ServerSide:
-    """The parameter server's side; see `WorkerSide`, whose methods these answer."""
+    """The parameter server's side; its methods answer those of `WorkerSide`."""
 
     def __init__(self, group: Group, num_parameters: int, like: Tensor) -> None:
         self._group = group
@@ -145,7 +148,7 @@ class ServerSide:
         self._gradients = group.new_parts(like.new_empty(num_parameters))
 
     def receive_gradient(self) -> BatchSums:
-        """Return the sums over the batch; the next step's take the same memory."""
+        """Return the sums over the batch; the next call overwrites their memory."""
         gradient = self._group.receive_sum_into(self._gradients)
         loss, num_cases = self._group.receive_sum(_numbers(0.0, 0.0)).tolist()
         return BatchSums(
@@ -157,7 +160,7 @@ class ServerSide:
         return self._group.receive_sum(_numbers(0.0)).item() == self._num_workers
 
     def skip_step(self) -> None:
-        """Tell the workers that nothing comes of this step."""
+        """Tell the workers that this step is skipped."""
         self._group.broadcast(_numbers(*_SKIP))
 
     def send_directions(self, directions: Directions) -> None:
@@ -167,12 +170,12 @@ class ServerSide:
         self._group.broadcast(directions.vectors)
 
     def receive_fisher(self, num_vectors: int) -> FisherSums:
-        """Return the Fisher products, summed over the Fisher cases."""
+        """Return the Fisher products of all vectors, summed over the Fisher cases."""
         sums = FisherSums.zero(num_vectors, self._like).packed()
         return FisherSums.unpacked(self._group.receive_sum(sums).to(self._like.device))
 
     def send_choice(self, choice: Choice, *, measure: bool) -> None:
-        """Send the coefficients, or that nothing is applied."""
+        """Send the coefficients, or that the step is not applied."""
         self._group.broadcast(
             _numbers(choice.applied, choice.candidate, choice.alpha, choice.mu, measure)
         )

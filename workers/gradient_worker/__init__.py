@@ -1,1 +1,1 @@
-"""The gradient worker: loss, gradient and statistics of its part of every batch."""
+"""The gradient worker: computes loss, gradient and statistics of its part of each batch."""

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 
-import ray
 import torch
 
 from kfac_dist.data import Split
-from workers.actor import Handle, as_actor, logged, node_address, role_log, wait_forever
+from workers.actor import Handle, as_actor, logged, node_address, role_log
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
     EvaluationSums,
     JobContext,
     Rendezvous,
-    StatisticsHeader,
+    StatisticsMessage,
     StepOrder,
     WorkerReport,
 )
-from workers.exchange.parcels import StatisticsParcel
 from workers.exchange.process_group import Group, join_group, join_store
+from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 
 
 class GradientWorker:
-    """Computes on its part of every batch."""
+    """Computes on its part of every batch.
+
+    The driver calls `build` and `join` first, and `connect` when there are inverse workers.
+    """
 
     def __init__(
         self, job: JobContext, rank: int, devices: DevicePlan, host: str | None, threads: int
@@ -38,22 +39,24 @@ class GradientWorker:
         self._host = host or node_address()
         self._threads = threads
         self._inverse_workers: Mapping[int, Handle] = {}
-        self._group: Group | None = None
+        self._work: GradientWork  # set by `build`
+        self._group: Group  # set by `join`
         self._log = role_log(job, "gradient_worker", rank)
 
     def build(self, buffers: Arrays) -> int:
-        """Load task, data and model, with these of its buffers; return the process id."""
+        """Load task, data and model, set the model's `buffers`, and return the process id."""
         torch.set_num_threads(self._threads)
-        build = partial(
-            GradientWork, self._job, self._rank, self._devices.device(), self._send_statistics
-        )
-        self._work = logged(self._log, "build", build)
+        self._work = logged(self._log, "build", self._build_work)
         self._work.set_buffers(buffers)
         self._log.info("built", threads=self._threads, device=self._devices.kind)
         return os.getpid()
 
+    def _build_work(self) -> GradientWork:
+        device = self._devices.device()
+        return build_gradient_work(self._job, self._rank, device, self._send_statistics)
+
     def join(self, rendezvous: Rendezvous) -> None:
-        """Join a group and take over the server's parameters."""
+        """Join a group, and start from the server's parameters."""
         self._group = join_group(
             rendezvous,
             join_store(rendezvous),
@@ -75,18 +78,15 @@ class GradientWorker:
         self._inverse_workers = inverse_workers
         self._work.connect(assignment, assignment_epochs)
 
-    def _send_statistics(
-        self, worker: int, header: StatisticsHeader, parcel: StatisticsParcel | None
-    ) -> None:
-        self._inverse_workers[worker].update.remote(header, parcel)
+    def _send_statistics(self, inverse_worker: int, message: StatisticsMessage) -> None:
+        self._inverse_workers[inverse_worker].update.remote(message)
 
     def step(self, order: StepOrder) -> WorkerReport:
-        """Do this worker's part of a step; leave the group on an error, so that nobody waits."""
+        """Do this worker's part of a step; on an error, leave the group so that nobody waits."""
         try:
             return logged(self._log, f"step {order.plan.step}", lambda: self._work.step(order))
         except Exception:
-            if self._group is not None:
-                self._group.leave()
+            self._group.leave()
             raise
 
     def evaluate(self, split: Split, parameters: Array | None) -> EvaluationSums:
@@ -98,22 +98,12 @@ class GradientWorker:
         return self._work.buffers()
 
     def set_buffers(self, values: Arrays) -> None:
-        """Take over buffers."""
+        """Set the buffers of this worker's model."""
         self._work.set_buffers(values)
 
     def checksum(self) -> str:
         """Return the checksum of the mirrored parameters."""
         return self._work.checksum()
 
-    @ray.method(concurrency_group="control")
-    def status(self) -> int:
-        """Return the process id."""
-        return os.getpid()
 
-    @ray.method(concurrency_group="lifeline")
-    def lifeline(self) -> None:
-        """Never return: the caller learns of this actor's death at once."""
-        wait_forever()
-
-
-GradientWorkerActor = as_actor(GradientWorker, "control", "lifeline")
+GradientWorkerActor = as_actor(GradientWorker)

@@ -1,28 +1,28 @@
-"""Loss and metrics over a whole data set, in sums, so that the workers' parts add up."""
+"""Loss and metrics over a whole data set, as sums, so that the workers' parts can be added."""
 
 from __future__ import annotations
 
 import torch
 
-from kfac_dist.coordination.steps.sampling import shard
+from kfac_dist.coordination.steps.sampling import worker_part
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import MapDataset, fetch
 from kfac_dist.tasks import Task
 from workers.exchange.messages import EvaluationSums
 
-_CHUNK = 1000  # cases evaluated together: memory against calls
+_CHUNK = 1000  # cases evaluated together; more need more memory, fewer more calls
 
 
 def evaluate(
-    computer: BatchComputer, task: Task, dataset: MapDataset, *, num_shards: int, rank: int
+    computer: BatchComputer, task: Task, dataset: MapDataset, *, num_workers: int, rank: int
 ) -> EvaluationSums:
-    """Return the sums over this rank's contiguous part of `dataset`.
+    """Return the sums over the part of `dataset` that belongs to worker `rank`.
 
-    The model is put into evaluation mode and left in the mode it was in.
+    The model is evaluated in evaluation mode, and left in the mode it was in.
     """
     parameters = flatten(computer.parameters)
-    part = shard(len(dataset), num_shards, rank)
+    part = worker_part(len(dataset), num_workers, rank)
     loss = 0.0
     metrics: dict[str, float] = {}
     was_training = computer.model.training

@@ -1,9 +1,8 @@
-"""From a gradient worker's part of a batch to the inverse workers that own the layers."""
+"""Computes the statistics of a gradient worker's part and sends them to the inverse workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,25 +11,18 @@ from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.statistics.sums import BatchStatistics
-from workers.exchange.messages import JobContext, StatisticsHeader
-from workers.exchange.parcels import StatisticsParcel, pack_statistics
+from workers.exchange.messages import JobContext, StatisticsHeader, StatisticsMessage
+from workers.exchange.parcels import pack_statistics
 from workers.gradient_worker.batches import BatchPart, Subset
 
-# Inverse worker, header, sums of what its layers need.
-Send = Callable[[int, StatisticsHeader, StatisticsParcel | None], None]
-
-
-class SentStatistics(NamedTuple):
-    """Whether the statistics of a step were usable, and the moments, which go another way."""
-
-    usable: bool
-    moments: Mapping[str, Tensor] | None
+SendStatistics = Callable[[int, StatisticsMessage], None]
+"""Sends a message to the inverse worker of that rank."""
 
 
 class StatisticsSender:
     """Computes the batch factors of gradient worker `rank` and sends them to their owners.
 
-    `links` are the neighbours of the structure of the inverse.
+    `links` are the pairs of neighbouring layers whose cross factors the inverse needs.
     """
 
     def __init__(
@@ -40,7 +32,7 @@ class StatisticsSender:
         rank: int,
         computer: BatchComputer,
         links: Sequence[Link],
-        send: Send,
+        send: SendStatistics,
     ) -> None:
         self._job = job
         self._settings = settings
@@ -54,7 +46,12 @@ class StatisticsSender:
     def connect(
         self, assignment: Mapping[int, tuple[str, ...]], assignment_epochs: Mapping[int, int]
     ) -> None:
-        """Send to these inverse workers from now on; epochs tell a worker from its successor."""
+        """Send to these inverse workers from now on.
+
+        Args:
+            assignment: the layers that each inverse worker owns.
+            assignment_epochs: distinguishes each inverse worker from its predecessors.
+        """
         self._assignment = assignment
         self._assignment_epochs = assignment_epochs
 
@@ -66,13 +63,18 @@ class StatisticsSender:
         bases: Mapping[str, KroneckerPair],
         *,
         usable: bool,
-    ) -> SentStatistics:
-        """Compute and send the statistics of a step, with moments in `bases`.
+    ) -> Mapping[str, Tensor] | None:
+        """Compute the statistics of a step, send the factors, and return the moments in `bases`.
 
-        `trace` is what the pass over this part has seen, where it can be made use of.
+        Statistics that are not finite are not usable: then only headers are sent, every inverse
+        worker refuses the step, and None is returned.
 
-        They are not usable when a number is not finite, or `usable` is False to begin with because
-        the gradient was not: then headers go out alone, and every inverse worker refuses the step.
+        Args:
+            step: the step, from 1; it determines the sampled targets.
+            part: this worker's part of the batch.
+            trace: what the gradient's pass recorded of `part`, where it can be used again.
+            bases: the bases of the inverses in use, by layer; empty where no moments are needed.
+            usable: False if the gradient was not finite; nothing is computed then.
         """
         rows = part.subset(self._settings.statistics_fraction)
         statistics = self._compute(step, part, rows, trace, bases) if usable else None
@@ -87,11 +89,9 @@ class StatisticsSender:
                 assignment_epoch=self._assignment_epochs[worker],
                 usable=parcel is not None,
             )
-            self._send(worker, header, None if parcel is None else parcel.part(layers, self._links))
-        return SentStatistics(
-            usable=statistics is not None,
-            moments=None if statistics is None else statistics.moments,
-        )
+            own = None if parcel is None else parcel.part(layers, self._links)
+            self._send(worker, StatisticsMessage(header=header, parcel=own))
+        return None if statistics is None else statistics.moments
 
     def _compute(
         self,
@@ -101,9 +101,10 @@ class StatisticsSender:
         trace: Trace | None,
         bases: Mapping[str, KroneckerPair],
     ) -> BatchStatistics | None:
+        """Return the statistics of `rows`, None if a number is not finite."""
         statistics = self._computer.batch_statistics(
-            rows.take(part.inputs),
-            rows.take(part.targets),
+            rows.select(part.inputs),
+            rows.select(part.targets),
             step=step,
             first_row=rows.first_row,
             links=self._links,

@@ -1,100 +1,105 @@
-"""A gradient worker's part of the algorithm; read `step` first.
+"""A gradient worker's part of the algorithm; read `GradientWork.step` first.
 
-No Ray: the actor beside it is a shell around it. It mirrors the parameters and
-the previous update, which the parameter server owns, by doing the same arithmetic.
+No Ray here: the actor in `workers.gradient_worker.actor` is a shell around this. The parameter
+server owns the parameters and the previous update; a gradient worker mirrors them by doing the
+same arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
-from kfac_dist.config import KFACSpec
-from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
-from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
-from kfac_dist.data import Split
-from kfac_dist.tasks import Task, build_model, load_task, torch_dtype, user_code
+from kfac_dist.data import MapDataset, Split
+from kfac_dist.tasks import Task, user_code
 from workers.exchange.arrays import Array, Arrays, to_tensor
 from workers.exchange.checksum import checksum
-from workers.exchange.messages import EvaluationSums, JobContext, StepOrder, WorkerReport
+from workers.exchange.messages import EvaluationSums, StepOrder, WorkerReport
 from workers.exchange.moments import WorkerMoments
 from workers.exchange.process_group import Group
 from workers.exchange.step import Coefficients, Directions, WorkerSide
 from workers.gradient_worker.batches import BatchPart, BatchReader, Subset
 from workers.gradient_worker.buffers import read_buffers, write_buffers
 from workers.gradient_worker.evaluation import evaluate
-from workers.gradient_worker.statistics_sender import Send, StatisticsSender
+from workers.gradient_worker.statistics_sender import StatisticsSender
 from workers.phases import Phases
-from workers.planning import structure_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A gradient worker's ends of the exchange with the parameter server, once it has joined."""
+
+    group: Group
+    side: WorkerSide
+    moments: WorkerMoments
 
 
 class GradientWork:
-    """Model, data and mirror of the parameters of gradient worker `rank`."""
+    """Model, data and mirror of the parameters of gradient worker `rank`.
 
-    def __init__(self, job: JobContext, rank: int, device: torch.device, send: Send) -> None:
-        spec, optimizer = job.spec, job.spec.optimizer
+    `build_gradient_work` makes one; `join` comes before the first step.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        num_workers: int,
+        task: Task,
+        data: Mapping[Split, MapDataset],
+        computer: BatchComputer,
+        reader: BatchReader,
+        sender: StatisticsSender | None,
+        moment_layers: Sequence[str],
+    ) -> None:
+        """Store the parts.
+
+        Args:
+            rank: the worker's place among `num_workers` gradient workers, from 0.
+            num_workers: see `rank`.
+            task: the user's task; errors of its code are reported as its own.
+            data: training and test data.
+            computer: computes on the worker's model, which holds the mirrored parameters.
+            reader: reads this worker's part of each batch of the training data.
+            sender: sends statistics to the inverse workers; None for a first-order optimizer.
+            moment_layers: the layers with second moments to send (EKFAC), empty without any.
+        """
         self._rank = rank
-        self._num_workers = spec.workers.gradient
-        self._kfac = optimizer if isinstance(optimizer, KFACSpec) else None
-        self._task: Task = load_task(
-            spec, job.base_dir, data_dir=job.data_dir, cache_dir=job.cache_dir
-        )
-        self._data = {
-            "train": self._task.train_data(),
-            "test": self._task.test_data(),
-        }
-        model = build_model(self._task, spec.seed, torch_dtype(spec.dtype)).to(device)
-        registration = register(model, self._kfac) if self._kfac else None
-        self._computer = BatchComputer(
-            model,
-            distribution=get_distribution(self._task.distribution),
-            seed=spec.seed,
-            registration=registration,
-            fisher_type=self._kfac.fisher_type if self._kfac else "mc",
-        )
-        self._parameters = self._computer.parameters
-        self._previous_update = torch.zeros_like(flatten(self._parameters))
-        self._reader = BatchReader(
-            self._data["train"],
-            seed=spec.seed,
-            num_shards=self._num_workers,
-            rank=rank,
-            device=device,
-        )
-        self._moment_layers: tuple[str, ...] = ()
-        self._statistics: StatisticsSender | None = None
-        if self._kfac is not None and registration is not None:
-            structure = structure_of(self._kfac, registration)
-            self._moment_layers = registration.names if structure.observes_moments else ()
-            self._statistics = StatisticsSender(
-                job, self._kfac, rank, self._computer, structure.links, send
-            )
-        self._group: Group | None = None
-        self._side: WorkerSide | None = None
+        self._num_workers = num_workers
+        self._task = task
+        self._data = data
+        self._computer = computer
+        self._reader = reader
+        self._sender = sender
+        self._moment_layers = moment_layers
+        self._parameters = computer.parameters
+        self._previous_update = torch.zeros_like(flatten(computer.parameters))
+        self._joined: Joined  # set by `join`
 
     def join(self, group: Group) -> None:
         """Exchange through `group` from now on, starting from the server's parameters."""
         like = self._previous_update
-        self._group = group
-        self._side = WorkerSide(group, like.numel(), like)
-        parameters, self._previous_update = self._side.receive_state()
+        side = WorkerSide(group, like.numel(), like)
+        parameters, self._previous_update = side.receive_state()
         assign_parameters(self._parameters, parameters)
-        self._moments = WorkerMoments(group, self._moment_layers, like)
-        self._moments.receive_bases()
-        group.take_traffic()  # of a step's, joining is no part
+        moments = WorkerMoments(group, self._moment_layers, like)
+        moments.receive_bases()
+        group.take_traffic()  # traffic is counted per step, and joining is not part of one
+        self._joined = Joined(group=group, side=side, moments=moments)
 
     def connect(
         self, assignment: Mapping[int, tuple[str, ...]], assignment_epochs: Mapping[int, int]
     ) -> None:
         """Send the statistics of these layers to these inverse workers from now on."""
-        assert self._statistics is not None, "only K-FAC has inverse workers"
-        self._statistics.connect(assignment, assignment_epochs)
+        if self._sender is not None:
+            self._sender.connect(assignment, assignment_epochs)
 
     def step(self, order: StepOrder) -> WorkerReport:
         """Do this worker's part of one step.
@@ -103,28 +108,19 @@ class GradientWork:
             UserTaskError: the user's model or data set raised.
             PeerLostError: another member of the group is gone.
         """
-        assert self._side is not None, "join a group first"
         phases = Phases()
         part = self._read(order, phases)
         sums = self._compute(part, phases)
         with phases("reduce"):
-            self._side.send_gradient(sums, len(part.slice))
-        if order.plan.update_factors:
-            self._send_statistics(order, self._side, part, sums, phases)
-        if self._kfac is None:
-            self._receive_parameters(self._side, phases)
+            self._joined.side.send_gradient(sums, len(part.slice))
+        if self._sender is None:
+            self._receive_parameters(phases)
         else:
-            self._take_part_in_choice(self._side, part, sums.trace, phases)
-        return self._report(order, phases)
-
-    def _report(self, order: StepOrder, phases: Phases) -> WorkerReport:
-        assert self._group is not None, "a step has a group"
-        return WorkerReport(
-            rank=self._rank,
-            step=order.plan.step,
-            phase_seconds=phases.seconds,
-            traffic=self._group.take_traffic(),
-        )
+            if order.plan.update_factors:
+                self._send_statistics(self._sender, order, part, sums, phases)
+            self._take_part_in_choice(part, sums.trace, phases)
+        traffic = self._joined.group.take_traffic()
+        return WorkerReport(phase_seconds=phases.seconds, traffic=traffic)
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
         return user_code(self._task, f"{doing} in gradient worker {self._rank}")
@@ -139,48 +135,40 @@ class GradientWork:
 
     def _send_statistics(
         self,
+        sender: StatisticsSender,
         order: StepOrder,
-        side: WorkerSide,
         part: BatchPart,
         sums: GradientSums,
         phases: Phases,
     ) -> None:
-        if self._statistics is None:
-            return
-        bases, usable = self._moments.bases, _is_finite(sums)
+        bases, usable = self._joined.moments.bases, _is_finite(sums)
         with phases("statistics"), self._user_code("the statistics"):
-            sent = self._statistics.send(order.plan.step, part, sums.trace, bases, usable=usable)
+            moments = sender.send(order.plan.step, part, sums.trace, bases, usable=usable)
         with phases("reduce"):
-            side.send_usable(sent.usable)
-            self._moments.send(sent.moments)
+            self._joined.side.send_usable(moments is not None)
+            self._joined.moments.send(moments)
 
-    def _take_part_in_choice(
-        self,
-        side: WorkerSide,
-        part: BatchPart,
-        trace: Trace | None,
-        phases: Phases,
-    ) -> None:
+    def _take_part_in_choice(self, part: BatchPart, trace: Trace | None, phases: Phases) -> None:
+        side = self._joined.side
         with phases("wait_direction"):
             directions = side.receive_directions()
         if directions is None:
             return
         if directions.fisher_fraction is not None:
             rows = part.subset(directions.fisher_fraction)
-            self._send_fisher_products(side, part, rows, trace, directions, phases)
+            self._send_fisher_products(part, rows, trace, directions, phases)
         with phases("choose"):
             choice = side.receive_choice()
         if choice is None:
             return
         self._apply(choice, directions, phases)
         with phases("receive_bases"):
-            self._moments.receive_bases()
+            self._joined.moments.receive_bases()
         if choice.measure:
-            self._measure(side, part, phases)
+            self._measure(part, phases)
 
     def _send_fisher_products(
         self,
-        side: WorkerSide,
         part: BatchPart,
         rows: Subset,
         trace: Trace | None,
@@ -191,8 +179,8 @@ class GradientWork:
             vectors = [*directions.vectors, self._previous_update]
             traced = trace and trace.take(rows.positions)
             with self._user_code("the Fisher products"):
-                sums = self._computer.fisher_sums(rows.take(part.inputs), vectors, traced)
-            side.send_fisher(sums)
+                sums = self._computer.fisher_sums(rows.select(part.inputs), vectors, traced)
+            self._joined.side.send_fisher(sums)
 
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
         with phases("apply"):
@@ -202,22 +190,22 @@ class GradientWork:
             )
             add_to_parameters(self._parameters, self._previous_update)
 
-    def _measure(self, side: WorkerSide, part: BatchPart, phases: Phases) -> None:
+    def _measure(self, part: BatchPart, phases: Phases) -> None:
         with phases("measure"):
             with self._user_code("the loss"):
                 loss = self._computer.loss(part.inputs, part.targets)
-            side.send_loss(loss)
+            self._joined.side.send_loss(loss)
 
-    def _receive_parameters(self, side: WorkerSide, phases: Phases) -> None:
+    def _receive_parameters(self, phases: Phases) -> None:
         with phases("apply"):
-            parameters = side.receive_parameters()
+            parameters = self._joined.side.receive_parameters()
             if parameters is not None:
                 assign_parameters(self._parameters, parameters)
 
     def evaluate(self, split: Split, parameters: Array | None) -> EvaluationSums:
         """Evaluate this worker's part of a whole split.
 
-        `parameters` [P] are used instead of the worker's own when given.
+        `parameters` [P], if given, are used instead of the worker's own.
         """
         own = flatten(self._parameters)
         if parameters is not None:
@@ -228,7 +216,7 @@ class GradientWork:
                     self._computer,
                     self._task,
                     self._data[split],
-                    num_shards=self._num_workers,
+                    num_workers=self._num_workers,
                     rank=self._rank,
                 )
         finally:
@@ -239,7 +227,7 @@ class GradientWork:
         return read_buffers(self._computer.model)
 
     def set_buffers(self, values: Arrays) -> None:
-        """Take over buffers."""
+        """Set the buffers of this worker's model."""
         write_buffers(self._computer.model, values)
 
     def checksum(self) -> str:

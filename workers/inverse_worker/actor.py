@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import ray
 
 from workers.actor import Handle, as_actor, logged, role_log
-from workers.exchange.arrays import Array
+from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
+    InverseMessage,
     InverseSetup,
     InverseStatus,
     JobContext,
     RefreshRequest,
-    StatisticsHeader,
+    StatisticsMessage,
 )
-from workers.exchange.parcels import StatisticsParcel
 from workers.inverse_worker.loop import InverseLoop
-from workers.inverse_worker.work import InverseMessage, InverseWork
+from workers.inverse_worker.work import InverseWork
 
 
 class InverseWorker:
-    """Owns the factors of its layers; averages and inverts at its own pace."""
+    """Owns the factors of its layers, averages them and inverts them at its own pace."""
 
     def __init__(
-        self,
-        job: JobContext,
-        setup: InverseSetup,
-        server: Handle,
-        averages: Mapping[str, Array] | None,
+        self, job: JobContext, setup: InverseSetup, server: Handle, averages: Arrays | None
     ) -> None:
         self._server = server
         self._log = role_log(job, "inverse_worker", setup.rank)
@@ -37,7 +31,7 @@ class InverseWorker:
         self._log.info("started", layers=[layer.name for layer in setup.layers])
 
     def _publish(self, message: InverseMessage) -> None:
-        self._server.accept.remote(message.header, message.parcel)
+        self._server.accept.remote(message)
         header = message.header
         self._log.debug("inverted", layer=header.layer, version_step=header.version_step)
         for rung in header.rungs:
@@ -46,9 +40,9 @@ class InverseWorker:
             self._log.warning("inversion_failed", layer=header.layer, gammas=header.gammas)
 
     @ray.method(concurrency_group="mailbox")
-    def update(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
+    def update(self, message: StatisticsMessage) -> None:
         """Put statistics into the mailbox."""
-        self._loop.put_statistics(header, parcel)
+        self._loop.put_statistics(message)
 
     @ray.method(concurrency_group="mailbox")
     def refresh(self, request: RefreshRequest) -> None:
@@ -56,7 +50,7 @@ class InverseWorker:
         self._loop.put_request(request)
 
     def snapshot(self, step: int, timeout_seconds: float) -> dict[str, Array]:
-        """Return the averages once the statistics of `step` are in them."""
+        """Return the averages, once they contain the statistics of `step`."""
         return self._loop.snapshot(step, timeout_seconds)
 
     @ray.method(concurrency_group="control")
@@ -66,7 +60,7 @@ class InverseWorker:
 
     @ray.method(concurrency_group="lifeline")
     def lifeline(self) -> None:
-        """Return never, or raise what ended the work."""
+        """Stay open as long as the worker lives; raise what ended its loop."""
         logged(self._log, "inverse loop", self._loop.lifeline)
 
 

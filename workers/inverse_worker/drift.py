@@ -12,18 +12,21 @@ from kfac_dist.core.factors import FactorAverages
 
 
 class FactorDrift:
-    """Relative changes of averaged factors, by layer, each computed once a step of statistics."""
+    """Relative changes of averaged factors, by layer.
+
+    Each is computed once for every step of statistics, however often it is asked for.
+    """
 
     def __init__(self) -> None:
         self._inverted: dict[str, Mapping[str, Tensor]] = {}
         self._known: dict[str, tuple[int, float]] = {}
 
     def start_from(self, name: str, inverted: Mapping[str, Tensor]) -> None:
-        """Note the factors that a layer's newest inverse was made from; they are kept."""
+        """Remember the factors that a layer's newest inverse was made from; they are not copied."""
         self._inverted[name] = inverted
         self._known.pop(name, None)
 
-    def of(self, name: str, averages: FactorAverages) -> float:
+    def since_inverted(self, name: str, averages: FactorAverages) -> float:
         """Return the change of a layer's factors, 0 before they were first inverted."""
         if name not in self._inverted:
             return 0.0
@@ -34,12 +37,12 @@ class FactorDrift:
 
 
 def relative_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
-    """Return the largest change of a tensor, relative to its Frobenius norm before."""
+    """Return the largest change of a tensor, relative to its old Frobenius norm."""
     changes = []
     for name, before in old.items():
         size = float(torch.linalg.vector_norm(before))
         change = float(torch.linalg.vector_norm(new[name] - before))
         relative = change / size if size > 0 else float("inf") if change > 0 else 0.0
-        # Norms that overflow leave inf / inf.
+        # If both norms overflow, the quotient is inf / inf, which is NaN.
         changes.append(float("inf") if math.isnan(relative) else relative)
     return max(changes)

@@ -1,7 +1,8 @@
 """The one thread in which an inverse worker works, and the mailbox in front of it.
 
-Statistics come first, so that an inverse is made of the newest there are; then one layer is
-inverted; then come the snapshots that are asked for, and the mailbox is looked at again.
+Each turn of the loop averages the statistics that have arrived, so that an inverse contains the
+newest ones; then inverts one layer; then answers the snapshots that are due
+(docs/algorithm.md#asynchrony).
 """
 
 from __future__ import annotations
@@ -15,75 +16,76 @@ from dataclasses import dataclass, field
 import torch
 
 from workers.exchange.arrays import Array
-from workers.exchange.messages import InverseStatus, RefreshRequest, StatisticsHeader
-from workers.exchange.parcels import StatisticsParcel
-from workers.inverse_worker.work import InverseMessage, InverseWork
+from workers.exchange.messages import (
+    InverseMessage,
+    InverseStatus,
+    RefreshRequest,
+    StatisticsMessage,
+)
+from workers.inverse_worker.work import InverseWork
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Statistics:
-    header: StatisticsHeader
-    parcel: StatisticsParcel | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SnapshotWish:
-    """A snapshot is wanted once the statistics of `step` have been dealt with."""
+class _SnapshotRequest:
+    """Asks for a snapshot, once the statistics of `step` have been averaged or refused."""
 
     step: int
     answer: Future[dict[str, Array]] = field(default_factory=Future)
 
 
-_Letter = _Statistics | RefreshRequest | _SnapshotWish
+_Letter = StatisticsMessage | RefreshRequest | _SnapshotRequest
 
 
 class InverseLoop:
-    """Feeds an `InverseWork`; every method returns at once, except `snapshot` and `lifeline`."""
+    """Runs an `InverseWork` in a thread of its own.
+
+    Every method returns at once, except `snapshot` and `lifeline`.
+    """
 
     def __init__(self, work: InverseWork, publish: Callable[[InverseMessage], None]) -> None:
         self._work = work
         self._publish = publish
         self._letters: deque[_Letter] = deque()
         self._arrived = threading.Condition()
-        self._wishes: list[_SnapshotWish] = []
+        self._snapshot_requests: list[_SnapshotRequest] = []
         self._end: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="inverse-loop", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the layer in hand."""
+        """End the loop after the layer that is being inverted."""
         with self._arrived:
             if not self._end.done():
                 self._end.set_result(None)
             self._arrived.notify_all()
 
-    def put_statistics(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
-        """Hand in statistics; the arrays are kept until they are summed."""
-        self._put(_Statistics(header=header, parcel=parcel))
+    def put_statistics(self, message: StatisticsMessage) -> None:
+        """Put statistics into the mailbox; the arrays are kept until they are summed."""
+        self._put(message)
 
     def put_request(self, request: RefreshRequest) -> None:
-        """Hand in a refresh request."""
+        """Put a refresh request into the mailbox."""
         self._put(request)
 
     def snapshot(self, step: int, timeout_seconds: float) -> dict[str, Array]:
-        """Return the averages once the statistics of `step` are in them.
+        """Return the averages, once they contain the statistics of `step`.
 
         Raises:
-            TimeoutError: they did not come in time.
+            TimeoutError: the statistics did not arrive in time.
         """
-        wish = _SnapshotWish(step=step)
-        self._put(wish)
-        return wish.answer.result(timeout=timeout_seconds)
+        request = _SnapshotRequest(step=step)
+        self._put(request)
+        return request.answer.result(timeout=timeout_seconds)
 
     def lifeline(self) -> None:
-        """Return when the loop is stopped; raise what ended it otherwise."""
+        """Return when the loop is stopped, or raise what ended it."""
         self._end.result()
 
     def status(self) -> InverseStatus:
-        """Return the health of the worker, also in the middle of an inversion."""
+        """Return the health of the worker, even in the middle of an inversion."""
         return self._work.status(len(self._letters))
 
     def _put(self, letter: _Letter) -> None:
@@ -96,18 +98,20 @@ class InverseLoop:
         idle = False
         try:
             while not self._end.done():
-                for letter in self._take(wait=idle):
+                for letter in self._collect(wait=idle):
                     self._read(letter)
                 self._work.apply_statistics()
                 message = self._work.invert_next()
                 idle = message is None
                 if message is not None:
                     self._publish(message)
-                self._answer_wishes()  # before a wait: an inversion may have been what was left
-        except Exception as error:  # noqa: BLE001 - whatever it is, the driver must hear of it
+                # Before the loop waits again: a snapshot may have waited for this inversion alone.
+                self._answer_snapshots()
+        except Exception as error:  # noqa: BLE001 - the driver must learn of any error
             self._end.set_exception(error)
 
-    def _take(self, *, wait: bool) -> list[_Letter]:
+    def _collect(self, *, wait: bool) -> list[_Letter]:
+        """Empty the mailbox; with `wait`, wait for the first letter."""
         with self._arrived:
             if wait:
                 self._arrived.wait_for(lambda: self._letters or self._end.done())
@@ -117,17 +121,19 @@ class InverseLoop:
 
     def _read(self, letter: _Letter) -> None:
         match letter:
-            case _Statistics():
-                self._work.receive(letter.header, letter.parcel)
+            case StatisticsMessage():
+                self._work.receive(letter)
             case RefreshRequest():
                 self._work.request(letter)
-            case _SnapshotWish():
-                self._wishes.append(letter)
+            case _SnapshotRequest():
+                self._snapshot_requests.append(letter)
 
-    def _answer_wishes(self) -> None:
+    def _answer_snapshots(self) -> None:
+        # A resumed job does not repeat old requests, so every exact version that was asked for has
+        # to be made before the snapshot.
         if not self._work.is_settled:
             return
-        due = [wish for wish in self._wishes if wish.step <= self._work.dealt_step]
-        for wish in due:
-            self._wishes.remove(wish)
-            wish.answer.set_result(self._work.snapshot())
+        handled = self._work.handled_step
+        for request in [due for due in self._snapshot_requests if due.step <= handled]:
+            self._snapshot_requests.remove(request)
+            request.answer.set_result(self._work.snapshot())

@@ -1,7 +1,7 @@
-"""An inverse worker's part of the algorithm: average the factors of its layers, invert them.
+"""An inverse worker's part of the algorithm: average the factors of its layers and invert them.
 
-No Ray and no thread: `loop` calls these verbs one at a time. The owner of the
-factors and their averages; the inverses belong to the parameter server once published.
+No Ray and no thread here: `workers.inverse_worker.loop` makes one call at a time. This is the owner
+of the factors and their averages. Inverses belong to the parameter server once they are sent.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.steps.ledger import StatisticsLedger
@@ -19,19 +18,19 @@ from kfac_dist.coordination.steps.refresh import LayerRefreshState, choose_next
 from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.packing import pack_symmetric
-from workers.exchange.arrays import Array, section, to_arrays, to_tensors
+from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
 from workers.exchange.messages import (
     InverseHeader,
+    InverseMessage,
     InverseSetup,
     InverseStatus,
     JobContext,
     RefreshRequest,
     StatisticsHeader,
+    StatisticsMessage,
 )
 from workers.exchange.parcels import (
-    InverseParcel,
     ReceivedStatistics,
-    StatisticsParcel,
     add_up,
     pack_inverses,
     read_statistics,
@@ -39,28 +38,18 @@ from workers.exchange.parcels import (
 from workers.inverse_worker.drift import FactorDrift
 from workers.planning import staleness_bound
 
-# What one gradient worker sent for a step.
-_Message = tuple[StatisticsHeader, StatisticsParcel | None]
-
-
-class InverseMessage(NamedTuple):
-    """The inverses of one layer on their way to the parameter server."""
-
-    header: InverseHeader
-    parcel: InverseParcel
-
 
 class InverseWork:
-    """The factors of some layers, and what is asked of them.
+    """The factors of some layers, their averages, and the refreshes that were requested.
 
-    Each layer has averages of its own, with those of the layer it is linked to, so that layers can
-    move between workers and a layer that starts afresh does not disturb the others. What a chain
-    averages twice costs little beside its inverses. Averages are of packed triangles, as the sums
-    travel: most steps only average.
+    Each layer has averages of its own, which include the factors of the layer it is linked to. So
+    layers can move between workers, and a layer that starts afresh does not disturb the others. A
+    chain averages its factors twice that way, which costs little compared with inverting them.
+    The averages are of packed triangles, as the sums arrive, because most steps only average.
     """
 
     def __init__(
-        self, job: JobContext, setup: InverseSetup, averages: Mapping[str, Array] | None = None
+        self, job: JobContext, setup: InverseSetup, averages: Arrays | None = None
     ) -> None:
         assert isinstance(job.spec.optimizer, KFACSpec)
         self._job = job
@@ -68,8 +57,8 @@ class InverseWork:
         self._settings = job.spec.optimizer
         self._policy = job.spec.staleness.refresh_policy
         self._ledger = StatisticsLedger(job.spec.workers.gradient, setup.applied_step)
-        self._waiting: dict[int, dict[int, _Message]] = {}
-        self._dealt_step = setup.applied_step
+        self._waiting: dict[int, dict[int, StatisticsMessage]] = {}  # by step and rank
+        self._handled_step = setup.applied_step
         self._layers = {layer.name: layer for layer in setup.layers}
         self._structure = structure_for(self._settings, list(self._layers), setup.links)
         self._averages = {name: self._averages_of(name) for name in self._layers}
@@ -78,7 +67,8 @@ class InverseWork:
         self._drift = FactorDrift()
         self._requests: deque[RefreshRequest] = deque()
         self._bound = staleness_bound(job.spec, job.replay_script)
-        # Exact versions up to here are made. A successor does not know of its predecessor's.
+        # Exact versions up to this step have been made; None for a successor, which does not know
+        # what its predecessor made.
         self._exact_step = setup.applied_step if setup.assignment_epoch == 1 else None
         self._last_chosen: str | None = None
         self._counts: Counter[str] = Counter()
@@ -89,26 +79,27 @@ class InverseWork:
         names = (name, *(link.next_name for link in links))
         return FactorAverages(names, self._settings.factor_decay, links)
 
-    def _restore(self, averages: Mapping[str, Array]) -> None:
+    def _restore(self, averages: Arrays) -> None:
         for name, own in self._averages.items():
             state = to_tensors(section(averages, f"{name}:"))
             if state:
                 own.load_state_dict(pack_symmetric(state))
 
     @property
-    def dealt_step(self) -> int:
-        """The newest step whose statistics were applied or refused."""
-        return self._dealt_step
+    def handled_step(self) -> int:
+        """The newest step whose statistics were averaged or refused."""
+        return self._handled_step
 
-    def receive(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
-        """Take in a statistics message; a duplicate, late or foreign one is counted and left."""
+    def receive(self, message: StatisticsMessage) -> None:
+        """Keep a statistics message; count and ignore a duplicate, late or foreign one."""
+        header = message.header
         if not self._is_mine(header):
             self._counts["foreign"] += 1
             return
         receipt = self._ledger.receive(header.step, header.rank)
         self._counts[receipt] += 1
         if receipt == "accepted":
-            self._waiting.setdefault(header.step, {})[header.rank] = (header, parcel)
+            self._waiting.setdefault(header.step, {})[header.rank] = message
 
     def _is_mine(self, header: StatisticsHeader) -> bool:
         return (
@@ -118,55 +109,56 @@ class InverseWork:
         )
 
     def request(self, request: RefreshRequest) -> None:
-        """Take over a refresh request; the newest one counts, after those that are exact."""
+        """Add a refresh request; it replaces the one before, unless that one is exact."""
         if self._requests and not self._requests[-1].exact:
             self._requests.pop()
         self._requests.append(request)
 
     @property
     def _last_wanted_step(self) -> int | None:
-        """The step whose statistics may be the newest now, for an exact version; None is any."""
+        """The last step to average before the next exact version; None if there is no limit."""
         if self._exact_step is None:
             return None
         return self._bound.next_exact_refresh(self._exact_step)
 
     @property
     def is_settled(self) -> bool:
-        """Tell whether no exact version is still to be made."""
+        """Whether every exact version that was requested has been made."""
         return not any(request.exact for request in self._requests)
 
     def apply_statistics(self) -> None:
-        """Update the averages with every step that has become whole, in order.
+        """Update the averages with every step for which all messages have come, in order.
 
-        Those that an exact request must not see are left for later.
+        Statistics that the next exact version must not contain are left for later.
         """
         for step in self._ledger.complete_steps(self._last_wanted_step):
             messages = self._waiting.pop(step)
             self._update(step, [messages[rank] for rank in sorted(messages)])
-            self._dealt_step = step
+            self._handled_step = step
+        # Steps of which some messages never came; the ledger counts them as dropped.
         for step in [step for step in self._waiting if step < self._ledger.applied_step]:
             del self._waiting[step]
 
-    def _update(self, step: int, messages: Sequence[_Message]) -> None:
+    def _update(self, step: int, messages: Sequence[StatisticsMessage]) -> None:
         sums = self._sum(messages)
         if sums is None:
             self._counts["refused"] += 1
             return
-        num_cases = sum(header.num_cases for header, _ in messages)
+        num_cases = sum(message.header.num_cases for message in messages)
         for averages in self._averages.values():
             averages.update(step, sums.factors, num_cases, sums.crosses)
 
-    def _sum(self, messages: Sequence[_Message]) -> ReceivedStatistics | None:
-        """Add up the ranks' sums in rank order; None when a number is not finite."""
-        if not all(header.usable for header, _ in messages):
+    def _sum(self, messages: Sequence[StatisticsMessage]) -> ReceivedStatistics | None:
+        """Add up the ranks' sums in rank order; return None if a number is not finite."""
+        if not all(message.header.usable for message in messages):
             return None
-        total = add_up([parcel for _, parcel in messages if parcel is not None])
+        total = add_up([message.parcel for message in messages if message.parcel is not None])
         sums = read_statistics(total)
         return sums if sums.is_finite() else None
 
     def invert_next(self) -> InverseMessage | None:
-        """Invert the one layer that the policy puts first; None when nothing is due."""
-        while self._requests and self._dealt_step >= self._requests[0].min_statistics_step:
+        """Invert the layer that the policy puts first; return None if no layer is due."""
+        while self._requests and self._handled_step >= self._requests[0].min_statistics_step:
             request = self._requests[0]
             wanted = {
                 name: gammas
@@ -180,6 +172,7 @@ class InverseWork:
                 return self._invert(name, wanted[name])
             if not request.exact:
                 return None
+            # Every layer has its exact version, so later statistics may be averaged now.
             self._exact_step = self._requests.popleft().step
             self.apply_statistics()
         return None
@@ -192,10 +185,11 @@ class InverseWork:
             drift=0.0,
             cost=self._setup.cost_model.layer_seconds(self._layers[name]),
         )
-        # A drift costs as much as an update of the averages, and most steps refresh nothing.
+        # Computing a drift takes as long as updating the averages, so only layers that are due get
+        # one; most steps refresh no layer.
         if self._policy != "largest_drift" or not state.is_due(requested_step):
             return state
-        return replace(state, drift=self._drift.of(name, self._averages[name]))
+        return replace(state, drift=self._drift.since_inverted(name, self._averages[name]))
 
     def _invert(self, name: str, gammas: tuple[float, ...]) -> InverseMessage:
         started = time.perf_counter()
@@ -205,21 +199,20 @@ class InverseWork:
         if self._policy == "largest_drift":
             self._drift.start_from(name, snapshot.pair.tensors())
         seconds = time.perf_counter() - started
-        self._counts["inversions"] += 1
         self._inversion_seconds += seconds
-        good = [one for one in prepared if one is not None]
+        made = [inverted for inverted in prepared if inverted is not None]
         header = InverseHeader(
             layer=name,
             version_step=snapshot.step,
             gammas=gammas,
-            pis=tuple(None if one is None else one.pi for one in prepared),
-            rungs=tuple(rung for one in good for rung in one.rungs),
+            pis=tuple(None if inverted is None else inverted.pi for inverted in prepared),
+            rungs=tuple(rung for inverted in made for rung in inverted.rungs),
             inversion_seconds=seconds,
         )
-        return InverseMessage(header, pack_inverses(good))
+        return InverseMessage(header=header, parcel=pack_inverses(made))
 
     def snapshot(self) -> dict[str, Array]:
-        """Return the averages of all layers as arrays named `layer:name`."""
+        """Return the averages of all layers, as arrays with names `layer:name`."""
         return {
             f"{name}:{key}": array
             for name, averages in self._averages.items()
@@ -227,7 +220,7 @@ class InverseWork:
         }
 
     def status(self, queue_depth: int) -> InverseStatus:
-        """Return the worker's health, `queue_depth` being the messages in its mailbox."""
+        """Return the worker's health; `queue_depth` is the number of messages in its mailbox."""
         request = self._requests[-1] if self._requests else None
         due = [
             name
@@ -237,11 +230,8 @@ class InverseWork:
             and self._versions.get(name, 0) < min(request.step, averages.step)
         ]
         return InverseStatus(
-            rank=self._setup.rank,
             pid=os.getpid(),
             queue_depth=queue_depth + len(due),
-            applied_step=self._dealt_step,
-            num_inversions=self._counts["inversions"],
             inversion_seconds=self._inversion_seconds,
             duplicates=self._counts["duplicate"],
             late=self._counts["late"],

@@ -1,38 +1,47 @@
-"""The parameter server as a Ray actor; the work is in `kfac_server` and `first_order_server`."""
+"""The parameter server as a Ray actor; the work is in `kfac` and `first_order` beside it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import ray
 import torch
 
 from kfac_dist.optim.precision import PreconditionDtype
-from workers.actor import as_actor, logged, node_address, role_log, wait_forever
+from workers.actor import as_actor, logged, node_address, role_log
 from workers.device import DevicePlan
-from workers.exchange.arrays import Array
-from workers.exchange.messages import InverseHeader, JobContext, Rendezvous, ServerReport, StepOrder
-from workers.exchange.parcels import InverseParcel
+from workers.exchange.arrays import Array, Arrays
+from workers.exchange.messages import (
+    InverseMessage,
+    JobContext,
+    Rendezvous,
+    ServerReport,
+    StepOrder,
+)
 from workers.exchange.process_group import Group, host_store, join_group
 from workers.parameter_server.build import BuiltServer, build_server
 
 
-class ServerReady(NamedTuple):
-    """A parameter server that has been built, and where its store is.
+@dataclass(frozen=True, kw_only=True)
+class ServerReady:
+    """Tells the driver that the server is built, and where the group's store listens.
 
-    `precondition` is in which type it applies inverses, where that was left to a measurement.
+    `precondition_dtype` is the type in which it applies inverses, if that was measured; None if
+    the job specification gives the type, and for a first-order optimizer.
     """
 
     pid: int
     host: str
     port: int
-    precondition: PreconditionDtype | None
+    precondition_dtype: PreconditionDtype | None
 
 
 class ParameterServer:
-    """Owns parameters, previous update, damping, gamma and the accepted inverses."""
+    """Owns parameters, previous update, damping, gamma and the inverses it has received.
+
+    The driver calls `build` and `join` before anything else.
+    """
 
     def __init__(
         self, job: JobContext, devices: DevicePlan, host: str | None, timeout_seconds: float
@@ -41,11 +50,12 @@ class ParameterServer:
         self._devices = devices
         self._host = host or node_address()
         self._timeout_seconds = timeout_seconds
-        self._group: Group | None = None
+        self._built: BuiltServer  # set by `build`
+        self._group: Group  # set by `join`
         self._log = role_log(job, "parameter_server", 0)
 
-    def build(self, snapshot: Mapping[str, Array] | None) -> ServerReady:
-        """Build the server, from a checkpoint's snapshot if there is one, and open its store."""
+    def build(self, snapshot: Arrays | None) -> ServerReady:
+        """Build the server, restore a checkpoint's snapshot if given one, and open the store."""
         torch.set_num_threads(1)
         self._built = logged(self._log, "build", lambda: self._build(snapshot))
         self._tcp_store = host_store(self._host, self._timeout_seconds)
@@ -54,17 +64,17 @@ class ParameterServer:
             pid=os.getpid(),
             host=self._host,
             port=self._tcp_store.port,
-            precondition=self._built.precondition,
+            precondition_dtype=self._built.precondition_dtype,
         )
 
-    def _build(self, snapshot: Mapping[str, Array] | None) -> BuiltServer:
+    def _build(self, snapshot: Arrays | None) -> BuiltServer:
         built = build_server(self._job, self._devices.device(), self._timeout_seconds)
         if snapshot is not None:
             built.server.restore(snapshot)
         return built
 
     def join(self, rendezvous: Rendezvous) -> None:
-        """Join a group as its last rank and send it the parameters."""
+        """Join a group as its last rank, and send the workers the parameters."""
         self._group = join_group(
             rendezvous,
             self._tcp_store,
@@ -80,17 +90,16 @@ class ParameterServer:
         return self._built.server.next_gammas(step)
 
     def step(self, order: StepOrder) -> ServerReport:
-        """Do the server's part of a step; leave the group on an error, so that nobody waits."""
+        """Do the server's part of a step; on an error, leave the group so that nobody waits."""
         try:
             doing = f"step {order.plan.step}"
             return logged(self._log, doing, lambda: self._built.server.step(order))
         except Exception:
-            if self._group is not None:
-                self._group.leave()
+            self._group.leave()
             raise
 
     def averaged_parameters(self) -> Array | None:
-        """Return the averaged parameters [P]; None while there are none."""
+        """Return the averaged parameters [P], None before there is an average."""
         return self._built.server.state.averaged()
 
     def snapshot(self) -> dict[str, Array]:
@@ -102,26 +111,16 @@ class ParameterServer:
         return self._built.server.checksum()
 
     @ray.method(concurrency_group="mailbox")
-    def accept(self, header: InverseHeader, parcel: InverseParcel) -> None:
+    def accept(self, message: InverseMessage) -> None:
         """Put the inverses of a layer where the next step finds them."""
-        assert self._built.store is not None, "baselines have no inverses"
-        self._built.store.accept(header, parcel)
+        assert self._built.store is not None, "a first-order optimizer has no inverses"
+        self._built.store.accept(message)
 
     @ray.method(concurrency_group="control")
     def set_orphaned(self, layers: tuple[str, ...]) -> None:
-        """Tell which layers nobody refreshes now; also reaches a step that waits."""
+        """Set the layers that nobody refreshes now; a step that waits for one sees it too."""
         if self._built.store is not None:
             self._built.store.set_orphaned(layers)
 
-    @ray.method(concurrency_group="control")
-    def status(self) -> int:
-        """Return the process id."""
-        return os.getpid()
 
-    @ray.method(concurrency_group="lifeline")
-    def lifeline(self) -> None:
-        """Never return: the caller learns of this actor's death at once."""
-        wait_forever()
-
-
-ParameterServerActor = as_actor(ParameterServer, "mailbox", "control", "lifeline")
+ParameterServerActor = as_actor(ParameterServer, "mailbox", "control")

@@ -1,9 +1,9 @@
-"""Builds the parameter server of a job, K-FAC's or a baseline's."""
+"""Builds the parameter server of a job, for K-FAC or for a first-order optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,7 +12,7 @@ from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.vector import flatten, trainable_parameters
 from kfac_dist.optim.precision import PreconditionDtype, choose_precondition_dtype
 from kfac_dist.tasks import build_model, load_task, torch_dtype
-from workers.exchange.arrays import Array
+from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import JobContext, ServerReport, StepOrder
 from workers.exchange.process_group import Group
 from workers.parameter_server.first_order import FirstOrderServer
@@ -23,42 +23,45 @@ from workers.planning import staleness_bound, step_schedule, structure_of
 
 
 class Server(Protocol):
-    """What the actor asks of a parameter server, whatever the optimizer."""
+    """What the actor needs of a parameter server, whichever the optimizer."""
 
     state: ServerState
 
     def join(self, group: Group) -> None:
-        """Exchange through `group` from now on, and send it the parameters."""
+        """Exchange through `group` from now on, and send the workers the parameters."""
 
     def step(self, order: StepOrder) -> ServerReport:
         """Do the server's part of one step."""
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
-        """Return the gammas to invert with for `step`; none without inverses."""
+        """Return the gammas to invert with for `step`, empty for a first-order optimizer."""
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""
 
-    def restore(self, snapshot: Mapping[str, Array]) -> None:
-        """Take over a snapshot."""
+    def restore(self, snapshot: Arrays) -> None:
+        """Restore a snapshot."""
 
     def checksum(self) -> str:
         """Return the checksum of what the gradient workers mirror."""
 
 
-class BuiltServer(NamedTuple):
-    """A parameter server, and where its inverses arrive; None for a baseline.
+@dataclass(frozen=True, kw_only=True)
+class BuiltServer:
+    """A parameter server, and for K-FAC the store in which its inverses arrive.
 
-    `precondition` is in which type they are applied, where that was left to a measurement.
+    `precondition_dtype` is the type in which inverses are applied, if that was measured.
     """
 
     server: Server
-    store: InverseStore | None
-    precondition: PreconditionDtype | None
+    store: InverseStore | None = None
+    precondition_dtype: PreconditionDtype | None = None
 
 
 def build_server(job: JobContext, device: torch.device, patience_seconds: float) -> BuiltServer:
-    """Build the server from the task's own initial parameters.
+    """Build the server with the initial parameters of the task's model.
+
+    `patience_seconds` bounds the wait for an inverse in a step.
 
     Raises:
         InvalidSpecError: the model has a parameter that K-FAC has no block for.
@@ -70,11 +73,11 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
     parameters = flatten(list(trainable_parameters(model).values()))
     state = ServerState(parameters, spec.optimizer.l2, spec.optimizer.averaging)
     if not isinstance(spec.optimizer, KFACSpec):
-        return BuiltServer(FirstOrderServer(spec.optimizer, state), None, None)
+        return BuiltServer(server=FirstOrderServer(spec.optimizer, state))
     registration = register(model, spec.optimizer)
     is_measured = spec.optimizer.precondition_dtype == "auto"
-    chosen = choose_precondition_dtype(spec.optimizer, registration.blocks, parameters)
-    settings = chosen.resolve(spec.optimizer)
+    dtype = choose_precondition_dtype(spec.optimizer, registration.blocks, parameters)
+    settings = dtype.resolve(spec.optimizer)
     spec = spec.model_copy(update={"optimizer": settings})
     store = InverseStore(
         layers=registration.names,
@@ -84,5 +87,8 @@ def build_server(job: JobContext, device: torch.device, patience_seconds: float)
         patience_seconds=patience_seconds,
         device=device,
     )
-    server = KFACServer(spec, step_schedule(spec), registration, state, store)
-    return BuiltServer(server, store, chosen if is_measured else None)
+    return BuiltServer(
+        server=KFACServer(spec, step_schedule(spec), registration, state, store),
+        store=store,
+        precondition_dtype=dtype if is_measured else None,
+    )

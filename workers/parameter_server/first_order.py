@@ -1,15 +1,14 @@
-"""The parameter server's part of the baselines: SGD with momentum, and Adam."""
+"""The parameter server for first-order optimizers: SGD with momentum, and Adam."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from kfac_dist.config import AdamSpec, SGDSpec
-from workers.exchange.arrays import Array, section, to_arrays, to_tensors
+from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
 from workers.exchange.checksum import checksum
 from workers.exchange.messages import ServerReport, StepOrder
 from workers.exchange.process_group import Group
@@ -19,16 +18,19 @@ from workers.phases import Phases
 
 
 class FirstOrderServer:
-    """A torch optimizer on the parameter vector; workers receive the new parameters."""
+    """A torch optimizer on the parameter vector.
+
+    Workers receive the new parameters after each step.
+    """
 
     def __init__(self, settings: SGDSpec | AdamSpec, state: ServerState) -> None:
         self.state = state
         self._optimizer = _optimizer(settings, state.parameters)
         self._counts: Counter[str] = Counter()
-        self._side: ServerSide | None = None
+        self._side: ServerSide  # set by `join`
 
     def join(self, group: Group) -> None:
-        """Exchange through `group` from now on, and send it the parameters."""
+        """Exchange through `group` from now on, and send the workers the parameters."""
         parameters = self.state.parameters
         self._side = ServerSide(group, parameters.numel(), parameters)
         self._side.send_state(parameters, torch.zeros_like(parameters))
@@ -39,7 +41,6 @@ class FirstOrderServer:
         Raises:
             PeerLostError: a gradient worker is gone.
         """
-        assert self._side is not None, "join a group first"
         phases = Phases()
         with phases("reduce"):
             mean = self.state.mean(self._side.receive_gradient())
@@ -58,7 +59,7 @@ class FirstOrderServer:
         return self._report(order, mean, norm, phases)
 
     def _set_lr(self, lr: float | None) -> None:
-        assert lr is not None, "a baseline has an lr in every step"
+        assert lr is not None, "a first-order optimizer has an lr in every step"
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
@@ -92,7 +93,7 @@ class FirstOrderServer:
         )
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
-        """Return none: there are no inverses."""
+        """Return no gammas: a first-order optimizer has no inverses."""
         return ()
 
     def snapshot(self) -> dict[str, Array]:
@@ -105,15 +106,16 @@ class FirstOrderServer:
         counts = {f"count:{k}": torch.tensor(v) for k, v in self._counts.items()}
         return self.state.snapshot() | to_arrays(optimizer | counts)
 
-    def restore(self, snapshot: Mapping[str, Array]) -> None:
-        """Take over a snapshot of the same model."""
+    def restore(self, snapshot: Arrays) -> None:
+        """Restore a snapshot of the same model."""
         self.state.restore(snapshot)
         self._counts = Counter({k: int(v) for k, v in section(snapshot, "count:").items()})
         optimizer = to_tensors(section(snapshot, "optimizer:"))
         for name, value in optimizer.items():
-            # Adam keeps its step counter on the host.
-            on = value if value.dim() == 0 else value.to(self.state.parameters.device)
-            self._optimizer.state[self.state.parameters][name] = on
+            # Adam keeps its step counter, a scalar, on the host.
+            if value.dim() > 0:
+                value = value.to(self.state.parameters.device)
+            self._optimizer.state[self.state.parameters][name] = value
 
     def checksum(self) -> str:
         """Return the checksum of what the gradient workers mirror."""
@@ -121,7 +123,7 @@ class FirstOrderServer:
 
 
 def _optimizer(settings: SGDSpec | AdamSpec, parameters: Tensor) -> torch.optim.Optimizer:
-    """Return the optimizer of a baseline; its lr comes with each step."""
+    """Return the torch optimizer; its lr is set in each step."""
     if isinstance(settings, AdamSpec):
         return torch.optim.Adam([parameters], betas=settings.betas, eps=settings.eps)
     return torch.optim.SGD(

@@ -1,7 +1,9 @@
-"""The inverses that the parameter server has been sent, and which of them a step may use.
+"""The inverses that the parameter server has received, and which of them a step may use.
 
-Inverse workers hand theirs in at any time from another thread; the newest version of a layer
-wins. The step waits here at the staleness bound and nowhere else.
+An inverse has one life here: it becomes *available* when it arrives, at any time and from another
+thread; it is *admitted* when the staleness rule lets a step use it; it is *in use* once that step
+has been applied. The newest version of a layer wins. A step waits for inverses here and nowhere
+else (docs/algorithm.md#asynchrony).
 """
 
 from __future__ import annotations
@@ -29,17 +31,55 @@ from kfac_dist.core.inverse.shelf import (
 from kfac_dist.core.inverse.structure import Structure
 from kfac_dist.core.vector import is_finite
 from kfac_dist.errors import TimedOutError
-from workers.exchange.arrays import Array
-from workers.exchange.messages import InverseHeader
+from workers.exchange.arrays import Array, Arrays
+from workers.exchange.messages import InverseHeader, InverseMessage
 from workers.exchange.moments import Basis, Moments
-from workers.exchange.parcels import InverseParcel, pack_tensors, unpack_inverses, unpack_tensors
+from workers.exchange.parcels import pack_tensors, unpack_inverses, unpack_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmittedInverses:
+    """The inverses that the staleness rule lets one step use.
+
+    Attributes:
+        held: the admitted version of each layer that has one, with an inverse for every gamma it
+            was made for.
+        admission: which layers are used beyond the staleness bound, and how.
+        by_gamma: for each gamma that the step tries, one inverse of each layer, made with this
+            gamma or the nearest. Empty until `InverseStore.at_gammas` fills it.
+    """
+
+    step: int
+    held: Mapping[str, InverseVersion]
+    admission: Admission
+    waited_seconds: float
+    by_gamma: Mapping[float, Mapping[str, Inverted[Any]]] = field(default_factory=dict)
+
+    @property
+    def gammas(self) -> list[float]:
+        """The gammas that the step tries."""
+        return list(self.by_gamma)
+
+    def candidates(self) -> list[dict[str, LayerInverse]]:
+        """Return for each of `gammas` the inverses by layer, ready to be applied."""
+        return [layer_inverses(inverted) for inverted in self.by_gamma.values()]
+
+    def carry(self, gammas: Sequence[float]) -> bool:
+        """Return whether every layer has an inverse for each of `gammas`.
+
+        Layers beyond the staleness bound and layers without an inverse do not count, so that they
+        do not hold up a search for gamma.
+        """
+        excused = {*self.admission.stale, *self.admission.gradient}
+        counted = {name: held for name, held in self.held.items() if name not in excused}
+        return all_inverted_for(counted, gammas)
 
 
 @dataclass
 class InverseStore:
-    """The newest inverses by layer, on `device`.
+    """The inverses of all `layers`, on `device`.
 
-    `patience_seconds` bounds the wait for an inverse worker that lives but does not answer.
+    `patience_seconds` bounds the wait for an inverse worker that is alive but does not answer.
     """
 
     layers: Sequence[str]
@@ -50,18 +90,20 @@ class InverseStore:
     device: torch.device
     _shelf: InverseShelf = field(init=False)
     _orphaned: frozenset[str] = frozenset()
-    _failed_step: dict[str, int] = field(default_factory=dict)
+    _failed_step: dict[str, int] = field(default_factory=dict)  # the version that was not made
     _newest_statistics: int = 0
     _counts: Counter[str] = field(default_factory=Counter)
-    _accepted: list[InverseHeader] = field(default_factory=list)
+    _accepted: list[InverseHeader] = field(default_factory=list)  # since the last report
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
         self._shelf = InverseShelf(self.structure)
 
-    def accept(self, header: InverseHeader, parcel: InverseParcel) -> None:
-        """Take in a version of a layer's inverses; may be called any time."""
-        held = self._unpack(header, parcel) if parcel.own else None
+    def accept(self, message: InverseMessage) -> None:
+        """Make a version of a layer's inverses available; may be called from any thread."""
+        header = message.header
+        # Unpacked before the lock is taken, so that a step does not wait for it.
+        held = self._unpack(message) if message.parcel.own else None
         with self._changed:
             self._accepted.append(header)
             self._counts.update(header.rungs)
@@ -74,8 +116,8 @@ class InverseStore:
                 self._shelf.put(header.layer, held)
             self._changed.notify_all()
 
-    def _unpack(self, header: InverseHeader, parcel: InverseParcel) -> InverseVersion:
-        tensors = unpack_inverses(parcel, self.device)
+    def _unpack(self, message: InverseMessage) -> InverseVersion:
+        header, tensors = message.header, unpack_inverses(message.parcel, self.device)
         by_gamma = {
             gamma: None if pi is None else self.structure.restore(next(tensors), pi, gamma)
             for gamma, pi in zip(header.gammas, header.pis, strict=True)
@@ -83,25 +125,25 @@ class InverseStore:
         return InverseVersion(version_step=header.version_step, by_gamma=by_gamma)
 
     def set_orphaned(self, layers: Collection[str]) -> None:
-        """Tell which layers no inverse worker refreshes now; a waiting step decides anew."""
+        """Set the layers that no inverse worker refreshes now; a waiting step decides again."""
         with self._changed:
             self._orphaned = frozenset(layers)
             self._changed.notify_all()
 
     def note_statistics(self, step: int) -> None:
-        """Tell that the statistics of `step` were sent by all gradient workers, and are usable."""
+        """Note that all gradient workers have sent usable statistics of `step`."""
         self._newest_statistics = step
 
     def is_ready(self, step: int) -> bool:
-        """Tell whether `step` may use what is here, whatever becomes of its own statistics."""
+        """Return whether `step` need not wait for inverses, nor for its own statistics."""
         with self._changed:
             return all(
                 (version or 0) >= self.bound.oldest_admissible(step, name)
                 for name, version in self._versions(step).items()
             )
 
-    def admit(self, step: int) -> Admitted:
-        """Return what `step` may use, after waiting for what it may not do without.
+    def admit(self, step: int) -> AdmittedInverses:
+        """Return the inverses that `step` may use, after waiting for those it must have.
 
         Raises:
             TimedOutError: an inverse did not come within `patience_seconds`.
@@ -117,21 +159,24 @@ class InverseStore:
                         f"{self.patience_seconds:g} s at step {step}"
                     )
                 admission = self._decide(step)
-            return Admitted(
+            return AdmittedInverses(
+                step=step,
                 held=self._shelf.admit(self.bound.only_admissible(step, self.layers)),
                 admission=admission,
                 waited_seconds=time.perf_counter() - started,
             )
 
     def _versions(self, step: int) -> dict[str, int | None]:
-        """Return the version of each layer that is here for `step`, None without any."""
+        """Return the version of each layer that is available to `step`, None without any."""
         only = self.bound.only_admissible(step, self.layers) or {}
         return {name: self._shelf.available_version(name, only.get(name)) for name in self.layers}
 
-    def install(self, admitted: Admitted) -> Admitted:
-        """Return them as a step uses them: newer ones with what they take over from those in use.
+    def install(self, admitted: AdmittedInverses) -> AdmittedInverses:
+        """Return the inverses as the step applies them.
 
-        Nothing is changed before `use`, so a step that is not applied leaves the next one to do it.
+        A new version takes over the moments of the version in use, and the inverse itself where
+        the inversion failed. Nothing in the store changes before `use`, so if the step is not
+        applied, the next one can do the same.
         """
         return replace(admitted, held=self._shelf.install(admitted.held))
 
@@ -146,9 +191,9 @@ class InverseStore:
         )
 
     def _failed(self, step: int) -> set[str]:
-        """Return the layers whose last inversion failed and that no refresh is under way for.
+        """Return the layers whose last inversion failed, so that `step` need not wait for them.
 
-        Where exact versions are used the next scheduled refresh is waited for like any other.
+        A step that uses exact versions still waits for a refresh that came after the failed one.
         """
         return {
             name
@@ -156,7 +201,11 @@ class InverseStore:
             if not self.bound.is_exact(step) or failed >= self.bound.oldest_admissible(step, name)
         }
 
-    def candidate(self, step: int, admitted: Admitted, gamma: float) -> Candidate:
+    def at_gammas(self, admitted: AdmittedInverses, gammas: Sequence[float]) -> AdmittedInverses:
+        """Return the admitted inverses with one set for each of `gammas` that the step tries."""
+        return replace(admitted, by_gamma={g: self._at_gamma(admitted, g) for g in gammas})
+
+    def _at_gamma(self, admitted: AdmittedInverses, gamma: float) -> dict[str, Inverted[Any]]:
         """Return the admitted inverses that are nearest to `gamma`.
 
         A layer that is admitted only with heavier damping gets its gamma raised in proportion to
@@ -164,24 +213,28 @@ class InverseStore:
         """
         inverses = nearest_inverses(admitted.held, gamma)
         for name in [name for name in admitted.admission.damp if name in inverses]:
-            age = step - admitted.held[name].version_step
+            age = admitted.step - admitted.held[name].version_step
             heavier = inverses[name].gamma * age / self.staleness.max_steps
             inverses[name] = self.structure.redamp(inverses[name], heavier)
-        return Candidate(gamma=gamma, inverses=inverses)
+        return inverses
 
-    def use(self, admitted: Admitted, gamma: float, *, search_open: bool) -> None:
-        """Remember the inverses of an applied step; those of other gammas only for a search."""
+    def use(self, admitted: AdmittedInverses, gamma: float, *, search_open: bool) -> None:
+        """Put the inverses of an applied step in use.
+
+        While a search for gamma is open those for all gammas are kept, else only the nearest to
+        `gamma`.
+        """
         self._shelf.use(admitted.held, gamma, search_open=search_open)
 
     def observe(self, moments: Mapping[str, Moments], num_cases: int) -> None:
-        """Take one step's sums of moments into the inverses in use, if all are finite."""
-        if not all(is_finite(of.sums) for of in moments.values()):
+        """Average one step's sums of moments into the inverses in use, if all are finite."""
+        if not all(is_finite(layer.sums) for layer in moments.values()):
             self._counts["refused_moments"] += 1
             return
-        for name, of in moments.items():
+        for name, layer in moments.items():
             used = self._shelf.version_in_use(name)
-            assert used == of.version_step, "moments in the basis of the inverse"
-        self._shelf.observe({name: of.sums for name, of in moments.items()}, num_cases)
+            assert used == layer.version_step, "moments must be in the basis of the inverse in use"
+        self._shelf.observe({name: layer.sums for name, layer in moments.items()}, num_cases)
 
     def bases(self) -> dict[str, Basis]:
         """Return the bases in which moments are to be computed."""
@@ -191,14 +244,14 @@ class InverseStore:
         }
 
     def take_accepted(self) -> tuple[InverseHeader, ...]:
-        """Return what has come in since the last call, each once."""
+        """Return the headers of what has arrived since the last call, each once."""
         with self._changed:
             taken = tuple(self._accepted)
             self._accepted.clear()
             return taken
 
     def counts(self) -> Counter[str]:
-        """Return how often each rung of the ladder of numeric trouble was climbed, by name."""
+        """Return how often each kind of numeric trouble occurred (docs/algorithm.md#ladder)."""
         with self._changed:
             return Counter(self._counts)
 
@@ -207,47 +260,6 @@ class InverseStore:
         with self._changed:
             return dict(pack_tensors(self._shelf.state_dict()))
 
-    def restore(self, snapshot: Mapping[str, Array]) -> None:
-        """Take over a snapshot."""
+    def restore(self, snapshot: Arrays) -> None:
+        """Restore a snapshot."""
         self._shelf.load_state_dict(unpack_tensors(snapshot, self.device))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Admitted:
-    """What a step may use: the newest inverses of each layer that has any, and on what terms."""
-
-    held: Mapping[str, InverseVersion]
-    admission: Admission
-    waited_seconds: float
-
-    def carry(self, gammas: Sequence[float]) -> bool:
-        """Tell whether every layer has an inverse for each of `gammas`, or an excuse."""
-        excused = {*self.admission.stale, *self.admission.gradient}
-        counted = {name: one for name, one in self.held.items() if name not in excused}
-        return all_inverted_for(counted, gammas)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One inverse for each layer that has one, made with or near to `gamma`."""
-
-    gamma: float
-    inverses: Mapping[str, Inverted[Any]]
-
-    @property
-    def by_layer(self) -> dict[str, LayerInverse]:
-        """The inverses, ready to be applied."""
-        return layer_inverses(self.inverses)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepInverses:
-    """What a step preconditions with: one candidate, or several to choose from."""
-
-    admitted: Admitted
-    candidates: Sequence[Candidate]
-
-    @property
-    def gammas(self) -> list[float]:
-        """The gamma of each candidate."""
-        return [candidate.gamma for candidate in self.candidates]

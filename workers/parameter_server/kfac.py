@@ -1,13 +1,12 @@
-"""The parameter server's part of K-FAC; read `step` first, beside `kfac_dist.KFAC.step`.
+"""The parameter server's part of K-FAC; read `KFACServer.step` first, beside `KFAC.step`.
 
-No Ray: the actor in `workers.parameter_server` is a shell around it. It owns parameters, previous
-update, damping and gamma, and the inverses it has accepted.
+No Ray here: the actor in `workers.parameter_server.actor` is a shell around this. The server owns
+the parameters, the previous update, damping and gamma, and the inverses it has received.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,19 +18,19 @@ from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
-from workers.exchange.arrays import Array, section, to_arrays, to_tensors
+from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
 from workers.exchange.checksum import checksum
 from workers.exchange.messages import ServerReport, StepOrder
 from workers.exchange.moments import ServerMoments
 from workers.exchange.process_group import Group
 from workers.exchange.step import Directions, ServerSide
-from workers.parameter_server.inverse_store import InverseStore, StepInverses
+from workers.parameter_server.inverse_store import AdmittedInverses, InverseStore
 from workers.parameter_server.state import MeanGradient, ServerState
 from workers.phases import Phases
 
 
 class KFACServer:
-    """Damping, gamma, direction, step size; the parameters and the inverses in use."""
+    """Decides direction, step size, damping and gamma, and applies the update."""
 
     def __init__(
         self,
@@ -52,10 +51,11 @@ class KFACServer:
         self._stale_applied = 0
         observes = store.structure.observes_moments
         self._moment_layers = registration.names if observes else ()
-        self._side: ServerSide | None = None
+        self._side: ServerSide  # set by `join`
+        self._moments: ServerMoments  # set by `join`
 
     def join(self, group: Group) -> None:
-        """Exchange through `group` from now on, and send it parameters and previous update."""
+        """Exchange through `group` from now on, and send the workers the server's state."""
         parameters = self.state.parameters
         self._side = ServerSide(group, parameters.numel(), parameters)
         self._side.send_state(parameters, self._update.previous_update)
@@ -67,52 +67,53 @@ class KFACServer:
 
         Raises:
             PeerLostError: a gradient worker is gone.
-            TimedOutError: an inverse that must be waited for does not come.
+            TimedOutError: an inverse that the step must wait for does not come.
         """
-        assert self._side is not None, "join a group first"
-        plan, side, phases = order.plan, self._side, Phases()
+        plan, phases = order.plan, Phases()
         self._update.begin_step(plan.damping)
-        mean = self._receive_gradient(side, phases)
+        mean = self._receive_gradient(phases)
         finite = mean.is_finite()
+        # The workers compute their statistics now. The server preconditions meanwhile, if it can.
         ahead = finite and not self._needs_statistics(plan)
-        if ahead:  # while the workers compute their statistics
+        if ahead:
             inverses, directions = self._precondition(plan, mean, phases)
-        self._receive_statistics(order, side, phases)
+        self._receive_statistics(order, phases)
         if not finite:
-            side.skip_step()
+            self._side.skip_step()
             return self._skipped(order, mean, phases)
         if not ahead:
             inverses, directions = self._precondition(plan, mean, phases)
-        fisher = self._receive_fisher_products(order, side, directions, phases)
+        fisher = self._receive_fisher_products(order, directions, phases)
         gammas = inverses.gammas
         choice = self._update.choose(mean.gradient, directions, gammas, fisher, lr=plan.lr)
-        side.send_choice(choice, measure=plan.measure)
+        self._side.send_choice(choice, measure=plan.measure)
         if not choice.applied:
             return self._skipped(order, mean, phases, inverses)
         self._apply(plan, inverses, choice, directions, phases)
         self._send_bases(phases)
-        ratio = self._adapt_damping(order, side, choice, mean, phases)
+        ratio = self._adapt_damping(order, choice, mean, phases)
         return self._report(order, mean, inverses, choice, ratio, phases)
 
-    def _receive_gradient(self, side: ServerSide, phases: Phases) -> MeanGradient:
+    def _receive_gradient(self, phases: Phases) -> MeanGradient:
         with phases("reduce"):
-            return self.state.mean(side.receive_gradient())
+            return self.state.mean(self._side.receive_gradient())
 
     def _needs_statistics(self, plan: StepPlan) -> bool:
-        """Tell whether the direction of a step depends on its statistics.
+        """Return whether the direction of a step depends on the statistics of the same step.
 
-        Moments go into the inverses in use, and an inverse that is waited for may be made of them.
+        It does where moments are averaged into the inverses in use, and where the step has to wait
+        for an inverse, which may contain these statistics.
         """
         return plan.update_factors and (
             self._store.structure.observes_moments or not self._store.is_ready(plan.step)
         )
 
-    def _receive_statistics(self, order: StepOrder, side: ServerSide, phases: Phases) -> None:
-        """Take in the moments of a step, unless its statistics were refused."""
+    def _receive_statistics(self, order: StepOrder, phases: Phases) -> None:
+        """Average the moments of a step into the inverses, unless its statistics were refused."""
         if not order.plan.update_factors:
             return
         with phases("wait_statistics"):
-            usable = side.receive_usable()
+            usable = self._side.receive_usable()
             moments = self._moments.receive()
         if usable:
             self._store.note_statistics(order.plan.step)
@@ -121,47 +122,44 @@ class KFACServer:
 
     def _precondition(
         self, plan: StepPlan, mean: MeanGradient, phases: Phases
-    ) -> tuple[StepInverses, Tensor]:
+    ) -> tuple[AdmittedInverses, Tensor]:
         inverses = self._wait_for_inverses(plan, phases)
         with phases("precondition"):
             directions, fallen = self._update.directions(
-                mean.gradient,
-                [candidate.by_layer for candidate in inverses.candidates],
-                inverses.gammas,
+                mean.gradient, inverses.candidates(), inverses.gammas
             )
         self._counts["gradient_fallback"] += len(fallen)
         return inverses, directions
 
-    def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> StepInverses:
-        """Choose the inverses: one set, or one for each gamma when a search can be decided.
+    def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> AdmittedInverses:
+        """Return the inverses of a step: at one gamma, or at several when a search is decided.
 
-        A search is decided in the first step in which every layer has all its gammas.
+        A search is decided in the first step in which every layer has an inverse for all gammas.
         """
         with phases("wait_inverse"):
-            admitted = self._store.admit(plan.step)
+            inverses = self._store.admit(plan.step)
         with phases("install"):
-            admitted = self._store.install(admitted)
-        gammas = self._update.tried_gammas(admitted.carry, search=plan.search_gamma)
-        candidates = [self._store.candidate(plan.step, admitted, gamma) for gamma in gammas]
-        return StepInverses(admitted=admitted, candidates=candidates)
+            inverses = self._store.install(inverses)
+        gammas = self._update.tried_gammas(inverses.carry, search=plan.search_gamma)
+        return self._store.at_gammas(inverses, gammas)
 
     def _receive_fisher_products(
-        self, order: StepOrder, side: ServerSide, directions: Tensor, phases: Phases
+        self, order: StepOrder, directions: Tensor, phases: Phases
     ) -> FisherMeans | None:
         size = order.window.size
         fraction = self._update.fisher_fraction(size, measure=order.plan.measure)
         with phases("send_directions"):
-            side.send_directions(Directions(vectors=directions, fisher_fraction=fraction))
+            self._side.send_directions(Directions(vectors=directions, fisher_fraction=fraction))
         if fraction is None:
             return None
         with phases("fisher_products"):
-            sums = side.receive_fisher(len(directions) + 1)
+            sums = self._side.receive_fisher(len(directions) + 1)
             return sums.mean(len(subset_positions(size, fraction)))
 
     def _apply(
         self,
         plan: StepPlan,
-        inverses: StepInverses,
+        inverses: AdmittedInverses,
         choice: Choice,
         directions: Tensor,
         phases: Phases,
@@ -169,8 +167,8 @@ class KFACServer:
         with phases("apply"):
             self.state.parameters.add_(self._update.advance(choice, directions))
             self.state.applied(plan.step)
-        self._store.use(inverses.admitted, choice.gamma, search_open=self._update.search_open)
-        self._stale_applied += len(inverses.admitted.admission.stale)
+        self._store.use(inverses, choice.gamma, search_open=self._update.search_open)
+        self._stale_applied += len(inverses.admission.stale)
 
     def _send_bases(self, phases: Phases) -> None:
         with phases("send_bases"):
@@ -179,7 +177,6 @@ class KFACServer:
     def _adapt_damping(
         self,
         order: StepOrder,
-        side: ServerSide,
         choice: Choice,
         mean: MeanGradient,
         phases: Phases,
@@ -187,7 +184,7 @@ class KFACServer:
         if not order.plan.measure:
             return None
         with phases("measure"):
-            after = side.receive_loss() / order.window.size + self.state.l2_term()
+            after = self._side.receive_loss() / order.window.size + self.state.l2_term()
             return self._update.adapt_damping(choice, after - mean.objective)
 
     def _skipped(
@@ -195,7 +192,7 @@ class KFACServer:
         order: StepOrder,
         mean: MeanGradient,
         phases: Phases,
-        inverses: StepInverses | None = None,
+        inverses: AdmittedInverses | None = None,
     ) -> ServerReport:
         self._counts["bad_step"] += 1
         return self._report(order, mean, inverses, None, None, phases)
@@ -204,12 +201,12 @@ class KFACServer:
         self,
         order: StepOrder,
         mean: MeanGradient,
-        inverses: StepInverses | None,
+        inverses: AdmittedInverses | None,
         choice: Choice | None,
         ratio: float | None,
         phases: Phases,
     ) -> ServerReport:
-        held = inverses.admitted.held if inverses else {}
+        held = inverses.held if inverses else {}
         names = [name for name in self._layers if name in held]
         return ServerReport(
             step=order.plan.step,
@@ -229,21 +226,22 @@ class KFACServer:
             next_gammas=self.next_gammas(order.plan.step + 1),
             inverse_version_step={name: held[name].version_step for name in names},
             inverse_gammas={name: tuple(held[name].by_gamma) for name in names},
-            stale_layers=inverses.admitted.admission.beyond_bound if inverses else {},
+            stale_layers=inverses.admission.beyond_bound if inverses else {},
             accepted=self._store.take_accepted(),
             stale_applied_total=self._stale_applied,
             numeric_events=dict(self._counts + self._store.counts()),
-            waited_seconds=inverses.admitted.waited_seconds if inverses else 0.0,
+            waited_seconds=inverses.waited_seconds if inverses else 0.0,
             phase_seconds=phases.seconds,
         )
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
-        """Return the gammas to invert with for `step`: those of the search that is open, if any."""
+        """Return the gammas to invert with for `step`, including those of an open search."""
         plan = self._schedule.plan(step)
         return self._update.requested_gammas(search=plan.search_gamma, damping=plan.damping)
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""
+        # Checkpoints contain these names, so they must not change.
         update = {f"update:{k}": v for k, v in self._update.state_dict().items()}
         events = self._counts + self._store.counts()
         counts = {f"count:{k}": torch.tensor(v) for k, v in events.items()}
@@ -251,8 +249,8 @@ class KFACServer:
         inverses = {f"inverse:{k}": v for k, v in self._store.snapshot().items()}
         return self.state.snapshot() | to_arrays(update | counts) | inverses
 
-    def restore(self, snapshot: Mapping[str, Array]) -> None:
-        """Take over a snapshot of the same model."""
+    def restore(self, snapshot: Arrays) -> None:
+        """Restore a snapshot of the same model."""
         self.state.restore(snapshot)
         update = to_tensors(section(snapshot, "update:"), self.state.parameters.device)
         self._update.load_state_dict(update)

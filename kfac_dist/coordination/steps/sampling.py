@@ -1,7 +1,7 @@
 """Which cases make up a batch, and who computes on which of them.
 
-Nothing here depends on the number of workers except `shard`, and shards are contiguous slices of
-the batch: W workers see the same batch as one.
+Nothing here depends on the number of workers except `worker_part`, and parts are contiguous slices
+of the batch: W workers see the same batch as one.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def next_window(
     return BatchWindow(epoch=epoch, start=start, stop=stop), SamplerCursor(epoch=epoch, offset=stop)
 
 
-def shard(size: int, num_shards: int, rank: int) -> range:
-    """Return the positions of a batch of `size` cases that belong to `rank`.
+def worker_part(size: int, num_workers: int, rank: int) -> range:
+    """Return the positions, among `size` cases, that belong to gradient worker `rank`.
 
-    The shards are contiguous, in rank order and cover the batch; their sizes differ by at most 1,
-    earlier ranks have more. With fewer cases than shards the last ones are empty.
+    The parts are contiguous, in rank order and cover all cases; their sizes differ by at most 1,
+    earlier ranks have more. With fewer cases than workers the last parts are empty.
     """
     check_interval("size", size, 0)
-    check_interval("num_shards", num_shards, 1)
-    check_interval("rank", rank, 0, num_shards - 1)
-    small, num_larger = divmod(size, num_shards)
+    check_interval("num_workers", num_workers, 1)
+    check_interval("rank", rank, 0, num_workers - 1)
+    small, num_larger = divmod(size, num_workers)
     start = rank * small + min(rank, num_larger)
     return range(start, start + small + (rank < num_larger))
 
@@ -87,9 +87,9 @@ def shard(size: int, num_shards: int, rank: int) -> range:
 def subset_positions(size: int, fraction: float) -> list[int]:
     """Return `ceil(fraction * size)` positions of a batch, ascending and evenly strided.
 
-    Position j is `floor(j * size / count)`. Even strides, so that every shard of the batch has its
-    part of the work. `fraction` is in (0, 1] and taken as the decimal number it is written as:
-    0.07 of 100 are 7, although the float is a little more than 0.07.
+    Position j is `floor(j * size / count)`. Even strides, so that every worker has its part of the
+    work. `fraction` is in (0, 1] and taken as the decimal number it is written as: 0.07 of 100 are
+    7, although the float is a little more than 0.07.
     """
     check_interval("size", size, 0)
     if not 0 < fraction <= 1:

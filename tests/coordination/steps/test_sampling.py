@@ -9,8 +9,8 @@ from kfac_dist.coordination.steps.sampling import (
     BatchWindow,
     SamplerCursor,
     next_window,
-    shard,
     subset_positions,
+    worker_part,
 )
 from kfac_dist.errors import InvalidSpecError
 
@@ -100,10 +100,10 @@ def test_an_empty_window_cannot_be_made() -> None:
 
 
 @given(st.integers(0, 500), st.integers(1, 40))
-def test_shards_cover_the_batch_once_and_differ_by_at_most_one(size: int, num_shards: int) -> None:
-    shards = [shard(size, num_shards, rank) for rank in range(num_shards)]
-    assert [i for part in shards for i in part] == list(range(size))
-    sizes = [len(part) for part in shards]
+def test_parts_cover_the_batch_once_and_differ_by_at_most_one(size: int, num_workers: int) -> None:
+    parts = [worker_part(size, num_workers, rank) for rank in range(num_workers)]
+    assert [i for part in parts for i in part] == list(range(size))
+    sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
 
@@ -111,7 +111,7 @@ def test_shards_cover_the_batch_once_and_differ_by_at_most_one(size: int, num_sh
 @pytest.mark.parametrize("rank", [-1, 3])
 def test_a_rank_outside_of_the_group_is_refused(rank: int) -> None:
     with pytest.raises(InvalidSpecError, match=f"rank must be between 0 and 2; got {rank}"):
-        shard(10, 3, rank)
+        worker_part(10, 3, rank)
 
 
 @given(st.integers(0, 500), st.floats(0.001, 1))

@@ -131,7 +131,7 @@ def test_a_module_that_is_called_twice_has_the_moments_of_its_whole_gradient():
 @pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
 @pytest.mark.parametrize("shared", [(), (3,)], ids=str)
 @pytest.mark.parametrize("split", [(6, 6), (1, 0, 11)], ids=str)
-def test_sums_of_shards_are_the_sums_of_the_whole(fisher_type, shared, split):
+def test_sums_of_parts_are_the_sums_of_the_whole(fisher_type, shared, split):
     case = case_of("categorical", shared, num_cases=12)
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for("categorical", model, fisher_type)

@@ -1,4 +1,4 @@
-"""Oracle 12 for layers of every kind: the sums of the shards are the sums of the whole batch."""
+"""Oracle 12 for layers of every kind: the sums of the parts are the sums of the whole batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bases out, moments back, over real gloo connections."""
+"""Bases go out and moments come back, over real gloo connections."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_each_basis_is_sent_once_and_moments_come_back_in_the_bases_sent():
 
     def work(rank: int) -> list[dict[str, KroneckerPair]]:
         side, seen = workers[rank], []
-        side.send(None)  # nothing was sent yet: nothing is exchanged
+        side.send(None)  # no basis has been sent yet, so nothing is exchanged
         for _ in range(3):
             side.receive_bases()
             seen.append(dict(side.bases))
@@ -52,7 +52,7 @@ def test_each_basis_is_sent_once_and_moments_come_back_in_the_bases_sent():
         assert seen[1]["a"] is seen[0]["a"]
         assert seen[2]["b"] is seen[0]["b"]
     for moments in (with_zeros, both):
-        assert {name: of.version_step for name, of in moments.items()} == {"a": 7, "b": 3}
+        assert {name: layer.version_step for name, layer in moments.items()} == {"a": 7, "b": 3}
         assert torch.equal(moments["a"].sums, torch.ones(5, 3, dtype=torch.float64))
         assert torch.equal(moments["b"].sums, torch.ones(2, 4, dtype=torch.float64))
 

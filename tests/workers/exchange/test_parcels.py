@@ -1,4 +1,4 @@
-"""What travels of layers comes out as it went in, and nothing travels twice."""
+"""Parcels: tensors come out as they went in, and a shared tensor is sent once."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def pair(dim_A: int, dim_G: int, seed: int) -> KroneckerPair:
     return KroneckerPair(A=symmetric(dim_A, seed), G=symmetric(dim_G, seed + 1))
 
 
-def test_symmetric_matrices_travel_as_triangles_and_all_else_as_it_is():
+def test_symmetric_matrices_are_sent_as_triangles_and_other_tensors_unchanged():
     tensors = {
-        "A": torch.arange(6.0),  # diagonal, of six numbers like a triangle of order 3
+        "A": torch.arange(6.0),  # a diagonal; six numbers could also be a triangle of order 3
         "G": symmetric(4, 0),
         "M": torch.randn(5, 2, 2),
         "Q_A": torch.randn(3, 3),
@@ -60,7 +60,7 @@ def statistics(seed: int) -> BatchStatistics:
     )
 
 
-def test_an_owner_gets_its_layers_and_those_they_are_linked_to():
+def test_an_owner_receives_its_layers_and_the_layers_they_are_linked_to():
     links = [Link("a", "b"), Link("b", "c")]
     parcel = pack_statistics(statistics(0))
     assert set(parcel.part(["a"], links).factors) == {"a", "b"}
@@ -94,7 +94,7 @@ def test_statistics_add_up():
                 assert torch.equal(tensor, summands[0] + summands[1] + summands[2])
 
 
-def test_what_inverses_share_travels_once_and_is_shared_again():
+def test_tensors_that_inverses_share_are_sent_once_and_shared_again():
     basis = symmetric(3, 0)
     inverses = [
         Inverted(inverse=KroneckerPair(A=basis, G=symmetric(2, seed)), pi=1.0, gamma=1.0, rungs=())

@@ -1,4 +1,4 @@
-"""The collectives over real gloo connections, and what is said when a member is gone."""
+"""The protocol over real gloo connections, and the errors when a member is gone."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def take_part_in_sum(group: Group) -> None:
         group.broadcast(torch.zeros(3))
 
 
-def test_a_member_that_leaves_is_seen_by_the_others_at_once():
+def test_the_others_see_at_once_that_a_member_has_left():
     groups = make_group(2, timeout_seconds=60.0)
     groups[0].leave()
     started = time.monotonic()
 
     def others(group: Group) -> None:
-        # A worker hears of it from the server, in the first of its calls that needs it.
+        # A worker notices it in the first of its calls that needs the server.
         with pytest.raises(PeerLostError, match=rf"(recv|send|broadcast) in rank {group.rank}"):
             take_part_in_sum(group)
         group.leave()
@@ -95,7 +95,7 @@ def test_a_member_that_leaves_is_seen_by_the_others_at_once():
         groups[0].broadcast(torch.zeros(3))
 
 
-def test_a_silent_member_is_seen_at_the_timeout():
+def test_a_silent_member_is_an_error_at_the_timeout():
     _worker, server = make_group(1, timeout_seconds=1.0)
     with pytest.raises(PeerLostError):
         server.receive_sum(torch.zeros(3))

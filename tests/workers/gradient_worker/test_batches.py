@@ -1,4 +1,4 @@
-"""Which cases a worker computes on: together always the same, whoever computes."""
+"""The cases that a worker computes on: together they never depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ DATA = ArrayDataset(torch.arange(40.0).unsqueeze(1), torch.arange(40))
 WINDOW = BatchWindow(epoch=2, start=10, stop=27)
 
 
-def parts(num_shards: int) -> list[BatchPart]:
+def parts(num_workers: int) -> list[BatchPart]:
     readers = [
-        BatchReader(DATA, seed=3, num_shards=num_shards, rank=rank, device=torch.device("cpu"))
-        for rank in range(num_shards)
+        BatchReader(DATA, seed=3, num_workers=num_workers, rank=rank, device=torch.device("cpu"))
+        for rank in range(num_workers)
     ]
     return [reader.read(WINDOW) for reader in readers]
 
 
-@pytest.mark.parametrize("num_shards", [2, 3, 20])
-def test_the_batch_does_not_depend_on_the_number_of_workers(num_shards):
+@pytest.mark.parametrize("num_workers", [2, 3, 20])
+def test_the_batch_does_not_depend_on_the_number_of_workers(num_workers):
     (whole,) = parts(1)
     assert len(whole.inputs) == 17
-    shared = parts(num_shards)
+    shared = parts(num_workers)
     assert torch.equal(torch.cat([part.targets for part in shared]), whole.targets)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.125])
-@pytest.mark.parametrize("num_shards", [2, 3, 20])
-def test_neither_does_a_subset_of_it(num_shards, fraction):
+@pytest.mark.parametrize("num_workers", [2, 3, 20])
+def test_a_subset_of_the_batch_does_not_either(num_workers, fraction):
     (whole,) = parts(1)
     expected = whole.subset(fraction)
-    taken, row = [], 0
-    for part in parts(num_shards):
+    chosen, row = [], 0
+    for part in parts(num_workers):
         own = part.subset(fraction)
-        assert own.num_total == len(expected.positions)
         assert own.first_row == row
         row += len(own.positions)
-        taken.append(own.take(part.targets))
-    assert torch.equal(torch.cat(taken), expected.take(whole.targets))
+        chosen.append(own.select(part.targets))
+    assert row == len(expected.positions)
+    assert torch.equal(torch.cat(chosen), expected.select(whole.targets))

@@ -1,4 +1,4 @@
-"""What the gradient workers make of their models' buffers."""
+"""Buffers of the models are averaged over the gradient workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def trained(batches: int) -> nn.Module:
     return model
 
 
-def test_running_statistics_are_averaged_counters_are_the_firsts_constants_stay():
+def test_running_statistics_are_averaged_and_counters_and_constants_are_the_first_workers():
     parts = [read_buffers(trained(batches)) for batches in (1, 2, 4)]
     shared = mean_buffers(parts)
     expected = sum(part["norm.running_var"].astype(np.float64) for part in parts) / 3
@@ -39,7 +39,7 @@ def test_the_mean_of_equals_is_exact():
         np.testing.assert_array_equal(shared[name], value)
 
 
-def test_what_was_read_is_written_back():
+def test_buffers_that_were_read_can_be_written_back():
     model, values = trained(1), read_buffers(trained(3))
     write_buffers(model, values)
     model.norm(torch.ones(4, 3))

@@ -1,4 +1,4 @@
-"""What the refresh policy `largest_drift` goes by."""
+"""The drift of factors, by which the refresh policy `largest_drift` chooses."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def test_the_largest_relative_change_of_a_factor_counts():
 def test_drift_grows_from_the_factors_that_were_inverted():
     averages, drift = FactorAverages(["fc"], factor_decay=0.5), FactorDrift()
     averages.update(1, {"fc": pair(4, 4)}, 4)
-    assert drift.of("fc", averages) == 0
+    assert drift.since_inverted("fc", averages) == 0
     drift.start_from("fc", averages.pair("fc").tensors())
-    assert drift.of("fc", averages) == 0
+    assert drift.since_inverted("fc", averages) == 0
     averages.update(2, {"fc": pair(12, 4)}, 4)
-    assert drift.of("fc", averages) == 1
+    assert drift.since_inverted("fc", averages) == 1
     drift.start_from("fc", averages.pair("fc").tensors())
-    assert drift.of("fc", averages) == 0
+    assert drift.since_inverted("fc", averages) == 0

@@ -1,4 +1,4 @@
-"""An inverse worker applies statistics exactly once, refuses bad ones, inverts what is due."""
+"""An inverse worker averages statistics exactly once, refuses bad ones, inverts what is due."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from kfac_dist.core.factors import KroneckerPair
 from kfac_dist.core.statistics.sums import BatchStatistics
 from tests.waiting import wait_until
 from tests.workers.whole_jobs.local_job import job_context, small_spec
-from workers.exchange.messages import InverseSetup, RefreshRequest, StatisticsHeader
+from workers.exchange.messages import (
+    InverseSetup,
+    RefreshRequest,
+    StatisticsHeader,
+    StatisticsMessage,
+)
 from workers.exchange.parcels import pack_statistics
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
@@ -72,12 +77,13 @@ def message(step: int, rank: int, *, usable: bool = True, job: str = "local", ba
         assignment_epoch=1,
         usable=usable,
     )
-    return header, pack_statistics(statistics) if usable else None
+    parcel = pack_statistics(statistics) if usable else None
+    return StatisticsMessage(header=header, parcel=parcel)
 
 
 def deliver(work: InverseWork, *messages) -> dict[str, bytes]:
-    for header, parcel in messages:
-        work.receive(header, parcel)
+    for message in messages:
+        work.receive(message)
         work.apply_statistics()
     return {name: array.tobytes() for name, array in work.snapshot().items()}
 
@@ -91,7 +97,7 @@ def test_duplicated_and_late_statistics_change_nothing(make):
     repeated = [IN_ORDER[0], *IN_ORDER[:3], IN_ORDER[2], *IN_ORDER[3:], *IN_ORDER]
     assert deliver(work, *repeated) == expected
     status = work.status(queue_depth=0)
-    assert (status.applied_step, status.duplicates + status.late) == (3, 8)
+    assert (work.handled_step, status.duplicates + status.late) == (3, 8)
 
 
 def test_ranks_may_arrive_in_any_order(make):
@@ -99,20 +105,20 @@ def test_ranks_may_arrive_in_any_order(make):
     assert deliver(make(), *swapped) == deliver(make(), *IN_ORDER)
 
 
-def test_statistics_of_another_job_are_left(make):
+def test_statistics_of_another_job_are_ignored(make):
     work = make()
     deliver(work, *(message(1, rank, job="other") for rank in (0, 1)))
     assert work.status(0).foreign == 2
-    assert work.dealt_step == 0
+    assert work.handled_step == 0
 
 
 @pytest.mark.parametrize("how", [{"usable": False}, {"bad": True}])
-def test_what_is_not_finite_is_refused_and_counted(make, how):
+def test_statistics_that_are_not_finite_are_refused_and_counted(make, how):
     work = make()
     before = deliver(work, *IN_ORDER[:2])
     assert deliver(work, message(2, 0), message(2, 1, **how)) == before
     assert work.status(0).refused == 1
-    assert work.dealt_step == 2
+    assert work.handled_step == 2
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "oldest_first", "largest_drift"])
@@ -135,19 +141,19 @@ def test_a_synchronous_request_waits_for_its_statistics(make):
     assert work.invert_next().header.version_step == 2
 
 
-def test_a_recorded_request_is_for_some_layers_each_with_its_gammas(make):
+def test_a_recorded_request_is_for_some_layers_with_gammas_of_their_own(make):
     work = make(replay_script=RECORDING)
     statistics = {step: [message(step, rank) for rank in (0, 1)] for step in (1, 2, 3, 4)}
     deliver(work, *statistics[1], *statistics[2], *statistics[3])
-    assert work.dealt_step == 2  # the first inverse is of step 2
+    assert work.handled_step == 2  # the first inverse is of step 2
     work.request(recorded_request(2))
     assert not work.is_settled
     first = work.invert_next().header
     assert (first.layer, first.version_step, first.gammas) == ("b", 2, (1.0, 2.0))
-    assert work.status(0).queue_depth == 0  # of a nothing is asked
+    assert work.status(0).queue_depth == 0  # nothing is requested of layer a
     assert work.invert_next() is None
     assert work.is_settled
-    assert work.dealt_step == 3
+    assert work.handled_step == 3
     deliver(work, *statistics[4])
     work.request(recorded_request(4))
     second = work.invert_next().header
@@ -165,15 +171,15 @@ def recorded_request(step: int) -> RefreshRequest:
     )
 
 
-def test_a_snapshot_does_not_wait_for_another_letter_once_all_is_inverted(make):
+def test_a_snapshot_does_not_wait_for_another_letter_after_the_last_inversion(make):
     published = []
     loop = InverseLoop(make(staleness={"max_steps": 0}), published.append)
-    for header, parcel in IN_ORDER[:2]:
-        loop.put_statistics(header, parcel)
+    for statistics in IN_ORDER[:2]:
+        loop.put_statistics(statistics)
     loop.put_request(RefreshRequest(step=1, gammas=(1.0,), min_statistics_step=1, exact=True))
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(loop.snapshot, 1, 20.0)
-        wait_until(lambda: loop.status().queue_depth == 4, "the snapshot is asked for", 20.0)
+        wait_until(lambda: loop.status().queue_depth == 4, "the request for the snapshot", 20.0)
         loop.start()
         snapshot = asked.result()
     loop.stop()

@@ -1,4 +1,4 @@
-"""The baselines: each step has its own lr, also after a resume."""
+"""First-order optimizers: each step has its own lr, also after a resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LR = {"schedule": "cosine", "initial": 0.1, "final": 0.0, "steps": 8, "warmup_st
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_the_schedule_of_lr_goes_on_after_a_resume(name, tmp_path):
+def test_the_schedule_of_lr_continues_after_a_resume(name, tmp_path):
     values = small_spec().model_dump() | {"optimizer": {"name": name, "lr": LR}}
     spec = type(small_spec()).model_validate(values)
     whole = LocalJob(spec, tmp_path)

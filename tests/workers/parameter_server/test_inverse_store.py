@@ -1,4 +1,4 @@
-"""The server's side of asynchrony: what it accepts, waits for, keeps and damps."""
+"""The inverses of the server: which it accepts, waits for, keeps and damps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kfac_dist.core.inverse.damped import invert_pair
 from kfac_dist.core.inverse.ekfac import EigenInverse
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.errors import TimedOutError
-from workers.exchange.messages import InverseHeader
+from workers.exchange.messages import InverseHeader, InverseMessage
 from workers.exchange.moments import Moments
 from workers.exchange.parcels import pack_inverses
 from workers.parameter_server.inverse_store import InverseStore
@@ -65,7 +65,8 @@ def publish(store: InverseStore, layer: str, version: int, *, fails: bool = Fals
         rungs=(),
         inversion_seconds=0.0,
     )
-    store.accept(header, pack_inverses([] if fails else [inverted]))
+    parcel = pack_inverses([] if fails else [inverted])
+    store.accept(InverseMessage(header=header, parcel=parcel))
 
 
 def publish_all(store: InverseStore, version: int) -> None:
@@ -73,11 +74,12 @@ def publish_all(store: InverseStore, version: int) -> None:
         publish(store, layer, version)
 
 
-def test_what_came_in_is_told_once_and_in_order():
+def test_what_arrived_is_reported_once_and_in_order():
     store = make_store(max_steps=8)
     publish_all(store, 4)
     publish(store, "a", 8, fails=True)
-    told = [(one.layer, one.version_step, one.pis.count(None)) for one in store.take_accepted()]
+    headers = store.take_accepted()
+    told = [(header.layer, header.version_step, header.pis.count(None)) for header in headers]
     assert told == [("a", 4, 0), ("b", 4, 0), ("a", 8, 1)]
     assert store.take_accepted() == ()
 
@@ -113,7 +115,7 @@ def test_patience_ends_with_the_layers_that_are_missing():
         store.admit(2)
 
 
-def test_orphaned_layers_are_not_waited_for_and_go_on_with_their_last_inverse():
+def test_orphaned_layers_are_not_waited_for_and_keep_their_last_inverse():
     store = make_store(max_steps=4)
     publish_all(store, 1)
     store.set_orphaned(["a", "b"])
@@ -127,7 +129,7 @@ def test_beyond_the_bound_damping_grows_with_the_age():
     publish_all(store, 1)
     admitted = store.install(store.admit(9))
     assert admitted.admission.damp == ("a", "b")
-    inverse = store.candidate(9, admitted, 1.0).inverses["a"]
+    inverse = store.at_gammas(admitted, [1.0]).by_gamma[1.0]["a"]
     expected = invert_pair(factors(LAYERS[0], 1), 2.0)
     assert inverse.gamma == 2.0
     torch.testing.assert_close(inverse.inverse.A, expected.inverse.A, rtol=1e-12, atol=0)
@@ -156,7 +158,7 @@ def test_a_synchronous_step_waits_for_the_refresh_after_a_failed_one():
 
 
 def eigen_store(gammas: tuple[float, ...] = (1.0, 2.0)):
-    """A store of EKFAC's inverses, and what publishes one of `a`."""
+    """A store of EKFAC's inverses, and a function that publishes one of layer `a`."""
     store = make_store(max_steps=10, inverse="ekfac")
 
     def publish_eigen(version: int) -> EigenInverse:
@@ -167,20 +169,20 @@ def eigen_store(gammas: tuple[float, ...] = (1.0, 2.0)):
             layer="a",
             version_step=version,
             gammas=gammas,
-            pis=tuple(one.pi for one in prepared),
+            pis=tuple(inverted.pi for inverted in prepared),
             rungs=(),
             inversion_seconds=0.0,
         )
         parcel = pack_inverses(prepared)
         assert set(parcel.shared) == {"Q_A", "Q_G", "moments"}
-        store.accept(header, parcel)
+        store.accept(InverseMessage(header=header, parcel=parcel))
         return prepared[0].inverse
 
     return store, publish_eigen
 
 
 def step(store: InverseStore, number: int, *, search_open: bool = False) -> None:
-    store.set_orphaned(["b"])  # it never has an inverse here
+    store.set_orphaned(["b"])  # layer b never has an inverse here
     store.use(store.install(store.admit(number)), 1.0, search_open=search_open)
 
 
@@ -194,7 +196,7 @@ def some_moments(version: int) -> dict[str, Moments]:
     return {"a": Moments(version_step=version, sums=torch.arange(6.0).double().view(2, 3) + 1)}
 
 
-def test_moments_are_taken_in_for_all_gammas_while_a_search_is_open():
+def test_moments_are_averaged_for_all_gammas_while_a_search_is_open():
     store, publish_eigen = eigen_store()
     first = publish_eigen(4)
     step(store, 4, search_open=True)
@@ -232,7 +234,7 @@ def test_moments_that_are_not_finite_are_refused_and_counted():
     assert store.counts()["refused_moments"] == 1
 
 
-def test_a_snapshot_has_the_moments_and_is_what_the_next_step_would_use():
+def test_a_snapshot_has_the_moments_and_what_the_next_step_would_use():
     store, publish_eigen = eigen_store()
     publish_eigen(4)
     step(store, 4)
@@ -243,6 +245,6 @@ def test_a_snapshot_has_the_moments_and_is_what_the_next_step_would_use():
     restored.set_orphaned(["b"])
     restored.restore(store.snapshot())
     found = in_use(restored, 1.0)
-    assert restored.bases()["a"].version_step == 4, "in use until a step takes the newer one"
+    assert restored.bases()["a"].version_step == 4, "in use until a step uses the newer one"
     for name, tensor in expected.tensors().items():
         assert torch.equal(found.tensors()[name], tensor)

@@ -1,6 +1,6 @@
 """A whole control plane in a process that can be killed: server, store, controller, Ray.
 
-Writes a line when it answers. The cluster is that of the home folder, and outlives it.
+It prints a line when it is ready. The cluster belongs to the home folder and outlives it.
 """
 
 from __future__ import annotations

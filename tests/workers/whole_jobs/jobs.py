@@ -69,7 +69,7 @@ class Breaking(nn.Module):
 
 
 def line_spec(**changes: Any) -> dict[str, Any]:
-    """A job of milliseconds a step on a task of the user's own."""
+    """A job on a user's own task whose steps take milliseconds."""
     spec: dict[str, Any] = {
         "name": "line",
         "task": "line.py:Line",
@@ -91,7 +91,7 @@ def line_spec(**changes: Any) -> dict[str, Any]:
 
 @dataclass
 class Jobs:
-    """Runs jobs in a folder of its own and keeps what they told."""
+    """Runs jobs in a folder and keeps their records and events."""
 
     folder: Path
     records: list[StepRecord] = field(default_factory=list)
@@ -132,17 +132,17 @@ class Jobs:
         return RunFolder.open(self.folder / run_dir)
 
     def checkpoint(self, step: int, run_dir: str = "run") -> Path:
-        """The folder of the checkpoint of a step."""
+        """Return the folder of the checkpoint of a step."""
         return self.run_folder(run_dir).checkpoints_dir / f"step-{step:08d}"
 
     def pid(self, role: str, run_dir: str = "run") -> int:
-        """The process id of the newest actor of this role and rank 0."""
+        """Return the process id of the newest actor of this role with rank 0."""
         log = self.run_folder(run_dir).log_path(role, 0)
         return json.loads(log.read_text().splitlines()[-1])["pid"]
 
 
 def actors_alive() -> list[str]:
-    """Titles of the actors of this process's cluster."""
+    """Return the titles of the actors in this process's cluster."""
     titles = []
     for process in psutil.Process().children(recursive=True):
         try:

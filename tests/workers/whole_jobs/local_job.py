@@ -1,6 +1,6 @@
 """A whole job in the threads of one process: real gloo, real inverse loops, no Ray.
 
-The roles' work is the same objects that the actors wrap.
+The roles' work is done by the same objects that the actors wrap.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from workers.exchange.messages import (
     RefreshRequest,
     Rendezvous,
     ServerReport,
+    StatisticsMessage,
     StepOrder,
     WorkerReport,
 )
 from workers.exchange.process_group import Group, host_store, join_group, join_store
+from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
@@ -94,7 +96,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def job_context(spec: JobSpec, folder: Path) -> JobContext:
-    """A job whose every path is `folder`."""
+    """The context of a job; each of its paths is `folder`."""
     return JobContext(
         job="local",
         attempt=1,
@@ -108,7 +110,7 @@ def job_context(spec: JobSpec, folder: Path) -> JobContext:
 
 def in_threads(calls: list[Callable[[], T]]) -> list[T]:
     """Call all at once, each in a thread of its own, and return their results in order."""
-    # The number of threads of OpenMP is a setting of each thread; it decides about rounding.
+    # The number of OpenMP threads is set per thread, and it affects rounding.
     with ThreadPoolExecutor(len(calls), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
@@ -133,7 +135,7 @@ def make_group(num_workers: int, epoch: int = 1, timeout_seconds: float = 20.0) 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     step: int
     cursor: SamplerCursor
@@ -142,7 +144,7 @@ class Saved:
 
 
 class LocalJob:
-    """All roles of a job; `steps` trains, `server` and `workers` can be looked into."""
+    """All roles of a job; `steps` trains, tests may look into `server` and `workers`."""
 
     def __init__(self, spec: JobSpec, tmp_path: Path, saved: Saved | None = None) -> None:
         self.saved = saved
@@ -157,7 +159,7 @@ class LocalJob:
             self.server.restore(saved.server)
         self.loops = self._inverse_loops()
         self.workers = [
-            GradientWork(self.context, rank, CPU, self._send)
+            build_gradient_work(self.context, rank, CPU, self._send)
             for rank in range(spec.workers.gradient)
         ]
         for worker in self.workers:
@@ -194,12 +196,12 @@ class LocalJob:
         for setup in setups:
             rank = setup.rank
             work = InverseWork(self.context, setup, self.saved.averages if self.saved else None)
-            loops[rank] = InverseLoop(work, lambda message: self.store.accept(*message))
+            loops[rank] = InverseLoop(work, self.store.accept)
             loops[rank].start()
         return loops
 
-    def _send(self, worker: int, header: Any, parcel: Any) -> None:
-        self.loops[worker].put_statistics(header, parcel)
+    def _send(self, worker: int, message: StatisticsMessage) -> None:
+        self.loops[worker].put_statistics(message)
 
     def steps(self, count: int) -> list[ServerReport]:
         """Do `count` steps and return the server's reports."""
@@ -226,7 +228,7 @@ class LocalJob:
         return report
 
     def save(self) -> Saved:
-        """What a checkpoint after the last step would hold."""
+        """Return the contents of a checkpoint after the last step."""
         averages: dict[str, Any] = {}
         for loop in self.loops.values():
             averages |= loop.snapshot(self.step_count, timeout_seconds=20.0)
@@ -247,7 +249,7 @@ _FORWARD_MODE = threading.Lock()
 
 
 def _take_turns(worker: GradientWork) -> None:
-    """Torch counts the levels of forward mode per process: two threads must not be in it."""
+    """Let one thread at a time use forward mode: torch counts its levels per process."""
     computer = worker._computer
     alone = computer.fisher_sums
 

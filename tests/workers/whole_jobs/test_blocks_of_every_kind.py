@@ -1,4 +1,4 @@
-"""Layers of every kind travel: on workers they are what they are in the serial optimizer."""
+"""Layers of every kind: a distributed run agrees with the serial optimizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 
 class Sums:
-    """Sequences of seven symbols, by their sum modulo 3."""
+    """Classifies sequences of seven symbols by their sum modulo 3."""
 
     distribution = "categorical"
 
@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal", "ekfac"])
-def test_on_workers_they_are_those_of_the_serial_optimizer(
+def test_a_distributed_run_agrees_with_the_serial_optimizer(
     inverse: str, num_workers: int, tmp_path: Path
 ) -> None:
     workers = {"gradient": num_workers, "inverse": 2}

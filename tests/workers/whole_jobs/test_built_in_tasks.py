@@ -34,7 +34,7 @@ TRANSFORMER = {"context": 8, "width": 8, "num_heads": 2, "num_blocks": 1}
         ),
     ],
 )
-def test_two_workers_learn_what_one_does(
+def test_two_workers_learn_the_same_as_one(
     write: Callable[[Path], None], task: dict[str, Any], tmp_path: Path
 ) -> None:
     write(tmp_path)

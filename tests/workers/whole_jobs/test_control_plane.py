@@ -87,7 +87,7 @@ class ControlPlane:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home whose cluster ends with the tests."""
+    """A home folder; its cluster is ended after the tests."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
@@ -111,17 +111,17 @@ def code(tmp_path: Path) -> Path:
 
 
 def left_of(key: AttemptKey, home: Path) -> str:
-    """What Ray and this machine have of an attempt, and whether it is over.
+    """Return what Ray and this machine still have of an attempt, and whether it is over.
 
-    From a process of its own: the secret of a cluster is the whole process's, and the cluster of
-    the other tests has none.
+    It asks in a process of its own, because the secret of a cluster is set for a whole process,
+    and the cluster of the other tests has none.
     """
     command = [sys.executable, "-c", LEFT, str(home), key.job, str(key.attempt)]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; what has ended may wait for its parent to notice."""
+    """Return whether a process runs; one that its parent has not waited for yet does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -129,7 +129,7 @@ def is_alive(pid: int) -> bool:
 
 
 def digits(**changes: Any) -> dict[str, Any]:
-    """The demo, smaller."""
+    """Return a smaller version of the demo job."""
     spec = {
         "name": "digits",
         "task": "autoencoder",
@@ -144,7 +144,7 @@ def digits(**changes: Any) -> dict[str, Any]:
     return spec | changes
 
 
-def test_one_is_cancelled_the_other_succeeds_and_nothing_is_left(
+def test_one_job_is_cancelled_without_remains_and_the_other_succeeds(
     plane: ControlPlane, home: Path
 ) -> None:
     first = plane.client.submit(digits())
@@ -168,7 +168,7 @@ def test_one_is_cancelled_the_other_succeeds_and_nothing_is_left(
     assert (Path(done.run_dir) / "report.html").exists()
 
 
-def test_a_job_with_user_code_is_paused_and_goes_on(plane: ControlPlane, code: Path) -> None:
+def test_a_job_with_user_code_is_paused_and_resumed(plane: ControlPlane, code: Path) -> None:
     spec = line_spec(steps=400, checkpoint={"every_steps": 1000})
     job = plane.client.submit(spec, base_dir=code)
     plane.wait_for_step(job, 5)
@@ -185,7 +185,9 @@ def test_a_job_with_user_code_is_paused_and_goes_on(plane: ControlPlane, code: P
     assert [point.step for point in loss.points] == list(range(1, 401))
 
 
-def test_the_server_is_killed_and_started_again(plane: ControlPlane, code: Path) -> None:
+def test_a_job_continues_while_the_server_is_killed_and_started_again(
+    plane: ControlPlane, code: Path
+) -> None:
     head = read_head(plane.home)
     job = plane.client.submit(line_spec(steps=600), base_dir=code)
     plane.wait_for_step(job, 5)
@@ -203,7 +205,7 @@ def test_the_server_is_killed_and_started_again(plane: ControlPlane, code: Path)
     assert kinds.count("started") == kinds.count("attempt_started") == 1
 
 
-def test_a_driver_that_is_killed_goes_on_at_its_checkpoint(plane: ControlPlane, code: Path) -> None:
+def test_a_killed_driver_is_restarted_from_its_checkpoint(plane: ControlPlane, code: Path) -> None:
     job = plane.client.submit(line_spec(steps=300), base_dir=code)
     plane.wait_for_step(job, 9)
     log = Path(job.run_dir) / "logs" / "driver-0.log"
@@ -216,7 +218,7 @@ def test_a_driver_that_is_killed_goes_on_at_its_checkpoint(plane: ControlPlane, 
     assert second.resumed_from_step >= 8
 
 
-def test_an_error_in_user_code_is_the_jobs(plane: ControlPlane, code: Path) -> None:
+def test_an_error_in_user_code_fails_the_job(plane: ControlPlane, code: Path) -> None:
     spec = line_spec(steps=1000, task_args={"breaks_after": 10})
     failed = plane.wait(plane.client.submit(spec, base_dir=code), JobState.FAILED)
     assert (failed.reason, failed.attempt) == ("user_task", 1)
@@ -230,7 +232,7 @@ def test_an_error_in_user_code_is_the_jobs(plane: ControlPlane, code: Path) -> N
     assert "none_such" in str(failed.message)
 
 
-def test_a_keeper_that_is_killed_takes_its_cluster_along(tmp_path: Path) -> None:
+def test_the_cluster_ends_with_its_keeper(tmp_path: Path) -> None:
     head = ensure_head(tmp_path)
     assert ensure_head(tmp_path) == head
     keeper = psutil.Process(head.pid)

@@ -1,4 +1,4 @@
-"""Oracle 12: the distributed run in synchronous mode is the serial optimizer."""
+"""Oracle 12: a synchronous distributed run equals the serial optimizer."""
 
 from __future__ import annotations
 
@@ -95,13 +95,15 @@ def assert_bitwise_serial(job: LocalJob, spec: JobSpec, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_one_worker_is_bitwise_the_serial_optimizer(rule, run, tmp_path):
+def test_one_worker_equals_the_serial_optimizer_bit_for_bit(rule, run, tmp_path):
     spec = small_spec(optimizer=RULES[rule])
     assert_bitwise_serial(run(spec), spec, tmp_path)
 
 
 @pytest.mark.parametrize(("num_workers", "exactly"), [(1, True), (2, False)])
-def test_all_agree_on_how_many_cases_the_fisher_products_need(num_workers, exactly, run, tmp_path):
+def test_serial_and_distributed_agree_on_the_cases_for_the_fisher_products(
+    num_workers, exactly, run, tmp_path
+):
     spec = small_spec(
         data={"limit": 1000},
         batch_size=400,
@@ -115,14 +117,14 @@ def test_all_agree_on_how_many_cases_the_fisher_products_need(num_workers, exact
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_so_it_is_with_any_structure_of_the_inverse_on_two_inverse_workers(
+def test_two_inverse_workers_with_any_structure_equal_the_serial_optimizer_bit_for_bit(
     structure, run, tmp_path
 ):
     spec = chain_spec(tmp_path, optimizer=STRUCTURES[structure], workers={"inverse": 2})
     assert_bitwise_serial(run(spec), spec, tmp_path)
 
 
-def test_rounded_products_are_those_of_the_serial_optimizer(run, tmp_path):
+def test_products_in_bfloat16_equal_those_of_the_serial_optimizer(run, tmp_path):
     spec = small_spec(dtype="float32", optimizer={"precondition_dtype": "bfloat16"})
     job = run(spec)
     job.steps(8)
@@ -131,14 +133,16 @@ def test_rounded_products_are_those_of_the_serial_optimizer(run, tmp_path):
 
 
 @pytest.mark.parametrize(("gradient", "inverse"), [(2, 1), (3, 2)])
-def test_more_workers_are_the_serial_optimizer_to_rounding(gradient, inverse, run, tmp_path):
+def test_more_workers_equal_the_serial_optimizer_to_rounding(gradient, inverse, run, tmp_path):
     spec = small_spec(workers={"gradient": gradient, "inverse": inverse})
     assert_serial_to_rounding(run(spec), spec, tmp_path)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_more_workers_are_the_serial_optimizer_with_any_structure(structure, run, tmp_path):
-    """Where the factors have full rank: EKFAC's basis of a null space is made of rounding."""
+def test_more_workers_with_any_structure_equal_the_serial_optimizer_to_rounding(
+    structure, run, tmp_path
+):
+    """The factors must have full rank: EKFAC's basis of a null space consists of rounding."""
     workers = {"gradient": 2, "inverse": 2}
     spec = chain_spec(tmp_path, optimizer=STRUCTURES[structure], workers=workers)
     assert_serial_to_rounding(run(spec), spec, tmp_path)

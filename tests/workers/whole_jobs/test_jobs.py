@@ -1,4 +1,4 @@
-"""Whole jobs on real Ray actors, inside a Ray that this process has initialised."""
+"""Whole jobs on real Ray actors, in a cluster that this process has initialised."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parameters(jobs: Jobs, step: int) -> torch.Tensor:
     return torch.from_numpy(load(checkpointed(jobs, "parameter_server", step))["parameters"])
 
 
-def test_resumed_on_other_numbers_of_workers_it_is_the_serial_optimizer(jobs: Jobs) -> None:
+def test_a_job_resumed_on_other_numbers_of_workers_equals_the_serial_optimizer(jobs: Jobs) -> None:
     half = jobs.run(parse_spec(line_spec(steps=6)))
     assert jobs.kinds() == ["started", "checkpoint", "checkpoint", "succeeded"]
     spec = parse_spec(line_spec(workers={"gradient": 2, "inverse": 2}))
@@ -140,16 +140,14 @@ def test_a_killed_inverse_worker_is_replaced(jobs: Jobs) -> None:
         staleness={"max_steps": 20},
         workers={"gradient": 2, "inverse": 2},
     )
-    spec["optimizer"]["inverse"] = "block_tridiagonal"  # it shares statistics with its neighbour
+    spec["optimizer"]["inverse"] = "block_tridiagonal"  # neighbouring workers share statistics
     run_until_recovered(jobs, signal.SIGKILL, spec)
     degraded = [record for record in jobs.records if record.stale_applied_total > 0]
     worst = max(r.inverse_staleness_steps.max for r in jobs.records if r.inverse_staleness_steps)
     assert bool(degraded) == (worst > 20)
 
 
-def test_a_stalled_inverse_worker_is_replaced_like_a_dead_one(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stalled_inverse_worker_is_replaced(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inverse_health, "STALL_SECONDS", 2.0)
     spec = line_spec(steps=100_000, workers={"gradient": 1, "inverse": 2})
     spec["optimizer"]["inverse"] = "ekfac"
@@ -167,7 +165,7 @@ def test_a_checkpoint_has_the_last_factors_of_a_worker_that_died(jobs: Jobs) -> 
     missing = [event.step for event in jobs.events if event.kind == "factors_missing"]
     assert missing[0] == 8
     before = checkpointed(jobs, "factors", 4)
-    # The successor may be there at step 12, or still start.
+    # At step 12 the successor may be ready, or still be starting.
     assert missing == [step for step in (8, 12) if checkpointed(jobs, "factors", step) == before]
 
 

@@ -1,9 +1,10 @@
-"""The ladder of numeric trouble over processes: the names and counts of the serial optimizer."""
+"""Numeric trouble is counted as in the serial optimizer (docs/algorithm.md#ladder)."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.statistics.sums import BatchStatistics
 from tests.core.inverse.troubled_factors import EVENTS, FACTORS, GAMMA, LADDER
 from tests.workers.whole_jobs.local_job import LocalJob, job_context, small_spec
-from workers.exchange.messages import InverseSetup, RefreshRequest, StatisticsHeader
+from workers.exchange.messages import (
+    InverseSetup,
+    RefreshRequest,
+    StatisticsHeader,
+    StatisticsMessage,
+)
 from workers.exchange.parcels import pack_statistics, unpack_tensors
 from workers.inverse_worker.work import InverseWork
 from workers.parameter_server.inverse_store import InverseStore
@@ -39,7 +45,8 @@ def message(step, pair):
         assignment_epoch=1,
         usable=pair.is_finite(),
     )
-    return header, pack({"0": pair}) if header.usable else None
+    parcel = pack({"0": pair}) if header.usable else None
+    return StatisticsMessage(header=header, parcel=parcel)
 
 
 def both_sides(spec, folder):
@@ -63,17 +70,17 @@ def both_sides(spec, folder):
     return work, store
 
 
-def test_an_inverse_worker_and_the_store_climb_it_like_the_serial_optimizer(tmp_path):
+def test_an_inverse_worker_and_the_store_count_trouble_like_the_serial_optimizer(tmp_path):
     work, store = both_sides(small_spec(optimizer={"factor_decay": 0.0}), tmp_path)
     expected: Counter[str] = Counter()
     for step, (trouble, rungs) in enumerate(LADDER, start=1):
-        work.receive(*message(step, FACTORS[trouble]))
+        work.receive(message(step, FACTORS[trouble]))
         work.apply_statistics()
         work.request(
             RefreshRequest(step=step, gammas=(GAMMA,), min_statistics_step=step, exact=True)
         )
         if (inverse := work.invert_next()) is not None:
-            store.accept(*inverse)
+            store.accept(inverse)
         expected.update(rungs)
         counted = store.counts()
         counted["refused_statistics"] += work.status(queue_depth=0).refused
@@ -83,32 +90,32 @@ def test_an_inverse_worker_and_the_store_climb_it_like_the_serial_optimizer(tmp_
 @pytest.mark.parametrize("failing", [(GAMMA,), (GAMMA, 1.0, 2.0)])
 def test_a_failure_counts_once_for_each_gamma(failing, tmp_path):
     work, store = both_sides(small_spec(), tmp_path)
-    work.receive(*message(1, FACTORS["hopeless"]))
+    work.receive(message(1, FACTORS["hopeless"]))
     work.apply_statistics()
     work.request(RefreshRequest(step=1, gammas=(*failing, 1e12), min_statistics_step=1, exact=True))
-    store.accept(*work.invert_next())
+    store.accept(work.invert_next())
     assert store.counts()["no_inverse"] == len(failing)
 
 
 class Spoiled(LocalJob):
-    """Its inverse workers receive factors that no damping helps."""
+    """Its inverse workers receive factors that no damping makes invertible."""
 
-    def _send(self, worker, header, parcel):
-        if not header.usable:
-            super()._send(worker, header, None)
+    def _send(self, worker, message):
+        if not message.header.usable:
+            super()._send(worker, message)
             return
         orders = {
             name: {key: len(tensor) for key, tensor in unpack_tensors(arrays).items()}
-            for name, arrays in parcel.factors.items()
+            for name, arrays in message.parcel.factors.items()
         }
         factors = {
             name: KroneckerPair(A=-1e12 * torch.eye(order["A"]), G=torch.eye(order["G"]))
             for name, order in orders.items()
         }
-        super()._send(worker, header, pack(factors))
+        super()._send(worker, replace(message, parcel=pack(factors)))
 
 
-def test_the_server_counts_what_falls_back_and_what_is_skipped(tmp_path):
+def test_the_server_counts_fallbacks_to_the_gradient_and_skipped_steps(tmp_path):
     job = Spoiled(small_spec(steps=4), tmp_path)
     num_layers = len(job.store.layers)
     (report,) = job.steps(1)

@@ -1,4 +1,4 @@
-"""The server preconditions while the workers compute their statistics, where it may."""
+"""If it has the inverses, the server preconditions while the workers compute statistics."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ PATIENCE_SECONDS = 1.0
 
 
 class HeldBack(LocalJob):
-    """A job whose first worker sends no statistics before the server has preconditioned.
+    """A job whose first worker waits for the server to precondition before it sends statistics.
 
-    Unless that does not happen while it waits; `ahead` tells, by step, whether it did.
+    It waits for `PATIENCE_SECONDS` at most; `ahead` has for each step whether the server did.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.ahead: dict[int, bool] = {}
         self._preconditioned = threading.Event()
-        sender, update = self.workers[0]._statistics, self.server._update
+        sender, update = self.workers[0]._sender, self.server._update
         send, directions = sender.send, update.directions
 
         def held_back(step: int, *arguments: Any, **more: Any) -> Any:
@@ -56,20 +56,20 @@ def run(tmp_path: Path) -> Iterator[Any]:
         job.close()
 
 
-def test_in_a_synchronous_run_between_refreshes(run):
+def test_a_synchronous_run_preconditions_ahead_between_refreshes(run):
     job = run()
     job.steps(7)
     refreshed = {step for step in range(1, 8) if job.schedule.plan(step).refresh_inverses}
     assert job.ahead == {step: step not in refreshed for step in range(1, 8)}
 
 
-def test_in_an_asynchronous_run_always_after_the_first_step(run):
+def test_an_asynchronous_run_preconditions_ahead_after_the_first_step(run):
     job = run(staleness={"max_steps": 40})
     job.steps(6)
     assert job.ahead == {step: step > 1 for step in range(1, 7)}
 
 
-def test_never_where_the_inverses_take_in_the_moments_of_the_step(run):
+def test_ekfac_never_does_because_its_inverses_need_the_moments_of_the_step(run):
     job = run(optimizer={"inverse": "ekfac"}, staleness={"max_steps": 40})
     job.steps(5)
     assert not any(job.ahead.values())

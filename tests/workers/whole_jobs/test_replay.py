@@ -1,4 +1,4 @@
-"""Asynchronous jobs on real Ray actors, done again from their records."""
+"""Asynchronous jobs on real Ray actors are replayed from their records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from workers.driver.replay import ReplayResult, run_replay
 
 pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.timeout(600)]
 STEPS = 32
-HELD = range(8, 20)  # steps in which an inverse worker stands still
+HELD = range(8, 20)  # steps in which an inverse worker is stopped
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def asynchronous(inverse: str = "block_diagonal", **changes: Any) -> JobSpec:
 
 
 def holding_an_inverse_worker(jobs: Jobs) -> Callable[[StepRecord], None]:
-    """Make the inverse worker stand still for some steps: its layers go beyond the bound."""
+    """Stop an inverse worker for some steps, so that its layers exceed the staleness bound."""
 
     def on_step(record: StepRecord) -> None:
         if record.step in (HELD.start, HELD.stop):
@@ -83,7 +83,7 @@ def tensors(jobs: Jobs, run_dir: str, step: int) -> dict[str, bytes]:
     }
 
 
-def test_an_asynchronous_job_and_its_resumption_are_done_again(
+def test_an_asynchronous_job_and_its_resumption_are_replayed(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inverse_health, "STALL_SECONDS", 300.0)  # the machine may be slow
@@ -131,7 +131,7 @@ def test_tampered_records_are_found(jobs: Jobs) -> None:
     assert summary is not None
     assert (summary.state, summary.reason, summary.step) == ("FAILED", "replay_differs", 7)
 
-    # A version is used one step before it was.
+    # Now the records say that a version was used one step earlier than it was.
     late, layer = next(
         (record, layer)
         for record in records[10:]
@@ -147,7 +147,7 @@ def test_tampered_records_are_found(jobs: Jobs) -> None:
     assert found.field != "inverse_version_step"
 
 
-def test_a_dead_inverse_worker_ends_what_can_be_done_again(jobs: Jobs) -> None:
+def test_a_replay_ends_at_the_death_of_an_inverse_worker(jobs: Jobs) -> None:
     def kill(record: StepRecord) -> None:
         if record.step == 9:
             os.kill(jobs.pid("inverse_worker"), signal.SIGKILL)
@@ -163,7 +163,7 @@ def test_a_dead_inverse_worker_ends_what_can_be_done_again(jobs: Jobs) -> None:
     assert (result.num_steps, result.difference) == (died - 1, None)
 
 
-def test_a_baseline_is_done_again_and_another_checkpoint_is_found(jobs: Jobs) -> None:
+def test_a_first_order_job_is_replayed_and_a_changed_checkpoint_is_found(jobs: Jobs) -> None:
     jobs.run(asynchronous(optimizer={"name": "adam"}, steps=6, checkpoint={"every_steps": 3}))
     result = replay(jobs, plan_replay(jobs.run_folder(), None))
     assert (result.num_steps, result.difference, result.checkpoint_step) == (6, None, 6)

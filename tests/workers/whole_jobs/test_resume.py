@@ -1,4 +1,4 @@
-"""Oracle 14, the part without processes: saved and restored, also on other numbers of workers."""
+"""Oracle 14, without processes: a job is saved and restored, also on other numbers of workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def trained(tmp_path, steps: int, saved: Saved | None = None, **workers: int):
         return job.parameters.clone(), job.save()
 
 
-def test_on_the_same_workers_it_is_the_uninterrupted_run_bit_for_bit(tmp_path):
+def test_a_resumed_run_on_the_same_workers_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     straight, _ = trained(tmp_path, 14)
     _, saved = trained(tmp_path, 7)
     resumed, _ = trained(tmp_path, 7, saved)
@@ -25,7 +25,7 @@ def test_on_the_same_workers_it_is_the_uninterrupted_run_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [{"gradient": 3}, {"inverse": 2}])
-def test_on_other_numbers_of_workers_it_is_the_same_run_to_rounding(tmp_path, workers):
+def test_a_resumed_run_on_other_numbers_of_workers_equals_it_to_rounding(tmp_path, workers):
     straight, _ = trained(tmp_path, 14)
     _, saved = trained(tmp_path, 7)
     resumed, _ = trained(tmp_path, 7, saved, **workers)
@@ -34,10 +34,8 @@ def test_on_other_numbers_of_workers_it_is_the_same_run_to_rounding(tmp_path, wo
 
 @pytest.mark.parametrize("step", [6, 7])
 @pytest.mark.parametrize("inverse", ["block_tridiagonal", "ekfac"])
-def test_with_any_structure_and_inverse_workers_it_is_the_same_run_bit_for_bit(
-    tmp_path, inverse, step
-):
-    """Step 6 has chosen among three gammas, step 7 observes moments in the bases of step 6."""
+def test_any_structure_and_number_of_inverse_workers_equal_it_bit_for_bit(tmp_path, inverse, step):
+    """Step 6 chooses among three gammas; step 7 computes moments in the bases of step 6."""
 
     def run(steps: int, saved: Saved | None = None, num_workers: int = 2):
         spec = chain_spec(
@@ -77,7 +75,7 @@ def test_an_asynchronous_run_stays_within_its_bound_and_learns(tmp_path):
     for report in reports:
         oldest = min(report.inverse_version_step.values())
         assert report.step - oldest <= 6
-        # The order of the model, whichever inverse came first.
+        # Reports have the order of the model, whichever inverse came first.
         layers = [name.partition("[")[0] for name in report.inverse_version_step]
         assert layers == ["encoder1", "encoder1", "code", "decoder1", "output", "output"]
     assert reports[-1].objective < reports[0].objective / 2

@@ -1,4 +1,4 @@
-"""Oracle 13: scripted delays equal a serial simulation; stray messages change nothing."""
+"""Oracle 13: a run with scripted delays equals a serial simulation of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kfac_dist.core.vector import flatten
 from tests.paths import ROOT
 from tests.workers.whole_jobs.local_job import LocalJob, small_spec
 from tests.workers.whole_jobs.test_distributed_is_serial import serial_run
+from workers.exchange.messages import StatisticsMessage
 
 NUM_STEPS = 26
 INVERSES = ("block_diagonal", "block_tridiagonal", "ekfac")
@@ -46,7 +47,7 @@ def run(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("inverse", INVERSES)
 @pytest.mark.parametrize("delays", DELAYS, ids=["none", "one", "by_layer"])
-def test_scripted_delays_are_the_serial_simulation_to_the_last_bit(inverse, delays, run, tmp_path):
+def test_scripted_delays_equal_the_serial_simulation_bit_for_bit(inverse, delays, run, tmp_path):
     spec = scripted_spec(inverse, delays, workers={"gradient": 1, "inverse": 2})
     job = run(spec)
     reports = job.steps(NUM_STEPS)
@@ -59,7 +60,7 @@ def test_scripted_delays_are_the_serial_simulation_to_the_last_bit(inverse, dela
 
 
 @pytest.mark.parametrize("inverse", INVERSES)
-def test_so_it_is_after_a_warm_up(inverse, run, tmp_path):
+def test_scripted_delays_equal_the_simulation_after_a_warm_up(inverse, run, tmp_path):
     spec = scripted_spec(inverse, {"*": 9}, staleness={"warmup_steps": 10})
     job = run(spec)
     reports = job.steps(NUM_STEPS)
@@ -85,13 +86,13 @@ def test_each_layer_is_as_old_as_its_script_says(run):
 
 
 class StrayMessages(LocalJob):
-    """Every statistics message comes twice, and an old one again with each."""
+    """Every statistics message arrives twice, and each time an old one arrives again."""
 
-    def _send(self, worker: int, header: Any, parcel: Any) -> None:
-        self._sent = [*getattr(self, "_sent", []), (header, parcel)]
-        stray = random.Random(header.step).choice(self._sent)
-        for message in ((header, parcel), (header, parcel), stray):
-            super()._send(worker, *message)
+    def _send(self, worker: int, message: StatisticsMessage) -> None:
+        self._sent = [*getattr(self, "_sent", []), message]
+        stray = random.Random(message.header.step).choice(self._sent)
+        for sent in (message, message, stray):
+            super()._send(worker, sent)
 
 
 def test_duplicated_and_late_statistics_change_nothing(run):
@@ -105,7 +106,7 @@ def test_duplicated_and_late_statistics_change_nothing(run):
 
 
 @pytest.mark.parametrize("inverse", INVERSES)
-def test_resumed_between_a_refresh_and_its_use_it_is_the_same_run(inverse, run):
+def test_a_run_resumed_between_a_refresh_and_its_use_equals_the_uninterrupted_one(inverse, run):
     spec = scripted_spec(inverse, {"*": 5})
     straight = run(spec)
     straight.steps(NUM_STEPS)

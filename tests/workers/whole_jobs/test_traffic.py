@@ -1,4 +1,4 @@
-"""What is counted of the exchange is what crosses it, and is what the algorithm needs."""
+"""The counted traffic is what the kernel sends, and no more than the algorithm needs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import torch
 from tests.waiting import wait_until
 from tests.workers.whole_jobs.local_job import LocalJob, in_threads, make_group, small_spec
 
-_BYTES_ACKED = 120  # its place in the kernel's struct tcp_info
+_BYTES_ACKED = 120  # offset in the kernel's struct tcp_info
 
 
 def acknowledged_bytes() -> dict[int, int]:
-    """Return what each socket of this process has sent, by its inode, by the kernel's own count."""
+    """Return how many bytes each socket of this process has sent, by inode.
+
+    The kernel counts them.
+    """
     sent = {}
     for entry in list(Path("/proc/self/fd").iterdir()):
         number = int(entry.name)
@@ -31,17 +34,17 @@ def acknowledged_bytes() -> dict[int, int]:
         except OSError:  # it was closed meanwhile
             continue
         # A copy that stayed open would keep the other end from noticing that ours was closed.
-        with socket.socket(fileno=copy) as one:
+        with socket.socket(fileno=copy) as duplicate:
             try:
-                info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
-            except OSError:  # none of TCP
+                info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+            except OSError:  # not a TCP socket
                 continue
         (sent[status.st_ino],) = struct.unpack_from("Q", info, _BYTES_ACKED)
     return sent
 
 
 def acknowledged_since(before: dict[int, int]) -> int:
-    """Return what the sockets that are open now have sent since; others may have closed."""
+    """Return how many bytes the sockets that are open now have sent since `before`."""
     return sum(count - before.get(inode, 0) for inode, count in acknowledged_bytes().items())
 
 
@@ -64,7 +67,7 @@ def test_the_bytes_counted_are_those_that_the_kernel_sends(num_workers):
     traffics = [group.take_traffic() for group in (*workers, server)]
     counted = sum(traffic.sent_bytes for traffic in traffics)
     assert counted == num_workers * 4 * vector.nbytes
-    wait_until(lambda: acknowledged_since(before) >= counted, "the kernel's last word")
+    wait_until(lambda: acknowledged_since(before) >= counted, "the kernel to count all bytes")
     assert acknowledged_since(before) <= 1.01 * counted
     for traffic in traffics[:-1]:
         assert (traffic.sent_bytes, traffic.received_bytes) == (vector.nbytes, 3 * vector.nbytes)
@@ -80,7 +83,7 @@ def job(tmp_path) -> Iterator[LocalJob]:
     job.close()
 
 
-def test_a_step_sends_two_vectors_of_parameters_a_worker_and_four_where_gamma_is_searched(job):
+def test_each_worker_exchanges_two_vectors_a_step_and_four_where_gamma_is_searched(job):
     vector_bytes = job.parameters.nbytes
     for _ in range(7):
         job.steps(1)
@@ -91,5 +94,6 @@ def test_a_step_sends_two_vectors_of_parameters_a_worker_and_four_where_gamma_is
             small = traffic.sent_bytes + traffic.received_bytes - vectors * vector_bytes
             assert 0 < small < 400, plan
             assert traffic.sent_bytes - vector_bytes < 200
-            # Gradient, its numbers, usable; header, directions, choice; gram; the loss if measured.
+            # Sent: gradient, its numbers, usable, Fisher products, and the loss where it is due.
+            # Received: header, directions, choice.
             assert traffic.num_messages == 7 + plan.measure

@@ -75,16 +75,17 @@ class JobJournal:
             on_event(event)
 
     def started(
-        self, precondition: PreconditionDtype | None, arithmetic: Mapping[str, Any]
+        self, precondition_dtype: PreconditionDtype | None, arithmetic: Mapping[str, Any]
     ) -> None:
-        """Write that all members are there, and what was measured for `precondition`.
+        """Write that all members are there, and what was measured for `precondition_dtype`.
 
         `arithmetic` has what may differ between attempts of a job and decides about its numbers.
         """
         self.state("RUNNING")
         self.event("started", f"attempt {self._attempt} trains", **arithmetic)
-        if precondition is not None:
-            self.event("precondition_dtype", str(precondition), dtype=precondition.dtype)
+        if precondition_dtype is not None:
+            text = str(precondition_dtype)
+            self.event("precondition_dtype", text, dtype=precondition_dtype.dtype)
 
     def state(self, state: RunState, **changes: Any) -> None:
         """Write the state of the job."""

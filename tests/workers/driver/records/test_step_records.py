@@ -58,7 +58,7 @@ def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> Invers
 )
 def test_how_an_inversion_went(accepted: InverseHeader, result: str) -> None:
     traffic = Traffic(sent_bytes=70, received_bytes=30, num_messages=6)
-    workers = [WorkerReport(rank=0, step=1, phase_seconds={}, traffic=traffic)]
+    workers = [WorkerReport(phase_seconds={}, traffic=traffic)]
     record = StepRecords().record(report(accepted), workers, {}, step_seconds=0.5)
     assert (record.exchanged_bytes, record.num_messages) == (100, 6)
     (inversion,) = record.inversions

@@ -1,0 +1,64 @@
+"""Builds the work of a gradient worker: its task, data, model and statistics sender."""
+
+from __future__ import annotations
+
+import torch
+
+from kfac_dist.config import KFACSpec
+from kfac_dist.core.blocks.registration import register
+from kfac_dist.core.compute import BatchComputer
+from kfac_dist.core.passes.distributions import get_distribution
+from kfac_dist.data import MapDataset, Split
+from kfac_dist.tasks import build_model, load_task, torch_dtype
+from workers.exchange.messages import JobContext
+from workers.gradient_worker.batches import BatchReader
+from workers.gradient_worker.statistics_sender import SendStatistics, StatisticsSender
+from workers.gradient_worker.work import GradientWork
+from workers.planning import structure_of
+
+
+def build_gradient_work(
+    job: JobContext, rank: int, device: torch.device, send: SendStatistics
+) -> GradientWork:
+    """Build the work of gradient worker `rank`; it sends its statistics through `send`.
+
+    Raises:
+        InvalidSpecError: the model has a parameter that K-FAC has no block for.
+        UserTaskError: the user's task raised.
+    """
+    spec = job.spec
+    settings = spec.optimizer if isinstance(spec.optimizer, KFACSpec) else None
+    task = load_task(spec, job.base_dir, data_dir=job.data_dir, cache_dir=job.cache_dir)
+    data: dict[Split, MapDataset] = {"train": task.train_data(), "test": task.test_data()}
+    model = build_model(task, spec.seed, torch_dtype(spec.dtype)).to(device)
+    registration = register(model, settings) if settings else None
+    computer = BatchComputer(
+        model,
+        distribution=get_distribution(task.distribution),
+        seed=spec.seed,
+        registration=registration,
+        fisher_type=settings.fisher_type if settings else "mc",
+    )
+    reader = BatchReader(
+        data["train"],
+        seed=spec.seed,
+        num_workers=spec.workers.gradient,
+        rank=rank,
+        device=device,
+    )
+    sender: StatisticsSender | None = None
+    moment_layers: tuple[str, ...] = ()
+    if settings is not None and registration is not None:
+        structure = structure_of(settings, registration)
+        sender = StatisticsSender(job, settings, rank, computer, structure.links, send)
+        moment_layers = registration.names if structure.observes_moments else ()
+    return GradientWork(
+        rank=rank,
+        num_workers=spec.workers.gradient,
+        task=task,
+        data=data,
+        computer=computer,
+        reader=reader,
+        sender=sender,
+        moment_layers=moment_layers,
+    )
