@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from kfac_dist._home import data_cache
+
 _PACKAGES = ("torch", "ray", "numpy", "pydantic", "safetensors")
 _PYTHON = (3, 11)
 _GIB = 2**30
@@ -42,7 +44,7 @@ def all_checks(home: Path, data_dir: Path | None) -> Iterator[Check]:
     yield _shared_memory()
     yield _gpus()
     yield _digits()
-    yield _mnist([place for place in (data_dir, home / "data") if place is not None])
+    yield _mnist([place for place in (data_dir, data_cache(home)) if place is not None])
     yield Check("data curves", "ok", "generated when it is used")
     yield _writable(home)
 

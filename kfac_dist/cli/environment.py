@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kfac_dist._home import DEFAULT_HOME
+
 
 def home() -> Path:
-    """`$KFAC_DIST_HOME`, by default `~/.kfac_dist`: run folders and the data cache."""
-    return absolute(Path(os.environ.get("KFAC_DIST_HOME") or "~/.kfac_dist"))
+    """Return `$KFAC_DIST_HOME`, else the user's default home."""
+    return absolute(Path(os.environ.get("KFAC_DIST_HOME") or DEFAULT_HOME))
 
 
 def data_dir(option: Path | None) -> Path | None:

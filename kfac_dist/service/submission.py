@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
+from kfac_dist._home import runs_dir
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import ConflictError, InvalidSpecError, UsageError
@@ -94,7 +95,7 @@ def _insert(store: Store, home: Path, request: JobRequest) -> Job:
         num_steps=request.spec.steps,
         created_at=now,
         updated_at=now,
-        run_dir=str(home / "runs" / job_id),
+        run_dir=str(runs_dir(home) / job_id),
         data_dir=request.data_dir,
         package=request.package_sha256,
         attempt=0,

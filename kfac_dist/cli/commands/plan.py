@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfac_dist._home import data_cache
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, key_table, make_table, write_result, write_table
@@ -28,7 +29,9 @@ def plan(
 
     from workers.driver.job_plan import job_plan  # takes torch along
 
-    found = job_plan(job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=home() / "data")
+    found = job_plan(
+        job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=data_cache(home())
+    )
     if output is Format.table:
         _write_tables(found)
     else:

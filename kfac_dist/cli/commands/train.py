@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.options import (
@@ -59,7 +60,7 @@ def train(
     from kfac_dist.config import load_spec
 
     job = load_spec(spec, overrides or [])
-    folder = absolute(run_dir) if run_dir else home() / "runs" / job.name
+    folder = absolute(run_dir) if run_dir else runs_dir(home()) / job.name
     base_dir = absolute(spec).parent
     if dry_run:
         _check(job, base_dir, data_dir(data), folder, resume, metrics_port)
@@ -94,7 +95,7 @@ def _check(
 
     from workers.driver.preparation import prepare  # takes torch along
 
-    prepare(job, base_dir=base_dir, data_dir=data, cache_dir=home() / "data").check_data()
+    prepare(job, base_dir=base_dir, data_dir=data, cache_dir=data_cache(home())).check_data()
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kfac_dist._home import data_cache
 from kfac_dist.cli.environment import absolute, home
 from kfac_dist.cli.options import OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, make_table, write_result
@@ -17,7 +18,7 @@ def validate(
 
     from kfac_dist.tasks import load_task  # takes torch along, so the syntax is checked before
 
-    load_task(job, absolute(spec).parent, cache_dir=home() / "data")
+    load_task(job, absolute(spec).parent, cache_dir=data_cache(home()))
     row = (job.name, job.task, job.optimizer.name, job.steps)
     table = make_table(("valid", "task", "optimizer", "steps"), [row], right=("steps",))
     write_result({"valid": True, "spec": job.model_dump(mode="json")}, output, table)
