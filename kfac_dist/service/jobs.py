@@ -5,7 +5,6 @@ Synchronous and thread-safe. Every method raises KfacDistError subclasses only.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import threading
 import time
@@ -20,6 +19,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import UsageError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints
+from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.changes import ChangeFeed
 from kfac_dist.service.job_records import (
     Attempt,
@@ -226,8 +226,7 @@ class Jobs:
         """Whether `token` is the secret that the driver of this attempt was given."""
         with self.store.read() as session:
             row = session.get(AttemptRow, (find(session, job_id).number, attempt))
-        given = hashlib.sha256(token.encode()).hexdigest()
-        return row is not None and hmac.compare_digest(row.token_sha256, given)
+        return row is not None and hmac.compare_digest(row.token_sha256, hash_secret(token))
 
     def report(self, report: Report, *, heard: bool = True) -> ReportAnswer:
         """Take up what a driver tells, and answer what it is to do.

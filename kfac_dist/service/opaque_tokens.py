@@ -1,4 +1,8 @@
-"""Tokens by which a stream goes on: JSON that only the server reads."""
+"""Tokens that a client hands back unread: pages of a listing, and places in a stream.
+
+A token is a JSON value in URL-safe base64. Clients may keep one for a long time, so its format
+must stay readable.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,21 @@ def encode(value: Any) -> str:
     return base64.urlsafe_b64encode(text.encode()).decode()
 
 
-def decode(token: str, is_ours: Callable[[Any], bool]) -> Any:
-    """Return the value of a token.
+def decode(field: str, token: str, is_ours: Callable[[Any], bool]) -> Any:
+    """Return the value of a token that came in the request's `field`.
 
     Raises:
-        UsageError: `encode` has not made it, or not of a value that `is_ours`.
+        UsageError: `encode` did not make the token, or its value fails `is_ours`.
     """
     try:
         if len(token) > _MAX_CHARACTERS:
             raise ValueError("too long")
-        value = json.loads(base64.b64decode(token.encode(), b"-_", validate=True))
+        padding = "=" * (-len(token) % 4)  # page tokens of earlier versions have none
+        value = json.loads(base64.b64decode(f"{token}{padding}".encode(), b"-_", validate=True))
         if not is_ours(value):
-            raise ValueError("not of ours")
+            raise ValueError("not ours")
     except (ValueError, RecursionError):
-        raise UsageError("resume_token: not a token that this server gave") from None
+        raise UsageError(
+            f"{field}: not a token that this server gave; send the last one back unchanged"
+        ) from None
     return value

@@ -108,7 +108,7 @@ def test_pages_cover_every_job_once_while_jobs_are_added(jobs: Jobs) -> None:
 
 @pytest.mark.parametrize("token", ["x", "!!", "W10", "WzEsMl0", "é", "bnVsbA"])
 def test_a_wrong_token_is_refused(jobs: Jobs, token: str) -> None:
-    with pytest.raises(UsageError, match=r"page_token: is (none of ours|of a listing)"):
+    with pytest.raises(UsageError, match=r"page_token: not a token that this server gave"):
         jobs.list(page_token=token)
 
 

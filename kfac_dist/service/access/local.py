@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_dist.errors import NotAuthenticatedError, NotFoundError
-from kfac_dist.runs.json_lines import write_whole
+from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.service.job_records import Role
 
 if TYPE_CHECKING:  # commands that only read do not load the store
@@ -89,11 +89,7 @@ def ensure_local_token(home: Path, tokens: Tokens) -> None:
     with suppress(NotFoundError):  # there is none at the first start with this store
         tokens.revoke(LOCAL_NAME)
     _, secret = tokens.create(LOCAL_NAME, Role.ADMIN)
-    path = home / _TOKEN
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret + "\n")
+    write_secret(home / _TOKEN, secret + "\n")
 
 
 def _is_good(tokens: Tokens, secret: str) -> bool:

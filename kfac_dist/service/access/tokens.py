@@ -36,9 +36,10 @@ class Token:
     revoked_at: float | None
     last_used_at: float | None
 
-    def is_valid(self, now: float) -> bool:
-        """Whether its holder is let in."""
-        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+def hash_secret(secret: str) -> str:
+    """Return what the store keeps of a user's token or a driver's report token: its SHA-256."""
+    return hashlib.sha256(secret.encode("utf-8", errors="replace")).hexdigest()
 
 
 class Tokens:
@@ -77,7 +78,7 @@ class Tokens:
                 id=secrets.token_hex(6),
                 name=name,
                 role=str(role),
-                sha256=_hash(secret),
+                sha256=hash_secret(secret),
                 created_at=now,
                 expires_at=None if lifetime_seconds is None else now + lifetime_seconds,
                 revoked_at=None,
@@ -120,7 +121,7 @@ class Tokens:
         now = time.time()
         with self._store.read() as session:
             row = session.scalars(
-                select(TokenRow).where(TokenRow.sha256 == _hash(secret), _valid(now))
+                select(TokenRow).where(TokenRow.sha256 == hash_secret(secret), _valid(now))
             ).first()
         if row is None:
             raise NotAuthenticatedError("the token is not valid: unknown, revoked or expired")
@@ -139,10 +140,6 @@ def _valid(now: float) -> ColumnElement[bool]:
     return TokenRow.revoked_at.is_(None) & (
         TokenRow.expires_at.is_(None) | (TokenRow.expires_at > now)
     )
-
-
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", errors="replace")).hexdigest()
 
 
 def _token(row: TokenRow) -> Token:

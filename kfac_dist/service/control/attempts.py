@@ -28,7 +28,8 @@ from kfac_dist.coordination.jobs.supervision import (
 )
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.runs.records import Severity
-from kfac_dist.service.control.launching import begin_attempt, has_run, prepare_folder, token_sha256
+from kfac_dist.service.access.tokens import hash_secret
+from kfac_dist.service.control.launching import begin_attempt, has_run, prepare_folder
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
 from kfac_dist.service.store import AttemptRow, JobRow
@@ -150,7 +151,7 @@ class Supervisor:
             attempt = find_attempt(session, row)
             if attempt is None or attempt.number != key.attempt or row.state not in ACTIVE:
                 return
-            attempt.token_sha256 = token_sha256(token)
+            attempt.token_sha256 = hash_secret(token)
         _submit(self._jobs, self._runner, row, token)
 
     def _settle(self, key: AttemptKey, row: JobRow, decision: Decision) -> None:

@@ -6,7 +6,6 @@ dies between them finds an attempt of which the cluster knows nothing, and asks 
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
+from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import AttemptRow, JobRow
@@ -41,11 +41,6 @@ class Launch(BaseModel):
     data_dir: Path | None
 
 
-def token_sha256(token: str) -> str:
-    """Return what is stored of a driver's secret."""
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
 def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, now: float) -> None:
     """Write the row of the next attempt; `token` is the secret of its driver."""
     row.attempt += 1
@@ -58,7 +53,7 @@ def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, n
             number=row.attempt,
             state=JobState.RESUMING if resumes else JobState.STARTING,
             started_at=now,
-            token_sha256=token_sha256(token),
+            token_sha256=hash_secret(token),
         )
     )
     note(session, row, "attempt_started", f"attempt {row.attempt} was given to the cluster", now)

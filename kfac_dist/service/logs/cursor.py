@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kfac_dist.errors import UsageError
+from kfac_dist.service import opaque_tokens
 from kfac_dist.service.logs.files import LogFile
-from kfac_dist.service.wire import resume_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class LogCursor:
 
     def encode(self, job_id: str) -> str:
         """Return the token; it is good for the logs of this job alone."""
-        return resume_token.encode([job_id, self.offsets])
+        return opaque_tokens.encode([job_id, self.offsets])
 
     @classmethod
     def decode(cls, token: str, job_id: str) -> LogCursor:
@@ -29,7 +29,7 @@ class LogCursor:
         """
         if not token:
             return cls()
-        job, offsets = resume_token.decode(token, _is_ours)
+        job, offsets = opaque_tokens.decode("resume_token", token, _is_ours)
         if job != job_id:  # the logs have the same names, and its offsets would skip lines
             raise UsageError(f"resume_token: it is of the logs of job {job}, not of {job_id}")
         return cls(offsets=offsets)

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from kfac_dist.coordination.jobs.lifecycle import ENDED
+from kfac_dist.service import opaque_tokens
 from kfac_dist.service.job_records import Job, MetricSeries
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.server import requests
 from kfac_dist.service.server.wakeups import Changes
-from kfac_dist.service.wire import resume_token
 from kfac_dist.service.wire.job_messages import to_event, to_job, to_series
 from kfac_dist.v1 import job_service_pb2
 
@@ -31,7 +31,7 @@ class WatchCursor:
 
     def encode(self) -> str:
         """Return the token."""
-        return resume_token.encode([self.revision, self.event, self.step])
+        return opaque_tokens.encode([self.revision, self.event, self.step])
 
     @classmethod
     def decode(cls, token: str) -> WatchCursor:
@@ -42,7 +42,7 @@ class WatchCursor:
         """
         if not token:
             return cls()
-        revision, event, step = resume_token.decode(token, _is_place)
+        revision, event, step = opaque_tokens.decode("resume_token", token, _is_place)
         return cls(revision=revision, event=event, step=step)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from typing import Any
 from sqlalchemy import Select, select
 
 from kfac_dist.errors import UsageError
+from kfac_dist.service import opaque_tokens
 from kfac_dist.service.store import JobRow
 
 MAX_PAGE_SIZE = 1000
@@ -50,28 +49,26 @@ class Listing:
 
     def token(self, last: int) -> str:
         """Return the token of the page after the job numbered `last`."""
-        text = json.dumps([last, self._digest()], separators=(",", ":"))
-        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+        return opaque_tokens.encode([last, self._digest()])
 
     def _digest(self) -> str:
         listing = asdict(self) | {"states": sorted(self.states)}
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]
 
     def _read(self, token: str) -> int:
-        try:
-            text = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
-            last, digest = json.loads(text)
-        except (binascii.Error, ValueError, TypeError) as error:
-            raise UsageError(_wrong("is none of ours")) from error
-        if not isinstance(last, int) or not 0 < last < 2**63:
-            raise UsageError(_wrong("is none of ours"))
+        last, digest = opaque_tokens.decode("page_token", token, _is_page)
         if digest != self._digest():
-            raise UsageError(_wrong("is of a listing with other filters"))
-        return last
+            raise UsageError(
+                "page_token: from a listing with other filters; keep the filters of the first page"
+            )
+        return int(last)
 
 
-def _wrong(problem: str) -> str:
-    return f"page_token: {problem}; take it unchanged from the page before, with the same filters"
+def _is_page(value: object) -> bool:
+    match value:
+        case [int() as last, str()]:
+            return 0 < last < 2**63
+    return False
 
 
 def _plain(field: str, value: str) -> str:
