@@ -1,4 +1,4 @@
-"""A checked request becomes a durable job, once."""
+"""Submission: a request is checked, then it becomes a durable job, exactly once."""
 
 from __future__ import annotations
 
@@ -24,31 +24,117 @@ from kfac_dist.service.store import JobRow, Store
 from kfac_dist.service.store.job_rows import note, to_job
 from kfac_dist.service.wire.package import check_package
 
+MAX_PRIORITY = 1000
+_KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
-def submit(store: Store, home: Path, request: JobRequest) -> tuple[Job, bool]:
-    """Return the job of a request, and whether it is a new one.
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """A checked request; `package` is a zip of the folder with the user's code."""
+
+    spec: JobSpec
+    owner: str
+    priority: int
+    idempotency_key: str | None
+    package: bytes | None
+    data_dir: str | None
+
+    @property
+    def package_sha256(self) -> str | None:
+        """The name under which the package is stored."""
+        return None if self.package is None else hashlib.sha256(self.package).hexdigest()
+
+    @property
+    def sha256(self) -> str:
+        """A hash of what is requested, without owner and key: equal for equal requests."""
+        requested = [
+            self.spec.model_dump(mode="json"),
+            self.priority,
+            self.package_sha256,
+            self.data_dir,
+        ]
+        return hashlib.sha256(json.dumps(requested, sort_keys=True).encode()).hexdigest()
+
+
+def check_request(
+    spec: Mapping[str, Any],
+    *,
+    owner: str,
+    priority: int,
+    idempotency_key: str | None,
+    package: bytes | None,
+    data_dir: str | None,
+) -> JobRequest:
+    """Check everything that can be checked without running the user's code.
 
     Raises:
-        ConflictError: its key was used for another request.
+        InvalidSpecError: the specification or the package is wrong.
+        UsageError: another part of the request is wrong.
     """
-    if (job := _same(store, request)) is not None:
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise UsageError(f"priority: {priority} is not between {-MAX_PRIORITY} and {MAX_PRIORITY}")
+    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+        raise UsageError(
+            "idempotency_key: must be 1 to 200 printable ASCII characters without spaces"
+        )
+    if data_dir is not None and ("\x00" in data_dir or not Path(data_dir).is_absolute()):
+        raise UsageError(
+            f"data_dir: {data_dir!r} must be an absolute path on the cluster's file system"
+        )
+    resolved = parse_spec(spec)
+    _check_task(resolved, package)
+    return JobRequest(
+        spec=resolved,
+        owner=owner,
+        priority=priority,
+        idempotency_key=idempotency_key,
+        package=package,
+        data_dir=data_dir,
+    )
+
+
+def _check_task(spec: JobSpec, package: bytes | None) -> None:
+    """Refuse a task whose code is missing, superfluous or outside the package."""
+    source = spec.task.rpartition(":")[0]
+    if package is not None:
+        if not source:
+            raise InvalidSpecError(f"task: {spec.task} is built in, but user code came with it")
+        check_package(package)
+    if not source.endswith(".py"):
+        return
+    path = PurePosixPath(source)
+    if path.is_absolute() or ".." in path.parts:
+        raise InvalidSpecError(
+            f"task: {source} must be a path inside the folder of the specification"
+        )
+    if package is None:
+        raise InvalidSpecError(f"task: {source} is user code, but none came with the job")
+
+
+def submit(store: Store, home: Path, request: JobRequest) -> tuple[Job, bool]:
+    """Return the job of a request, and whether it is new.
+
+    Raises:
+        ConflictError: the idempotency key was used for another request.
+    """
+    if (job := _find_submitted(store, request)) is not None:
         return job, False
     _keep_package(home, request)
     try:
         return _insert(store, home, request), True
-    except IntegrityError:  # the same key at the same time
-        if (job := _same(store, request)) is not None:
+    except IntegrityError:  # another call used the same key since the first look
+        if (job := _find_submitted(store, request)) is not None:
             return job, False
         raise
 
 
 def package_path(home: Path, sha256: str) -> Path:
-    """Where a package is kept."""
+    """Return the file of a stored package."""
     return home / "packages" / f"{sha256}.zip"
 
 
-def _same(store: Store, request: JobRequest) -> Job | None:
-    """Return the job that the owner's key has made before."""
+def _find_submitted(store: Store, request: JobRequest) -> Job | None:
+    """Return the job that this owner has already submitted with this key."""
     if request.idempotency_key is None:
         return None
     with store.read() as session:
@@ -69,7 +155,7 @@ def _same(store: Store, request: JobRequest) -> Job | None:
 
 
 def _keep_package(home: Path, request: JobRequest) -> None:
-    """Keep the user's code, before there is a job that needs it."""
+    """Store the user's code, before there is a job that needs it."""
     if request.package is None or request.package_sha256 is None:
         return
     path = package_path(home, request.package_sha256)
@@ -111,89 +197,3 @@ def _insert(store: Store, home: Path, request: JobRequest) -> Job:
         session.flush()
         note(session, row, "submitted", f"submitted by {request.owner}", now)
     return to_job(row)
-
-
-MAX_PRIORITY = 1000
-_KEY = re.compile(r"[\x21-\x7e]{1,200}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobRequest:
-    """A checked request; `package` is a zip of the folder in which user code is looked for."""
-
-    spec: JobSpec
-    owner: str
-    priority: int
-    idempotency_key: str | None
-    package: bytes | None
-    data_dir: str | None
-
-    @property
-    def package_sha256(self) -> str | None:
-        """What the package is stored under."""
-        return None if self.package is None else hashlib.sha256(self.package).hexdigest()
-
-    @property
-    def sha256(self) -> str:
-        """The same for the same request, whatever its key."""
-        asked = [
-            self.spec.model_dump(mode="json"),
-            self.priority,
-            self.package_sha256,
-            self.data_dir,
-        ]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def check_request(
-    spec: Mapping[str, Any],
-    *,
-    owner: str,
-    priority: int,
-    idempotency_key: str | None,
-    package: bytes | None,
-    data_dir: str | None,
-) -> JobRequest:
-    """Check everything that can be checked without running the user's code.
-
-    Raises:
-        InvalidSpecError: the specification or the package is wrong.
-        UsageError: another part of the request is wrong.
-    """
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise UsageError(f"priority: {priority} is not between {-MAX_PRIORITY} and {MAX_PRIORITY}")
-    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
-        raise UsageError(
-            "idempotency_key: must be 1 to 200 printable ASCII characters without spaces"
-        )
-    if data_dir is not None and ("\x00" in data_dir or not Path(data_dir).is_absolute()):
-        raise UsageError(
-            f"data_dir: {data_dir!r} must be an absolute path on the cluster's file system"
-        )
-    resolved = parse_spec(spec)
-    _check_task(resolved, package)
-    return JobRequest(
-        spec=resolved,
-        owner=owner,
-        priority=priority,
-        idempotency_key=idempotency_key,
-        package=package,
-        data_dir=data_dir,
-    )
-
-
-def _check_task(spec: JobSpec, package: bytes | None) -> None:
-    source = spec.task.rpartition(":")[0]
-    if package is not None:
-        if not source:
-            raise InvalidSpecError(f"task: {spec.task} is built in, and user code came with it")
-        check_package(package)
-    if not source.endswith(".py"):
-        return
-    path = PurePosixPath(source)
-    if path.is_absolute() or ".." in path.parts:
-        raise InvalidSpecError(
-            f"task: {source} must be a path inside the folder of the specification"
-        )
-    if package is None:
-        raise InvalidSpecError(f"task: {source} is user code, and none came with the job")

@@ -46,7 +46,7 @@ def test_a_job_is_there_with_every_default(jobs: Jobs) -> None:
     ("options", "error", "says"),
     [
         ({"spec": spec(stepss=1)}, InvalidSpecError, "Did you mean steps"),
-        ({"spec": spec(task="own.py:Task")}, InvalidSpecError, "none came with the job"),
+        ({"spec": spec(task="own.py:Task")}, InvalidSpecError, "but none came with the job"),
         ({"spec": spec(task="../own.py:Task")}, InvalidSpecError, "inside the folder"),
         ({"spec": spec(), "package": b"x"}, InvalidSpecError, "is built in"),
         ({"spec": spec(task="own.py:Task"), "package": b"x"}, InvalidSpecError, "zip"),
@@ -234,14 +234,20 @@ def test_odd_text_of_a_users_process_is_kept(jobs: Jobs) -> None:
     assert jobs.events(job.id)[-1].details == {"value": None, "text": "\x00"}
 
 
-def test_a_change_wakes_who_waits(jobs: Jobs) -> None:
-    job = submit(jobs)
-    assert jobs.wait_for_change(job.id, job.revision, timeout_seconds=0.0) is None
-    changed: list[Job | None] = []
-    waiter = threading.Thread(
-        target=lambda: changed.append(jobs.wait_for_change(job.id, job.revision, 60.0))
-    )
-    waiter.start()
+def test_listeners_are_called_once_a_change_is_durable(jobs: Jobs) -> None:
+    job, other = submit(jobs), submit(jobs)
+    seen: list[Job] = []
+    unsubscribe = jobs.subscribe(lambda job_id: seen.append(jobs.get(job_id)))
+    jobs.get(job.id)
+    assert seen == []
     cancelled = jobs.cancel(job.id)
-    waiter.join()
-    assert changed == [cancelled]
+    assert seen == [cancelled]
+    with pytest.raises(ConflictError):
+        jobs.cancel(job.id)
+    assert seen == [cancelled]
+    paused = jobs.pause(other.id)
+    assert seen == [cancelled, paused]
+    unsubscribe()
+    unsubscribe()
+    jobs.resume(other.id)
+    assert seen == [cancelled, paused]

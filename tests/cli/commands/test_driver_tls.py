@@ -73,7 +73,7 @@ def test_a_server_that_would_not_let_its_drivers_in_is_refused(
     words = [word for option in options for word in option]
     done = kfac_dist("serve", "--listen", "127.0.0.1:0", *words)
     assert (done.code, done.out) == (2, "")
-    assert f"does not vouch for {tls.certificate}" in done.err
+    assert f"does not accept {tls.certificate}" in done.err
     assert "--driver-cert" in done.err
     alone = kfac_dist("serve", *words, "--driver-cert", tls.driver_certificate)
     assert (alone.code, "go together" in alone.err) == (2, True)
@@ -92,9 +92,9 @@ def test_what_drivers_show_must_be_a_clients_and_of_the_right_authority(
     servers = one.sign("servers", for_clients=False)
     for made in (servers, Authority(tmp_path / "other", "other").sign("other")):
         shown = {"driver_certificate": made.certificate, "driver_key": made.key}
-        with pytest.raises(UsageError, match="does not vouch for"):
+        with pytest.raises(UsageError, match="does not accept"):
             replace(tls, client_ca=one.ca, **shown).check_shown()
-    with pytest.raises(UsageError, match="does not vouch for"):
+    with pytest.raises(UsageError, match="does not accept"):
         replace(tls, driver_key=both.key).check_shown()  # of another certificate
     with pytest.raises(NotFoundError, match=r"missing\.pem"):
         replace(tls, driver_certificate=tmp_path / "missing.pem").check_shown()

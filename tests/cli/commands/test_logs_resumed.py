@@ -99,7 +99,7 @@ def test_programs_are_told_the_token(server: Serving, command: CommandLine, job:
     ("token", "message"),
     [
         ("nonsense", "resume_token: not a token that this server gave"),
-        ("of another job", "resume_token: it is of the logs of job"),
+        ("of another job", "resume_token: belongs to the logs of job"),
         ("with a tail", "--tail: not together with --resume-token"),
     ],
 )

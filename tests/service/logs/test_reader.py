@@ -160,7 +160,7 @@ def test_a_made_up_token_is_refused(text: str) -> None:
 def test_a_token_of_another_job_is_refused() -> None:
     given = LogCursor(offsets={"driver-0.log": 5}).encode("one")
     assert LogCursor.decode(given, "one").offsets == {"driver-0.log": 5}
-    with pytest.raises(UsageError, match="of the logs of job one, not of two"):
+    with pytest.raises(UsageError, match="belongs to the logs of job one, not of two"):
         LogCursor.decode(given, "two")
 
 

@@ -88,7 +88,7 @@ def test_errors_arrive_as_what_they_are(server: Serving) -> None:
     with server.client() as client:
         with pytest.raises(NotFoundError, match="none-such"):
             client.get("none-such")
-        with pytest.raises(UsageError, match="no job's id"):
+        with pytest.raises(UsageError, match="is not a job's id"):
             client.get("../../etc/passwd")
         job = client.submit(spec())
         with pytest.raises(ConflictError, match="possible is: pause, cancel"):
