@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from kfac_dist.cli import doctor_checks as checks
+from kfac_dist.cli.app import app
 from kfac_dist.config import load_spec
 
 from .conftest import KfacDist
@@ -41,6 +45,30 @@ ROWS = [
         "why": "",
     },
 ]
+
+
+def command_lines(group: Any, *words: str) -> Iterator[tuple[str, ...]]:
+    """Every command line of `group`, those of its groups included."""
+    yield words
+    for name, command in getattr(group, "commands", {}).items():
+        yield from command_lines(command, *words, name)
+
+
+@pytest.mark.parametrize("words", command_lines(get_command(app)), ids=" ".join)
+def test_help_fits_80_columns(
+    kfac_dist: KfacDist, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = kfac_dist(*words, "--help")
+    assert done.code == 0
+    assert max(len(line) for line in done.out.splitlines()) <= 80
+    assert "…" not in done.out  # a word was too long for its column
+
+
+def test_help_is_broken_into_lines_by_the_terminal_alone(kfac_dist: KfacDist) -> None:
+    text = get_command(app).commands["serve"].help
+    assert text.count("\n\n") >= 1
+    assert "\n" not in text.replace("\n\n", "")
 
 
 def test_no_command_is_help(kfac_dist: KfacDist) -> None:

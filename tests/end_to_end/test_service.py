@@ -92,7 +92,7 @@ def test_a_failing_task_is_explained_and_can_be_tried_again(server: Server) -> N
 def test_a_second_server_of_the_same_home_is_refused(server: Server) -> None:
     done = server.command.run("serve", "--listen", "127.0.0.1:0")
     assert done.returncode == 9
-    assert "a server works with this home already" in done.stderr
+    assert "another server already uses this home" in done.stderr
 
 
 def test_both_run_a_job_at_once_and_neither_sees_the_others(

@@ -1,4 +1,4 @@
-"""`kfac-dist layers`: which curvature block each parameter has, how large, how costly."""
+"""`kfac-dist layers`: each parameter's curvature block, with its size and cost."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def layers(
     data: DataDirOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """List each parameter with its block, its factor sizes and its cost.
+    """List each parameter with its block, factor sizes and cost.
 
-    The cost is that of one refresh of the blocks' inverses, dim_A^3 + dim_G^3 of each. The total
-    is of the parameters that are trained.
+    The cost of a block is dim_A^3 + dim_G^3, for one refresh of its inverse. The total counts only
+    trained parameters.
     """
     from kfac_dist.config import load_spec
 

@@ -1,4 +1,4 @@
-"""`kfac-dist plan`: what a job would take, before anything is started."""
+"""`kfac-dist plan`: what a job needs and how fast it will be, before anything is started."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def plan(
     data: DataDirOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Show processes, memory, the assignment of layers, and predicted times and staleness.
+    """Predict a job's processes, memory, layer assignment, times and staleness.
 
-    A few steps are measured on this machine, with one gradient worker's part of a batch; memory is
-    without activations and without some 300 MB that each process takes.
+    It measures a few steps on this machine, with one gradient worker's part of a batch. The memory
+    leaves out activations, and about 300 MB that each process uses.
     """
     from kfac_dist.config import load_spec
 
     job = load_spec(spec, overrides or [])
 
-    from workers.driver.job_plan import job_plan  # takes torch along
+    from workers.driver.job_plan import job_plan  # imports torch
 
     found = job_plan(
         job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=data_cache(home())

@@ -72,8 +72,8 @@ def test_no_line_is_lost_and_none_comes_twice(
     shown, errors = interrupt_at_first_line(process)
     assert shown.splitlines() == [f"driver-0 {line}" for line in written[: shown.count("\n")]]
     assert shown.count("\n") < NUM_LINES
-    assert f"job {job.id} goes on" in errors
-    told = shlex.split(errors.split("go on after the last line with: ")[1])
+    assert f"job {job.id} continues to run" in errors
+    told = shlex.split(errors.split("continue after the last line with: ")[1])
     assert told[:6] == ["kfac-dist", "logs", job.id, "-f", "--role", "driver"]
     append(server, job, "driver-0.log", "written meanwhile")
     server.jobs.cancel(job.id)
@@ -100,7 +100,7 @@ def test_programs_are_told_the_token(server: Serving, command: CommandLine, job:
     [
         ("nonsense", "resume_token: not a token that this server gave"),
         ("of another job", "resume_token: belongs to the logs of job"),
-        ("with a tail", "--tail: not together with --resume-token"),
+        ("with a tail", "--tail: cannot be used together with --resume-token"),
     ],
 )
 def test_a_wrong_token_is_exit_code_2(

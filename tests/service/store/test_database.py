@@ -96,7 +96,7 @@ def test_a_new_file_that_another_writes_to_is_waited_for(tmp_path: Path) -> None
 def test_tables_of_a_later_version_are_refused(store: Store, store_url: str) -> None:
     with store.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(UsageError, match="of another version of kfac-dist"):
+    with pytest.raises(UsageError, match="from another version of kfac-dist"):
         open_store(store_url)
 
 

@@ -89,8 +89,8 @@ def test_too_many_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatc
         (zipped(("a\\..\\b", b"")), "leads out"),
         (zipped((entry("link", stat.S_IFLNK | 0o777), b"/etc/passwd")), "link or a device"),
         (zipped((entry("pipe", stat.S_IFIFO | 0o600), b"")), "link or a device"),
-        (zipped(("a", b""), ("a/b", b"")), "twice, or as a folder"),
-        (zipped(("a/b", b""), ("a", b"")), "twice, or as a folder"),
+        (zipped(("a", b""), ("a/b", b"")), "occurs twice, or both as a file and a folder"),
+        (zipped(("a/b", b""), ("a", b"")), "occurs twice, or both as a file and a folder"),
     ],
 )
 def test_a_hostile_package_is_refused_and_writes_nothing(
