@@ -4,7 +4,7 @@
     ├── UsageError                  2  a command line or a request is wrong
     ├── InvalidSpecError            3  the job specification is wrong, or does not fit this machine
     ├── NotFoundError               4  a file, run or job does not exist
-    │   └── DataNotFoundError       4  a data set is in none of the places searched
+    │   └── DataNotFoundError       4  a data set was not found in any of the places searched
     ├── UnreachableError            5  a server, database or Ray cluster does not answer
     ├── NotAllowedError             6  the token's role does not permit the request
     │   ├── NotAuthenticatedError   6  the token is missing, unknown, revoked or expired
@@ -60,7 +60,7 @@ class NotFoundError(KfacDistError):
 
 
 class DataNotFoundError(NotFoundError):
-    """A data set is in none of the places searched."""
+    """A data set was not found in any of the places searched."""
 
 
 class UnreachableError(KfacDistError):

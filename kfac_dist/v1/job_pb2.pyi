@@ -203,7 +203,7 @@ class Job(_message.Message):
     run_dir: _builtins.str
     """The run's folder on the server's file system."""
     summary_json: _builtins.str
-    """The JSON object of the run's `summary.json`; empty before the end and in ListJobs."""
+    """The JSON object in the file `summary.json`; empty before the end and in ListJobs."""
     revision: _builtins.int
     """Grows with every change of the job."""
     num_restarts: _builtins.int

@@ -1,4 +1,4 @@
-"""Commands that need no workers."""
+"""Commands that run without workers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_validate_in_three_formats(kfac_dist: KfacDist, spec: Path) -> None:
     assert yaml.safe_load(kfac_dist("validate", spec, "-o", "yaml").out)["spec"] == resolved
 
 
-def test_a_dry_run_prints_what_would_run_and_leaves_no_trace(
+def test_a_dry_run_prints_what_would_run_and_writes_nothing(
     kfac_dist: KfacDist, spec: Path, home: Path
 ) -> None:
     done = kfac_dist("train", spec, "--dry-run", "--set", "steps=7", "-o", "json")
@@ -133,7 +133,7 @@ def test_layers_shows_the_registration_report(
     assert result == {"num_parameters": 23520, "layers": ROWS}
 
 
-def test_doctor_finds_what_is_here(
+def test_doctor_reports_what_this_machine_has(
     kfac_dist: KfacDist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in checks._MNIST_FILES:
@@ -160,7 +160,7 @@ def test_doctor_exits_with_1_when_something_required_is_missing(
     assert not home.exists()
 
 
-def test_doctor_tells_of_a_home_that_cannot_be_written(kfac_dist: KfacDist, home: Path) -> None:
+def test_doctor_reports_a_home_that_cannot_be_written(kfac_dist: KfacDist, home: Path) -> None:
     home.touch()
     done = kfac_dist("doctor", "-o", "json")
     assert done.code == 1

@@ -20,7 +20,7 @@ cluster_app = typer.Typer(
 def up(output: OutputOption = Format.table) -> None:
     """Start the cluster of this home, unless it runs already.
 
-    You need not do this before kfac-dist serve, which does it itself.
+    The server starts the cluster by itself, so this is never required.
     """
     from workers.cluster.head import ensure_head
 
