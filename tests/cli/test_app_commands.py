@@ -16,8 +16,7 @@ from typer.main import get_command
 from kfac_dist.cli import doctor_checks as checks
 from kfac_dist.cli.app import app
 from kfac_dist.config import load_spec
-
-from .conftest import KfacDist
+from tests.cli.conftest import KfacDist
 
 ROWS = [
     {

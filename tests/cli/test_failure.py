@@ -10,8 +10,7 @@ import pytest
 from kfac_dist import errors
 from kfac_dist.cli import app
 from kfac_dist.cli.failure import as_exit_code
-
-from .conftest import KfacDist
+from tests.cli.conftest import KfacDist
 
 
 @pytest.mark.parametrize(
