@@ -19,6 +19,7 @@ from statistics import mean
 from processes import cpu_seconds_by_role
 from race import ROOT
 
+from kfac_dist._home import default_home
 from kfac_dist.config import JobSpec
 from kfac_dist.runs import StepRecord
 from workers.driver.launch import run_job
@@ -95,7 +96,7 @@ def run_turns(spec: JobSpec, data_dir: Path | None, turns: Turns) -> None:
             spec,
             base_dir=ROOT / "examples",
             data_dir=data_dir and data_dir.absolute(),
-            home=Path("~/.kfac_dist").expanduser(),
+            home=default_home(),
             run_dir=Path(folder) / "run",
             resume=False,
             on_record=turns.on_record,

@@ -1,7 +1,6 @@
 """kfac_dist: distributed training of neural networks with K-FAC.
 
-The public names are loaded on first use, so that importing a light part, such as the command
-line, does not load torch or Ray.
+Public names are imported on first use, so that the command line can start without torch and Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from kfac_dist.service.client import Client
     from workers.api import train
 
-_HOMES = {
+_MODULES = {
     "Client": "kfac_dist.service.client",
     "KFAC": "kfac_dist.optim.optimizer",
     "KFACPreconditioner": "kfac_dist.optim.preconditioner",
@@ -30,6 +29,6 @@ __all__ = ["KFAC", "Client", "KFACPreconditioner", "StepResult", "__version__", 
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

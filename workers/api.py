@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kfac_dist._home import default_home
 from kfac_dist.config import JobSpec, KFACSpec, load_spec, parse_spec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
@@ -13,8 +14,6 @@ from kfac_dist.runs import JobSummary
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from workers.driver.launch import run_job
 from workers.driver.records.metrics_server import metrics_server
-
-_HOME = Path("~/.kfac_dist")
 
 
 def train(
@@ -47,7 +46,7 @@ def train(
             spec,
             base_dir=base_dir,
             data_dir=_absolute(data_dir),
-            home=_HOME.expanduser(),
+            home=default_home(),
             run_dir=_absolute(run_dir),
             resume=resume,
             metrics=metrics,

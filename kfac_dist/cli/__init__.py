@@ -1,7 +1,7 @@
 """The command line `kfac-dist`.
 
-One command a file. `--help` answers without torch and Ray: a command imports what it
-needs when it runs. The environment is read here and nowhere else.
+Each command has its own file in `commands/`. A command imports torch, Ray and gRPC only when it
+runs, so that `--help` answers at once. Only this package reads the environment.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ def main() -> None:
         from kfac_dist.cli.app import run
 
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # while the commands were still being loaded
+    except KeyboardInterrupt:  # Ctrl-C while the commands were still being imported
         code = 130
     sys.exit(code)

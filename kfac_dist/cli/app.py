@@ -1,7 +1,8 @@
-"""The commands, put together, and the one place where an error becomes a message and a code."""
+"""All commands, and the one place where an error becomes a message and an exit code."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -41,12 +42,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit codes: 0 ok, 1 job failed, 2 usage, 3 invalid specification, 4 not found, "
-        "5 unreachable, 6 not allowed, 7 timed out, 8 cancelled, 9 conflict, 70 internal error, "
+        "5 unreachable, 6 not allowed, 7 timed out, 8 cancelled, 9 conflict, 70 bug, "
         "130 interrupted."
     ),
 )
 _HERE = "On this machine"
-_JOBS = "Jobs of a server"
+_JOBS = "Jobs on a server"
 _SERVER = "The server"
 _LOCAL: tuple[Callable[..., None], ...] = (
     train,
@@ -82,6 +83,17 @@ for group in (token_app, cluster_app):
 app.command(hidden=True)(driver)
 
 
+def _reflow_help(commands: typer.Typer) -> None:
+    """Join the lines of each paragraph of help, which typer would break where the source does."""
+    for command in commands.registered_commands:
+        paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for group in (app, spec_app, token_app, cluster_app):
+    _reflow_help(group)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kfac-dist {__version__}")
@@ -101,11 +113,11 @@ def _options(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line, `arguments` without the program's name, and return its exit code."""
+    """Run a command line, given without the program's name, and return its exit code."""
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="kfac-dist", standalone_mode=False)
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort, it reports
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error becomes a message
         return as_exit_code(error, arguments)
-    if code == INTERRUPTED:  # typer turns a KeyboardInterrupt into this
+    if code == INTERRUPTED:  # typer turns a KeyboardInterrupt into this exit code
         return as_exit_code(KeyboardInterrupt(), arguments)
     return int(code or 0)

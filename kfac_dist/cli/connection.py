@@ -1,17 +1,20 @@
-"""Which server a command speaks to, and as whom: by options, the environment, or this machine.
+"""The connection of a command to its server: the one named, else the one on this machine.
 
-`$KFAC_DIST_SERVER` and `$KFAC_DIST_TOKEN` name a server and a token, `$KFAC_DIST_CA` the authority
-that vouches for the server, `$KFAC_DIST_CLIENT_CERT` and `$KFAC_DIST_CLIENT_KEY` a certificate of
-one's own. A token is no option: a command line can be read by others.
+    $KFAC_DIST_SERVER        address, where --server is missing
+    $KFAC_DIST_TOKEN         the user's token
+    $KFAC_DIST_CA            authority that signed the server's certificate, where --ca is missing
+    $KFAC_DIST_CLIENT_CERT   certificate for servers that ask clients for one
+    $KFAC_DIST_CLIENT_KEY    its key
+    $KFAC_DIST_INSECURE      1 permits sending the token beyond this machine without TLS
+
+The token has no option, because other users of the machine can read command lines.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from kfac_dist.cli.environment import absolute, home
 from kfac_dist.errors import UnreachableError
@@ -19,64 +22,48 @@ from kfac_dist.errors import UnreachableError
 if TYPE_CHECKING:
     from kfac_dist.service.client import Client
 
-ServerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--server",
-        metavar="ADDRESS",
-        help="HOST:PORT, or grpcs://HOST:PORT for TLS; else $KFAC_DIST_SERVER, else the server of "
-        "this machine.",
-    ),
-]
-CaOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--ca",
-        metavar="FILE",
-        help="PEM file of who vouches for the server; else $KFAC_DIST_CA, else the system's.",
-    ),
-]
-JobArgument = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as list shows it.")]
-
 
 def connect(server: str | None, ca: Path | None) -> Client:
-    """Return a client of the server that is meant.
+    """Return a client of the server that the options or the environment name, else the local one.
 
     Raises:
-        UnreachableError: none is named, and none runs on this machine.
-        UsageError: the address is none.
+        UnreachableError: no server is named, and none runs on this machine.
+        UsageError: the address is malformed.
     """
     named = server or os.environ.get("KFAC_DIST_SERVER")
     quiet_grpc()
     if named is None:
-        return _local(ca)
+        return _connect_locally(ca)
 
-    from kfac_dist.service.client import Client  # takes gRPC along
+    from kfac_dist.service.client import Client  # imports gRPC
 
     return Client(
         named,
         token=os.environ.get("KFAC_DIST_TOKEN"),
-        ca=ca or _path("KFAC_DIST_CA"),
-        client_certificate=_path("KFAC_DIST_CLIENT_CERT"),
-        client_key=_path("KFAC_DIST_CLIENT_KEY"),
+        ca=ca or _path_in("KFAC_DIST_CA"),
+        client_certificate=_path_in("KFAC_DIST_CLIENT_CERT"),
+        client_key=_path_in("KFAC_DIST_CLIENT_KEY"),
         insecure=os.environ.get("KFAC_DIST_INSECURE") == "1",
     )
 
 
 def quiet_grpc() -> None:
-    """Keep gRPC's own words off stderr, unless the user asked for them; before it is imported."""
+    """Keep gRPC's own messages off stderr, unless the user wants them.
+
+    Has an effect only before gRPC is imported.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def _local(ca: Path | None) -> Client:
-    """Return a client of the server of this machine and user."""
+def _connect_locally(ca: Path | None) -> Client:
+    """Return a client of this user's server on this machine."""
     from kfac_dist.service.access.local import read_local_token, read_server
 
     found = read_server(home())
     if found is None or not Path(f"/proc/{found.pid}").exists():
         raise UnreachableError(
-            f"no server runs with {home()}; start one with kfac-dist serve, or name one by "
-            "--server or $KFAC_DIST_SERVER"
+            f"no server runs with the home {home()}; start one with kfac-dist serve, or name one "
+            "with --server or $KFAC_DIST_SERVER"
         )
 
     from kfac_dist.service.client import Client
@@ -87,7 +74,7 @@ def _local(ca: Path | None) -> Client:
         ca=ca or _file(found.tls_ca),
         client_certificate=_file(found.client_certificate),
         client_key=_file(found.client_key),
-        insecure=True,  # whoever started it decided
+        insecure=True,  # the user who started the server has decided that
     )
 
 
@@ -95,6 +82,6 @@ def _file(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _path(variable: str) -> Path | None:
+def _path_in(variable: str) -> Path | None:
     value = os.environ.get(variable)
     return absolute(Path(value)) if value else None

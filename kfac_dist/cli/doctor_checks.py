@@ -1,4 +1,4 @@
-"""What `doctor` looks at; each check is quick and loads neither torch nor Ray."""
+"""The checks of `kfac-dist doctor`. Each is quick and imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from kfac_dist._home import data_cache
 
 _PACKAGES = ("torch", "ray", "numpy", "pydantic", "safetensors")
 _PYTHON = (3, 11)
@@ -24,7 +26,7 @@ _MNIST_FILES = (
 
 
 class Check(NamedTuple):
-    """One finding; `broken` is what no job can do without, `warning` what some job will miss."""
+    """One finding. `broken` keeps every job from running, `warning` only some jobs."""
 
     name: str
     status: Literal["ok", "warning", "broken"]
@@ -33,7 +35,7 @@ class Check(NamedTuple):
 
 
 def all_checks(home: Path, data_dir: Path | None) -> Iterator[Check]:
-    """Look at everything."""
+    """Yield the result of every check."""
     yield _python()
     for name in _PACKAGES:
         yield _package(name)
@@ -42,8 +44,8 @@ def all_checks(home: Path, data_dir: Path | None) -> Iterator[Check]:
     yield _shared_memory()
     yield _gpus()
     yield _digits()
-    yield _mnist([place for place in (data_dir, home / "data") if place is not None])
-    yield Check("data curves", "ok", "generated when it is used")
+    yield _mnist([place for place in (data_dir, data_cache(home)) if place is not None])
+    yield Check("data curves", "ok", "generated on use")
     yield _writable(home)
 
 
@@ -55,8 +57,8 @@ def _python() -> Check:
 
 
 def _version(package: str) -> str | None:
-    """The installed version by the package's metadata; None when it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version  # costs --help 50 ms
+    """Return the installed version of a package, None when it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # would cost --help 50 ms
 
     try:
         return version(package)
@@ -75,7 +77,7 @@ def _memory() -> Check:
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
     if gib >= _MIN_MEMORY_GIB:
         return Check("memory", "ok", f"{gib:.1f} GiB")
-    advice = f"Ray and a few workers want {_MIN_MEMORY_GIB:g} GiB"
+    advice = f"Ray and a few workers need {_MIN_MEMORY_GIB:g} GiB"
     return Check("memory", "warning", f"{gib:.1f} GiB", advice)
 
 
@@ -83,10 +85,10 @@ def _shared_memory() -> Check:
     try:
         gib = shutil.disk_usage("/dev/shm").free / _GIB
     except OSError:
-        return Check("/dev/shm", "warning", "missing", "Ray's object store falls back to the disk")
+        return Check("/dev/shm", "warning", "missing", "Ray's object store uses the disk instead")
     if gib >= _MIN_SHARED_GIB:
         return Check("/dev/shm", "ok", f"{gib:.1f} GiB free")
-    advice = f"give it {_MIN_SHARED_GIB:g} GiB (docker: --shm-size), or Ray uses the disk"
+    advice = f"free {_MIN_SHARED_GIB:g} GiB (docker: --shm-size), or Ray uses the disk"
     return Check("/dev/shm", "warning", f"{gib:.2f} GiB free", advice)
 
 
@@ -113,7 +115,7 @@ def _mnist(places: list[Path]) -> Check:
         "data mnist",
         "warning",
         f"not in {where}",
-        "downloaded when it is used, or give its folder by --data-dir",
+        "downloaded on first use, or name its folder with --data-dir",
     )
 
 
@@ -127,6 +129,6 @@ def _writable(home: Path) -> Check:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        advice = "set KFAC_DIST_HOME to a folder that can be written"
+        advice = "set KFAC_DIST_HOME to a writable folder"
         return Check("home", "broken", f"{home}: {error.strerror}", advice)
     return Check("home", "ok", str(home))

@@ -1,8 +1,8 @@
-"""From an exception to a message on stderr and an exit code; stdout stays clean.
+"""Turns an exception into a message on stderr and an exit code. Stdout stays clean.
 
-A message is `error: text`, a line each, or with `-o json` one object
-`{"error": {"type", "message", "exit_code"}}`. What is not one of the project's own errors is a
-bug: its traceback goes to a file, exit code 70.
+Each line of a message begins with `error: `; with `-o json` there is one object
+`{"error": {"type", "message", "exit_code"}}` instead. An exception that is not a KfacDistError is
+a bug: its traceback goes into a file, and the exit code is 70.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ INTERRUPTED = 130
 _USAGE, _ABORTED, _INTERNAL = 2, 1, 70
 
 
-class Interrupted(Exception):  # noqa: N818 - no error
-    """An interrupt that knows what the user may want to be told about it.
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """An interrupt with a hint about what happens now and how to continue.
 
-    No KeyboardInterrupt, of which typer would make a bare exit code. `facts` are told to programs,
-    beside type, message and exit code.
+    It is not a KeyboardInterrupt, which typer would turn into a bare exit code. With `-o json`,
+    `facts` are added to the object.
     """
 
     def __init__(self, hint: str, facts: Mapping[str, object] | None = None) -> None:
@@ -40,7 +40,7 @@ class Interrupted(Exception):  # noqa: N818 - no error
 
 
 def as_exit_code(error: BaseException, arguments: Sequence[str]) -> int:
-    """Tell the user about `error` and return the exit code; `arguments` is the command line."""
+    """Write the message of `error` and return the exit code; `arguments` is the command line."""
     kind, message, code = _describe(error)
     if _wants_json(arguments):
         facts = error.facts if isinstance(error, Interrupted) else {}
@@ -72,7 +72,7 @@ def _describe(error: BaseException) -> tuple[str, str, int]:
 
 
 def _write_traceback(error: BaseException) -> Path:
-    """Write the traceback into the home folder, or where that fails a temporary one."""
+    """Write the traceback into the home folder, else into a temporary one, and return its path."""
     text = "".join(traceback.format_exception(error))
     name = time.strftime("crash-%Y%m%d-%H%M%S.log")
     try:
@@ -86,7 +86,7 @@ def _write_traceback(error: BaseException) -> Path:
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
-    """Whether the command line has `-o json`; also where it could not be parsed."""
+    """Return whether the command line, which may have failed to parse, asks for JSON."""
     options = {"-ojson", "--output=json"} & set(arguments)
     return bool(options) or any(
         option in ("-o", "--output") and value == "json" for option, value in pairwise(arguments)

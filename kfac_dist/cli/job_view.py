@@ -1,4 +1,4 @@
-"""Jobs as commands show them: the same facts in tables, JSON and YAML."""
+"""How commands show jobs: the same facts as tables, JSON and YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from kfac_dist.service.job_records import Attempt, Job, JobEvent
 
-# What `train -o json` prints, in its order; a job that has no summary yet has them, too.
+# The keys of the summary that `train -o json` prints, in its order. A job without a summary has
+# them too, with null.
 _SUMMARY = (
     "train",
     "test",
@@ -31,7 +32,7 @@ _SUMMARY = (
 
 
 def write_state(job: Job, output: Format) -> None:
-    """Write where a job stands after a request."""
+    """Write the state of a job after a request."""
     row = (job.id, str(job.state), job.message)
     write_result(
         {"job": job.id, "state": str(job.state)},
@@ -41,7 +42,7 @@ def write_state(job: Job, output: Format) -> None:
 
 
 def job_row(job: Job) -> dict[str, Any]:
-    """Return a job's facts in a listing."""
+    """Return the facts of a job that a listing shows."""
     return {
         "job": job.id,
         "name": job.name,
@@ -77,7 +78,7 @@ def jobs_table(jobs: Iterable[Job]) -> Table:
 
 
 def described(job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """Return everything of a job: its summary's keys first, as `train` prints them."""
+    """Return all facts of a job, beginning with the keys of the summary that `train` prints."""
     summary = job.summary or {}
     workers = job.spec.get("workers") or {}
     counts = {key: workers.get(key) for key in ("gradient", "inverse", "parameter_server")}
@@ -107,7 +108,7 @@ def described(job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
 
 
 def event_facts(event: JobEvent) -> dict[str, Any]:
-    """Return an event's facts."""
+    """Return the facts of an event."""
     return {
         "sequence": event.sequence,
         "time": iso_time(event.time),
@@ -122,29 +123,29 @@ def event_facts(event: JobEvent) -> dict[str, Any]:
 
 
 def raise_for_end(job: Job) -> None:
-    """Raise the error of a job that did not succeed: its exit code is the command's.
+    """Raise the error of a job that did not succeed, so that the command has its exit code.
 
     Raises:
-        JobFailedError: it failed.
-        CancelledError: it was cancelled.
+        JobFailedError: the job failed.
+        CancelledError: the job was cancelled.
     """
-    told = job.message or job.reason or "no message"
+    why = job.message or job.reason or "no message"
     if job.state == "FAILED":
-        failed = f"job {job.id} failed: {told} (kfac-dist explain {job.id} says more)"
+        failed = f"job {job.id} failed: {why} (kfac-dist explain {job.id} says more)"
         raise JobFailedError(failed, reason=job.reason, first_failure=job.first_failure)
     if job.state == "CANCELLED":
-        raise CancelledError(f"job {job.id} was cancelled: {told}")
+        raise CancelledError(f"job {job.id} was cancelled: {why}")
 
 
 def iso_time(seconds: float | None) -> str | None:
-    """Return Unix seconds as ISO 8601 in UTC."""
+    """Return Unix seconds as ISO 8601 in UTC, None for None."""
     if seconds is None:
         return None
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 def age(seconds: float) -> str:
-    """Return a duration in its largest unit, as 35s, 12m, 5h, 3d."""
+    """Return a duration rounded down in one unit, such as 35s, 12m, 5h or 3d."""
     for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "m"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{max(0, int(seconds)) // divisor}{unit}"

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share."""
+"""The options and arguments that several commands share, each with its one help text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import typer
 from kfac_dist.cli.output import Format
 
 SpecArgument = Annotated[
-    Path, typer.Argument(metavar="SPEC", help="The job specification: a YAML or TOML file.")
+    Path, typer.Argument(metavar="SPEC", help="The job specification, a YAML or TOML file.")
+]
+JobArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="The job's id, as kfac-dist list shows it.")
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key, as in optimizer.damping.initial=30; the value is YAML. Repeatable.",
+        help="Override a key of the specification, for example optimizer.damping.initial=30. The "
+        "value is YAML. Repeatable.",
     ),
 ]
 DataDirOption = Annotated[
@@ -25,7 +29,7 @@ DataDirOption = Annotated[
     typer.Option(
         "--data-dir",
         metavar="DIR",
-        help="Where data sets are; else $KFAC_DIST_DATA, the cache, a download.",
+        help="Folder of data sets. Default: $KFAC_DIST_DATA, else the cache, else a download.",
     ),
 ]
 MetricsPortOption = Annotated[
@@ -35,19 +39,37 @@ MetricsPortOption = Annotated[
         metavar="PORT",
         min=0,
         max=65535,
-        help="Serve Prometheus metrics on this port while the job runs, to this machine only "
-        "(127.0.0.1); 0 takes a free one and says which.",
+        help="Serve Prometheus metrics on this port of 127.0.0.1 while the job runs; 0 picks a "
+        "free port and prints it.",
     ),
 ]
 OutputOption = Annotated[
-    Format, typer.Option("-o", "--output", help="How the result is written to stdout.")
+    Format, typer.Option("-o", "--output", help="Format of the result on stdout.")
+]
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="ADDRESS",
+        help="The server, as HOST:PORT, or grpcs://HOST:PORT for TLS. Default: "
+        "$KFAC_DIST_SERVER, else the server on this machine.",
+    ),
+]
+CaOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca",
+        metavar="FILE",
+        help="PEM file of the authority that signed the server's certificate. Default: "
+        "$KFAC_DIST_CA, else the system's authorities.",
+    ),
 ]
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
         metavar="URL",
-        help="sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE; else $KFAC_DIST_STORE, "
-        "else store.db in $KFAC_DIST_HOME. A password is better in a ~/.pgpass file.",
+        help="The server's database: sqlite:///FILE or postgresql+psycopg://HOST/DB. Default: "
+        "$KFAC_DIST_STORE, else store.db in $KFAC_DIST_HOME. Keep passwords in ~/.pgpass.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Results on stdout: a table for people, JSON (one object, one line) or YAML for programs."""
+"""Writes results to stdout: a table for people, JSON on one line or YAML for programs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
-_WIDE = 200  # columns where stdout is no terminal: nothing is cut off in a pipe
+_PIPE_WIDTH = 200  # columns where stdout is not a terminal, so that tables are not cut off
 
 
 class Format(StrEnum):
-    """How a result is written."""
+    """The format of a result."""
 
     table = "table"
     json = "json"
@@ -23,7 +23,7 @@ class Format(StrEnum):
 
 
 def write_result(value: Mapping[str, Any], output: Format, table: Table | None = None) -> None:
-    """Write `value`; as a table its own one, or its keys and values."""
+    """Write `value` to stdout; the format `table` writes `table`, by default keys and values."""
     if output is Format.json:
         _write(json.dumps(value, ensure_ascii=False))
     elif output is Format.yaml:
@@ -38,19 +38,19 @@ def write_table(table: Table) -> None:
     """Write a table to stdout."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else _WIDE
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
     Console(markup=False, highlight=False, width=width).print(table)
 
 
 def write_text(text: str) -> None:
-    """Write text to stdout as it is."""
+    """Write a text to stdout."""
     _write(text)
 
 
 def make_table(
     columns: Iterable[str], rows: Iterable[Sequence[Any]], right: Iterable[str]
 ) -> Table:
-    """A plain table; the columns in `right` are aligned to the right."""
+    """Return a plain table; the columns in `right` are aligned to the right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -64,7 +64,7 @@ def make_table(
 
 
 def key_table(value: Mapping[str, Any]) -> Table:
-    """A table of keys and values; keys inside of mappings have dots, what is None is left out."""
+    """Return a table of keys and values, without None; nested keys are joined with dots."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command in order, as Ctrl-C does; what must be whole is ended before."""
+"""Signals: SIGTERM interrupts a command as Ctrl-C does; some blocks finish before an interrupt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextmanager
 def terminate_is_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt inside the block."""
+    """Make SIGTERM raise KeyboardInterrupt inside the block."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -24,7 +24,7 @@ def terminate_is_interrupt() -> Iterator[None]:
 
 @contextmanager
 def interrupt_at_end() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt at the end of the block, and a second one at once."""
+    """Delay the KeyboardInterrupt of Ctrl-C to the end of the block; a second one comes at once."""
     came = False
 
     def note(number: int, frame: FrameType | None) -> None:

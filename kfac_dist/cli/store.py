@@ -1,4 +1,4 @@
-"""Which store the server and the commands beside it use: an option, the environment, the home."""
+"""The store of the server and of the commands that work on it directly."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def open_home_store(home: Path, url: str | None) -> Store:
-    """Open the store at `url`, else at `$KFAC_DIST_STORE`, else the file in `home`.
+    """Open the store at `url`, else at `$KFAC_DIST_STORE`, else in the file `store.db` of `home`.
 
     Raises:
-        UsageError: the URL is none.
+        UsageError: the URL is malformed or names an unsupported database.
         UnreachableError: the database does not answer.
     """
     from kfac_dist.service.store import open_store

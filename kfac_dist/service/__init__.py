@@ -1,4 +1,8 @@
-"""The control plane: the store of jobs, what may be done with them, and who does it.
+"""The control plane: it stores jobs, answers requests about them, and runs them on a cluster.
 
-It knows runners of jobs by a protocol, never Ray or torch.
+    cli, Client ──gRPC──▶ server ──▶ jobs ──▶ store
+                                      ▲
+                 control (the loop) ──┘──▶ a JobRunner, which is the cluster
+
+It imports neither Ray nor torch: it reaches a cluster only by the protocol `JobRunner`.
 """

@@ -1,4 +1,4 @@
-"""Who waits for a change of a job is woken by it."""
+"""Tells the rest of this process which job has changed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from collections.abc import Callable
 
 
 class ChangeFeed:
-    """Tells listeners the id of each job that has changed, after the change is durable.
+    """Calls listeners with the id of each changed job, once the change is durable.
 
-    It knows of changes by this process alone, which is the only server of its store.
+    It sees only changes made by this process. That is enough: a store has one server.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: dict[int, Callable[[str], None]] = {}
-        self._count = 0
+        self._num_subscribed = 0
 
     def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
-        """Call `listener` with each id from now on, on the thread of whoever made the change.
+        """Call `listener` with each id from now on, on the thread that made the change.
 
-        It must return at once and raise nothing. The result ends it; again is allowed.
+        A listener must return at once and never raise. Call the returned function to unsubscribe;
+        calling it again does nothing.
         """
         with self._lock:
-            self._count += 1
-            key = self._count
+            self._num_subscribed += 1
+            key = self._num_subscribed
             self._listeners[key] = listener
 
         def unsubscribe() -> None:
@@ -34,8 +35,8 @@ class ChangeFeed:
         return unsubscribe
 
     def publish(self, job_id: str) -> None:
-        """Tell all listeners."""
-        with self._lock:
+        """Call all listeners."""
+        with self._lock:  # only for the copy: a listener may subscribe or unsubscribe
             listeners = list(self._listeners.values())
         for listener in listeners:
             listener(job_id)

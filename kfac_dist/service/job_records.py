@@ -1,4 +1,7 @@
-"""What the control plane knows, as data. Times are in Unix seconds."""
+"""The records of the control plane: jobs, attempts, events, metrics, reports.
+
+All times are in Unix seconds.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +16,41 @@ from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import Event
 
 Order = Literal["none", "pause", "cancel"]
-"""What a driver is told in answer to a report."""
-
+"""What the answer to a report asks the driver to do."""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 def is_job_id(text: str) -> bool:
-    """Whether a job may have this id, which is also the name of its folder."""
+    """Return whether a job may have this id, which is also the name of its run folder."""
     return _JOB_ID.fullmatch(text) is not None
 
 
 class Role(StrEnum):
-    """What the holder of a token may do; each may do all that those before it may."""
+    """What the holder of a token may do. Each role includes the ones before it."""
 
     VIEWER = "viewer"
-    """Look at every job."""
+    """Read every job."""
     SUBMITTER = "submitter"
-    """Submit jobs, and do everything with these."""
+    """Submit jobs, and control the jobs submitted with the same token name."""
     ADMIN = "admin"
-    """Everything, with every job and token."""
+    """Control every job."""
 
     def includes(self, needed: Role) -> bool:
-        """Whether this role may do what `needed` may."""
+        """Return whether this role may do everything that `needed` may do."""
         roles = list(Role)
         return roles.index(self) >= roles.index(needed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as it stands.
+    """The current state of a job.
 
-    `reason` is a machine word for the state, `message` a sentence. `attempt` is 0 before the
-    first, `num_restarts` counts those that the job made by itself since a user last asked for one.
-    `spec` is resolved, every default included; `step` is the last step that is known to be
-    recorded. `summary` is the run's `summary.json`. `revision` grows by one with each change.
+    `reason` is a machine-readable word for the state, `message` a sentence. `attempt` is the
+    number of the newest attempt, 0 before the first. `num_restarts` counts automatic restarts
+    since a user last asked for an attempt. `spec` is resolved: it has every default. `step` is the
+    last recorded step that the server knows. `summary` is the run's `summary.json`. `revision`
+    grows with each change.
     """
 
     id: str
@@ -70,7 +73,7 @@ class Job:
     run_dir: str
     data_dir: str | None
     package: str | None
-    """sha256 of the user code that came with it."""
+    """SHA-256 of the user's code, None for a built-in task."""
     summary: Mapping[str, Any] | None
     revision: int
     idempotency_key: str | None
@@ -78,10 +81,10 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One submission to the cluster, `<job>-a<number>` there; numbers count from 1.
+    """One submission of a job to the cluster, named `<job>-a<number>` there; numbers start at 1.
 
-    `resumed_from_step` is the step of the checkpoint it goes on from, 0 from the beginning, None
-    while that is not known.
+    `resumed_from_step` is the step of the checkpoint from which it resumed, 0 for the beginning,
+    None while that is unknown.
     """
 
     job: str
@@ -98,9 +101,9 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class JobEvent:
-    """Something that happened to a job, told by its driver or by the control plane.
+    """Something that happened to a job, reported by its driver or noted by the control plane.
 
-    `sequence` counts 1, 2, ... for each job, in the order in which they became known.
+    `sequence` counts 1, 2, ... within the job, in the order in which the server stored the events.
     """
 
     job: str
@@ -118,7 +121,7 @@ class JobEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class LogLine:
-    """A line of a worker's log, without its newline; `time` in Unix seconds, if it says one."""
+    """A line of a worker's log without its newline; `time` is None for a line without one."""
 
     role: str
     rank: int
@@ -129,7 +132,7 @@ class LogLine:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricPoint:
-    """A value at a step; NaN where it was not finite."""
+    """A metric's value at a step; NaN stands for any value that was not finite."""
 
     step: int
     time: float
@@ -138,10 +141,10 @@ class MetricPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSeries:
-    """The history of one metric in ascending steps.
+    """The history of one metric, in ascending order of steps.
 
-    A point stands for `sampled_every` steps: 1 is every step, above that it is their mean, for
-    staleness their maximum, and has the last step and time of them.
+    Each point stands for `sampled_every` steps. Above 1, its value is their mean, or for staleness
+    their maximum, and its step and time are those of the last of them.
     """
 
     name: str
@@ -151,7 +154,7 @@ class MetricSeries:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFacts:
-    """A checkpoint as it lies on the server's file system, with the bytes of all its files."""
+    """A checkpoint on the server's file system; `size_bytes` sums all its files."""
 
     step: int
     path: str
@@ -161,7 +164,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedEvent:
-    """An event of the run folder; `line` is its line in `events.jsonl`, counted from 1."""
+    """An event from the run folder; `line` is its line in `events.jsonl`, from 1."""
 
     line: int
     event: Event
@@ -169,7 +172,7 @@ class ReportedEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class StepValues:
-    """What was measured in one step, by metric name such as `objective` or `damping`."""
+    """The measurements of one step, by metric name such as `objective` or `damping`."""
 
     step: int
     time: float
@@ -178,7 +181,7 @@ class StepValues:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedState:
-    """Where the run stands: `job.json`, and `summary.json` once it has ended.
+    """The state of a run, from its `job.json`, and from `summary.json` once it has ended.
 
     `state` is STARTING, RUNNING, DEGRADED, PAUSED, SUCCEEDED, FAILED or CANCELLED.
     """
@@ -194,7 +197,7 @@ class ReportedState:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a driver tells: all of it may be told again without harm. Empty, it is a heartbeat."""
+    """News of one attempt. Reporting the same news twice is harmless; empty, it is a heartbeat."""
 
     job: str
     attempt: int
@@ -204,16 +207,17 @@ class Report:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it tells nothing but that its driver lives."""
+        """Whether it says nothing except that the driver is alive."""
         return self.state is None and not self.events and not self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportAnswer:
-    """What the driver is to do, and what is known of its run.
+    """What the driver should do, and what the server knows of its run.
 
-    A driver goes on reporting at line `events_known` + 1 and after step `steps_known`. `fenced`
-    tells a driver that another attempt has taken its place: it is to end at once.
+    The driver continues its reports at line `events_known` + 1 of its events and after step
+    `steps_known`. `fenced` means that another attempt has replaced the driver's, which must end
+    at once.
     """
 
     order: Order

@@ -1,13 +1,11 @@
-"""What may be done with jobs; every way into the control plane ends here.
+"""Everything that can be done with jobs; all requests to the control plane end here.
 
-Synchronous and thread-safe. Every method raises KfacDistError subclasses only.
+Synchronous and thread-safe. Methods raise only subclasses of KfacDistError.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import UsageError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints
+from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.changes import ChangeFeed
 from kfac_dist.service.job_records import (
     Attempt,
@@ -57,13 +56,19 @@ class Jobs:
         package: bytes | None = None,
         data_dir: str | None = None,
     ) -> Job:
-        """Accept a job: check it and make it durable. It is PENDING.
+        """Check a job and store it durably as PENDING.
 
-        `package` is a zip of the folder that user code is looked for in. The same key with the
-        same request, by the same owner, gives the job that is there.
+        Args:
+            spec: the specification; missing keys get their defaults.
+            owner: name of the token that submits the job.
+            priority: jobs with a higher priority leave the queue earlier.
+            idempotency_key: the same key with the same request by the same owner returns the job
+                that was created first.
+            package: zip of the folder with the user's code, None for a built-in task.
+            data_dir: absolute folder of data sets on the cluster's file system.
 
         Raises:
-            InvalidSpecError: the specification or the package is wrong, with every problem.
+            InvalidSpecError: the specification or the package is wrong; lists every problem.
             UsageError: another part of the request is wrong.
             ConflictError: the key was used for another request.
         """
@@ -84,13 +89,13 @@ class Jobs:
         """Return a job.
 
         Raises:
-            NotFoundError: there is none of this id.
+            NotFoundError: no job has this id.
         """
         with self.store.read() as session:
             return to_job(find(session, job_id))
 
     def attempts(self, job_id: str) -> Sequence[Attempt]:
-        """Return the attempts of a job, first to last."""
+        """Return the attempts of a job, oldest first."""
         with self.store.read() as session:
             row = find(session, job_id)
             query = select(AttemptRow).where(AttemptRow.job == row.number)
@@ -106,75 +111,79 @@ class Jobs:
         page_size: int = 50,
         page_token: str = "",
     ) -> tuple[Sequence[Job], str]:
-        """Return a page of jobs, newest first, and the token of the next, empty at the end.
+        """Return a page of jobs, newest first, and the token of the next page, empty at the end.
 
-        They are without specification and summary, which are most of a job.
+        The jobs have no specification and no summary, which would be most of the page.
 
         Raises:
-            UsageError: the token is not one of this listing's, or the size is out of range.
+            UsageError: the size is out of range, or the token is from another listing.
         """
         listing = Listing(states=tuple(states), owner=owner, name=name)
         with self.store.read() as session:
             rows = session.execute(listing.query(page_size, page_token)).all()
         page = rows[:page_size]
-        more = listing.token(page[-1].number) if len(rows) > page_size else ""
-        return [to_job(row, whole=False) for row in page], more
+        next_token = listing.token(page[-1].number) if len(rows) > page_size else ""
+        return [to_job(row, whole=False) for row in page], next_token
 
     def cancel(self, job_id: str, *, now: bool = False) -> Job:
-        """Let a job end; `now` without waiting for its step and checkpoint.
+        """End a job; with `now`, without waiting for its current step and a checkpoint.
 
         Raises:
-            ConflictError: it has ended.
+            ConflictError: the job has ended.
         """
         return self._request(job_id, Trigger.CANCEL, "cancelled by request", now=now)
 
     def pause(self, job_id: str) -> Job:
-        """Let a job leave a checkpoint and end, to be resumed.
+        """Stop a job at a checkpoint, from which it can be resumed.
 
         Raises:
-            ConflictError: it has ended or is being cancelled.
+            ConflictError: the job has ended or is being cancelled.
         """
         return self._request(job_id, Trigger.PAUSE, "paused by request")
 
     def resume(self, job_id: str) -> Job:
-        """Let a paused job go on.
+        """Resume a paused job from its newest checkpoint.
 
         Raises:
-            ConflictError: it is not paused.
+            ConflictError: the job is not paused.
         """
         return self._request(job_id, Trigger.RESUME, "resumed by request")
 
     def retry(self, job_id: str) -> Job:
-        """Let a failed or cancelled job go on at its newest checkpoint.
+        """Start a new attempt of a failed or cancelled job, from its newest checkpoint.
 
         Raises:
-            ConflictError: it has not ended, or succeeded.
+            ConflictError: the job has not ended, or has succeeded.
         """
         return self._request(job_id, Trigger.RETRY, "retried by request")
 
-    def _request(self, job_id: str, event: Trigger, message: str, *, now: bool = False) -> Job:
+    def _request(self, job_id: str, trigger: Trigger, message: str, *, now: bool = False) -> Job:
         with self.change(job_id) as (session, row):
-            moved = move(session, row, event, time.time(), reason="requested", message=message)
-            row.cancel_now = event is Trigger.CANCEL and (now or row.cancel_now)
-            if event in (Trigger.RESUME, Trigger.RETRY):
+            moved = move(session, row, trigger, time.time(), reason="requested", message=message)
+            row.cancel_now = trigger is Trigger.CANCEL and (now or row.cancel_now)
+            if trigger in (Trigger.RESUME, Trigger.RETRY):
                 row.num_restarts = 0
                 row.first_failure = row.summary = None
             if moved or now:
-                note(session, row, f"{event}_requested", message, time.time())
+                note(session, row, f"{trigger}_requested", message, time.time())
         return to_job(row)
 
     @contextmanager
     def change(self, job_id: str) -> Iterator[tuple[Session, JobRow]]:
-        """Give a job's row to change in a transaction, and tell of the change after it."""
+        """Open a transaction on a job's row; if it changes the row, listeners are called after.
+
+        Raises:
+            NotFoundError: no job has this id.
+        """
         with self.store.write() as session:
-            row = find(session, job_id, to_change=True)
+            row = find(session, job_id, for_update=True)
             before = row.revision
             yield session, row
         if row.revision != before:
             self._feed.publish(job_id)
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 500) -> Sequence[JobEvent]:
-        """Return events with a sequence above `after`, in order.
+        """Return at most `limit` events whose sequence is above `after`, in order.
 
         Raises:
             UsageError: a number is out of range.
@@ -188,7 +197,7 @@ class Jobs:
             return [to_event(event, job_id) for event in events]
 
     def metric_names(self, job_id: str) -> Sequence[str]:
-        """Return the names of all metrics that the job has a history of."""
+        """Return the names of all metrics that have a history in this job."""
         with self.store.read() as session:
             return history.metric_names(session, find(session, job_id))
 
@@ -201,10 +210,12 @@ class Jobs:
         last_step: int | None = None,
         max_points: int = 1000,
     ) -> Sequence[MetricSeries]:
-        """Return histories in the order of `names`, thinned out to at most `max_points` each.
+        """Return histories in the order of `names`, each thinned out to at most `max_points`.
+
+        Both steps are included in the range; None leaves that end open.
 
         Raises:
-            NotFoundError: the job has no metric of this name.
+            NotFoundError: the job has no metric with one of the names.
             UsageError: a number is out of range.
         """
         _check_range("max_points", max_points, 1, _MAX_POINTS)
@@ -215,49 +226,39 @@ class Jobs:
             return history.read_series(session, row, names, first_step, last_step, max_points)
 
     def checkpoints(self, job_id: str) -> Sequence[CheckpointInfo]:
-        """Return the job's checkpoints, newest first, not verified."""
+        """Return the job's checkpoints, newest first, without verifying their content."""
         return list_checkpoints(Path(self.get(job_id).run_dir) / "checkpoints")
 
     def log_dir(self, job_id: str) -> Path:
-        """Where the logs of the job's roles are; the folder may not be there yet."""
+        """Return the folder of the job's logs, which may not exist yet."""
         return Path(self.get(job_id).run_dir) / "logs"
 
     def check_report_token(self, job_id: str, attempt: int, token: str) -> bool:
-        """Whether `token` is the secret that the driver of this attempt was given."""
-        with self.store.read() as session:
-            row = session.get(AttemptRow, (find(session, job_id).number, attempt))
-        given = hashlib.sha256(token.encode()).hexdigest()
-        return row is not None and hmac.compare_digest(row.token_sha256, given)
-
-    def report(self, report: Report, *, heard: bool = True) -> ReportAnswer:
-        """Take up what a driver tells, and answer what it is to do.
-
-        Not `heard` is what was read in its run folder, and no sign of life.
+        """Return whether `token` is the secret of this attempt's driver.
 
         Raises:
-            NotFoundError: there is no such job.
+            NotFoundError: no job has this id.
+        """
+        with self.store.read() as session:
+            row = session.get(AttemptRow, (find(session, job_id).number, attempt))
+        return row is not None and hmac.compare_digest(row.token_sha256, hash_secret(token))
+
+    def report(self, report: Report, *, heard: bool = True) -> ReportAnswer:
+        """Store what is new in a report, and answer what the driver should do.
+
+        `heard` is False for a report that the server itself read from the run folder, which does
+        not prove that the driver is alive.
+
+        Raises:
+            NotFoundError: no job has this id.
         """
         with self.change(report.job) as (session, row):
             return reports.take_up(session, row, report, time.time(), heard=heard)
 
-    def wait_for_change(self, job_id: str, revision: int, timeout_seconds: float) -> Job | None:
-        """Return the job once its revision is above `revision`, None when the time is over."""
-        woken = threading.Event()
-        unsubscribe = self.subscribe(lambda changed: woken.set() if changed == job_id else None)
-        deadline = time.monotonic() + timeout_seconds
-        try:
-            while (job := self.get(job_id)).revision <= revision:
-                if not woken.wait(max(0.0, deadline - time.monotonic())):
-                    return None
-                woken.clear()
-            return job
-        finally:
-            unsubscribe()
-
     def subscribe(self, listener: Callable[[str], None]) -> Callable[[], None]:
-        """Call `listener` with the id of each job that changes, on any thread; returns its end.
+        """Call `listener` with the id of each changed job, on the thread that changed it.
 
-        An asyncio server hands it to its loop with `call_soon_threadsafe`: no thread a watcher.
+        A listener must return at once and never raise. Call the returned function to unsubscribe.
         """
         return self._feed.subscribe(listener)
 

@@ -1,4 +1,4 @@
-"""A checked request becomes a durable job, once."""
+"""Submission: a request is checked, then it becomes a durable job, exactly once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
+from kfac_dist._home import runs_dir
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import ConflictError, InvalidSpecError, UsageError
@@ -23,102 +24,13 @@ from kfac_dist.service.store import JobRow, Store
 from kfac_dist.service.store.job_rows import note, to_job
 from kfac_dist.service.wire.package import check_package
 
-
-def submit(store: Store, home: Path, request: JobRequest) -> tuple[Job, bool]:
-    """Return the job of a request, and whether it is a new one.
-
-    Raises:
-        ConflictError: its key was used for another request.
-    """
-    if (job := _same(store, request)) is not None:
-        return job, False
-    _keep_package(home, request)
-    try:
-        return _insert(store, home, request), True
-    except IntegrityError:  # the same key at the same time
-        if (job := _same(store, request)) is not None:
-            return job, False
-        raise
-
-
-def package_path(home: Path, sha256: str) -> Path:
-    """Where a package is kept."""
-    return home / "packages" / f"{sha256}.zip"
-
-
-def _same(store: Store, request: JobRequest) -> Job | None:
-    """Return the job that the owner's key has made before."""
-    if request.idempotency_key is None:
-        return None
-    with store.read() as session:
-        row = session.scalar(
-            select(JobRow).where(
-                JobRow.owner == request.owner,
-                JobRow.idempotency_key == request.idempotency_key,
-            )
-        )
-    if row is None:
-        return None
-    if row.request_sha256 != request.sha256:
-        raise ConflictError(
-            f"idempotency_key: {request.idempotency_key} was used for another request, which "
-            f"became job {row.id}; use a new key"
-        )
-    return to_job(row)
-
-
-def _keep_package(home: Path, request: JobRequest) -> None:
-    """Keep the user's code, before there is a job that needs it."""
-    if request.package is None or request.package_sha256 is None:
-        return
-    path = package_path(home, request.package_sha256)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_bytes(request.package)
-    temporary.replace(path)
-
-
-def _insert(store: Store, home: Path, request: JobRequest) -> Job:
-    now = time.time()
-    job_id = f"{request.spec.name}-{secrets.token_hex(4)}"
-    row = JobRow(
-        id=job_id,
-        name=request.spec.name,
-        owner=request.owner,
-        idempotency_key=request.idempotency_key,
-        request_sha256=request.sha256,
-        state=JobState.PENDING,
-        state_since=now,
-        priority=request.priority,
-        spec=request.spec.model_dump(mode="json"),
-        num_steps=request.spec.steps,
-        created_at=now,
-        updated_at=now,
-        run_dir=str(home / "runs" / job_id),
-        data_dir=request.data_dir,
-        package=request.package_sha256,
-        attempt=0,
-        num_restarts=0,
-        cancel_now=False,
-        revision=0,
-        last_sequence=0,
-        events_known=0,
-        steps_known=0,
-    )
-    with store.write() as session:
-        session.add(row)
-        session.flush()
-        note(session, row, "submitted", f"submitted by {request.owner}", now)
-    return to_job(row)
-
-
 MAX_PRIORITY = 1000
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """A checked request; `package` is a zip of the folder in which user code is looked for."""
+    """A checked request; `package` is a zip of the folder with the user's code."""
 
     spec: JobSpec
     owner: str
@@ -129,19 +41,19 @@ class JobRequest:
 
     @property
     def package_sha256(self) -> str | None:
-        """What the package is stored under."""
+        """The name under which the package is stored."""
         return None if self.package is None else hashlib.sha256(self.package).hexdigest()
 
     @property
     def sha256(self) -> str:
-        """The same for the same request, whatever its key."""
-        asked = [
+        """A hash of what is requested, without owner and key: equal for equal requests."""
+        requested = [
             self.spec.model_dump(mode="json"),
             self.priority,
             self.package_sha256,
             self.data_dir,
         ]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(requested, sort_keys=True).encode()).hexdigest()
 
 
 def check_request(
@@ -182,10 +94,11 @@ def check_request(
 
 
 def _check_task(spec: JobSpec, package: bytes | None) -> None:
+    """Refuse a task whose code is missing, superfluous or outside the package."""
     source = spec.task.rpartition(":")[0]
     if package is not None:
         if not source:
-            raise InvalidSpecError(f"task: {spec.task} is built in, and user code came with it")
+            raise InvalidSpecError(f"task: {spec.task} is built in, but user code came with it")
         check_package(package)
     if not source.endswith(".py"):
         return
@@ -195,4 +108,92 @@ def _check_task(spec: JobSpec, package: bytes | None) -> None:
             f"task: {source} must be a path inside the folder of the specification"
         )
     if package is None:
-        raise InvalidSpecError(f"task: {source} is user code, and none came with the job")
+        raise InvalidSpecError(f"task: {source} is user code, but none came with the job")
+
+
+def submit(store: Store, home: Path, request: JobRequest) -> tuple[Job, bool]:
+    """Return the job of a request, and whether it is new.
+
+    Raises:
+        ConflictError: the idempotency key was used for another request.
+    """
+    if (job := _find_submitted(store, request)) is not None:
+        return job, False
+    _keep_package(home, request)
+    try:
+        return _insert(store, home, request), True
+    except IntegrityError:  # another call used the same key since the first look
+        if (job := _find_submitted(store, request)) is not None:
+            return job, False
+        raise
+
+
+def package_path(home: Path, sha256: str) -> Path:
+    """Return the file of a stored package."""
+    return home / "packages" / f"{sha256}.zip"
+
+
+def _find_submitted(store: Store, request: JobRequest) -> Job | None:
+    """Return the job that this owner has already submitted with this key."""
+    if request.idempotency_key is None:
+        return None
+    with store.read() as session:
+        row = session.scalar(
+            select(JobRow).where(
+                JobRow.owner == request.owner,
+                JobRow.idempotency_key == request.idempotency_key,
+            )
+        )
+    if row is None:
+        return None
+    if row.request_sha256 != request.sha256:
+        raise ConflictError(
+            f"idempotency_key: {request.idempotency_key} was used for another request, which "
+            f"became job {row.id}; use a new key"
+        )
+    return to_job(row)
+
+
+def _keep_package(home: Path, request: JobRequest) -> None:
+    """Store the user's code, before there is a job that needs it."""
+    if request.package is None or request.package_sha256 is None:
+        return
+    path = package_path(home, request.package_sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(request.package)
+    temporary.replace(path)
+
+
+def _insert(store: Store, home: Path, request: JobRequest) -> Job:
+    now = time.time()
+    job_id = f"{request.spec.name}-{secrets.token_hex(4)}"
+    row = JobRow(
+        id=job_id,
+        name=request.spec.name,
+        owner=request.owner,
+        idempotency_key=request.idempotency_key,
+        request_sha256=request.sha256,
+        state=JobState.PENDING,
+        state_since=now,
+        priority=request.priority,
+        spec=request.spec.model_dump(mode="json"),
+        num_steps=request.spec.steps,
+        created_at=now,
+        updated_at=now,
+        run_dir=str(runs_dir(home) / job_id),
+        data_dir=request.data_dir,
+        package=request.package_sha256,
+        attempt=0,
+        num_restarts=0,
+        cancel_now=False,
+        revision=0,
+        last_sequence=0,
+        events_known=0,
+        steps_known=0,
+    )
+    with store.write() as session:
+        session.add(row)
+        session.flush()
+        note(session, row, "submitted", f"submitted by {request.owner}", now)
+    return to_job(row)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from kfac_dist._home import data_cache, default_home
 from kfac_dist.config import JobSpec
 from kfac_dist.config.wording import did_you_mean
 from kfac_dist.data import Places, case_source, text_source
@@ -64,7 +65,7 @@ def load_task(
         )
     built_in = BUILT_IN[spec.task]
     check_arguments(built_in.make, spec.task_args, f"task {spec.task}", supplied=("source",))
-    cache = cache_dir or Path.home() / ".kfac_dist" / "data"
+    cache = cache_dir or data_cache(default_home())
     source = built_in.source(
         spec.data.name,
         limit=spec.data.limit,

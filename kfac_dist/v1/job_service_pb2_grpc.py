@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class JobServiceStub:
-    """Jobs, from their submission to their end.
+    """Submits, controls and watches jobs.
     """
 
     def __init__(self, channel):
@@ -98,11 +98,11 @@ class JobServiceStub:
 
 
 class JobServiceServicer:
-    """Jobs, from their submission to their end.
+    """Submits, controls and watches jobs.
     """
 
     def CreateJob(self, request, context):
-        """Accepts a job: it is stored durably before anything is asked of the cluster. Role submitter.
+        """Submits a job. It is stored durably before it reaches the cluster. Role submitter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,57 +123,59 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Ends a job. It is CANCELLED once nothing of it is left. Role submitter, of others' jobs admin.
+        """Ends a job. It is CANCELLED once nothing of it is left. Role submitter; admin for jobs of
+        others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseJob(self, request, context):
-        """Stops a job at a checkpoint. Role submitter, of others' jobs admin.
+        """Stops a job at a checkpoint. Role submitter; admin for jobs of others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeJob(self, request, context):
-        """Lets a paused job go on. Role submitter, of others' jobs admin.
+        """Resumes a paused job. Role submitter; admin for jobs of others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RetryJob(self, request, context):
-        """Starts a new attempt of a failed or cancelled job, from its newest checkpoint. Role submitter,
-        of others' jobs admin.
+        """Starts a new attempt of a failed or cancelled job, from its newest checkpoint. Role submitter;
+        admin for jobs of others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Sends the job now and at every change, with its events and steps, until it ends. Role viewer.
+        """Sends the job as it is, then every change with new events and metrics, until the job has ended.
+        Role viewer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamLogs(self, request, context):
-        """Sends the workers' logs, also after the job's end. Role viewer.
+        """Sends the workers' logs, also after the job has ended. Role viewer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QueryMetrics(self, request, context):
-        """Returns the history of metrics, thinned out to a number of points. Role viewer.
+        """Returns the history of metrics, thinned out to a given number of points. Role viewer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListEvents(self, request, context):
-        """Lists what happened to a job, oldest first. Role viewer.
+        """Lists the events of a job, oldest first. Role viewer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,7 +260,7 @@ def add_JobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class JobService:
-    """Jobs, from their submission to their end.
+    """Submits, controls and watches jobs.
     """
 
     @staticmethod

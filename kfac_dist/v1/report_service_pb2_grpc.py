@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ReportServiceStub:
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token.
+    """Only for drivers. Needs the metadata `authorization: Bearer TOKEN` with the attempt's report
+    token.
     """
 
     def __init__(self, channel):
@@ -43,11 +44,12 @@ class ReportServiceStub:
 
 
 class ReportServiceServicer:
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token.
+    """Only for drivers. Needs the metadata `authorization: Bearer TOKEN` with the attempt's report
+    token.
     """
 
     def Report(self, request, context):
-        """Takes a batch of news; also the heartbeat of an attempt, sent when there is none.
+        """Reports a batch of news. An empty report is a heartbeat of the attempt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +72,8 @@ def add_ReportServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ReportService:
-    """For drivers alone. Wants metadata `authorization: Bearer TOKEN` with the attempt's report token.
+    """Only for drivers. Needs the metadata `authorization: Bearer TOKEN` with the attempt's report
+    token.
     """
 
     @staticmethod

@@ -1,16 +1,20 @@
-"""Commands that need no workers."""
+"""Commands that run without workers."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from kfac_dist.cli import doctor_checks as checks
+from kfac_dist.cli.app import app
 from kfac_dist.config import load_spec
 from tests.cli.conftest import KfacDist
 
@@ -42,6 +46,30 @@ ROWS = [
 ]
 
 
+def command_lines(group: Any, *words: str) -> Iterator[tuple[str, ...]]:
+    """Every command line of `group`, those of its groups included."""
+    yield words
+    for name, command in getattr(group, "commands", {}).items():
+        yield from command_lines(command, *words, name)
+
+
+@pytest.mark.parametrize("words", command_lines(get_command(app)), ids=" ".join)
+def test_help_fits_80_columns(
+    kfac_dist: KfacDist, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = kfac_dist(*words, "--help")
+    assert done.code == 0
+    assert max(len(line) for line in done.out.splitlines()) <= 80
+    assert "…" not in done.out  # a word was too long for its column
+
+
+def test_help_is_broken_into_lines_by_the_terminal_alone(kfac_dist: KfacDist) -> None:
+    text = get_command(app).commands["serve"].help
+    assert text.count("\n\n") >= 1
+    assert "\n" not in text.replace("\n\n", "")
+
+
 def test_no_command_is_help(kfac_dist: KfacDist) -> None:
     done = kfac_dist()
     assert done.code == 0
@@ -57,7 +85,7 @@ def test_validate_in_three_formats(kfac_dist: KfacDist, spec: Path) -> None:
     assert yaml.safe_load(kfac_dist("validate", spec, "-o", "yaml").out)["spec"] == resolved
 
 
-def test_a_dry_run_prints_what_would_run_and_leaves_no_trace(
+def test_a_dry_run_prints_what_would_run_and_writes_nothing(
     kfac_dist: KfacDist, spec: Path, home: Path
 ) -> None:
     done = kfac_dist("train", spec, "--dry-run", "--set", "steps=7", "-o", "json")
@@ -104,7 +132,7 @@ def test_layers_shows_the_registration_report(
     assert result == {"num_parameters": 23520, "layers": ROWS}
 
 
-def test_doctor_finds_what_is_here(
+def test_doctor_reports_what_this_machine_has(
     kfac_dist: KfacDist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in checks._MNIST_FILES:
@@ -131,7 +159,7 @@ def test_doctor_exits_with_1_when_something_required_is_missing(
     assert not home.exists()
 
 
-def test_doctor_tells_of_a_home_that_cannot_be_written(kfac_dist: KfacDist, home: Path) -> None:
+def test_doctor_reports_a_home_that_cannot_be_written(kfac_dist: KfacDist, home: Path) -> None:
     home.touch()
     done = kfac_dist("doctor", "-o", "json")
     assert done.code == 1

@@ -1,4 +1,4 @@
-"""The verbs of the control plane as a user types them, against a real server in this process."""
+"""The commands for jobs on a server, against a real server in this process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_same_key_submits_once(server: Serving, kfac_dist: KfacDist, spec: P
     assert (done.code, done.out) == (9, "")
 
 
-def test_a_users_task_goes_along(server: Serving, kfac_dist: KfacDist, tmp_path: Path) -> None:
+def test_user_code_is_sent_along(server: Serving, kfac_dist: KfacDist, tmp_path: Path) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "task.py").write_text("class Task: pass\n")
@@ -78,7 +78,7 @@ def test_a_users_task_goes_along(server: Serving, kfac_dist: KfacDist, tmp_path:
     assert package_path(server.jobs.home, stored.package).is_file()
 
 
-def test_list_and_its_formats(server: Serving, kfac_dist: KfacDist, job: str) -> None:
+def test_list_in_three_formats(server: Serving, kfac_dist: KfacDist, job: str) -> None:
     assert [row["job"] for row in json.loads(kfac_dist("list", "-o", "json").out)["jobs"]] == [job]
     assert yaml.safe_load(kfac_dist("list", "-o", "yaml").out)["jobs"][0]["state"] == "PENDING"
     table = kfac_dist("list").out
@@ -100,7 +100,7 @@ def test_describe_has_what_train_prints(server: Serving, kfac_dist: KfacDist, jo
     assert "digits" in kfac_dist("describe", job).out
 
 
-def test_life_by_requests(server: Serving, kfac_dist: KfacDist, job: str) -> None:
+def test_pause_resume_cancel_and_retry(server: Serving, kfac_dist: KfacDist, job: str) -> None:
     def state(verb: str, *options: str) -> str:
         done = kfac_dist(verb, job, *options, "-o", "json")
         assert done.code == 0, done.err
@@ -125,14 +125,14 @@ def test_no_such_job_is_exit_code_4(server: Serving, kfac_dist: KfacDist, verb: 
     assert "none-such" in done.err
 
 
-def test_a_wrong_specification_is_exit_code_3_and_sent_nowhere(
+def test_a_wrong_specification_is_exit_code_3_and_not_submitted(
     server: Serving, kfac_dist: KfacDist, spec: Path
 ) -> None:
     assert kfac_dist("submit", spec, "--set", "optimizer.nme=sgd").code == 3
     assert server.jobs.list() == ([], "")
 
 
-def test_who_may_not_is_told_by_exit_code_6(
+def test_what_a_token_does_not_permit_is_exit_code_6(
     server: Serving, kfac_dist: KfacDist, job: str, spec: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KFAC_DIST_TOKEN", server.token("looker", Role.VIEWER))
@@ -257,7 +257,7 @@ def test_explain_puts_the_first_failure_before_its_echoes(
     assert job in facts["advice"]
 
 
-def test_tokens_are_made_listed_and_revoked(kfac_dist: KfacDist, home: Path) -> None:
+def test_tokens_are_created_listed_and_revoked(kfac_dist: KfacDist, home: Path) -> None:
     made = json.loads(kfac_dist("token", "create", "eve", "--role", "submitter", "-o", "json").out)
     assert made["role"] == "submitter"
     listed = kfac_dist("token", "list", "-o", "json").out
@@ -278,7 +278,7 @@ def test_serve_refuses_to_be_exposed(kfac_dist: KfacDist) -> None:
     assert kfac_dist("serve", "--tls-cert", "x.pem").code == 2
 
 
-def test_what_of_a_job_is_not_on_this_machine_is_named(
+def test_replay_names_the_folder_that_is_not_on_this_machine(
     server: Serving, kfac_dist: KfacDist, job: str
 ) -> None:
     run_dir = server.jobs.get(job).run_dir

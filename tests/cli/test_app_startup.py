@@ -1,4 +1,4 @@
-"""The program itself, as a process: what it loads, how fast it answers, how it ends."""
+"""The program as a process: what it imports, how fast it answers, how it ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _start(*arguments: str, code: str = PROGRAM) -> subprocess.CompletedProcess[
         ["doctor"],
     ],
 )
-def test_what_needs_no_training_loads_nothing_heavy(arguments: list[str]) -> None:
+def test_commands_that_do_not_train_import_nothing_heavy(arguments: list[str]) -> None:
     watched = (
         "import atexit, sys\n"
         f"atexit.register(lambda: print('LOADED', [m for m in {HEAVY} if m in sys.modules]))\n"
@@ -49,17 +49,17 @@ def test_help_takes_under_half_a_second() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    # The processor's time and not the clock's: other tests may run beside this one.
+    # CPU time instead of wall-clock time, since other tests may run beside this one.
     assert min(seconds() for _ in range(3)) < 0.5
 
 
-def test_the_version_is_the_packages() -> None:
+def test_the_version_is_that_of_the_package() -> None:
     from kfac_dist import __version__
 
     assert _start("--version").stdout == f"kfac-dist {__version__}\n"
 
 
-def test_a_closed_pipe_is_no_traceback() -> None:
+def test_a_closed_pipe_prints_no_traceback() -> None:
     command = f'"{sys.executable}" -c "{PROGRAM}" spec schema | head -1'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout == "{\n"

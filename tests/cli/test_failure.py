@@ -48,15 +48,17 @@ def test_message_and_exit_code(
     assert all(line.startswith("error: ") for line in done.err.splitlines())
 
 
-def test_validation_tells_all_problems_one_a_line(kfac_dist: KfacDist, tmp_path: Path) -> None:
+def test_validation_reports_all_problems_each_on_a_line(
+    kfac_dist: KfacDist, tmp_path: Path
+) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("name: a b\nsteps: '3'\noptimizer: {dampin: 1}\n")
     done = kfac_dist("validate", path)
     assert done.code == 3
-    assert len(done.err.splitlines()) == 5  # three wrong, two missing
+    assert len(done.err.splitlines()) == 5  # three wrong keys, two missing ones
 
 
-def test_the_place_of_a_syntax_error_is_told(kfac_dist: KfacDist, tmp_path: Path) -> None:
+def test_a_syntax_error_has_line_and_column(kfac_dist: KfacDist, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("name: [a\nsteps: 3\n")
     done = kfac_dist("validate", path)
@@ -77,7 +79,7 @@ def test_with_json_the_error_is_an_object_on_stderr(kfac_dist: KfacDist, option:
     }
 
 
-def test_every_error_of_the_tree_has_the_code_of_the_contract(
+def test_every_error_of_the_tree_has_its_documented_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     codes = {
@@ -113,10 +115,10 @@ def test_a_bug_writes_its_traceback_to_a_file(
     assert "in broken" in report.read_text()
 
 
-def test_a_bug_is_told_where_the_home_cannot_be_written(
+def test_a_bug_is_reported_even_if_the_home_cannot_be_written(
     kfac_dist: KfacDist, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home.touch()  # a file is in the place of the folder
+    home.touch()  # a file stands where the folder should be
 
     def broken(**_: object) -> None:
         raise ZeroDivisionError
@@ -125,7 +127,7 @@ def test_a_bug_is_told_where_the_home_cannot_be_written(
     assert kfac_dist("doctor").code == 70
 
 
-def test_a_full_disk_is_no_bug(kfac_dist: KfacDist, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_a_bug(kfac_dist: KfacDist, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 

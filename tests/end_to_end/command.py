@@ -1,4 +1,4 @@
-"""The command `kfac-dist` as a user types it: a process of its own, a home of its own."""
+"""Runs the installed command `kfac-dist` as a user does: as a process, with a home for the test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ checkpoint: {every_steps: 4}
 
 @dataclass
 class Running:
-    """A `train` in the background, and its run folder."""
+    """A `kfac-dist train` in the background, and its run folder."""
 
     process: subprocess.Popen[str]
     run_dir: Path

@@ -1,4 +1,4 @@
-"""`kfac-dist serve` as a user starts it, and what is asked of it."""
+"""Runs `kfac-dist serve` as a user does, and sends it requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 
 from tests.end_to_end.command import CommandLine
 
-PATIENCE = 400.0  # seconds for what takes tens on a machine of one's own
+PATIENCE = 400.0  # seconds, for what takes tens of seconds on an idle machine
 
 
 class Server:
@@ -37,7 +37,7 @@ class Server:
         self.process.communicate()
 
     def end(self) -> None:
-        """End it, its cluster and all that it has started."""
+        """End the server, its cluster and every process it has started."""
         self.command.run("cluster", "down", "--force", seconds=PATIENCE)
         for process in self.command.started:
             if process.poll() is None:

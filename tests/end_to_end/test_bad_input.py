@@ -1,4 +1,4 @@
-"""A user's mistakes: one message that says what, where and what would be right; an exit code."""
+"""A user's mistakes: each gives an exit code and a message with what, where and the remedy."""
 
 from __future__ import annotations
 

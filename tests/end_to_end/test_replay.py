@@ -1,4 +1,4 @@
-"""`kfac-dist replay` as a user types it, by the folder of a run."""
+"""`kfac-dist replay` as a user types it, given the folder of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parameters(run_dir: Path) -> bytes:
 
 
 def last_line(stdout: str) -> dict[str, Any]:
-    return json.loads(stdout.splitlines()[-1])  # before it the task prints lines of its own
+    return json.loads(stdout.splitlines()[-1])  # the task prints its own lines before
 
 
 def test_a_run_is_replayed_and_a_changed_record_is_found(command: CommandLine) -> None:

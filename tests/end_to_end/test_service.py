@@ -1,4 +1,4 @@
-"""The control plane as a user types it: a server, two jobs, and a kill -9 in the middle."""
+"""The control plane as a user sees it: a server, two jobs, and a kill -9 in between."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 300
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests: a Ray cluster takes its time. The last test ends it."""
+    """One server for all tests, since a Ray cluster starts slowly. The last test ends it."""
     running = Server(CommandLine(tmp_path_factory.mktemp("service")))
     yield running
     running.end()
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A control plane of another home on the same machine."""
+    """A control plane with another home on the same machine."""
     running = Server(CommandLine(tmp_path_factory.mktemp("neighbour")))
     yield running
     running.end()
@@ -49,7 +49,7 @@ def drivers(job: str) -> list[psutil.Process]:
 
 
 def client_of(server: Server) -> Client:
-    """A client as the server's own user has one."""
+    """A client like that of the server's own user."""
     home = server.command.folder / "home"
     local = read_server(home)
     assert local is not None
@@ -61,7 +61,7 @@ def cluster_of(server: Server) -> str:
     return str(facts["gcs_address"])
 
 
-def test_a_failing_task_is_explained_and_can_be_tried_again(server: Server) -> None:
+def test_a_failing_task_is_explained_and_can_be_retried(server: Server) -> None:
     command = server.command
     folder = command.folder / "own"
     folder.mkdir()
@@ -89,13 +89,13 @@ def test_a_failing_task_is_explained_and_can_be_tried_again(server: Server) -> N
     assert command.run("resume", facts["job"], "--server", "127.0.0.1:9").returncode == 5
 
 
-def test_a_second_server_of_the_same_home_is_refused(server: Server) -> None:
+def test_a_second_server_with_the_same_home_is_refused(server: Server) -> None:
     done = server.command.run("serve", "--listen", "127.0.0.1:0")
     assert done.returncode == 9
-    assert "a server works with this home already" in done.stderr
+    assert "another server already uses this home" in done.stderr
 
 
-def test_both_run_a_job_at_once_and_neither_sees_the_others(
+def test_two_servers_run_jobs_at_once_and_neither_sees_the_other(
     server: Server, neighbour: Server
 ) -> None:
     one, two = neighbour, server
@@ -151,7 +151,7 @@ def test_two_jobs_one_cancelled_and_a_server_that_is_killed(server: Server) -> N
 
     wait_until(lambda: runs(stays), "the first job trains", PATIENCE)
     server.kill()
-    assert processes_with(f"runs/{stays}")  # it went on
+    assert processes_with(f"runs/{stays}")  # the job continues without the server
     unreachable = command.run("list")
     assert unreachable.returncode == 5
     assert "Traceback" not in unreachable.stderr

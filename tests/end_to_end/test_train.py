@@ -31,7 +31,7 @@ def all_tensors(run_dir: Path, step: int) -> dict[str, bytes]:
     }
 
 
-def test_a_job_ends_with_one_json_object_and_a_whole_run_folder(command: CommandLine) -> None:
+def test_a_job_ends_with_one_json_object_and_a_complete_run_folder(command: CommandLine) -> None:
     running = command.train(command.spec(), "--set", "steps=30")
     titles = ["GradientWorker", "InverseWorker", "ParameterServer"]
     assert all(running.actor(title) for title in titles)
@@ -134,7 +134,9 @@ def test_the_baselines_run_on_the_same_workers(command: CommandLine, name: str) 
     assert summary["inverse_staleness_steps"] in ({"mean": 0.0, "max": 0.0}, None)
 
 
-def test_a_killed_inverse_worker_is_replaced_while_training_goes_on(command: CommandLine) -> None:
+def test_a_killed_inverse_worker_is_replaced_while_training_continues(
+    command: CommandLine,
+) -> None:
     running = command.train(command.spec(), "--set", "steps=100000")
     running.wait_for_step(5)
     running.actor("InverseWorker").kill()

@@ -1,4 +1,4 @@
-"""The pages on protocol and security say what the code says."""
+"""The pages on protocol and security agree with the code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_role_is_explained() -> None:
     assert [row[0] for row in rows(SECURITY, "| role |")] == [f"`{role}`" for role in Role]
 
 
-def test_the_limits_are_those_of_the_code() -> None:
+def test_the_limits_are_documented() -> None:
     limits = ServerLimits()
     for text in (
         f"after {limits.call_seconds:g} s",
@@ -52,7 +52,7 @@ def test_the_limits_are_those_of_the_code() -> None:
         assert text in PROTOCOL, text
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_to_other_pages_are_valid() -> None:
     for page in (PROTOCOL, SECURITY):
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
             assert (DOCS / link).exists(), link

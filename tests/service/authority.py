@@ -1,4 +1,4 @@
-"""A certificate authority of a test's own."""
+"""A certificate authority for one test."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Authority:
         )
 
     def sign(self, name: str, *, for_clients: bool = True) -> Certificate:
-        """A certificate for 127.0.0.1, good for servers and, if so, for clients."""
+        """A certificate for 127.0.0.1, valid for servers and, with `for_clients`, for clients."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))

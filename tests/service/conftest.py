@@ -1,4 +1,4 @@
-"""Stores on both databases; PostgreSQL is a server of the tests' own, on a socket."""
+"""Stores in both databases; the tests start their own PostgreSQL server, on a socket."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _binaries() -> Path:
 
 
 def _user() -> str | None:
-    """PostgreSQL refuses to run as root; then it runs as an unprivileged user."""
+    """The user that runs PostgreSQL, which refuses to run as root; None for this user."""
     if os.getuid() != 0:
         return None
     names = {entry.pw_name for entry in pwd.getpwall()}
@@ -39,9 +39,9 @@ def _user() -> str | None:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
-    """The URL of a server that listens on a socket alone, without the name of a database."""
+    """The URL, with a gap for the database's name, of a server that listens only on a socket."""
     binaries, user = _binaries(), _user()
-    # Unix sockets have short names: the folder must be near the root.
+    # The path of a Unix socket is at most 107 bytes long, so the folder must be near the root.
     folder = Path(tempfile.mkdtemp(prefix="kfac-pg-", dir="/tmp"))
     if user is not None:
         shutil.chown(folder, user)
@@ -81,7 +81,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def store(store_url: str) -> Iterator[Store]:
-    """An empty store, on each database."""
+    """An empty store, in each database."""
     opened = open_store(store_url)
     yield opened
     opened.close()

@@ -1,4 +1,4 @@
-"""Specifications and reports for the tests of the control plane."""
+"""Specifications and reports with which the control plane is tested."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A driver that trains nothing: it does the steps of its script, in a real run folder.
+"""A driver that trains nothing: it follows a script and writes a real run folder.
 
-A process of its own that reports as every driver does. `task_args` of its job are the script:
-`seconds` a step, `end` (succeed, fail, worker_dies, die, ignore) at step `end_at`. Each step leaves
-a checkpoint, which is an empty folder.
+It runs in its own process and reports as every driver does. The script is the `task_args` of its
+job: each step takes `seconds`, and at step `end_at` it does `end` (succeed, fail, worker_dies, die,
+ignore). Each step leaves a checkpoint, which is an empty folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kfac_dist.service.reporting.reporter import ReportClient, Reporter
 from kfac_dist.service.reporting.run_reader import RunReader
 
 
-class Ended(Exception):  # noqa: N818 - a state, no error
+class Ended(Exception):  # noqa: N818 - a state, not an error
     """The run ends in `state`."""
 
     def __init__(self, state: str, reason: str | None = None) -> None:
@@ -82,7 +82,7 @@ def train(
         folder.append_event(
             Event(
                 kind="resumed",
-                message="goes on.",
+                message="Resumed.",
                 step=first,
                 attempt=attempt,
                 details={"from_step": first},

@@ -1,4 +1,4 @@
-"""A real server of a test's own: on loopback, on a thread, with its own store."""
+"""A real server for one test: on loopback, in a thread, with its own store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Serving:
     secrets: dict[str, str] = field(default_factory=dict)
 
     def token(self, name: str, role: Role) -> str:
-        """The token of this name, made when it is first asked for."""
+        """The token with this name, created on first use."""
         if name not in self.secrets:
             self.secrets[name] = self.tokens.create(name, role)[1]
         return self.secrets[name]

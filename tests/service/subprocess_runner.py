@@ -1,4 +1,4 @@
-"""A JobRunner without a cluster: each attempt is a real process of this machine."""
+"""A JobRunner without a cluster: each attempt is a real process on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCRIPT = Path(__file__).with_name("scripted_driver.py")
 
 
 class SubprocessRunner:
-    """Runs `scripted_driver.py`; what clusters do wrong can be switched on."""
+    """Runs `scripted_driver.py`; attributes make it fail in the ways of real clusters."""
 
     def __init__(self, num_cpus: int = 4) -> None:
         self.num_cpus = num_cpus

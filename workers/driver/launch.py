@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.jobs.placement import check_placement
 from kfac_dist.coordination.steps.recorded import ReplayScript
@@ -79,8 +80,8 @@ def run_job(
     """
     if is_embedded(ray_address) and replay_script is None:
         _check_placement(spec, local_cluster())
-    preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=home / "data")
-    path = run_dir or home / "runs" / spec.name
+    preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=data_cache(home))
+    path = run_dir or runs_dir(home) / spec.name
     with _open_folder(path, spec, resume, identity) as folder:
         point = find_resume_point(folder, spec.steps) if resume else None
         if point is not None:
@@ -93,7 +94,7 @@ def run_job(
             spec=spec,
             base_dir=base_dir,
             data_dir=data_dir,
-            cache_dir=home / "data",
+            cache_dir=data_cache(home),
             run_dir=folder.path,
             replay_script=replay_script,
         )

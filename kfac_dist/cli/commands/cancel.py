@@ -1,4 +1,4 @@
-"""`kfac-dist cancel`: end a job."""
+"""`kfac-dist cancel`: cancel a job."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import write_state
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format
 
 
 def cancel(
     job_id: JobArgument,
     now: Annotated[
-        bool, typer.Option("--now", help="Kill at once, instead of leaving a checkpoint.")
+        bool, typer.Option("--now", help="Kill the job at once, without a checkpoint.")
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until nothing of the job is left.")
@@ -24,9 +24,10 @@ def cancel(
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """End a job. It is CANCELLED once its processes, memory and placement are gone.
+    """Cancel a job.
 
-    A job that did its last step first has SUCCEEDED.
+    The job is CANCELLED once its processes, memory and placement are gone. It is SUCCEEDED instead
+    if it finished its last step before that.
     """
     with connect(server, ca) as client:
         job = client.cancel(job_id, now=now)

@@ -1,4 +1,4 @@
-"""`kfac-dist cluster`: the Ray cluster of this machine, which outlives servers."""
+"""`kfac-dist cluster`: the Ray cluster on this machine, which outlives servers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from kfac_dist.cli.options import OutputOption, StoreOption
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.errors import ConflictError, NotFoundError
 
-cluster_app = typer.Typer(name="cluster", help="The Ray cluster of this machine.")
-
-
-@cluster_app.callback()
-def _cluster() -> None:
-    """The Ray cluster of this machine."""
+cluster_app = typer.Typer(
+    name="cluster", help="Start, show or end the Ray cluster on this machine."
+)
 
 
 @cluster_app.command()
 def up(output: OutputOption = Format.table) -> None:
-    """Start the cluster of this home, unless it runs; serve does so by itself."""
+    """Start the cluster of this home, unless it runs already.
+
+    The server starts the cluster by itself, so this is never required.
+    """
     from workers.cluster.head import ensure_head
 
     home().mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -31,26 +31,26 @@ def up(output: OutputOption = Format.table) -> None:
 
 @cluster_app.command()
 def status(output: OutputOption = Format.table) -> None:
-    """Show where the cluster of this home is and what it has."""
+    """Show the addresses and the resources of this home's cluster."""
     write_result(_facts(), output)
 
 
 @cluster_app.command()
 def down(
     force: Annotated[
-        bool, typer.Option("--force", help="Also while jobs are active, which end with it.")
+        bool, typer.Option("--force", help="End it even while jobs are active; they end too.")
     ] = False,
     store: StoreOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """End the cluster of this home and everything on it."""
+    """End the cluster of this home, with everything that runs on it."""
     from workers.cluster.head import end_head
 
     active = _active_jobs(store)
     if active and not force:
         raise ConflictError(
-            f"{len(active)} jobs are active on the cluster ({', '.join(active[:5])}); cancel them, "
-            "or end them with it by --force"
+            f"{len(active)} jobs are active on the cluster ({', '.join(active[:5])}); cancel them "
+            "first, or end them together with the cluster by --force"
         )
     write_result({"ended": end_head(home())}, output)
 
@@ -62,7 +62,8 @@ def _facts() -> dict[str, Any]:
     head = read_head(home())
     if head is None:
         raise NotFoundError(
-            f"no cluster runs with {home()}; kfac-dist cluster up, or serve, starts one"
+            f"no cluster runs with the home {home()}; start one with kfac-dist cluster up or "
+            "kfac-dist serve"
         )
     resources = RayJobRunner.of_head(head).resources()
     return {
@@ -76,7 +77,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _active_jobs(store_url: str | None) -> list[str]:
-    """The ids of jobs that have an attempt on the cluster, as far as there is a store."""
+    """Return the ids of the jobs that have an attempt on the cluster."""
     from kfac_dist.cli.store import open_home_store
     from kfac_dist.coordination.jobs.lifecycle import ACTIVE
     from kfac_dist.service.jobs import Jobs

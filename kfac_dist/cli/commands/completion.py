@@ -1,4 +1,4 @@
-"""`kfac-dist completion`: the script that teaches a shell the commands and options."""
+"""`kfac-dist completion`: the script with which a shell completes commands and options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Shell(StrEnum):
-    """Shells that can be taught."""
+    """The supported shells."""
 
     bash = "bash"
     zsh = "zsh"
@@ -19,9 +19,14 @@ class Shell(StrEnum):
 
 def completion(
     context: typer.Context,
-    shell: Annotated[Shell, typer.Argument(help="The shell.")] = Shell.bash,
+    shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")] = (
+        Shell.bash
+    ),
 ) -> None:
-    """Print a completion script: eval "$(kfac-dist completion bash)"."""
-    # The protocol between such a script and the program; the program can print the script, too.
+    """Print a completion script for a shell.
+
+    To use it, run: eval "$(kfac-dist completion bash)"
+    """
+    # typer prints the script when it finds this variable.
     os.environ["_KFAC_DIST_COMPLETE"] = f"source_{shell}"
     context.find_root().command(args=[], prog_name="kfac-dist")

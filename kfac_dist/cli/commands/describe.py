@@ -1,10 +1,10 @@
-"""`kfac-dist describe`: everything about one job."""
+"""`kfac-dist describe`: all facts about one job."""
 
 from __future__ import annotations
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import described
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format, key_table, make_table, write_result, write_table
 
 
@@ -14,7 +14,7 @@ def describe(
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Show where a job stands, how it ended, its attempts and its resolved specification."""
+    """Show a job's state, results, attempts and resolved specification."""
     with connect(server, ca) as client:
         facts = described(client.get(job_id), client.attempts(job_id))
     if output is not Format.table:

@@ -1,4 +1,4 @@
-"""`kfac-dist doctor`: is everything here that a job needs?"""
+"""`kfac-dist doctor`: checks whether this machine has what jobs need."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from kfac_dist.cli.output import Format, make_table, write_result
 
 
 def doctor(data: DataDirOption = None, output: OutputOption = Format.table) -> None:
-    """Check Python, packages, the machine, data sets and folders.
+    """Check whether this machine has what jobs need.
 
-    Exits with 1 when something that every job needs is broken.
+    It checks Python, packages, memory, data sets and folders, and exits with 1 when something that
+    every job needs is broken.
     """
     checks = list(all_checks(home(), data_dir(data)))
     rows = [(check.status, check.name, check.found, check.advice) for check in checks]

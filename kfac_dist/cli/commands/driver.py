@@ -1,4 +1,4 @@
-"""`kfac-dist driver`: what the cluster runs for an attempt of a job. Not for people."""
+"""`kfac-dist driver`: the hidden command with which the cluster runs an attempt of a job."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ if TYPE_CHECKING:
     from workers.interrupts import Interrupts
 
 _ROLE = "driver"
-_PAUSE_PATIENCE_SECONDS = 60.0  # for the step in hand and its checkpoint
+_PAUSE_PATIENCE_SECONDS = 60.0  # for the current step and its checkpoint
 _FAILED = 1
 
 
 def driver(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
     attempt: Annotated[int, typer.Argument(metavar="ATTEMPT", help="The attempt's number.")],
     address: Annotated[
         str | None,
         typer.Option(
-            "--ray-address", metavar="HOST:PORT", help="Its cluster; else what Ray's own says."
+            "--ray-address",
+            metavar="HOST:PORT",
+            help="The Ray cluster. Default: $RAY_ADDRESS.",
         ),
     ] = None,
 ) -> None:
-    """Run an attempt of a job that the control plane has prepared."""
+    """Run an attempt of a job that the server has prepared."""
     from kfac_dist.service.control.launching import read_launch, read_token
     from kfac_dist.service.reporting.reporter import ReportClient, Reporter
     from kfac_dist.service.reporting.run_reader import RunReader, write_end
     from workers.interrupts import Interrupts
 
     launch = read_launch(run_dir)
-    if launch.attempt != attempt:  # the cluster has started it after it was given up
+    if launch.attempt != attempt:  # the cluster started it after the controller had given it up
         raise ConflictError(f"{run_dir}: attempt {launch.attempt} has replaced attempt {attempt}")
     _redirect_output(run_dir, attempt)
     interrupts = Interrupts()
@@ -56,7 +58,7 @@ def driver(
 
 
 def _redirect_output(run_dir: Path, attempt: int) -> None:
-    """Let what is printed go to the run's logs: the cluster keeps it with its own."""
+    """Redirect stdout and stderr into the run's logs; else only the cluster's logs have them."""
     from kfac_dist.runs import RunFolder
 
     path = RunFolder(run_dir, None).log_path(_ROLE, 0, attempt).with_suffix(".out")
@@ -67,6 +69,7 @@ def _redirect_output(run_dir: Path, attempt: int) -> None:
 
 
 def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
+    """Interrupt the job as the server orders; a cancellation overrides a pause, never back."""
     if interrupts.requested and interrupts.ends_as == "CANCELLED":
         return
     if answer.fenced or answer.order == "cancel":
@@ -76,7 +79,7 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
 
 
 def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
-    """Run the job and return how it ended; whatever it is, the job's user is told."""
+    """Run the job and return how it ended; any exception becomes an end that the user sees."""
     from kfac_dist.runs import Failure, RunFolder
     from kfac_dist.runs.logs import open_log
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import event_facts, iso_time
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format, write_result, write_text
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ def explain(
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Say why a job is where it is: the worker that failed first, then its echoes, then advice."""
+    """Explain why a job failed, or why it waits.
+
+    It shows the worker that failed first, the warnings and errors that followed, and advice.
+    """
     from kfac_dist.service.explanation import explain_job
 
     with connect(server, ca) as client:

@@ -1,7 +1,8 @@
-"""`kfac-dist layers`: which curvature block each parameter has, how large, how costly."""
+"""`kfac-dist layers`: each parameter's curvature block, with its size and cost."""
 
 from __future__ import annotations
 
+from kfac_dist._home import data_cache
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, make_table, write_result
@@ -27,10 +28,10 @@ def layers(
     data: DataDirOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """List each parameter with its block, its factor sizes and its cost.
+    """List each parameter with its block, factor sizes and cost.
 
-    The cost is that of one refresh of the blocks' inverses, dim_A^3 + dim_G^3 of each. The total
-    is of the parameters that are trained.
+    The cost of a block is dim_A^3 + dim_G^3, for one refresh of its inverse. The total counts only
+    trained parameters.
     """
     from kfac_dist.config import load_spec
 
@@ -39,7 +40,7 @@ def layers(
     from workers.api import layers_report
 
     rows = layers_report(
-        job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=home() / "data"
+        job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=data_cache(home())
     )
     total = sum(row["num_parameters"] for row in rows if row["block"] != "frozen")
     lines = [[row[column] for column in _COLUMNS] for row in rows]

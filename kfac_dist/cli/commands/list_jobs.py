@@ -1,4 +1,4 @@
-"""`kfac-dist list`: the jobs of a server."""
+"""`kfac-dist list`: the jobs on a server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kfac_dist.cli.connection import CaOption, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import job_row, jobs_table
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, OutputOption, ServerOption
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 
@@ -17,19 +17,25 @@ from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 def list_jobs(
     states: Annotated[
         list[JobState] | None,
-        typer.Option("--state", case_sensitive=False, help="Only jobs in this state. Repeatable."),
+        typer.Option(
+            "--state",
+            metavar="STATE",
+            case_sensitive=False,
+            help="Only jobs in this state, for example RUNNING. Repeatable.",
+        ),
     ] = None,
     active: Annotated[
         bool, typer.Option("--active", help="Only jobs that have not ended.")
     ] = False,
     owner: Annotated[
-        str | None, typer.Option("--owner", metavar="NAME", help="Only jobs of this token's name.")
+        str | None,
+        typer.Option("--owner", metavar="NAME", help="Only jobs of the token with this name."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Only jobs of this name.")
+        str | None, typer.Option("--name", metavar="NAME", help="Only jobs with this name.")
     ] = None,
     limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="At most so many jobs.")
+        int, typer.Option("--limit", metavar="N", min=1, help="List at most this many jobs.")
     ] = 50,
     server: ServerOption = None,
     ca: CaOption = None,

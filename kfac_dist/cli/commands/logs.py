@@ -1,4 +1,4 @@
-"""`kfac-dist logs`: what the workers wrote, during the job and after."""
+"""`kfac-dist logs`: the workers' logs, during the job and after it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.job_view import iso_time
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format
 from kfac_dist.cli.signals import interrupt_at_end
 from kfac_dist.errors import UnreachableError, UsageError
@@ -22,27 +22,30 @@ from kfac_dist.errors import UnreachableError, UsageError
 if TYPE_CHECKING:
     from kfac_dist.service.job_records import LogLine
 
-# Told by the prefix of the line already.
+# Keys that the prefix of a line already shows.
 _IN_PREFIX = frozenset({"timestamp", "event", "level", "role", "rank", "attempt", "job"})
 
 
 def logs(
     job_id: JobArgument,
     follow: Annotated[
-        bool, typer.Option("-f", "--follow", help="Wait for more until the job has ended.")
+        bool, typer.Option("-f", "--follow", help="Wait for new lines until the job has ended.")
     ] = False,
     roles: Annotated[
         list[str] | None,
         typer.Option(
-            "--role", metavar="ROLE", help="Only this role, as inverse_worker; repeatable."
+            "--role",
+            metavar="ROLE",
+            help="Only logs of this role, for example inverse_worker. Repeatable.",
         ),
     ] = None,
     ranks: Annotated[
-        list[int] | None, typer.Option("--rank", metavar="N", help="Only this rank; repeatable.")
+        list[int] | None,
+        typer.Option("--rank", metavar="N", help="Only logs of this rank. Repeatable."),
     ] = None,
     attempts: Annotated[
         list[int] | None,
-        typer.Option("--attempt", metavar="N", help="Only this attempt; repeatable."),
+        typer.Option("--attempt", metavar="N", help="Only logs of this attempt. Repeatable."),
     ] = None,
     tail: Annotated[
         int | None,
@@ -53,20 +56,22 @@ def logs(
         typer.Option(
             "--resume-token",
             metavar="TOKEN",
-            help="Go on after the last line of an interrupted call, which has told this token.",
+            help="Continue after the last line of an interrupted call, which printed this token.",
         ),
     ] = None,
     server: ServerOption = None,
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Print the workers' logs, merged by time. With -o json one object a line.
+    """Print the workers' logs, merged by time.
 
-    Ctrl-C detaches, leaves the job alone, and tells how to go on after the last line shown. A
-    server that is started again is waited for.
+    With -o json, each line is one object. Ctrl-C does not end the job; it prints the command that
+    continues after the last line shown. If the server restarts, the command waits for it.
     """
     if tail is not None and resume_token:
-        raise UsageError("--tail: not together with --resume-token, which says where to begin")
+        raise UsageError(
+            "--tail: cannot be used together with --resume-token, which says where to begin"
+        )
     options: list[tuple[str, object]] = [
         *(("--role", role) for role in roles or ()),
         *(("--rank", rank) for rank in ranks or ()),
@@ -88,20 +93,20 @@ def logs(
         token = resume_token
         try:
             for batch in stream.batches:
-                with interrupt_at_end():  # a token stands for whole batches
+                with interrupt_at_end():  # there is a token only after a whole batch
                     _write(batch.lines, output)
                     token = batch.resume_token
         except (KeyboardInterrupt, UnreachableError) as error:
             options.append(("--resume-token", token) if token else ("--tail", tail))
-            hint = f"go on after the last line with: {_command(job_id, options, follow=follow)}"
+            hint = f"continue after the last line with: {_command(job_id, options, follow=follow)}"
             if isinstance(error, UnreachableError):
                 raise UnreachableError(f"{error.message}; {hint}") from error
-            hint = f"detached; job {job_id} goes on; {hint}"
+            hint = f"detached; job {job_id} continues to run; {hint}"
             raise Interrupted(hint, {"resume_token": token}) from error
 
 
 def _command(job_id: str, options: Sequence[tuple[str, object]], *, follow: bool) -> str:
-    """The command line of a call with these options, without those that are None."""
+    """Return the command line of a call with these options, without those that are None."""
     words = [word for name, value in options if value is not None for word in (name, str(value))]
     return shlex.join(["kfac-dist", "logs", job_id, *(["-f"] if follow else []), *words])
 
@@ -109,7 +114,7 @@ def _command(job_id: str, options: Sequence[tuple[str, object]], *, follow: bool
 def _write(lines: Sequence[LogLine], output: Format) -> None:
     text = "".join(_shown(line, output) + "\n" for line in lines)
     left = memoryview(text.encode(sys.stdout.encoding, sys.stdout.errors or "strict"))
-    while left:  # with PYTHONUNBUFFERED a signal cuts a write short, and a text's rest were lost
+    while left:  # with PYTHONUNBUFFERED, a signal may cut a write short
         left = left[sys.stdout.buffer.write(left) :]
     sys.stdout.flush()
 
@@ -138,7 +143,7 @@ def _prefix(line: LogLine) -> str:
 
 
 def _readable(text: str) -> str:
-    """A line of the project's own logs as words; any other as it is."""
+    """Return a line of kfac_dist's own logs as words, any other line unchanged."""
     try:
         values = json.loads(text)
     except ValueError:

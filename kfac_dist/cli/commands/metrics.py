@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.connection import connect
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format, make_table, write_result
 
 if TYPE_CHECKING:

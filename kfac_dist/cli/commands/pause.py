@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import write_state
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format
 
 
@@ -14,7 +14,10 @@ def pause(
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Stop a job at a checkpoint; it is PAUSED once nothing of it is left, and resume goes on."""
+    """Stop a job at a checkpoint.
+
+    The job is PAUSED once nothing of it runs; kfac-dist resume continues it.
+    """
     with connect(server, ca) as client:
         job = client.pause(job_id)
     write_state(job, output)

@@ -1,9 +1,10 @@
-"""`kfac-dist plan`: what a job would take, before anything is started."""
+"""`kfac-dist plan`: what a job needs and how fast it will be, before anything is started."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from kfac_dist._home import data_cache
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, key_table, make_table, write_result, write_table
@@ -17,18 +18,20 @@ def plan(
     data: DataDirOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Show processes, memory, the assignment of layers, and predicted times and staleness.
+    """Predict a job's processes, memory, layer assignment, times and staleness.
 
-    A few steps are measured on this machine, with one gradient worker's part of a batch; memory is
-    without activations and without some 300 MB that each process takes.
+    It measures a few steps on this machine, with one gradient worker's part of a batch. The memory
+    leaves out activations, and about 300 MB that each process uses.
     """
     from kfac_dist.config import load_spec
 
     job = load_spec(spec, overrides or [])
 
-    from workers.driver.job_plan import job_plan  # takes torch along
+    from workers.driver.job_plan import job_plan  # imports torch
 
-    found = job_plan(job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=home() / "data")
+    found = job_plan(
+        job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=data_cache(home())
+    )
     if output is Format.table:
         _write_tables(found)
     else:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfac_dist.cli.connection import CaOption, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.failure import Interrupted
-from kfac_dist.cli.options import DataDirOption, OutputOption
+from kfac_dist.cli.options import CaOption, DataDirOption, OutputOption, ServerOption
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.cli.progress import make_progress
 from kfac_dist.cli.signals import terminate_is_interrupt

@@ -1,10 +1,10 @@
-"""`kfac-dist resume`: let a paused job go on."""
+"""`kfac-dist resume`: resume a paused job."""
 
 from __future__ import annotations
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import write_state
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format
 
 
@@ -14,7 +14,10 @@ def resume(
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Let a paused job go on, from its newest checkpoint, when it is its turn."""
+    """Resume a paused job from its newest checkpoint.
+
+    The job is queued again and starts when its turn comes.
+    """
     with connect(server, ca) as client:
         job = client.resume(job_id)
     write_state(job, output)

@@ -1,10 +1,10 @@
-"""`kfac-dist retry`: try an ended job again."""
+"""`kfac-dist retry`: start a new attempt of an ended job."""
 
 from __future__ import annotations
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import write_state
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format
 
 
@@ -14,7 +14,7 @@ def retry(
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Try a failed or cancelled job again, from its newest checkpoint."""
+    """Retry a failed or cancelled job from its newest checkpoint."""
     with connect(server, ca) as client:
         job = client.retry(job_id)
     write_state(job, output)

@@ -1,4 +1,4 @@
-"""`kfac-dist spec schema`: everything a specification may say."""
+"""`kfac-dist spec schema`: every key that a specification may have."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import typer
 
 from kfac_dist.cli.output import Format, make_table, write_result, write_table
 
-spec_app = typer.Typer(name="spec", help="About job specifications.")
+spec_app = typer.Typer(name="spec", help="Show what a job specification may contain.")
 
 
 @spec_app.callback()
 def _spec() -> None:
-    """About job specifications."""
+    """Show what a job specification may contain."""  # without a callback, `schema` has no name
 
 
 @spec_app.command()
 def schema(
     output: Annotated[
         Format,
-        typer.Option("-o", "--output", help="JSON Schema as json or yaml, or a table of the keys."),
+        typer.Option("-o", "--output", help="A JSON Schema as json or yaml, or a table of keys."),
     ] = Format.json,
 ) -> None:
-    """Print the JSON Schema of a job specification, or with -o table its keys."""
+    """Print the JSON Schema of a job specification, or a table of its keys."""
     from kfac_dist.config import job_keys, job_schema
 
-    if output is Format.json:  # a document to be kept and read, so not on one line
+    if output is Format.json:  # indented, unlike results: people keep and read this document
         sys.stdout.write(json.dumps(job_schema(), indent=2, ensure_ascii=False) + "\n")
     elif output is Format.yaml:
         write_result(job_schema(), output)

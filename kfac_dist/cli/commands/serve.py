@@ -1,4 +1,4 @@
-"""`kfac-dist serve`: the control plane, put together."""
+"""`kfac-dist serve`: assembles the control plane and runs it."""
 
 from __future__ import annotations
 
@@ -31,26 +31,34 @@ _LOG_BYTES, _LOG_FILES = 10_000_000, 3
 def serve(
     listen: Annotated[
         str,
-        typer.Option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 takes any."),
+        typer.Option(
+            "--listen", metavar="HOST:PORT", help="Where to listen; port 0 picks a free one."
+        ),
     ] = _LISTEN,
     advertise: Annotated[
         str | None,
         typer.Option(
             "--advertise",
             metavar="HOST:PORT",
-            help="Where the drivers of jobs reach the server, when that is not --listen.",
+            help="Where the drivers of jobs reach the server. Default: the value of --listen.",
         ),
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate chain, PEM.")
+        Path | None,
+        typer.Option(
+            "--tls-cert", metavar="FILE", help="PEM file of the server's certificate chain."
+        ),
     ] = None,
     tls_key: Annotated[
-        Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key, PEM.")
+        Path | None,
+        typer.Option("--tls-key", metavar="FILE", help="PEM file of the key of --tls-cert."),
     ] = None,
     tls_ca: Annotated[
         Path | None,
         typer.Option(
-            "--tls-ca", metavar="FILE", help="Who vouches for it; else the certificate itself."
+            "--tls-ca",
+            metavar="FILE",
+            help="PEM file of the authority that signed --tls-cert. Default: --tls-cert itself.",
         ),
     ] = None,
     client_ca: Annotated[
@@ -58,7 +66,7 @@ def serve(
         typer.Option(
             "--client-ca",
             metavar="FILE",
-            help="Ask clients for a certificate of this authority, beside their token (mTLS).",
+            help="Require a certificate of this authority from clients, besides a token (mTLS).",
         ),
     ] = None,
     driver_cert: Annotated[
@@ -66,17 +74,17 @@ def serve(
         typer.Option(
             "--driver-cert",
             metavar="FILE",
-            help="With --client-ca: what drivers of jobs, and commands of this user, show; else "
-            "the server's own.",
+            help="With --client-ca, the certificate that drivers and this user's commands show. "
+            "Default: --tls-cert.",
         ),
     ] = None,
     driver_key: Annotated[
         Path | None,
-        typer.Option("--driver-key", metavar="FILE", help="The key of --driver-cert, PEM."),
+        typer.Option("--driver-key", metavar="FILE", help="PEM file of the key of --driver-cert."),
     ] = None,
     insecure: Annotated[
         bool,
-        typer.Option("--insecure", help="Listen beyond this machine without TLS all the same."),
+        typer.Option("--insecure", help="Allow listening beyond this machine without TLS."),
     ] = False,
     store: StoreOption = None,
     ray_address: Annotated[
@@ -84,15 +92,16 @@ def serve(
         typer.Option(
             "--ray-address",
             metavar="URL",
-            help="Jobs API of a Ray cluster, as http://HOST:8265; else one is started here.",
+            help="Jobs API of a Ray cluster, for example http://HOST:8265. Default: start a "
+            "cluster on this machine.",
         ),
     ] = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Serve jobs until SIGTERM or Ctrl-C. Jobs go on without the server, and it finds them again.
+    """Run the server until SIGTERM or Ctrl-C.
 
-    Without --ray-address a Ray cluster is started on this machine, which outlives the server while
-    jobs are active.
+    Jobs continue to run without the server; the next one finds them again. Without --ray-address,
+    the server starts a Ray cluster on this machine, which outlives it while jobs are active.
     """
     quiet_grpc()
     tls = _tls(tls_cert, tls_key, tls_ca, client_ca, driver_cert, driver_key)
@@ -120,7 +129,7 @@ def _tls(
     if (driver_cert is None) != (driver_key is None):
         raise UsageError("--driver-cert and --driver-key go together")
     if driver_cert is not None and client_ca is None:
-        raise UsageError("--driver-cert: no certificate is asked for without --client-ca")
+        raise UsageError("--driver-cert: has no effect without --client-ca; give both or neither")
 
     from kfac_dist.service.access.tls import TlsFiles
 
@@ -146,7 +155,7 @@ def _options(listen: str, tls: TlsFiles | None, insecure: bool) -> ServerOptions
 
     host, colon, port = listen.rpartition(":")
     if not (host and colon and port.isdigit() and int(port) < 65536):
-        raise UsageError(f"--listen {listen}: should be HOST:PORT, as {_LISTEN}")
+        raise UsageError(f"--listen {listen}: must be HOST:PORT, for example {_LISTEN}")
     check_exposure(host, has_tls=tls is not None, insecure=insecure)
     return ServerOptions(host=host, port=int(port), tls=tls, insecure=insecure)
 
@@ -159,7 +168,7 @@ def _only_server(folder: Path) -> Iterator[None]:
         lock = FolderLock(folder)
     except ConflictError as error:
         raise ConflictError(
-            f"{folder}: a server works with this home already; its address is in server.json there"
+            f"{folder}: another server already uses this home; server.json in it has its address"
         ) from error
     try:
         yield
@@ -170,7 +179,10 @@ def _only_server(folder: Path) -> Iterator[None]:
 def _compose(
     stack: ExitStack, folder: Path, store_url: str | None, ray_address: str | None
 ) -> Jobs:
-    """Open the store, find or start the cluster, and start the controller."""
+    """Open the store, find or start the cluster, and start the controller.
+
+    `stack` gets what must be undone in the end, in reverse order.
+    """
     from kfac_dist.cli.store import open_home_store
     from kfac_dist.service.access.local import ensure_local_token
     from kfac_dist.service.access.tokens import Tokens
@@ -193,22 +205,22 @@ def _compose(
 
 
 def _head(folder: Path) -> Head:
-    """Return the cluster of this home, which is started if need be."""
+    """Return the cluster of this home; start it unless it runs."""
     from workers.cluster.head import ensure_head
 
-    typer.echo("starting Ray on this machine, or finding the one that runs", err=True)
+    typer.echo("starting Ray on this machine, unless it runs already", err=True)
     return ensure_head(folder)
 
 
 def _leave_head(folder: Path, controller: Controller) -> None:
-    """End the cluster of this home unless jobs need it."""
+    """End the cluster of this home, unless jobs need it."""
     from workers.cluster.head import end_head
 
     active = controller.num_active()
     if active:
         typer.echo(
-            f"{active} active jobs go on without the server; kfac-dist serve finds them again, "
-            "kfac-dist cluster down ends them",
+            f"{active} active jobs continue to run without the server; kfac-dist serve finds them "
+            "again, kfac-dist cluster down ends them",
             err=True,
         )
     else:
@@ -222,8 +234,8 @@ def _serve(
     advertise: str | None,
     output: Format,
 ) -> None:
-    """Answer until the process is asked to end, and then drain."""
-    import asyncio  # these cost --help too much
+    """Answer calls until the process is asked to end, then drain."""
+    import asyncio  # imported here, like the modules below, to keep --help fast
 
     from kfac_dist.service.access.local import local_server, remove_server, write_server
     from kfac_dist.service.access.tokens import Tokens
@@ -242,13 +254,13 @@ def _serve(
 
 
 def _reachable(address: str) -> str:
-    """An address that listens everywhere, as one that can be connected to from here."""
+    """Replace the host of an address that listens on all interfaces by one to connect to."""
     host, _, port = address.rpartition(":")
     return f"127.0.0.1:{port}" if host in _WILDCARDS else address
 
 
 def _log_to(path: Path) -> None:
-    """Write the server's log to a file, which a new one takes the place of when it is large."""
+    """Write the server's log to a file that is rotated when it is large."""
     import logging
     from logging.handlers import RotatingFileHandler
 

@@ -1,4 +1,4 @@
-"""`kfac-dist submit`: hand a job to the control plane."""
+"""`kfac-dist submit`: submit a job to a server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kfac_dist.cli.connection import CaOption, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.environment import absolute, data_dir
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.job_view import described, raise_for_end, write_state
-from kfac_dist.cli.options import OutputOption, SetOption, SpecArgument
+from kfac_dist.cli.options import CaOption, OutputOption, ServerOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, write_result
 
 if TYPE_CHECKING:
@@ -23,17 +23,19 @@ def submit(
     spec: SpecArgument,
     overrides: SetOption = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Follow the job to its end; the exit code is its own.")
+        bool,
+        typer.Option("--wait", help="Follow the job to its end, and exit with its exit code."),
     ] = False,
     priority: Annotated[
-        int, typer.Option("--priority", metavar="N", help="The higher, the earlier its turn.")
+        int,
+        typer.Option("--priority", metavar="N", help="Jobs with a higher priority start earlier."),
     ] = 0,
     idempotency_key: Annotated[
         str | None,
         typer.Option(
             "--idempotency-key",
             metavar="KEY",
-            help="The same key with the same job submits it once, however often it is said.",
+            help="Submitting the same job again with the same key returns the first one.",
         ),
     ] = None,
     data: Annotated[
@@ -41,19 +43,21 @@ def submit(
         typer.Option(
             "--data-dir",
             metavar="DIR",
-            help="Where data sets are on the cluster's file system; else $KFAC_DIST_DATA.",
+            help="Folder of data sets on the cluster's file system. Default: $KFAC_DIST_DATA.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, print what would be sent, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Check the job and print what would be sent, then stop."),
     ] = False,
     server: ServerOption = None,
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Submit a job; the folder of the specification goes along when the task is the user's own.
+    """Submit a job to a server.
 
-    Ctrl-C while waiting leaves the job running.
+    If the task is your own code, the folder of the specification is sent along. Ctrl-C while
+    waiting does not end the job.
     """
     from kfac_dist.config import load_spec
 
@@ -92,4 +96,6 @@ def _follow(client: Client, job: Job, output: Format) -> Job:
     try:
         return follow(client, job, plain=output is Format.table)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"job {job.id} goes on; kfac-dist watch {job.id} follows it") from error
+        raise Interrupted(
+            f"job {job.id} continues to run; follow it with kfac-dist watch {job.id}"
+        ) from error

@@ -1,4 +1,4 @@
-"""`kfac-dist token`: who may use the server. Works on the store, on the server's machine."""
+"""`kfac-dist token`: the tokens of a server. Works directly on the store, without the server."""
 
 from __future__ import annotations
 
@@ -17,23 +17,20 @@ from kfac_dist.cli.output import Format, make_table, write_result
 if TYPE_CHECKING:
     from kfac_dist.service.access.tokens import Token, Tokens
 
-token_app = typer.Typer(name="token", help="Tokens for the server: who may do what.")
+token_app = typer.Typer(name="token", help="Create, list or revoke tokens for the server.")
 
 _DAY_SECONDS = 86_400
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Jobs belong to this name.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Owner of the jobs that the token submits.")
+]
 
 
 class RoleName(StrEnum):
-    """Roles, each of which may do all that those before it may."""
+    """The roles, as in `job_records.Role`, which --help must not import."""
 
     viewer = "viewer"
     submitter = "submitter"
     admin = "admin"
-
-
-@token_app.callback()
-def _token() -> None:
-    """Tokens for the server: who may do what."""
 
 
 @token_app.command()
@@ -42,19 +39,25 @@ def create(
     role: Annotated[
         RoleName,
         typer.Option(
-            "--role", help="viewer looks, submitter runs jobs of its own, admin may do all."
+            "--role",
+            help="viewer reads jobs, submitter also runs its own, admin controls all.",
         ),
     ] = RoleName.viewer,
     days: Annotated[
         float | None,
         typer.Option(
-            "--days", metavar="N", help="How long it is valid; without it, until revoked."
+            "--days",
+            metavar="N",
+            help="Days for which the token is valid. Default: until it is revoked.",
         ),
     ] = None,
     store: StoreOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Make a token and print it, this once: only its hash is kept."""
+    """Create a token and print it.
+
+    The token is shown only now: the store keeps just its hash.
+    """
     from kfac_dist.service.job_records import Role
 
     lifetime = None if days is None else days * _DAY_SECONDS
@@ -65,7 +68,7 @@ def create(
 
 @token_app.command("list")
 def list_tokens(store: StoreOption = None, output: OutputOption = Format.table) -> None:
-    """List all tokens, newest first; never the secrets themselves."""
+    """List all tokens, newest first, without their secrets."""
     with _tokens(store) as tokens:
         facts = [_facts(token) for token in tokens.list()]
     columns = ("name", "role", "id", "created_at", "expires_at", "revoked_at", "last_used_at")
@@ -79,7 +82,7 @@ def revoke(
     store: StoreOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """End the validity of a token at once."""
+    """Revoke a token at once."""
     with _tokens(store) as tokens:
         token = tokens.revoke(name)
     write_result(_facts(token), output)

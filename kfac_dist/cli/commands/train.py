@@ -1,4 +1,4 @@
-"""`kfac-dist train`: a job in the foreground."""
+"""`kfac-dist train`: train a job in the foreground."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.options import (
@@ -40,26 +41,28 @@ def train(
         typer.Option(
             "--run-dir",
             metavar="DIR",
-            help="The run's folder; else runs/NAME in $KFAC_DIST_HOME.",
+            help="The run's folder. Default: runs/NAME in $KFAC_DIST_HOME.",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder, at its checkpoint.")
+        bool,
+        typer.Option("--resume", help="Resume the run in the folder from its newest checkpoint."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what would run, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Check the job and print what would run, then stop."),
     ] = False,
     metrics_port: MetricsPortOption = None,
     output: OutputOption = Format.table,
 ) -> None:
     """Train a job in the foreground, with workers on this machine.
 
-    Progress goes to stderr, the summary to stdout. Ctrl-C ends the job; --resume goes on with it.
+    Progress goes to stderr, the summary to stdout. Ctrl-C ends the job; --resume continues it.
     """
     from kfac_dist.config import load_spec
 
     job = load_spec(spec, overrides or [])
-    folder = absolute(run_dir) if run_dir else home() / "runs" / job.name
+    folder = absolute(run_dir) if run_dir else runs_dir(home()) / job.name
     base_dir = absolute(spec).parent
     if dry_run:
         _check(job, base_dir, data_dir(data), folder, resume, metrics_port)
@@ -81,20 +84,20 @@ def _check(
     resume: bool,
     metrics_port: int | None,
 ) -> None:
-    """Raise what would keep the job from starting; data sets are read, too."""
+    """Raise the error that would keep the job from starting; reads the data sets, too."""
     from kfac_dist.coordination.jobs.placement import check_placement
     from kfac_dist.runs import check_folder
     from workers.driver.records.metrics_server import metrics_server
 
     check_folder(folder, job, resume=resume)
     with metrics_server(metrics_port):
-        pass  # the port is free
+        pass  # entering raises if the port is taken
     num_cpus = len(os.sched_getaffinity(0))
     check_placement(job.workers, num_cpus, num_cpus)
 
-    from workers.driver.preparation import prepare  # takes torch along
+    from workers.driver.preparation import prepare  # imports torch
 
-    prepare(job, base_dir=base_dir, data_dir=data, cache_dir=home() / "data").check_data()
+    prepare(job, base_dir=base_dir, data_dir=data, cache_dir=data_cache(home())).check_data()
 
 
 def _run(
@@ -108,7 +111,7 @@ def _run(
 ) -> JobSummary:
     from kfac_dist.runs import check_folder
 
-    check_folder(folder, job, resume=resume)  # before torch and Ray take their seconds
+    check_folder(folder, job, resume=resume)  # fails at once; importing torch and Ray takes seconds
     progress = make_progress(job.steps, plain=output is Format.table)
     try:
         with terminate_is_interrupt(), _metrics(metrics_port) as metrics, progress:
@@ -126,12 +129,12 @@ def _run(
                 metrics=metrics,
             )
     except KeyboardInterrupt as error:
-        raise Interrupted(f"the run is in {folder}, --resume goes on with it") from error
+        raise Interrupted(f"the run is in {folder}; continue it with --resume") from error
 
 
 @contextmanager
 def _metrics(port: int | None) -> Iterator[MetricsServer | None]:
-    """Serve metrics inside the block, and say where."""
+    """Serve metrics inside the block, and print their address."""
     from workers.driver.records.metrics_server import metrics_server
 
     with metrics_server(port) as server:
@@ -141,7 +144,7 @@ def _metrics(port: int | None) -> Iterator[MetricsServer | None]:
 
 
 def _write_failed_summary(folder: Path, error: JobFailedError, output: Format) -> None:
-    """Write the summary that the failed job left, if it came as far as leaving one."""
+    """Write the summary of the failed job, if its run folder has one."""
     from kfac_dist.runs import RunFolder
 
     if not (folder / "job.json").exists():

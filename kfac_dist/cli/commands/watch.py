@@ -6,10 +6,10 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from kfac_dist.cli.connection import CaOption, JobArgument, ServerOption, connect
+from kfac_dist.cli.connection import connect
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.job_view import event_facts, job_row, write_state
-from kfac_dist.cli.options import OutputOption
+from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
 from kfac_dist.cli.output import Format
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""Who may do what: tokens and their roles, and TLS."""
+"""Access: tokens and their roles, limits of a user, and TLS."""

@@ -1,4 +1,4 @@
-"""Who asks, and whether a role is enough."""
+"""The caller of a request, and what the caller's role permits."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from kfac_dist.service.job_records import Job, Role
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """The holder of a token; `name` is the token's, and the owner of the jobs it submits."""
+    """The holder of a token. Jobs submitted with the token belong to its `name`."""
 
     name: str
     role: Role
 
     def require(self, needed: Role, what: str) -> None:
-        """Refuse `what` to a lesser role than `needed`.
+        """Refuse `what` unless the role includes `needed`.
 
         Raises:
-            NotAllowedError: the role is not enough.
+            NotAllowedError: the role does not permit `what`.
         """
         if not self.role.includes(needed):
             raise NotAllowedError(
-                f"{what} needs the role {needed}; the token {self.name!r} is of a {self.role}"
+                f"{what} needs the role {needed}; the token {self.name!r} has the role {self.role}"
             )
 
     def require_control_of(self, job: Job, what: str) -> None:
-        """Refuse `what` with another's job to all but an admin.
+        """Refuse `what` to anyone but the job's owner and an admin.
 
         Raises:
-            NotAllowedError: the job is another's.
+            NotAllowedError: the job belongs to another user.
         """
         if job.owner != self.name and not self.role.includes(Role.ADMIN):
             raise NotAllowedError(
                 f"{what}: job {job.id} was submitted by {job.owner!r}, and the token "
-                f"{self.name!r} is of a {self.role}; another's job needs the role {Role.ADMIN}"
+                f"{self.name!r} has the role {self.role}; only the role {Role.ADMIN} may control "
+                "jobs of other users"
             )

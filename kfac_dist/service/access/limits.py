@@ -1,4 +1,4 @@
-"""How much one user may have at once."""
+"""Limits on what one server, and one user of it, may have at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kfac_dist.errors import LimitExceededError
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """ServerLimits of a server; those of sizes are in `transport`, both ends know them."""
+    """Limits that only the server enforces; both ends know the size limits in `wire.transport`."""
 
     streams_a_user: int = 256
     calls_at_once: int = 2000
@@ -20,22 +20,22 @@ class ServerLimits:
 
 
 class StreamCounter:
-    """Counts open streams by user; of one thread."""
+    """Counts each user's open streams. Not thread-safe: the server's event loop owns it."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_streams: int) -> None:
+        self._max_streams = max_streams
         self._open: Counter[str] = Counter()
 
     @contextmanager
-    def one_more(self, user: str) -> Iterator[None]:
-        """Count a stream inside the block.
+    def counted(self, user: str) -> Iterator[None]:
+        """Count one stream of the user inside the block.
 
         Raises:
-            LimitExceededError: the user has as many as one may have.
+            LimitExceededError: the user already has the most streams that one user may have.
         """
-        if self._open[user] >= self._most:
+        if self._open[user] >= self._max_streams:
             raise LimitExceededError(
-                f"{user!r} has {self._most} streams (watch, logs) open, which is the limit of a "
+                f"{user!r} has {self._max_streams} streams (watch, logs) open, the limit for one "
                 "user; close some"
             )
         self._open[user] += 1

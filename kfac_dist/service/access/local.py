@@ -1,7 +1,7 @@
-"""The server of this machine, for commands of the same user: where it is, and a token for it.
+"""How commands and drivers on this machine find the server and log in to it.
 
-`server.json` in the home folder says where the server listens, `local.token` is an admin's token.
-Both can be read by their user alone, who could read the store as well.
+`server.json` in the home folder has the server's address; `local.token` has an admin token. Only
+the user who owns the home can read that token, and that user could also read the store.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_dist.errors import NotAuthenticatedError, NotFoundError
-from kfac_dist.runs.json_lines import write_whole
+from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.service.job_records import Role
 
 if TYPE_CHECKING:  # commands that only read do not load the store
@@ -27,10 +27,10 @@ LOCAL_NAME = "local"
 
 @dataclass(frozen=True, kw_only=True)
 class LocalServer:
-    """Where the server listens, as a client says it, and the files a client needs for TLS.
+    """The server's address as a client writes it, and the files a client needs for TLS.
 
-    `tls_ca` is what the server's certificate is checked with. `client_certificate` and
-    `client_key` are for a server that asks for a certificate.
+    A client checks the server's certificate with `tls_ca`, and shows `client_certificate` with
+    `client_key` to a server that asks for a certificate.
     """
 
     address: str
@@ -41,7 +41,7 @@ class LocalServer:
 
 
 def local_server(address: str, tls: TlsFiles | None) -> LocalServer:
-    """Return how drivers, and commands of this user, reach this process at HOST:PORT."""
+    """Return how drivers and this user's commands reach this process, given its HOST:PORT."""
     if tls is None:
         return LocalServer(address=address, pid=os.getpid())
     certificate, key = tls.shown() or (None, None)
@@ -55,17 +55,20 @@ def local_server(address: str, tls: TlsFiles | None) -> LocalServer:
 
 
 def write_server(home: Path, server: LocalServer) -> None:
-    """Tell commands and drivers where the server is."""
+    """Write where commands and drivers find the server."""
     write_whole(home / _SERVER, json.dumps(asdict(server)) + "\n")
 
 
 def remove_server(home: Path) -> None:
-    """Tell that there is no server any more."""
+    """Remove the address, so that commands report that no server runs."""
     (home / _SERVER).unlink(missing_ok=True)
 
 
 def read_server(home: Path) -> LocalServer | None:
-    """Return where the server of this home listens, or listened when it was killed."""
+    """Return the address of this home's server, None when no server has left one.
+
+    A server that was killed leaves its address behind: check whether its `pid` still exists.
+    """
     try:
         values = json.loads((home / _SERVER).read_text())
         return LocalServer(**values)
@@ -74,7 +77,7 @@ def read_server(home: Path) -> LocalServer | None:
 
 
 def read_local_token(home: Path) -> str | None:
-    """Return the token for the server of this home, None when there is none to be read."""
+    """Return the token for this home's server, None when this user cannot read one."""
     try:
         return (home / _TOKEN).read_text().strip() or None
     except (FileNotFoundError, PermissionError):
@@ -82,21 +85,17 @@ def read_local_token(home: Path) -> str | None:
 
 
 def ensure_local_token(home: Path, tokens: Tokens) -> None:
-    """Make a token for the commands of this user, unless the one there is good for this store."""
+    """Create a token for this user's commands, unless the existing one is valid in this store."""
     secret = read_local_token(home)
-    if secret is not None and _is_good(tokens, secret):
+    if secret is not None and _is_valid(tokens, secret):
         return
-    with suppress(NotFoundError):  # there is none at the first start with this store
+    with suppress(NotFoundError):  # the first server with this store finds no token to revoke
         tokens.revoke(LOCAL_NAME)
     _, secret = tokens.create(LOCAL_NAME, Role.ADMIN)
-    path = home / _TOKEN
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret + "\n")
+    write_secret(home / _TOKEN, secret + "\n")
 
 
-def _is_good(tokens: Tokens, secret: str) -> bool:
+def _is_valid(tokens: Tokens, secret: str) -> bool:
     try:
         return tokens.authenticate(secret).name == LOCAL_NAME
     except NotAuthenticatedError:

@@ -1,4 +1,4 @@
-"""TLS of the server, and the addresses that may do without."""
+"""The server's TLS, and which addresses may be used without it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from kfac_dist.errors import NotFoundError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class TlsFiles:
-    """PEM files of a server. With `client_ca`, a client must show a certificate of that authority.
+    """The PEM files of a server.
 
-    `ca` is what the server's own certificate is checked with; without it, the certificate itself.
-    `driver_certificate` and `driver_key` are what drivers, and commands of the server's own user,
-    show to it; without them, the server's own.
+    Args:
+        certificate: the server's certificate chain.
+        key: the private key of `certificate`.
+        client_ca: authority of clients; each client must then show a certificate it signed.
+        ca: authority of the server; clients on this machine check `certificate` with it, or with
+            `certificate` itself when it is None.
+        driver_certificate: certificate that drivers and the server user's own commands show when
+            there is a `client_ca`; None uses `certificate`.
+        driver_key: the private key of `driver_certificate`.
     """
 
     certificate: Path
@@ -29,21 +35,22 @@ class TlsFiles:
     driver_key: Path | None = None
 
     def trust(self) -> Path:
-        """Return the file that a client of this machine checks the server with."""
+        """Return the file with which a client on this machine checks the server's certificate."""
         return (self.ca or self.certificate).absolute()
 
     def shown(self) -> tuple[Path, Path] | None:
-        """Return certificate and key of the clients of this home, None where none is asked for."""
+        """Return the certificate and key of this home's clients, None if they need none."""
         if self.client_ca is None:
             return None
         return self.driver_certificate or self.certificate, self.driver_key or self.key
 
     def check_shown(self) -> None:
-        """Refuse a server that would not let in the drivers of its jobs.
+        """Refuse files with which the server would turn away the drivers of its own jobs.
 
         Raises:
-            NotFoundError: a file is not there, or may not be read.
-            UsageError: their certificate is none of the clients' authority, or none for clients.
+            NotFoundError: a file does not exist or cannot be read.
+            UsageError: `client_ca` did not sign the drivers' certificate, or did not sign it for
+                clients.
         """
         shown = self.shown()
         if self.client_ca is None or shown is None:
@@ -63,9 +70,10 @@ class TlsFiles:
         except ssl.SSLError as error:
             why = getattr(error, "verify_message", None) or error.reason or error
             raise UsageError(
-                f"--client-ca {self.client_ca}: does not vouch for {shown[0]} as a client's "
-                f"certificate ({why}), which drivers of jobs and commands of this user show; give "
-                "one that it vouches for by --driver-cert and --driver-key"
+                f"--client-ca {self.client_ca}: does not accept {shown[0]} as a client's "
+                f"certificate ({why}). Drivers of jobs and commands of this user show that "
+                "certificate; give them one that the authority has signed for clients with "
+                "--driver-cert and --driver-key"
             ) from error
 
 
@@ -73,7 +81,7 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     """Read the files of a server.
 
     Raises:
-        NotFoundError: a file is not there, or may not be read.
+        NotFoundError: a file does not exist or cannot be read.
         UsageError: a file is not PEM.
     """
     client_ca = read_pem(files.client_ca) if files.client_ca else None
@@ -88,8 +96,8 @@ def read_pem(path: Path) -> bytes:
     """Read a PEM file.
 
     Raises:
-        NotFoundError: it is not there, or may not be read.
-        UsageError: it is not PEM.
+        NotFoundError: the file does not exist or cannot be read.
+        UsageError: the file is not PEM.
     """
     try:
         content = path.read_bytes()
@@ -101,7 +109,11 @@ def read_pem(path: Path) -> bytes:
 
 
 def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
-    """Let the two connect in memory; raises SSLError when one refuses the other."""
+    """Connect the two ends in memory.
+
+    Raises:
+        SSLError: one end refuses the other.
+    """
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server),
@@ -112,26 +124,26 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
             try:
                 end.do_handshake()
             except ssl.SSLWantReadError:
-                continue  # it is the other's turn
+                continue  # this end waits for bytes of the other end
             ends.remove(end)
 
 
 def check_exposure(host: str, *, has_tls: bool, insecure: bool) -> None:
-    """Refuse to be reached from elsewhere without TLS.
+    """Refuse to listen beyond this machine without TLS.
 
     Raises:
-        UsageError: `host` is no loopback address and there is no TLS.
+        UsageError: `host` is not a loopback address, and neither TLS nor `insecure` is set.
     """
     if has_tls or insecure or is_loopback(host):
         return
     raise UsageError(
-        f"--listen {host}: beyond this machine, tokens and code would travel readable; give "
-        "--tls-cert and --tls-key, or --insecure where something else protects the network"
+        f"--listen {host}: without TLS, tokens and code would cross the network unencrypted; give "
+        "--tls-cert and --tls-key, or --insecure if something else protects the network"
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Return whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:

@@ -1,7 +1,7 @@
-"""Bearer tokens: made, listed, revoked, and asked who holds them.
+"""Bearer tokens: create, list and revoke them, and find out who holds one.
 
-A token is 256 random bits; the store has its SHA-256 alone, so whoever reads the store can make no
-call. No salt and no slow hash: they are for secrets that can be guessed.
+A token is 256 random bits, of which the store keeps only the SHA-256: reading the store is not
+enough to make a call. Salts and slow hashes protect secrets that can be guessed; these cannot.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kfac_dist.service.access.caller import Caller
 from kfac_dist.service.job_records import Role
 from kfac_dist.service.store import Store, TokenRow
 
-_PREFIX = "kfd_"  # so that secret scanners can know one
+_PREFIX = "kfd_"  # lets secret scanners recognise a token
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
-_USED_SECONDS = 60.0  # a use is noted at most once in this time
+_USED_SECONDS = 60.0  # `last_used_at` is written at most this often: each write costs a transaction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """What is known of a token; times in Unix seconds."""
+    """Everything about a token except its secret. Times are in Unix seconds."""
 
     id: str
     name: str
@@ -36,9 +36,10 @@ class Token:
     revoked_at: float | None
     last_used_at: float | None
 
-    def is_valid(self, now: float) -> bool:
-        """Whether its holder is let in."""
-        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+def hash_secret(secret: str) -> str:
+    """Return what the store keeps of a user's token or a driver's report token: its SHA-256."""
+    return hashlib.sha256(secret.encode("utf-8", errors="replace")).hexdigest()
 
 
 class Tokens:
@@ -50,18 +51,18 @@ class Tokens:
     def create(
         self, name: str, role: Role, *, lifetime_seconds: float | None = None
     ) -> tuple[Token, str]:
-        """Make a token; returns what is known of it, and the secret, which is kept nowhere.
+        """Create a token and return it with its secret, which is not stored anywhere.
 
-        Jobs belong to the name: a new token of the name of a revoked one has its jobs.
+        Jobs belong to the token's name: a new token with the name of a revoked one owns its jobs.
 
         Raises:
-            UsageError: the name is none.
-            ConflictError: a valid token has the name.
+            UsageError: the name or the lifetime is wrong.
+            ConflictError: a valid token already has this name.
         """
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"token name {name!r}: at most 100 letters, digits and . _ @ -, a letter or digit "
-                "first"
+                f"token name {name!r}: must have at most 100 letters, digits and . _ @ -, and "
+                "begin with a letter or digit"
             )
         if lifetime_seconds is not None and lifetime_seconds <= 0:
             raise UsageError(f"lifetime {lifetime_seconds:g} s: must be above 0")
@@ -71,13 +72,13 @@ class Tokens:
             if session.scalars(select(TokenRow).where(TokenRow.name == name, _valid(now))).first():
                 raise ConflictError(
                     f"token {name!r} exists; revoke it first (kfac-dist token revoke {name}), or "
-                    "take another name"
+                    "choose another name"
                 )
             row = TokenRow(
                 id=secrets.token_hex(6),
                 name=name,
                 role=str(role),
-                sha256=_hash(secret),
+                sha256=hash_secret(secret),
                 created_at=now,
                 expires_at=None if lifetime_seconds is None else now + lifetime_seconds,
                 revoked_at=None,
@@ -87,13 +88,13 @@ class Tokens:
             return _token(row), secret
 
     def list(self) -> tuple[Token, ...]:
-        """Return all tokens there ever were, newest first."""
+        """Return all tokens, newest first, with those that are revoked or expired."""
         with self._store.read() as session:
             rows = session.scalars(select(TokenRow).order_by(TokenRow.created_at.desc()))
             return tuple(_token(row) for row in rows)
 
     def revoke(self, name_or_id: str) -> Token:
-        """End the validity of a token: its holder's next call is refused.
+        """Revoke a token: the next call with it is refused.
 
         Raises:
             NotFoundError: no valid token has this name or id.
@@ -106,7 +107,7 @@ class Tokens:
             ).first()
             if row is None:
                 raise NotFoundError(
-                    f"no valid token {name_or_id!r}; kfac-dist token list has their names"
+                    f"no valid token {name_or_id!r}; kfac-dist token list shows all names"
                 )
             row.revoked_at = now
             return _token(row)
@@ -115,12 +116,13 @@ class Tokens:
         """Return who holds this token.
 
         Raises:
-            NotAuthenticatedError: it is unknown, revoked or expired; the message doesn't say which.
+            NotAuthenticatedError: the token is unknown, revoked or expired. The message does not
+                say which, so that it helps nobody to guess.
         """
         now = time.time()
         with self._store.read() as session:
             row = session.scalars(
-                select(TokenRow).where(TokenRow.sha256 == _hash(secret), _valid(now))
+                select(TokenRow).where(TokenRow.sha256 == hash_secret(secret), _valid(now))
             ).first()
         if row is None:
             raise NotAuthenticatedError("the token is not valid: unknown, revoked or expired")
@@ -139,10 +141,6 @@ def _valid(now: float) -> ColumnElement[bool]:
     return TokenRow.revoked_at.is_(None) & (
         TokenRow.expires_at.is_(None) | (TokenRow.expires_at > now)
     )
-
-
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", errors="replace")).hexdigest()
 
 
 def _token(row: TokenRow) -> Token:

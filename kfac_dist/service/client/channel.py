@@ -1,4 +1,4 @@
-"""A connection to a server: where it is, how it is secured, what is tried again."""
+"""A connection to a server: its address, its encryption, and which calls are retried."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from kfac_dist.service.wire.transport import CLIENT_OPTIONS, Options
 _SECURE = "grpcs://"
 _SERVICE = "kfac_dist.v1.JobService"
 
-# What may be asked twice. A creation has its key; resuming or retrying twice would be two requests.
-_REPEATABLE = (
+# Calls that may arrive twice without harm, so gRPC may retry them. CreateJob has its idempotency
+# key. A second ResumeJob or RetryJob would be a second request.
+_IDEMPOTENT = (
     "CreateJob",
     "GetJob",
     "ListJobs",
@@ -38,10 +39,11 @@ _RETRY = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServerAddress:
-    """Where a server is and how to talk to it.
+    """How to reach a server.
 
-    TLS is used with `grpcs://`, or when a certificate authority is given. `client_certificate` and
-    `client_key` are for a server that asks for them.
+    `target` is HOST:PORT. With `tls`, the server's certificate is checked with `ca`, a PEM file, or
+    with the system's authorities when `ca` is None. `client_certificate` and `client_key` are for
+    servers that ask clients for a certificate.
     """
 
     target: str
@@ -60,24 +62,25 @@ class ServerAddress:
         client_key: Path | None = None,
         insecure: bool = False,
     ) -> ServerAddress:
-        """Read HOST:PORT or grpcs://HOST:PORT.
+        """Parse HOST:PORT or grpcs://HOST:PORT. The latter uses TLS, and so does giving a `ca`.
 
         Raises:
-            UsageError: it is none, or a token would travel readable beyond this machine.
+            UsageError: the address is malformed, or a token would leave this machine unencrypted
+                without `insecure`.
         """
         target = text.removeprefix(_SECURE)
         host, colon, port = target.rpartition(":")
         if not (host and colon and port.isdigit() and 0 < int(port) < 65536) or "/" in target:
-            raise UsageError(f"server {text!r}: should be HOST:PORT, or {_SECURE}HOST:PORT for TLS")
+            raise UsageError(f"server {text!r}: must be HOST:PORT, or {_SECURE}HOST:PORT for TLS")
         tls = text.startswith(_SECURE) or ca is not None
         if not tls and not is_loopback(host) and not insecure:
             raise UsageError(
-                f"server {text!r}: without TLS, token and code would travel readable; write "
-                f"{_SECURE}{target}, or permit it (insecure=True, KFAC_DIST_INSECURE=1) where "
-                "something else protects the network"
+                f"server {text!r}: without TLS, token and code would cross the network "
+                f"unencrypted; write {_SECURE}{target}, or permit it (insecure=True, "
+                "KFAC_DIST_INSECURE=1) if something else protects the network"
             )
         if (client_certificate is None) != (client_key is None):
-            raise UsageError("a client's certificate and its key go together")
+            raise UsageError("a client's certificate needs its key, and the key its certificate")
         return cls(
             target=target,
             tls=tls,
@@ -87,8 +90,11 @@ class ServerAddress:
         )
 
     @classmethod
-    def of_local(cls, server: LocalServer) -> ServerAddress:
-        """Return how to reach the server of this home; its own user decided how it is exposed."""
+    def from_local_server(cls, server: LocalServer) -> ServerAddress:
+        """Return how to reach the server of this home.
+
+        It may be used without TLS: the user who started it has decided that.
+        """
         return cls.parse(
             server.address,
             ca=_path(server.tls_ca),
@@ -98,7 +104,7 @@ class ServerAddress:
         )
 
     def open(self) -> grpc.Channel:
-        """Return a channel; it connects when it is used.
+        """Return a channel, which connects on first use.
 
         Raises:
             NotFoundError: a certificate's file cannot be read.
@@ -106,7 +112,7 @@ class ServerAddress:
         config = {
             "methodConfig": [
                 {
-                    "name": [{"service": _SERVICE, "method": name} for name in _REPEATABLE],
+                    "name": [{"service": _SERVICE, "method": name} for name in _IDEMPOTENT],
                     "retryPolicy": _RETRY,
                 }
             ]

@@ -1,4 +1,4 @@
-"""`kfac_dist.Client`: the verbs of the command line as methods, typed."""
+"""`kfac_dist.Client`: the commands that concern a server, as methods."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class Client(AbstractContextManager["Client"]):
-    """A connection to a control plane. Thread-safe; a context manager, or wants `close`.
+    """A connection to a control plane. Thread-safe. Use it as a context manager, or call `close`.
 
-    Every method raises KfacDistError subclasses: NotFoundError for a job that is not there,
-    ConflictError for what its state does not permit, NotAllowedError, UnreachableError,
-    TimedOutError after `timeout_seconds` without an answer. Streams outlive a server that is
-    started again; they give up when it is away for `reconnect_seconds`.
+    Every method raises subclasses of KfacDistError: NotFoundError for a job that does not exist,
+    ConflictError for what the job's state does not permit, NotAllowedError, UnreachableError, and
+    TimedOutError after `timeout_seconds` without an answer. Streams survive a restart of the
+    server; they give up when it has not answered for `reconnect_seconds`.
     """
 
     def __init__(
@@ -47,12 +47,20 @@ class Client(AbstractContextManager["Client"]):
         timeout_seconds: float = 30.0,
         reconnect_seconds: float = 60.0,
     ) -> None:
-        """Connect to HOST:PORT, or grpcs://HOST:PORT for TLS; the first call finds out if it works.
+        """Prepare a connection; the first call opens it.
 
-        `ca` is a PEM file of who vouches for the server, by default the system's authorities.
-        `insecure` permits to send the token beyond this machine without TLS.
+        Args:
+            address: HOST:PORT, or grpcs://HOST:PORT for TLS.
+            token: bearer token, as `kfac-dist token create` prints it.
+            ca: PEM file of the authority that signed the server's certificate, by default the
+                system's authorities.
+            client_certificate: PEM file of a certificate for servers that ask clients for one.
+            client_key: PEM file of the key of `client_certificate`.
+            insecure: permit sending the token beyond this machine without TLS.
+            timeout_seconds: how long a call may take.
+            reconnect_seconds: how long a stream waits for a server that does not answer.
         """
-        where = ServerAddress.parse(
+        server = ServerAddress.parse(
             address,
             ca=ca,
             client_certificate=client_certificate,
@@ -60,7 +68,7 @@ class Client(AbstractContextManager["Client"]):
             insecure=insecure,
         )
         self.address = address
-        self._channel = where.open()
+        self._channel = server.open()
         self._stub = JobServiceStub(self._channel)
         self._metadata: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout_seconds = timeout_seconds
@@ -86,13 +94,19 @@ class Client(AbstractContextManager["Client"]):
         idempotency_key: str | None = None,
         data_dir: str | None = None,
     ) -> Job:
-        """Submit a job: a specification, the mapping of one, or its file.
+        """Submit a job. If its task is user code, the folder with that code is sent along.
 
-        User code is sent along: the file's folder, or `base_dir`. `data_dir` is a folder on the
-        cluster. The same `idempotency_key` with the same request gives the job that is there.
+        Args:
+            spec: a specification, a mapping with its keys, or the path of its file.
+            overrides: changes of the specification, as KEY=VALUE.
+            base_dir: folder of the user's code, by default the folder of the file.
+            priority: jobs with a higher priority leave the queue earlier.
+            idempotency_key: the same key with the same request returns the job that was created
+                first; by default a new key.
+            data_dir: folder of data sets on the cluster's file system.
 
         Raises:
-            InvalidSpecError: with every problem.
+            InvalidSpecError: the specification or the package is wrong; lists every problem.
             ConflictError: the key was used for another request.
         """
         if isinstance(spec, Path | str):
@@ -125,7 +139,10 @@ class Client(AbstractContextManager["Client"]):
         name: str | None = None,
         page_size: int = 200,
     ) -> Iterator[Job]:
-        """Yield jobs, newest first, without specification and summary, page by page."""
+        """Yield jobs, newest first, without specification and summary.
+
+        They are fetched in pages of `page_size`; empty filters and None do not filter.
+        """
         request = pb.ListJobsRequest(
             states=[to_state(state) for state in states],
             owner=owner or "",
@@ -140,7 +157,7 @@ class Client(AbstractContextManager["Client"]):
             request.page_token = page.next_page_token
 
     def cancel(self, job_id: str, *, now: bool = False) -> Job:
-        """End a job; `now` without leaving a checkpoint."""
+        """End a job at a checkpoint; with `now`, kill it at once."""
         request = pb.CancelJobRequest(job_id=job_id, now=now)
         return wire.from_job(self._call(self._stub.CancelJob, request).job)
 
@@ -150,17 +167,17 @@ class Client(AbstractContextManager["Client"]):
         return wire.from_job(self._call(self._stub.PauseJob, request).job)
 
     def resume(self, job_id: str) -> Job:
-        """Let a paused job go on."""
+        """Resume a paused job from its newest checkpoint."""
         request = pb.ResumeJobRequest(job_id=job_id)
         return wire.from_job(self._call(self._stub.ResumeJob, request).job)
 
     def retry(self, job_id: str) -> Job:
-        """Try a failed or cancelled job again, from its newest checkpoint."""
+        """Start a new attempt of a failed or cancelled job, from its newest checkpoint."""
         request = pb.RetryJobRequest(job_id=job_id)
         return wire.from_job(self._call(self._stub.RetryJob, request).job)
 
     def events(self, job_id: str) -> Iterator[JobEvent]:
-        """Yield what happened to a job, oldest first."""
+        """Yield the events of a job, oldest first."""
         request = pb.ListEventsRequest(job_id=job_id)
         while True:
             events = self._call(self._stub.ListEvents, request).events
@@ -170,7 +187,7 @@ class Client(AbstractContextManager["Client"]):
             request.after = events[-1].sequence
 
     def metric_names(self, job_id: str) -> list[str]:
-        """Return the metrics that a job has a history of."""
+        """Return the names of the metrics that have a history in a job."""
         request = pb.QueryMetricsRequest(job_id=job_id)
         return [series.name for series in self._call(self._stub.QueryMetrics, request).series]
 
@@ -183,7 +200,10 @@ class Client(AbstractContextManager["Client"]):
         last_step: int | None = None,
         max_points: int = 1000,
     ) -> list[MetricSeries]:
-        """Return histories in the order of `names`, thinned out to at most `max_points` each."""
+        """Return histories in the order of `names`, each thinned out to at most `max_points`.
+
+        Both steps are included in the range; None leaves that end open.
+        """
         if not names:
             return []
         request = pb.QueryMetricsRequest(
@@ -205,7 +225,10 @@ class Client(AbstractContextManager["Client"]):
     def watch(
         self, job_id: str, *, events: bool = True, metrics: Sequence[str] = ()
     ) -> Iterator[Update]:
-        """Yield the job now and whatever is new of it, until it has ended."""
+        """Yield the job as it is, then what is new, until the job has ended.
+
+        `metrics` names metrics whose new points are included; `a.*` names all that begin with `a.`.
+        """
 
         def open_stream(token: str) -> Any:
             request = pb.WatchJobRequest(
@@ -221,10 +244,10 @@ class Client(AbstractContextManager["Client"]):
             )
 
     def wait(self, job_id: str, *, timeout_seconds: float | None = None) -> Job:
-        """Wait for a job's end and return it as it ended, whatever the end was.
+        """Wait until a job has ended, in whatever state, and return it.
 
         Raises:
-            TimedOutError: it has not ended in time.
+            TimedOutError: the job has not ended after `timeout_seconds`.
         """
 
         def open_stream(token: str) -> Any:
@@ -254,14 +277,19 @@ class Client(AbstractContextManager["Client"]):
         tail_lines: int | None = None,
         resume_token: str = "",
     ) -> LogStream:
-        """Return the lines of the workers' logs, also after the job's end.
+        """Return the lines of the workers' logs, also after the job has ended.
 
-        `follow` waits for more until the job has ended. Empty filters take everything.
-        `tail_lines` begins so many lines before each log's end, `resume_token` after the batch that
-        has this token.
+        Args:
+            job_id: the job.
+            follow: wait for new lines until the job has ended.
+            roles: only logs of these roles; empty for all, as for the next two.
+            ranks: only logs of these ranks.
+            attempts: only logs of these attempts.
+            tail_lines: begin this many lines before the end of each log.
+            resume_token: begin after the batch with this token.
 
         Raises:
-            UsageError: the token is none of these logs'.
+            UsageError: the token does not belong to the logs of this job.
         """
         request = pb.StreamLogsRequest(
             job_id=job_id, follow=follow, roles=roles, ranks=ranks, attempts=attempts
@@ -269,7 +297,7 @@ class Client(AbstractContextManager["Client"]):
 
         def open_stream(token: str) -> Any:
             request.resume_token = token
-            if tail_lines is None or token != resume_token:  # the tail has begun
+            if tail_lines is None or token != resume_token:  # the token marks the tail from now on
                 request.ClearField("tail_lines")
             else:
                 request.tail_lines = tail_lines

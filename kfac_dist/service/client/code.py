@@ -1,4 +1,4 @@
-"""Which code of the user's goes along with a job."""
+"""The user's code that is sent along with a job."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from kfac_dist.service.wire.package import pack
 
 
 def package_of(spec: JobSpec, base_dir: Path | None) -> bytes | None:
-    """Return the package of a job whose task is the user's own, None when nothing is to be sent.
+    """Return the folder `base_dir` as a package if the job's task is in it, else None.
 
-    A module that is not in the folder is taken to be installed on the cluster.
+    A task in a module that is not in the folder is assumed to be installed on the cluster.
 
     Raises:
         InvalidSpecError: the task's file is not in the folder, or the folder is too large.
@@ -27,13 +27,13 @@ def package_of(spec: JobSpec, base_dir: Path | None) -> bytes | None:
         )
         return pack(base_dir) if is_here and base_dir is not None else None
     if base_dir is None:
-        raise InvalidSpecError(f"task: {spec.task} is a file; say by base_dir where it is")
+        raise InvalidSpecError(f"task: {spec.task} is a file; give its folder as base_dir")
     inside = (base_dir / source).resolve()
     if not inside.is_file():
         raise InvalidSpecError(f"task: the file {inside} does not exist (task {spec.task})")
     if not inside.is_relative_to(base_dir.resolve()):
         raise InvalidSpecError(
             f"task: {source} is outside of {base_dir}, the folder that is sent to the cluster; "
-            "move it there"
+            "move the file into it"
         )
     return pack(base_dir)

@@ -1,4 +1,4 @@
-"""Streams that outlive their connection: each goes on at the token of its last answer."""
+"""Streams that survive a broken connection: each continues at the token of its last answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_PAUSE_SECONDS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What is new of a job that is watched; `job` is None when only events or metrics are."""
+    """News of a job that is watched; `job` is None when only events or metrics are new."""
 
     job: Job | None = None
     events: Sequence[JobEvent] = field(default_factory=tuple)
@@ -30,9 +30,9 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class LogBatch:
-    """Lines of logs, and the token with which a later call goes on after the last of them.
+    """Lines of logs, and the token with which a later call continues after them.
 
-    There may be none: with `tail_lines` the first token says where the tails begin.
+    With `tail_lines`, the first batch may be empty: its token marks where the tails begin.
     """
 
     lines: Sequence[LogLine]
@@ -40,7 +40,7 @@ class LogBatch:
 
 
 class LogStream(Iterator[LogLine]):
-    """Lines of logs as they come; `batches` are the same lines with tokens to go on at."""
+    """Lines of logs as they come; iterate over `batches` instead to get their tokens too."""
 
     def __init__(self, answers: Iterator[Any]) -> None:
         self.batches: Iterator[LogBatch] = (
@@ -59,20 +59,20 @@ class LogStream(Iterator[LogLine]):
 def resumed(
     open_stream: Callable[[str], Any], address: str, reconnect_seconds: float, token: str = ""
 ) -> Iterator[Any]:
-    """Yield the answers of a stream that is opened anew when its connection breaks.
+    """Yield the answers of a stream, and open it again when its connection breaks.
 
-    `open_stream` takes the token of the last answer, at first the one given. A server that is away
-    is waited for, at most `reconnect_seconds`.
+    `open_stream` takes the token of the last answer, at first `token`.
 
     Raises:
-        KfacDistError: what the server says, or UnreachableError.
+        UnreachableError: the server did not answer for `reconnect_seconds`.
+        KfacDistError: the server answered with another error.
     """
     pause = _FIRST_PAUSE_SECONDS
     lost_at: float | None = None
     while True:
         call = open_stream(token)
         try:
-            call.initial_metadata()  # comes when the server has taken the call, or it has failed
+            call.initial_metadata()  # waits until the server has accepted the call, or it failed
             if call.is_active():
                 lost_at, pause = None, _FIRST_PAUSE_SECONDS
             for answer in call:
@@ -80,11 +80,11 @@ def resumed(
                 yield answer
             return
         except grpc.RpcError as error:
-            told = from_rpc_error(error, address)
+            meaning = from_rpc_error(error, address)
             now = time.monotonic()
             lost_at = now if lost_at is None else lost_at
-            if not isinstance(told, UnreachableError) or now - lost_at >= reconnect_seconds:
-                raise told from None
+            if not isinstance(meaning, UnreachableError) or now - lost_at >= reconnect_seconds:
+                raise meaning from None
         finally:
             call.cancel()
         time.sleep(pause)

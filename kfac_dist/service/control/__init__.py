@@ -1,1 +1,1 @@
-"""What the control plane does by itself: it starts, follows, restarts and ends attempts."""
+"""The control loop, which starts, follows, restarts and ends attempts of jobs on a cluster."""

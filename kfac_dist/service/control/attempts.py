@@ -1,4 +1,4 @@
-"""One attempt of a job: begun, watched, ended, and proved to be gone."""
+"""One attempt of a job: start it, watch it, end it, and make sure that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from kfac_dist.coordination.jobs.supervision import (
 )
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.runs.records import Severity
-from kfac_dist.service.control.launching import begin_attempt, has_run, prepare_folder, token_sha256
+from kfac_dist.service.access.tokens import hash_secret
+from kfac_dist.service.control.launching import begin_attempt, has_run, prepare_folder
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
 from kfac_dist.service.store import AttemptRow, JobRow
 from kfac_dist.service.store.job_rows import find, find_attempt, move, note, text_of, to_job
 
-# After so long without a report the run folder is read in the driver's stead.
-_READ_FOLDER_SECONDS = 3.0
-_TELL_REMNANTS_SECONDS = 10.0
+_READ_FOLDER_SECONDS = 3.0  # without a report; then the run folder is read instead
+_REMNANTS_SECONDS = 10.0  # after a kill; remnants that are still there become an event
 
 _CLUSTER_WORDS: dict[RunnerState, ClusterWord] = {
     RunnerState.UNKNOWN: "unknown",
@@ -44,8 +44,8 @@ _CLUSTER_WORDS: dict[RunnerState, ClusterWord] = {
     RunnerState.RUNNING: "running",
 }
 _SEVERITIES: dict[Trigger, Severity] = {Trigger.FAIL: "error", Trigger.RESTART: "warning"}
-# Of an attempt that ended without a word.
-_ATTEMPT_STATES = {
+# How an attempt ended whose driver could not report its end, by what happens to the job.
+_SILENT_ENDS = {
     Trigger.SUCCEED: JobState.SUCCEEDED,
     Trigger.FAIL: JobState.FAILED,
     Trigger.RESTART: JobState.FAILED,
@@ -55,7 +55,7 @@ _ATTEMPT_STATES = {
 
 
 def start_attempt(jobs: Jobs, runner: JobRunner, job_id: str) -> None:
-    """Give the next attempt of a queued job to the cluster; its row is durable before.
+    """Store the next attempt of a queued job, then submit it to the cluster.
 
     Raises:
         UnreachableError: the cluster does not answer; the attempt will be submitted later.
@@ -63,13 +63,14 @@ def start_attempt(jobs: Jobs, runner: JobRunner, job_id: str) -> None:
     token = secrets.token_urlsafe(32)
     with jobs.change(job_id) as (session, row):
         if row.state != JobState.QUEUED:
-            return  # a user was faster
+            return  # a user has cancelled or paused the job since it was admitted
         resumes = has_run(Path(row.run_dir))
         begin_attempt(session, row, token, resumes=resumes, now=time.time())
     _submit(jobs, runner, row, token)
 
 
 def _submit(jobs: Jobs, runner: JobRunner, row: JobRow, token: str) -> None:
+    """Prepare the run folder and submit; an attempt that cannot be submitted has failed."""
     key = AttemptKey(row.id, row.attempt)
     try:
         prepare_folder(jobs, to_job(row), token)
@@ -86,7 +87,7 @@ def _submit(jobs: Jobs, runner: JobRunner, row: JobRow, token: str) -> None:
 
 
 class Supervisor:
-    """Looks after the attempts on the cluster; for one thread."""
+    """Looks after the attempts on the cluster. Not thread-safe: the controller's thread owns it."""
 
     def __init__(self, jobs: Jobs, runner: JobRunner, limits: WaitLimits) -> None:
         self._jobs = jobs
@@ -97,7 +98,7 @@ class Supervisor:
         self._remnants_since: dict[AttemptKey, float] = {}
 
     def look_after(self, job_id: str) -> None:
-        """Find out how the newest attempt of a job stands, and do what is to be done.
+        """Decide what to do about the newest attempt of a job, and do it.
 
         Raises:
             UnreachableError: the cluster or the store does not answer.
@@ -120,7 +121,7 @@ class Supervisor:
             return row, find_attempt(session, row)
 
     def _read_folder(self, key: AttemptKey, run_dir: Path) -> None:
-        """Take up what the driver has not told, from the folder that it wrote."""
+        """Store what the driver wrote into its run folder but did not report."""
         reader = self._readers.setdefault(key, RunReader(run_dir, key.job, key.attempt))
         while True:
             report = reader.read()
@@ -144,35 +145,39 @@ class Supervisor:
                 self._settle(key, row, decision)
 
     def _submit_again(self, key: AttemptKey) -> None:
-        """Ask the cluster for an attempt it does not know: a server died before it had asked."""
+        """Submit an attempt that the cluster does not know: a server died before it could.
+
+        The token of the first submission is lost with that server, so the driver gets a new one.
+        """
         token = secrets.token_urlsafe(32)
         with self._jobs.change(key.job) as (session, row):
             attempt = find_attempt(session, row)
             if attempt is None or attempt.number != key.attempt or row.state not in ACTIVE:
                 return
-            attempt.token_sha256 = token_sha256(token)
+            attempt.token_sha256 = hash_secret(token)
         _submit(self._jobs, self._runner, row, token)
 
     def _settle(self, key: AttemptKey, row: JobRow, decision: Decision) -> None:
-        """Conclude, once nothing of the attempt is left; end what is."""
+        """Kill what is left of an attempt; once nothing is left, move its job on."""
         remnants = self._runner.remains(key)
         if remnants:
             self._runner.kill(key)
-            self._tell_remnants(key, remnants)
+            self._note_remnants(key, remnants)
             return
         with self._jobs.change(key.job) as (session, locked):
+            # The decision holds only for what it was made from: a user may have changed the job.
             if (locked.state, locked.attempt) == (row.state, key.attempt):
                 _conclude(session, locked, decision)
         self._readers.pop(key, None)
         self._stopped.discard(key)
         self._remnants_since.pop(key, None)
 
-    def _tell_remnants(self, key: AttemptKey, remnants: Sequence[Remnant]) -> None:
-        """Tell, once, of what does not go."""
+    def _note_remnants(self, key: AttemptKey, remnants: Sequence[Remnant]) -> None:
+        """Add one event about remnants that survive being killed."""
         since = self._remnants_since.setdefault(key, time.monotonic())
-        if time.monotonic() - since < _TELL_REMNANTS_SECONDS:
+        if time.monotonic() - since < _REMNANTS_SECONDS:
             return
-        self._remnants_since[key] = math.inf
+        self._remnants_since[key] = math.inf  # so that there is no second event
         what = ", ".join(remnant.description for remnant in remnants)
         with self._jobs.change(key.job) as (session, row):
             message = f"still there although it was killed: {what}"
@@ -184,6 +189,7 @@ def _is_silent(attempt: AttemptRow) -> bool:
 
 
 def _view(row: JobRow, attempt: AttemptRow, status: RunnerStatus) -> AttemptView:
+    """Return what the rules of supervision need to know about an attempt."""
     now = time.time()
     told_end = JobState(attempt.state) if attempt.ended_at is not None else None
     return AttemptView(
@@ -204,19 +210,19 @@ def _view(row: JobRow, attempt: AttemptRow, status: RunnerStatus) -> AttemptView
 
 
 def _conclude(session: Session, row: JobRow, decision: Decision) -> None:
-    """Let the end of the newest attempt happen to its job."""
-    event = decision.event
-    assert event is not None, "a settlement has an event"
+    """Move a job on after the end of its newest attempt."""
+    trigger = decision.event
+    assert trigger is not None, "a decision to settle has a trigger"
     now = time.time()
     attempt = find_attempt(session, row)
-    assert attempt is not None, "what is settled has an attempt"
-    if attempt.ended_at is None:  # it ended without a word
-        attempt.state, attempt.ended_at = _ATTEMPT_STATES[event], now
+    assert attempt is not None, "a decision to settle is about an attempt"
+    if attempt.ended_at is None:  # its driver did not report the end
+        attempt.state, attempt.ended_at = _SILENT_ENDS[trigger], now
         attempt.reason, attempt.message = decision.reason, text_of(decision.message)
-    move(session, row, event, now, reason=decision.reason, message=decision.message)
-    if event is Trigger.RESTART:
+    move(session, row, trigger, now, reason=decision.reason, message=decision.message)
+    if trigger is Trigger.RESTART:
         row.num_restarts += 1
     why = f": {decision.message}" if decision.message else ""
     message = f"attempt {attempt.number} ended and nothing of it is left on the cluster{why}"
-    severity: Severity = _SEVERITIES.get(event, "info")
+    severity: Severity = _SEVERITIES.get(trigger, "info")
     note(session, row, "attempt_ended", message, now, severity=severity)

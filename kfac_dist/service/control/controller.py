@@ -1,8 +1,8 @@
-"""The control loop: queue and cluster are looked at again and again, and made to agree.
+"""The control loop: it compares the store with the cluster again and again, and makes them agree.
 
-The rules are in `coordination.admission` and `coordination.supervision`; here they are given what
-is known, and done as they say. All that is durable is in the store: a controller that was killed
-goes on where it was.
+The rules are in `coordination.jobs.queueing` and `coordination.jobs.supervision`; the controller
+collects what they need to know and does what they decide. All its durable state is in the store,
+so a new controller continues where a killed one stopped.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from kfac_dist.service.store.job_rows import move, note, touch
 _log = logging.getLogger(__name__)
 
 _PERIOD_SECONDS = 1.0
-_LEAST_SECONDS = 0.2  # between two looks, however many reports come in
-_STRAYS_SECONDS = 60.0
+_LEAST_SECONDS = 0.2  # between two passes, however many reports come in
+_STRAYS_SECONDS = 60.0  # between two searches for attempts that should not run
 
 
 class Controller:
-    """Runs the jobs in `jobs` by `runner`; `start` and `stop` it once."""
+    """Runs the jobs of a store on a cluster, in a thread. Call `start` and `stop` once each."""
 
     def __init__(self, jobs: Jobs, runner: JobRunner, limits: WaitLimits | None = None) -> None:
         self._jobs = jobs
@@ -48,12 +48,12 @@ class Controller:
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
-        """Begin; what a controller before left is taken over."""
+        """Start the loop; it takes over the attempts of earlier controllers."""
         self._unsubscribe = self._jobs.subscribe(lambda _job: self._wake.set())
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the look in hand; jobs go on."""
+        """End the loop after its current pass. Jobs continue to run."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
@@ -66,42 +66,42 @@ class Controller:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                self.look()
+                self._pass()
             except UnreachableError as error:
                 _log.warning("%s", error.message)
             except KfacDistError as error:
                 _log.error("%s", error.message)
-            except Exception:  # noqa: BLE001 - it is logged; the jobs need the loop to go on
-                _log.exception("the controller failed; it goes on")
+            except Exception:  # noqa: BLE001 - a bug is logged; jobs still need the loop
+                _log.exception("the controller failed; it continues")
             time.sleep(_LEAST_SECONDS)
             self._wake.wait(_PERIOD_SECONDS)
             self._wake.clear()
 
-    def look(self) -> None:
-        """Look at everything once.
+    def _pass(self) -> None:
+        """Look at every job once.
 
         Raises:
             UnreachableError: the cluster or the store does not answer.
         """
-        for job in self._ids({JobState.PENDING}):
-            with self._jobs.change(job) as (session, row):
+        for job_id in self._ids({JobState.PENDING}):
+            with self._jobs.change(job_id) as (session, row):
                 if row.state == JobState.PENDING:
                     move(session, row, Trigger.ENQUEUE, time.time())
-        for job in self._ids(ACTIVE):
-            self._guarded(job)
+        for job_id in self._ids(ACTIVE):
+            self._look_after(job_id)
         self._start_admitted()
         if time.monotonic() - self._strays_at > _STRAYS_SECONDS:
-            self._end_strays()
+            self._kill_strays()
             self._strays_at = time.monotonic()
 
-    def _guarded(self, job: str) -> None:
-        """Look after one job; what is wrong with it must not keep the others waiting."""
+    def _look_after(self, job_id: str) -> None:
+        """Look after one job; log its error, so that the other jobs still have their turn."""
         try:
-            self._supervisor.look_after(job)
+            self._supervisor.look_after(job_id)
         except UnreachableError:
             raise
         except KfacDistError as error:
-            _log.error("job %s: %s", job, error.message)
+            _log.error("job %s: %s", job_id, error.message)
 
     def _ids(self, states: Collection[JobState]) -> Sequence[str]:
         with self._jobs.store.read() as session:
@@ -109,7 +109,7 @@ class Controller:
             return session.scalars(query.order_by(JobRow.number)).all()
 
     def _start_admitted(self) -> None:
-        """Start what there is room for, and tell the others what they wait for."""
+        """Start the jobs that are admitted, and note in the others what they wait for."""
         queue = self._queue()
         if not queue:
             return
@@ -117,38 +117,41 @@ class Controller:
             cluster = _room(self._runner.resources())
         except UnreachableError as error:
             for queued in queue:
-                self._tell_why(queued, "cluster_unreachable", error.message)
+                self._note_reason(queued, "cluster_unreachable", error.message)
             raise
-        used = sum((self._needs(job) for job in self._ids(ACTIVE)), NOTHING)
+        used = sum((self._needs(job_id) for job_id in self._ids(ACTIVE)), NOTHING)
         waiting = [queued.waiting for queued in queue]
         by_id = {queued.waiting.job: queued for queued in queue}
         for verdict in admit(waiting, cluster, used):
             if verdict.reason is None:
                 start_attempt(self._jobs, self._runner, verdict.job)
             else:
-                self._tell_why(by_id[verdict.job], verdict.reason, verdict.message)
+                self._note_reason(by_id[verdict.job], verdict.reason, verdict.message)
 
     def _queue(self) -> list[_Queued]:
-        """What is queued; there may be thousands, so only what is needed is read."""
+        # Only these columns: with thousands of queued jobs, whole rows would take too long.
         columns = JobRow.number, JobRow.id, JobRow.priority, JobRow.reason, JobRow.message
         with self._jobs.store.read() as session:
             rows = session.execute(select(*columns).where(JobRow.state == JobState.QUEUED)).all()
         return [
             _Queued(
-                waiting=Waiting(job=job, number=number, priority=priority, needs=self._needs(job)),
-                told=(reason, message),
+                waiting=Waiting(
+                    job=job_id, number=number, priority=priority, needs=self._needs(job_id)
+                ),
+                noted=(reason, message),
             )
-            for number, job, priority, reason, message in rows
+            for number, job_id, priority, reason, message in rows
         ]
 
-    def _needs(self, job: str) -> Room:
-        """What a job takes, for which its specification is read once."""
-        if job not in self._known_needs:
-            self._known_needs[job] = _needs_of(self._jobs.get(job).spec)
-        return self._known_needs[job]
+    def _needs(self, job_id: str) -> Room:
+        """Return what a job needs; its specification is read and parsed only once."""
+        if job_id not in self._known_needs:
+            self._known_needs[job_id] = _needs_of(self._jobs.get(job_id).spec)
+        return self._known_needs[job_id]
 
-    def _tell_why(self, queued: _Queued, reason: str, message: str | None) -> None:
-        if queued.told == (reason, message):
+    def _note_reason(self, queued: _Queued, reason: str, message: str | None) -> None:
+        """Store why a job waits; a new reason, unlike a new message, is also an event."""
+        if queued.noted == (reason, message):
             return
         with self._jobs.change(queued.waiting.job) as (session, row):
             if row.state != JobState.QUEUED:
@@ -159,32 +162,32 @@ class Controller:
             if is_new:
                 note(session, row, "waiting", message or "", time.time())
 
-    def _end_strays(self) -> None:
-        """End what runs although the store says that it does not: none may run twice."""
+    def _kill_strays(self) -> None:
+        """Kill attempts that run although they should not: two must never run the same job."""
         for key, status in self._runner.list().items():
             if not status.is_over and self._is_stray(key):
-                _log.warning("attempt %s runs, but is not to: ended", key.submission_id)
+                _log.warning("attempt %s should not run: killed", key.submission_id)
                 self._runner.kill(key)
 
     def _is_stray(self, key: AttemptKey) -> bool:
         with self._jobs.store.read() as session:
             row = session.scalar(select(JobRow).where(JobRow.id == key.job))
-        # A job that this store does not know is another server's.
+        # A job that this store does not know belongs to another server of the same cluster.
         return row is not None and (row.attempt != key.attempt or row.state not in ACTIVE)
 
 
 class _Queued(NamedTuple):
-    """A queued job, and the reason and message that it was told."""
+    """A queued job, and the reason and message noted in it before."""
 
     waiting: Waiting
-    told: tuple[str | None, str | None]
+    noted: tuple[str | None, str | None]
 
 
 def _needs_of(spec: Mapping[str, Any]) -> Room:
     workers = parse_spec(spec).workers
     return Room(
         cpus=cpus_of(workers),
-        gpus=1 if workers.device == "cuda" else 0,  # which all members of a job may share
+        gpus=1 if workers.device == "cuda" else 0,  # all workers of a job may share it
         inverse_slots=workers.inverse,
     )
 

@@ -1,12 +1,11 @@
-"""From a row to what a driver finds in its run folder: the attempt, its secret, the code.
+"""Prepares an attempt: its row in the store, then what its driver reads in the run folder.
 
-The row is written before the folder, and the folder before the cluster is asked: a server that
-dies between them finds an attempt of which the cluster knows nothing, and asks again.
+The order is row, folder, cluster. A server that dies in between later finds an attempt that the
+cluster does not know, and submits it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
+from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import AttemptRow, JobRow
@@ -29,7 +29,7 @@ _LAUNCH, _TOKEN, _CODE = "launch.json", "report.token", "code"
 
 
 class Launch(BaseModel):
-    """What the driver of an attempt is to run: `launch.json`."""
+    """What the driver of an attempt should run: `launch.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,34 +41,29 @@ class Launch(BaseModel):
     data_dir: Path | None
 
 
-def token_sha256(token: str) -> str:
-    """Return what is stored of a driver's secret."""
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
 def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, now: float) -> None:
-    """Write the row of the next attempt; `token` is the secret of its driver."""
+    """Add the row of the job's next attempt; `token` is the secret of its driver."""
     row.attempt += 1
-    row.summary = None  # of the attempt before
-    event = Trigger.RELAUNCH if resumes else Trigger.LAUNCH
-    move(session, row, event, now, message=f"attempt {row.attempt} waits for its driver")
+    row.summary = None  # the previous attempt's
+    trigger = Trigger.RELAUNCH if resumes else Trigger.LAUNCH
+    move(session, row, trigger, now, message=f"attempt {row.attempt} waits for its driver")
     session.add(
         AttemptRow(
             job=row.number,
             number=row.attempt,
             state=JobState.RESUMING if resumes else JobState.STARTING,
             started_at=now,
-            token_sha256=token_sha256(token),
+            token_sha256=hash_secret(token),
         )
     )
     note(session, row, "attempt_started", f"attempt {row.attempt} was given to the cluster", now)
 
 
 def prepare_folder(jobs: Jobs, job: Job, token: str) -> None:
-    """Write what the driver of the job's newest attempt finds.
+    """Write the launch file, the token and the code for the driver of the newest attempt.
 
     Raises:
-        InvalidSpecError: the user's code does not unpack.
+        InvalidSpecError: the user's code cannot be unpacked.
     """
     folder = Path(job.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,12 +82,12 @@ def prepare_folder(jobs: Jobs, job: Job, token: str) -> None:
 
 
 def has_run(folder: Path) -> bool:
-    """Whether there is a run to go on with."""
+    """Return whether the folder has a run that can be resumed."""
     return (folder / "job.json").exists()
 
 
 def read_launch(run_dir: Path) -> Launch:
-    """Read what the driver is to run."""
+    """Read what the driver should run."""
     return read_whole(Launch, run_dir / _LAUNCH)
 
 
@@ -102,12 +97,12 @@ def read_token(run_dir: Path) -> str:
 
 
 def code_dir(run_dir: Path) -> Path:
-    """Where the user's code is looked for."""
+    """Return the folder with the user's code."""
     return run_dir / _CODE
 
 
 def _unpack(package: Path, target: Path) -> None:
-    """Unpack so that the folder is whole or not there."""
+    """Unpack a package; after a crash the target is either complete or missing."""
     temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         unpack(package.read_bytes(), temporary)

@@ -1,4 +1,4 @@
-"""The logs of a run as one stream of lines, from any place in it, during the run and after."""
+"""A run's logs as one stream of lines that can be read from any position, also after the run."""
 
 from kfac_dist.service.logs.cursor import LogCursor
 from kfac_dist.service.logs.files import LogFilter

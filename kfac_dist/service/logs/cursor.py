@@ -1,4 +1,4 @@
-"""How far a stream of logs has come, as a token that its reader hands back."""
+"""The position of a reader in a run's logs, as a token that the reader sends back to continue."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kfac_dist.errors import UsageError
+from kfac_dist.service import opaque_tokens
 from kfac_dist.service.logs.files import LogFile
-from kfac_dist.service.wire import resume_token
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogCursor:
-    """Bytes that were read, by name of the log file."""
+    """How many bytes of each log have been read, by the file's name."""
 
     offsets: Mapping[str, int] = field(default_factory=dict)
 
     def encode(self, job_id: str) -> str:
-        """Return the token; it is good for the logs of this job alone."""
-        return resume_token.encode([job_id, self.offsets])
+        """Return the cursor as a token, which is valid only for the logs of this job."""
+        return opaque_tokens.encode([job_id, self.offsets])
 
     @classmethod
     def decode(cls, token: str, job_id: str) -> LogCursor:
-        """Return the cursor of a token; of an empty one, the beginning.
+        """Return the cursor in a token; an empty token is the beginning.
 
         Raises:
-            UsageError: it is no token that `encode` made, or one of another job.
+            UsageError: `encode` did not make the token, or made it for another job.
         """
         if not token:
             return cls()
-        job, offsets = resume_token.decode(token, _is_ours)
-        if job != job_id:  # the logs have the same names, and its offsets would skip lines
-            raise UsageError(f"resume_token: it is of the logs of job {job}, not of {job_id}")
+        job, offsets = opaque_tokens.decode("resume_token", token, _is_ours)
+        if job != job_id:  # logs of all jobs have the same names: its offsets would skip lines
+            raise UsageError(f"resume_token: belongs to the logs of job {job}, not of {job_id}")
         return cls(offsets=offsets)
 
 

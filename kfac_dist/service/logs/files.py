@@ -1,4 +1,4 @@
-"""Which log files a run has, by what their names say, and the lines in one."""
+"""The log files of a run: find them, filter them by their names, and read their lines."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import IO
 
 from kfac_dist.service.job_records import LogLine
 
-# RunFolder.log_path names them, and what a driver prints is beside its log; what has another name
-# is not ours and is not shown to anybody.
+# `RunFolder.log_path` makes these names; a driver's printed output is beside its log, as .out. A
+# file with any other name was not written by kfac_dist and is never shown.
 _NAME = re.compile(
     r"(?P<role>[a-z][a-z_]{0,40})-(?P<rank>\d{1,6})(?:\.a(?P<attempt>\d{1,6}))?\.(?:log|out)"
 )
 
 MAX_LINE_BYTES = 64 * 1024
-"""A longer line is sent in pieces."""
+"""Longer lines are sent in pieces of this size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogFilter:
-    """Which workers' lines are wanted; an empty set does not filter."""
+    """Which workers' lines are wanted; an empty set wants all."""
 
     roles: frozenset[str] = frozenset()
     ranks: frozenset[int] = frozenset()
     attempts: frozenset[int] = frozenset()
 
     def wants(self, file: LogFile) -> bool:
-        """Whether lines of this file are wanted."""
+        """Return whether lines of this file are wanted."""
         return (
             (not self.roles or file.role in self.roles)
             and (not self.ranks or file.rank in self.ranks)
@@ -52,7 +52,7 @@ class LogFile:
 
     @classmethod
     def named(cls, name: str) -> LogFile | None:
-        """Return the log of this file name, None when it is the name of none."""
+        """Return the log with this file name, None if logs have no such names."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -64,16 +64,16 @@ class LogFile:
         )
 
     def line(self, text: str) -> LogLine:
-        """Return a line of this log."""
+        """Return a line of this log as a record."""
         return LogLine(
             role=self.role, rank=self.rank, attempt=self.attempt, text=text, time=_time(text)
         )
 
 
 def find_logs(folder: Path, wanted: LogFilter) -> list[LogFile]:
-    """Return the logs in `folder`, older attempts first; none when there is no such folder."""
+    """Return the logs in `folder`, older attempts first; a missing folder has no logs."""
     try:
-        names = os.listdir(folder)  # noqa: PTH208 - the names are all that is needed
+        names = os.listdir(folder)  # noqa: PTH208 - only names are needed, not paths
     except FileNotFoundError:
         return []
     logs = [log for name in names if (log := LogFile.named(name)) is not None]
@@ -81,12 +81,13 @@ def find_logs(folder: Path, wanted: LogFilter) -> list[LogFile]:
 
 
 def open_log_file(folder: Path, log: LogFile) -> IO[bytes] | None:
-    """Open a log; None when it is no plain file: a link could lead anywhere."""
+    """Open a log; return None if it is not a plain file, since a link could lead anywhere."""
     try:
         descriptor = os.open(folder / log.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # of what was opened, not of its name
+    # Checked after opening: the name could be made a link between a check and the opening.
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         return None
     return os.fdopen(descriptor, "rb")
@@ -95,7 +96,7 @@ def open_log_file(folder: Path, log: LogFile) -> IO[bytes] | None:
 def raw_lines(file: IO[bytes], *, partial: bool) -> Iterator[bytes]:
     """Yield lines with their newlines, long ones in pieces.
 
-    A last line without a newline is still being written: it comes only when `partial`.
+    A last line without a newline is still being written; it is left out unless `partial`.
     """
     while line := file.readline(MAX_LINE_BYTES):
         if line.endswith(b"\n") or len(line) == MAX_LINE_BYTES or partial:
@@ -105,7 +106,7 @@ def raw_lines(file: IO[bytes], *, partial: bool) -> Iterator[bytes]:
 
 
 def tail_offset(file: IO[bytes], num_lines: int) -> int:
-    """Return the place in the file where its last `num_lines` whole lines begin."""
+    """Return the offset in bytes at which the file's last `num_lines` lines begin."""
     end = file.seek(0, os.SEEK_END)
     if num_lines == 0:
         return end
@@ -124,7 +125,7 @@ def tail_offset(file: IO[bytes], num_lines: int) -> int:
 
 
 def _time(text: str) -> float | None:
-    """The time that a line of the project's own logs has."""
+    """Return the time in a line of kfac_dist's own logs, None for any other line."""
     if not text.startswith("{"):
         return None
     try:

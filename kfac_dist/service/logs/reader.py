@@ -1,4 +1,4 @@
-"""Reads on in all logs of a run at once and merges their lines by time."""
+"""Reads the next lines of all logs of a run, merged by time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ MAX_BYTES = 512 * 1024
 
 
 class _Read(NamedTuple):
-    """A line with its place in the merge; times of one log never go back."""
+    """A line with its place in the merge.
+
+    `time` never decreases within a log: a line without a time, or with an earlier one, takes that
+    of the line before. `end` is the offset in bytes after the line.
+    """
 
     time: float
     log: LogFile
@@ -40,11 +44,16 @@ def read_lines(
     complete: bool,
     tail_lines: int | None = None,
 ) -> tuple[list[LogLine], LogCursor]:
-    """Return the next lines after `cursor`, and the cursor after them; at most a batch.
+    """Return the next batch of lines after `cursor`, and the cursor after them.
 
-    Lines of one worker come in their order, those of different workers by their times. Where
-    nobody writes any more the logs are `complete`, and a last line without a newline counts.
-    `tail_lines` begins that many lines before the end of each log that the cursor does not know.
+    Lines of one worker stay in order; lines of different workers are merged by time.
+
+    Args:
+        folder: the folder of the logs.
+        wanted: the logs to read.
+        cursor: where to begin in each log; logs it does not know begin at their start.
+        complete: nobody writes to the logs any more, so a last line without newline is whole.
+        tail_lines: begin this many lines before the end of each log that `cursor` does not know.
     """
     offsets = dict(cursor.offsets)
     lines: list[LogLine] = []

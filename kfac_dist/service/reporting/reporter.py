@@ -66,7 +66,7 @@ class ReportClient:
             if server is None:
                 raise UnreachableError(f"{self._home}: no server has run here")
             self._address = server.address
-            self._channel = ServerAddress.of_local(server).open()
+            self._channel = ServerAddress.from_local_server(server).open()
         return self._channel
 
     def close(self) -> None:

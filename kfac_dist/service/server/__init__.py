@@ -1,1 +1,1 @@
-"""The gRPC server: calls in, verbs of `Jobs` out. Everything below it is synchronous."""
+"""The gRPC server: it turns calls into methods of `Jobs`. Everything below it is synchronous."""

@@ -1,7 +1,8 @@
-"""From the bytes of a call to a function and back: who asks, for how long, and what went wrong.
+"""Turns the bytes of a gRPC call into a function call and back.
 
-A method is a row: type of the request, role, function. Functions of single answers are
-synchronous and run in a thread; streams are asynchronous iterators.
+The `Gate` checks the token, the role and the deadline, parses the request, and turns exceptions
+into gRPC status codes. Each method is one row: type of the request, role, function. Functions with
+a single answer are synchronous and run in a thread; streams are asynchronous iterators.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ from kfac_dist.service.wire.status import to_status
 
 _log = logging.getLogger(__name__)
 
-_MAX_DETAILS_BYTES = 4000  # other clients' limit for all metadata is 8 KiB
-_RECHECK_SECONDS = 30.0
+_MAX_DETAILS_BYTES = 4000  # clients in other languages accept 8 KiB of metadata in all
+_RECHECK_SECONDS = 30.0  # a stream whose token was revoked ends within this time
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Interceptor = grpc.aio.ServerInterceptor[Any, Any]
-else:  # the stubs alone know type arguments
+else:  # at run time these classes take no type arguments
     Interceptor = grpc.aio.ServerInterceptor
 
 
 Authenticate = Callable[[str], Caller]
-"""Tells who holds a token; synchronous, raises NotAuthenticatedError."""
+"""Returns who holds a token. Synchronous; raises NotAuthenticatedError."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unary:
-    """A method with one answer. Without a role, the function checks the bearer token itself."""
+    """A method with one answer. Without a `role`, its function checks the bearer token itself."""
 
     request: type[Message]
     role: Role | None
     function: Callable[[Any, Any], Message]
-    """Of the request and the Caller, or the bearer token where there is no role."""
+    """Called with the request and the Caller; without a `role`, with the bearer token instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Stream:
 
 
 class Gate:
-    """Lets calls through to their functions."""
+    """Passes permitted calls on to their functions."""
 
     def __init__(self, authenticate: Authenticate, limits: ServerLimits) -> None:
         self._authenticate = authenticate
@@ -75,7 +76,7 @@ class Gate:
     def handlers(
         self, service: str, methods: Mapping[str, Unary | Stream]
     ) -> grpc.GenericRpcHandler[Any, Any]:
-        """Return what a server is given to serve `methods`, by their names."""
+        """Return the handler with which a server serves `methods`, by their names."""
         made = {
             name: self._stream(name, method)
             if isinstance(method, Stream)
@@ -85,10 +86,10 @@ class Gate:
         return grpc.method_handlers_generic_handler(service, made)
 
     async def caller(self, context: Context) -> Caller:
-        """Return who asks.
+        """Return who makes a call.
 
         Raises:
-            NotAuthenticatedError: there is no token, or none that is known.
+            NotAuthenticatedError: the token is missing or not valid.
         """
         token = bearer_token(context)
         return await asyncio.to_thread(self._authenticate, token)
@@ -108,7 +109,7 @@ class Gate:
                     return await answer(data, context)
             except TimeoutError:
                 await _fail(context, TimedOutError(f"{name} took too long"))
-            except Exception as error:  # noqa: BLE001 - told to the caller, and logged
+            except Exception as error:  # noqa: BLE001 - it goes to the caller and into the log
                 await _fail(context, error)
 
         return grpc.unary_unary_rpc_method_handler(handle, None, _serialize)
@@ -120,8 +121,8 @@ class Gate:
             request = parse(method.request, data)
             loop = asyncio.get_running_loop()
             checked = loop.time()
-            with self._streams.one_more(caller.name):
-                # A stream may be quiet for long: this tells its client that it is open.
+            with self._streams.counted(caller.name):
+                # The first message may take long to come; this tells the client that it is open.
                 await context.send_initial_metadata(())
                 async for message in method.function(request):
                     if loop.time() - checked > _RECHECK_SECONDS:  # it may have been revoked
@@ -133,19 +134,22 @@ class Gate:
             try:
                 async for message in answers(data, context):
                     yield message
-            except Exception as error:  # noqa: BLE001 - told to the caller, and logged
+            except Exception as error:  # noqa: BLE001 - it goes to the caller and into the log
                 await _fail(context, error)
 
         return grpc.unary_stream_rpc_method_handler(handle, None, _serialize)
 
     def _seconds_left(self, context: Context) -> float:
-        left = context.time_remaining()
-        most = self._limits.call_seconds
-        return most if left is None else min(left, most)
+        left = context.time_remaining()  # None: the client sets no deadline
+        limit = self._limits.call_seconds
+        return limit if left is None else min(left, limit)
 
 
 class TokenForReflection(Interceptor):
-    """Asks for a token where a service is not one of ours: whoever has none sees no interface."""
+    """Requires a token for reflection, so that callers without one cannot list the API.
+
+    gRPC's reflection servicer is not made by the `Gate`, which checks the project's own services.
+    """
 
     def __init__(self, gate: Gate, prefix: str) -> None:
         self._gate = gate
@@ -156,7 +160,7 @@ class TokenForReflection(Interceptor):
         continuation: Callable[[Any], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Put the check before the streams of the service with the prefix."""
+        """Add the check to streams of services whose path begins with the prefix."""
         handler = await continuation(details)
         if not details.method.startswith(self._prefix) or handler is None:
             return handler
@@ -181,7 +185,7 @@ def bearer_token(context: Context) -> str:
     """Return the token of a call.
 
     Raises:
-        NotAuthenticatedError: there is none.
+        NotAuthenticatedError: the call has no token.
     """
     for key, value in context.invocation_metadata() or ():
         if key == "authorization" and isinstance(value, str):
@@ -189,8 +193,8 @@ def bearer_token(context: Context) -> str:
             if scheme.lower() == "bearer" and token:
                 return token
     raise NotAuthenticatedError(
-        "no token: send metadata 'authorization: Bearer TOKEN' (kfac-dist takes "
-        "$KFAC_DIST_TOKEN); an admin makes one with kfac-dist token create"
+        "no token: send the metadata 'authorization: Bearer TOKEN' (kfac-dist sends "
+        "$KFAC_DIST_TOKEN); an admin creates tokens with kfac-dist token create"
     )
 
 
@@ -198,7 +202,7 @@ def parse(kind: type[Message], data: bytes) -> Message:
     """Return the request in `data`.
 
     Raises:
-        UsageError: it is no such message.
+        UsageError: `data` is not a message of this kind.
     """
     try:
         return kind.FromString(data)
@@ -207,24 +211,25 @@ def parse(kind: type[Message], data: bytes) -> Message:
 
 
 async def _fail(context: Context, error: Exception) -> NoReturn:
-    """End the call with the error; this raises."""
-    if isinstance(error, grpc.aio.AbortError):
+    """End the call with the error's status code and message. Always raises."""
+    if isinstance(error, grpc.aio.AbortError):  # the call has ended already
         raise error
-    told = error if isinstance(error, KfacDistError) else _internal(error)
-    if isinstance(told, NotAllowedError):
-        _log.warning("refused %s: %s", context.peer(), told.message)
-    status = rpc_status.to_status(to_status(_shortened(told)))
+    shown = error if isinstance(error, KfacDistError) else _internal(error)
+    if isinstance(shown, NotAllowedError):
+        _log.warning("refused %s: %s", context.peer(), shown.message)
+    status = rpc_status.to_status(to_status(_shortened(shown)))
     await context.abort(status.code, status.details, status.trailing_metadata)
 
 
 def _internal(error: Exception) -> KfacDistError:
+    """Log a bug and return what the caller may know of it: where to look in the log."""
     mark = secrets.token_hex(4)
     _log.error("internal error %s", mark, exc_info=error)
-    return KfacDistError(f"internal error; the server's log tells more under {mark}")
+    return KfacDistError(f"internal error; look for {mark} in the server's log")
 
 
 def _shortened(error: KfacDistError) -> KfacDistError:
-    """Make a message one that passes as metadata: not too long, and text; the error stays."""
+    """Cut the error's message to what fits into metadata, and replace what is not text."""
     text = error.message.encode(errors="replace")
     cut = text[:_MAX_DETAILS_BYTES].decode(errors="ignore")
     error.message = cut if len(text) <= _MAX_DETAILS_BYTES else f"{cut} ..."

@@ -1,4 +1,4 @@
-"""The calls of JobService that have one answer."""
+"""The calls of JobService that have a single answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["JobService"].full_name
 
 @dataclass(frozen=True, kw_only=True)
 class JobCalls:
-    """A method a call; each checks the request, then asks `jobs`."""
+    """One method for each call: it checks the request, then asks `jobs`."""
 
     jobs: Jobs
 
@@ -81,22 +81,22 @@ class JobCalls:
         return pb.PauseJobResponse(job=to_job(job))
 
     def resume(self, request: pb.ResumeJobRequest, caller: Caller) -> pb.ResumeJobResponse:
-        """Let a paused job go on."""
+        """Resume a paused job."""
         job = self._control(request.job_id, caller, "resume", self.jobs.resume)
         return pb.ResumeJobResponse(job=to_job(job))
 
     def retry(self, request: pb.RetryJobRequest, caller: Caller) -> pb.RetryJobResponse:
-        """Try an ended job again."""
+        """Start a new attempt of an ended job."""
         job = self._control(request.job_id, caller, "retry", self.jobs.retry)
         return pb.RetryJobResponse(job=to_job(job))
 
     def metrics(self, request: pb.QueryMetricsRequest, caller: Caller) -> pb.QueryMetricsResponse:
-        """Return histories, or without names, the names there are."""
+        """Return the history of the named metrics; without names, the names of all metrics."""
         job_id = requests.job_id(request.job_id)
         names = requests.names("names", request.names)
         if not names:
-            there = self.jobs.metric_names(job_id)
-            series = [job_pb2.MetricSeries(name=name, sampled_every=1) for name in there]
+            existing = self.jobs.metric_names(job_id)
+            series = [job_pb2.MetricSeries(name=name, sampled_every=1) for name in existing]
             return pb.QueryMetricsResponse(series=series)
         first, last = request.first_step, request.last_step
         found = self.jobs.metrics(
@@ -106,10 +106,10 @@ class JobCalls:
             last_step=last if request.HasField("last_step") else None,
             max_points=requests.in_range("max_points", request.max_points, 1, 10_000, default=1000),
         )
-        return pb.QueryMetricsResponse(series=[to_series(one) for one in found])
+        return pb.QueryMetricsResponse(series=[to_series(metric) for metric in found])
 
     def events(self, request: pb.ListEventsRequest, caller: Caller) -> pb.ListEventsResponse:
-        """Return what happened to a job."""
+        """Return the events of a job."""
         events = self.jobs.events(
             requests.job_id(request.job_id),
             after=request.after,
@@ -128,7 +128,7 @@ class JobCalls:
     def _control(
         self, job_id: str, caller: Caller, what: str, request: Callable[[str], Job]
     ) -> Job:
-        """Ask for something that only the owner of a job and admins may ask for."""
+        """Call `request` if the caller owns the job or is an admin."""
         caller.require_control_of(self.jobs.get(requests.job_id(job_id)), what)
         return request(job_id)
 
@@ -136,7 +136,7 @@ class JobCalls:
 def job_methods(
     calls: JobCalls, watches: WatchStreams, logs: LogStreams
 ) -> dict[str, Unary | Stream]:
-    """Return the methods of JobService: this table says which role each one needs."""
+    """Return the methods of JobService with the role that each one needs."""
     viewer, submitter = Role.VIEWER, Role.SUBMITTER
     return {
         "CreateJob": Unary(request=pb.CreateJobRequest, role=submitter, function=calls.create),
@@ -157,7 +157,7 @@ def job_methods(
 
 
 def _measured(info: CheckpointInfo) -> CheckpointFacts | None:
-    """A checkpoint with its size; None when it was replaced by a newer one meanwhile."""
+    """Return a checkpoint with its size, None if the run has deleted it since it was listed."""
     try:
         created = info.path.stat().st_mtime
         size = sum(path.stat().st_size for path in info.path.rglob("*") if path.is_file())

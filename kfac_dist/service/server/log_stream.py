@@ -1,4 +1,4 @@
-"""StreamLogs: lines from the run's folder, followed until the job has ended."""
+"""StreamLogs: streams lines of the run's logs, on request until the job has ended."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kfac_dist.service.job_records import LogLine
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.logs import LogCursor, LogFilter, read_lines
 from kfac_dist.service.server import requests
-from kfac_dist.service.server.wakeups import Changes
+from kfac_dist.service.server.wakeups import JobWakeups
 from kfac_dist.service.wire.job_messages import to_log_line
 from kfac_dist.v1 import job_service_pb2
 
-# Nobody tells when a log grows, so it is looked at: soon after it grew, later when it is quiet.
+# A log that grows wakes nobody, so the stream polls: often after new lines, less often when quiet.
 _LEAST_SECONDS = 0.2
 _MOST_SECONDS = 1.0
 _MAX_TAIL = 100_000
@@ -24,10 +24,10 @@ _MAX_TAIL = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class LogStreams:
-    """Streams of logs."""
+    """Serves StreamLogs."""
 
     jobs: Jobs
-    changes: Changes
+    wakeups: JobWakeups
 
     async def stream(
         self, request: job_service_pb2.StreamLogsRequest
@@ -39,12 +39,14 @@ class LogStreams:
         cursor = LogCursor.decode(request.resume_token, job_id)
         folder = await asyncio.to_thread(self.jobs.log_dir, job_id)
         pause = _LEAST_SECONDS
-        with self.changes.of(job_id) as changed:
+        with self.wakeups.subscribed(job_id) as changed:
             while True:
                 has_ended, lines, cursor = await asyncio.to_thread(
                     self._read, job_id, folder, wanted, cursor, tail
                 )
-                if lines or tail is not None:  # no line is lost from where the tail begins
+                # The first answer with a tail comes even without lines: its token fixes where the
+                # tail begins, so that a client that connects again misses no line.
+                if lines or tail is not None:
                     yield _message(lines, cursor.encode(job_id))
                 tail = None
                 if lines:
@@ -52,13 +54,14 @@ class LogStreams:
                 elif has_ended or not request.follow:
                     return
                 if not lines or request.follow:
-                    await self.changes.wait(changed, 0 if lines else pause)
+                    await self.wakeups.wait(changed, 0 if lines else pause)
                     pause = min(2 * pause, _MOST_SECONDS)
 
     def _read(
         self, job_id: str, folder: Path, wanted: LogFilter, cursor: LogCursor, tail: int | None
     ) -> tuple[bool, list[LogLine], LogCursor]:
-        """Read on; the state is read first, so that at the end nothing is missed."""
+        """Return whether the job has ended, the next lines, and the cursor after them."""
+        # The state comes first: a job that has ended here writes no line after the read below.
         has_ended = self.jobs.get(job_id).state in ENDED
         lines, cursor = read_lines(folder, wanted, cursor, complete=has_ended, tail_lines=tail)
         return has_ended, lines, cursor
@@ -76,7 +79,7 @@ def _tail(request: job_service_pb2.StreamLogsRequest) -> int | None:
     if not request.HasField("tail_lines"):
         return None
     if request.resume_token:
-        raise requests.no_both("tail_lines", "resume_token")
+        raise requests.excludes("tail_lines", "resume_token")
     return requests.in_range("tail_lines", request.tail_lines, 0, _MAX_TAIL)
 
 

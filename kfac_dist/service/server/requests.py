@@ -1,4 +1,4 @@
-"""What a message may say, as far as `Jobs` does not check it: what is a matter of the wire."""
+"""Checks of request fields that belong to the wire format; `Jobs` checks what they mean."""
 
 from __future__ import annotations
 
@@ -19,29 +19,43 @@ _MAX_LIST = 1000
 
 
 def job_id(value: str) -> str:
-    """Return a job's id."""
+    """Return a job's id.
+
+    Raises:
+        FieldError: no job can have this id.
+    """
     if not is_job_id(value):
-        raise FieldError("job_id", f"{_shown(value)} is no job's id (letters, digits, . _ -)")
+        raise FieldError(
+            "job_id", f"{_shortened(value)} is not a job's id (letters, digits, . _ -)"
+        )
     return value
 
 
 def spec(text: str) -> Mapping[str, Any]:
-    """Return a specification as it was sent, not yet checked for what it says."""
+    """Return a specification as it was sent; its keys and values are not checked here.
+
+    Raises:
+        FieldError: the text is too long or not a JSON object.
+    """
     size = len(text.encode())
     if size > MAX_SPEC_BYTES:
         raise FieldError("spec_json", f"{size:,} bytes; at most {MAX_SPEC_BYTES:,}")
     try:
-        values = json.loads(text, parse_constant=_no_constant)
-        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        values = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(values, ensure_ascii=False).encode()  # refuses half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise FieldError("spec_json", f"not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise FieldError("spec_json", f"not a JSON object but {type(values).__name__}")
+        raise FieldError("spec_json", f"must be a JSON object, not {type(values).__name__}")
     return values
 
 
 def in_range(field: str, value: int, low: int, high: int, *, default: int | None = None) -> int:
-    """Return a number, or for 0 the default, and refuse what is outside the closed interval."""
+    """Return a number, or the default for 0.
+
+    Raises:
+        FieldError: the number is outside the closed interval [low, high].
+    """
     if value == 0 and default is not None:
         return default
     if not low <= value <= high:
@@ -50,7 +64,11 @@ def in_range(field: str, value: int, low: int, high: int, *, default: int | None
 
 
 def states(values: Sequence[job_pb2.JobState.ValueType]) -> list[JobState]:
-    """Return states to filter by."""
+    """Return the states to filter by.
+
+    Raises:
+        FieldError: this version does not know one of the numbers.
+    """
     try:
         return [from_state(value) for value in values]
     except ValueError:
@@ -58,27 +76,35 @@ def states(values: Sequence[job_pb2.JobState.ValueType]) -> list[JobState]:
 
 
 def names(field: str, values: Sequence[str]) -> list[str]:
-    """Return names of metrics."""
+    """Return the names of metrics without duplicates.
+
+    Raises:
+        FieldError: there are too many names.
+    """
     if len(values) > _MAX_NAMES:
         raise FieldError(field, f"{len(values)} names; at most {_MAX_NAMES}")
     return list(dict.fromkeys(values))
 
 
 def at_most(field: str, values: Sequence[Any]) -> Sequence[Any]:
-    """Return a list, and refuse a very long one."""
+    """Return a list that is not too long.
+
+    Raises:
+        FieldError: the list is too long.
+    """
     if len(values) > _MAX_LIST:
         raise FieldError(field, f"{len(values)} values; at most {_MAX_LIST}")
     return values
 
 
-def no_both(first: str, second: str) -> UsageError:
-    """Return the error of two fields that exclude each other."""
-    return FieldError(first, f"not together with {second}")
+def excludes(first: str, second: str) -> UsageError:
+    """Return the error for two fields that exclude each other."""
+    return FieldError(first, f"cannot be used together with {second}")
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _shown(value: str) -> str:
+def _shortened(value: str) -> str:
     return repr(value if len(value) <= 60 else value[:60] + "...")

@@ -1,4 +1,4 @@
-"""The server's life: listen, tell where, answer until it is asked to end, drain."""
+"""The server's life: listen, announce the address, answer until asked to end, drain."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.server import job_calls, report_calls
 from kfac_dist.service.server.calls import Gate, TokenForReflection
 from kfac_dist.service.server.log_stream import LogStreams
-from kfac_dist.service.server.wakeups import Changes
+from kfac_dist.service.server.wakeups import JobWakeups
 from kfac_dist.service.server.watch_stream import WatchStreams
 from kfac_dist.service.wire.transport import SERVER_OPTIONS
 
 _log = logging.getLogger(__name__)
 
-_THREADS = 16  # of calls into `Jobs`, which wait for the database
+_THREADS = 16  # for calls into `Jobs`, which block on the database
 SERVICES = (job_calls.SERVICE, report_calls.SERVICE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Where and how a server listens; port 0 takes a free one."""
+    """Where and how a server listens; port 0 picks a free port."""
 
     host: str
     port: int
@@ -46,10 +46,10 @@ class ServerOptions:
 async def serve(
     jobs: Jobs, tokens: Tokens, options: ServerOptions, on_ready: Callable[[str], None]
 ) -> None:
-    """Answer until SIGTERM or SIGINT, then drain; `on_ready` is told the address.
+    """Answer until SIGTERM or SIGINT, then drain; `on_ready` is called with the address.
 
     Raises:
-        UsageError: the address cannot be listened at, or must not be without TLS.
+        UsageError: the address cannot be bound, or may not be used without TLS.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -62,13 +62,13 @@ async def serve(
 
 
 class GrpcServer:
-    """A server on the running loop: the two services, health and reflection."""
+    """A server on the running event loop: the two services, health and reflection."""
 
     def __init__(self, jobs: Jobs, tokens: Tokens, options: ServerOptions) -> None:
         check_exposure(options.host, has_tls=options.tls is not None, insecure=options.insecure)
         self._options = options
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "calls"))
-        self._changes = Changes(jobs)
+        self._wakeups = JobWakeups(jobs)
         gate = Gate(tokens.authenticate, options.limits)
         self._server = grpc.aio.server(
             interceptors=[TokenForReflection(gate, f"/{reflection.SERVICE_NAME}/")],
@@ -81,8 +81,8 @@ class GrpcServer:
     def _add_services(self, jobs: Jobs, gate: Gate) -> None:
         methods = job_calls.job_methods(
             job_calls.JobCalls(jobs=jobs),
-            WatchStreams(jobs=jobs, changes=self._changes),
-            LogStreams(jobs=jobs, changes=self._changes),
+            WatchStreams(jobs=jobs, wakeups=self._wakeups),
+            LogStreams(jobs=jobs, wakeups=self._wakeups),
         )
         reports = report_calls.report_methods(report_calls.ReportCalls(jobs=jobs))
         self._server.add_generic_rpc_handlers(
@@ -97,10 +97,10 @@ class GrpcServer:
         )
 
     async def start(self) -> str:
-        """Listen; returns the address with the real port.
+        """Listen and return the address with its actual port.
 
         Raises:
-            UsageError: the address cannot be listened at.
+            UsageError: the address cannot be bound.
         """
         host, tls = self._options.host, self._options.tls
         wanted = f"{host}:{self._options.port}"
@@ -111,8 +111,8 @@ class GrpcServer:
                 port = self._server.add_secure_port(wanted, server_credentials(tls))
         except RuntimeError as error:
             raise UsageError(
-                f"--listen {wanted}: cannot be listened at (taken by another program, or no "
-                f"address of this machine, or a wrong certificate): {error}"
+                f"--listen {wanted}: cannot listen there (another program uses the port, the "
+                f"address is not this machine's, or the certificate is wrong): {error}"
             ) from error
         await self._server.start()
         for service in ("", *SERVICES):
@@ -120,8 +120,8 @@ class GrpcServer:
         return f"{host}:{port}"
 
     async def drain(self) -> None:
-        """Refuse new calls, tell streams to connect again, let calls in hand end."""
+        """Refuse new calls, tell streams to connect again, let running calls finish."""
         _log.info("draining")
         await self._health.enter_graceful_shutdown()
-        self._changes.close()
+        self._wakeups.close()
         await self._server.stop(self._options.drain_seconds)

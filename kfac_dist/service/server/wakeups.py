@@ -1,4 +1,4 @@
-"""Wakes the streams of a job when something of it changes, with no thread a stream."""
+"""Wakes the streams of a job when the job changes, without a thread for each stream."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kfac_dist.errors import UnreachableError
 from kfac_dist.service.jobs import Jobs
 
 
-class Changes:
-    """Events of the running loop, by job; `close` ends every stream that waits."""
+class JobWakeups:
+    """Wakes the streams that wait for a job to change. Belongs to the running event loop."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._loop = asyncio.get_running_loop()
@@ -21,7 +21,7 @@ class Changes:
         self._unsubscribe = jobs.subscribe(self._on_change)
 
     def close(self) -> None:
-        """End the waiting: streams are told to connect again."""
+        """Wake every stream; each then ends with an UnreachableError."""
         self._is_closing = True
         self._unsubscribe()
         for events in self._waiting.values():
@@ -29,8 +29,8 @@ class Changes:
                 event.set()
 
     @contextmanager
-    def of(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Give an event that is set at each change of the job; whoever waits clears it."""
+    def subscribed(self, job_id: str) -> Iterator[asyncio.Event]:
+        """Give an event that each change of the job sets, for `wait`."""
         event = asyncio.Event()
         self._waiting[job_id].add(event)
         try:
@@ -41,22 +41,22 @@ class Changes:
                 del self._waiting[job_id]
 
     async def wait(self, event: asyncio.Event, seconds: float) -> None:
-        """Wait for a change, at most so long.
+        """Wait for a change for at most `seconds`, and clear the event.
 
         Raises:
-            UnreachableError: the server is about to end.
+            UnreachableError: the server is shutting down.
         """
         try:
             async with asyncio.timeout(seconds):
                 await event.wait()
         except TimeoutError:
-            pass
+            pass  # the stream looks for itself: nobody announces a log line, for example
         event.clear()
         if self._is_closing:
-            raise UnreachableError("the server is about to end; connect again with resume_token")
+            raise UnreachableError("the server is shutting down; connect again with resume_token")
 
     def _on_change(self, job_id: str) -> None:
-        """Called on any thread."""
+        # Runs on the thread that changed the job; events may be set only on the loop's own.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, job_id)
 

@@ -1,4 +1,4 @@
-"""The database of the control plane: its tables, how they are opened, and questions to them."""
+"""The database of the control plane: its tables, how to open it, and its queries."""
 
 from kfac_dist.service.store.database import Store, open_store
 from kfac_dist.service.store.models import (

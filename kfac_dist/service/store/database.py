@@ -1,4 +1,4 @@
-"""Opening the database: SQLite in WAL mode, or PostgreSQL; its tables are brought up to date."""
+"""Opens the database, SQLite in WAL mode or PostgreSQL, and migrates its tables."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from kfac_dist.errors import UnreachableError, UsageError
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _WRITES = "kfac_dist_writes"
 _BUSY_SECONDS, _RETRY_SECONDS = 30, 0.01
-_LOCK = 0x6B666163  # of the advisory lock, "kfac"
+_LOCK = 0x6B666163  # key of PostgreSQL's advisory lock for migrations: "kfac" in ASCII
 _SUPPORTED = "sqlite:///FILE and postgresql+psycopg://USER@HOST/DATABASE"
 
 
 class Store:
-    """The database, as transactions."""
+    """The database, used in transactions. Thread-safe."""
 
     def __init__(self, engine: Engine) -> None:
-        """Use `open_store` instead."""
+        """Wrap an engine whose tables are up to date; call `open_store` instead."""
         self._engine = engine
         self._writing = engine.execution_options(**{_WRITES: True})
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """Give one consistent view; on SQLite, writers do not wait for it.
+        """Open a transaction that only reads, from one consistent snapshot.
 
         Raises:
             UnreachableError: the database does not answer.
@@ -45,10 +45,10 @@ class Store:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """Give a transaction: all of it is durable at the end of the block, or nothing is.
+        """Open a transaction: after the block all its changes are durable, or none.
 
-        Lock the rows that are read before they are changed with `with_for_update`, which SQLite
-        does not need: there, one writes at a time.
+        Read rows that you will change with `with_for_update`, which locks them on PostgreSQL.
+        SQLite ignores it: it has one writer at a time.
 
         Raises:
             UnreachableError: the database does not answer.
@@ -59,7 +59,7 @@ class Store:
     @contextmanager
     def _session(self, engine: Engine) -> Iterator[Session]:
         session = Session(engine, expire_on_commit=False)
-        with _told(self._engine.url), session, session.begin():
+        with _unreachable_errors(self._engine.url), session, session.begin():
             yield session
 
     def close(self) -> None:
@@ -68,16 +68,16 @@ class Store:
 
 
 def open_store(url: str) -> Store:
-    """Open the database at `url`, an SQLAlchemy URL, and bring its tables up to date.
+    """Open the database at `url`, an SQLAlchemy URL, and migrate its tables.
 
     Raises:
-        UsageError: the URL is none, or of another kind of database; or the tables are of a later
-            version of this program.
+        UsageError: the URL is malformed or names an unsupported database, or a later version of
+            kfac-dist has migrated the tables.
         UnreachableError: the database cannot be opened.
     """
     engine = _make_engine(_parse(url))
     try:
-        with _told(engine.url), engine.connect() as connection:
+        with _unreachable_errors(engine.url), engine.connect() as connection:
             _upgrade(connection)
     except BaseException:
         engine.dispose()
@@ -99,7 +99,7 @@ def _parse(url: str) -> URL:
 
 def _make_engine(url: URL) -> Engine:
     if url.drivername != "sqlite":
-        # A server that was started again is noticed before a request fails.
+        # pre_ping replaces connections that a restart of the database server has broken.
         return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
     engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
     event.listen(engine, "connect", _prepare_sqlite)
@@ -108,18 +108,18 @@ def _make_engine(url: URL) -> Engine:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says
+    connection.isolation_level = None  # `_begin_sqlite` begins transactions, not the driver
     cursor = connection.cursor()
     _use_wal(cursor)
-    cursor.execute("PRAGMA synchronous=FULL")  # what was promised survives a power cut
+    cursor.execute("PRAGMA synchronous=FULL")  # a committed transaction survives a power cut
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 
 
 def _use_wal(cursor: sqlite3.Cursor) -> None:
-    """Switch to the write-ahead log; a lock that another opening holds is waited for.
+    """Switch to the write-ahead log, waiting while another process holds the lock.
 
-    SQLite itself waits for every lock but this one.
+    SQLite's own timeout covers every other lock, but not this one.
     """
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
@@ -135,13 +135,14 @@ def _use_wal(cursor: sqlite3.Cursor) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Begin as a writer at once: a reader that turns into one may find that it is too late."""
+    # A writer takes the write lock now. A transaction that reads first and writes later fails
+    # when another one has written in between.
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _upgrade(connection: Connection) -> None:
-    """Run the migrations that are missing, one process at a time."""
+    """Run the missing migrations, in one process at a time."""
     connection = connection.execution_options(**{_WRITES: True})
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
@@ -153,14 +154,14 @@ def _upgrade(connection: Connection) -> None:
             command.upgrade(config, "head")
         except CommandError as error:
             raise UsageError(
-                f"store: its tables are of another version of kfac-dist ({error}); use the "
+                f"store: its tables are from another version of kfac-dist ({error}); use the "
                 "version that wrote it, or a later one"
             ) from error
 
 
 @contextmanager
-def _told(url: URL) -> Iterator[None]:
-    """Tell of a database that does not answer, without its password."""
+def _unreachable_errors(url: URL) -> Iterator[None]:
+    """Turn connection failures into UnreachableError with the URL, but without its password."""
     try:
         yield
     except (DBAPIError, NoSuchModuleError) as error:
@@ -172,5 +173,5 @@ def _told(url: URL) -> Iterator[None]:
 
 
 def _is_away(error: DBAPIError) -> bool:
-    """Whether the database, and not the question, is the problem."""
+    """Return whether the database could not be reached, rather than refused a statement."""
     return type(error).__name__ in ("OperationalError", "InterfaceError")

@@ -1,11 +1,10 @@
-"""Rows of jobs, attempts and events: found, changed by the rules of their life, and read.
+"""Rows of jobs, attempts and events: find them, change them, turn them into records.
 
-Everything that changes a job goes through `move`, `note` or `touch`, in a transaction.
+Every change of a job goes through `move`, `note` or `touch`, inside a transaction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,16 +18,16 @@ from kfac_dist.service.job_records import Attempt, Job, JobEvent, is_job_id
 from kfac_dist.service.store import AttemptRow, EventRow, JobRow
 
 
-def find(session: Session, job_id: str, *, to_change: bool = False) -> JobRow:
-    """Return the row of a job; `to_change` keeps others from it until the transaction ends.
+def find(session: Session, job_id: str, *, for_update: bool = False) -> JobRow:
+    """Return the row of a job; `for_update` locks it until the transaction ends.
 
     Raises:
-        NotFoundError: there is none of this id.
+        NotFoundError: no job has this id.
     """
     query = select(JobRow).where(JobRow.id == job_id)
     row = None
-    if is_job_id(job_id):  # anything else is no id, and may be no text to a database
-        row = session.scalar(query.with_for_update() if to_change else query)
+    if is_job_id(job_id):  # PostgreSQL would refuse some other texts, such as one with a NUL
+        row = session.scalar(query.with_for_update() if for_update else query)
     if row is None:
         raise NotFoundError(f"job {job_id[:120]!r}: there is no such job")
     return row
@@ -42,19 +41,19 @@ def find_attempt(session: Session, row: JobRow) -> AttemptRow | None:
 def move(
     session: Session,
     row: JobRow,
-    event: Trigger,
+    trigger: Trigger,
     now: float,
     *,
     reason: str | None = None,
     message: str | None = None,
 ) -> bool:
-    """Let `event` happen to a job and return whether its state is another one now.
+    """Move a job to the state that follows from `trigger`, and return whether its state changed.
 
     Raises:
-        ConflictError: it cannot happen in this state.
+        ConflictError: the trigger is not permitted in the job's state.
     """
     before = JobState(row.state)
-    after = next_state(before, event)
+    after = next_state(before, trigger)
     if (after, reason, message) == (before, row.reason, row.message):
         return False
     row.state, row.reason, row.message = after, reason, text_of(message)
@@ -66,7 +65,7 @@ def move(
 
 
 def touch(row: JobRow, now: float) -> None:
-    """Make a change of `row` known to those who wait for one."""
+    """Mark the row as changed, so that listeners are called after the transaction."""
     row.revision += 1
     row.updated_at = now
 
@@ -79,9 +78,8 @@ def note(
     now: float,
     *,
     severity: Severity = "info",
-    details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add an event of the control plane's own."""
+    """Add an event of the control plane to the job's events."""
     row.last_sequence += 1
     session.add(
         EventRow(
@@ -95,24 +93,27 @@ def note(
             role="control_plane",
             rank=None,
             attempt=row.attempt,
-            details=dict(details or {}),
+            details={},
         )
     )
     touch(row, now)
 
 
 def text_of(value: str | None) -> str | None:
-    """Make a text from a user's process fit for a database: PostgreSQL takes no NUL."""
+    """Replace NUL characters in a text of a user's process: PostgreSQL refuses them."""
     return None if value is None else value.replace("\x00", "\N{REPLACEMENT CHARACTER}")
 
 
 def failure_row(failure: FirstFailure | None) -> dict[str, Any] | None:
-    """Return what is stored of a failure."""
+    """Return a failure as it is stored, a JSON object."""
     return asdict(failure) if failure else None
 
 
 def to_job(row: JobRow | Row[Any], *, whole: bool = True) -> Job:
-    """Read a job; not `whole` leaves out specification and summary, which a listing's rows lack."""
+    """Return the job in a row; without `whole`, no specification and no summary.
+
+    Rows of a listing do not have those two columns.
+    """
     failure = row.first_failure
     return Job(
         id=row.id,
@@ -142,7 +143,7 @@ def to_job(row: JobRow | Row[Any], *, whole: bool = True) -> Job:
 
 
 def to_attempt(row: AttemptRow, job_id: str) -> Attempt:
-    """Read an attempt."""
+    """Return the attempt in a row."""
     return Attempt(
         job=job_id,
         number=row.number,
@@ -157,7 +158,7 @@ def to_attempt(row: AttemptRow, job_id: str) -> Attempt:
 
 
 def to_event(row: EventRow, job_id: str) -> JobEvent:
-    """Read an event."""
+    """Return the event in a row."""
     return JobEvent(
         job=job_id,
         sequence=row.sequence,

@@ -1,6 +1,6 @@
-"""The tables. Times are in Unix seconds; what was not finite is NULL.
+"""The tables. Times are in Unix seconds; a metric's value that was not finite is NULL.
 
-`migrations/` makes them; a test compares the two.
+`migrations/` creates these tables; a test checks that the two agree.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-# SQLite counts up only what it calls INTEGER; PostgreSQL's has 32 bits.
+# SQLite autoincrements only an INTEGER column; PostgreSQL's INTEGER has just 32 bits.
 _Number = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class Base(DeclarativeBase):
-    """All tables; a `str` without a length is text, a `float` has 64 bits."""
+    """The base of all tables; maps `str` to text and `float` to 64 bits unless a column differs."""
 
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         str: Text(),
@@ -36,11 +36,12 @@ class Base(DeclarativeBase):
 
 
 class JobRow(Base):
-    """A job; see `records.Job`.
+    """A job; see `job_records.Job`.
 
-    `request_sha256` is of what the user asked for. `state_since` is when the state was entered,
-    `cancel_now` whether it is to be ended by force. `last_sequence` is that of the newest event,
-    `events_known` and `steps_known` say how far the run folder's journals are known.
+    `request_sha256` hashes what the user requested. `state_since` is when the job entered its
+    state, `cancel_now` whether to end it by force. `last_sequence` belongs to the newest event.
+    `events_known` and `steps_known` say how much of the run folder's journals is stored: the last
+    line of its events and the last step.
     """
 
     __tablename__ = "jobs"
@@ -83,7 +84,7 @@ class JobRow(Base):
 
 
 class AttemptRow(Base):
-    """An attempt of a job; see `records.Attempt`. `token_sha256` is of its driver's secret."""
+    """An attempt of a job; see `job_records.Attempt`. `token_sha256` hashes its driver's secret."""
 
     __tablename__ = "attempts"
 
@@ -100,7 +101,7 @@ class AttemptRow(Base):
 
 
 class EventRow(Base):
-    """An event of a job; see `records.JobEvent`."""
+    """An event of a job; see `job_records.JobEvent`."""
 
     __tablename__ = "events"
 
@@ -118,7 +119,7 @@ class EventRow(Base):
 
 
 class SeriesRow(Base):
-    """A metric that a job has a history of."""
+    """A metric that has a history in a job."""
 
     __tablename__ = "metric_series"
     __table_args__ = (UniqueConstraint("job", "name", name="metric_series_of_job"),)
@@ -141,7 +142,7 @@ class PointRow(Base):
 
 
 class TokenRow(Base):
-    """A bearer token, of which only the hash is kept."""
+    """A bearer token, of which only the hash is stored."""
 
     __tablename__ = "tokens"
 

@@ -1,1 +1,1 @@
-"""Between records and protobuf messages, errors and status codes, tokens, packages, channels."""
+"""What travels over gRPC: records as messages, errors as status codes, user code as packages."""

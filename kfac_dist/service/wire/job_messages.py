@@ -1,4 +1,4 @@
-"""The records of the control plane as messages, and back; nothing else knows both."""
+"""Turns the records of the control plane into protobuf messages, and back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kfac_dist.v1 import job_pb2
 
 
 def to_job(job: Job, *, whole: bool = True) -> job_pb2.Job:
-    """Return a job as a message; not `whole` leaves out specification and summary."""
+    """Return a job as a message; without `whole`, no specification and no summary."""
     return job_pb2.Job(
         id=job.id,
         name=job.name,
@@ -59,7 +59,7 @@ def to_job(job: Job, *, whole: bool = True) -> job_pb2.Job:
 
 
 def from_job(message: job_pb2.Job) -> Job:
-    """Return a job; the specification of one from a list is empty."""
+    """Return the job in a message; the specification of a listed job is empty."""
     return Job(
         id=message.id,
         name=message.name,
@@ -83,7 +83,7 @@ def from_job(message: job_pb2.Job) -> Job:
         package=message.package_sha256 or None,
         summary=from_json(message.summary_json),
         revision=message.revision,
-        idempotency_key=None,  # the caller's own affair, never sent back
+        idempotency_key=None,  # never sent back: only the caller who chose it needs it
     )
 
 
@@ -103,7 +103,7 @@ def to_attempt(attempt: Attempt) -> job_pb2.Attempt:
 
 
 def from_attempt(message: job_pb2.Attempt) -> Attempt:
-    """Return an attempt."""
+    """Return the attempt in a message."""
     return Attempt(
         job=message.job_id,
         number=message.number,
@@ -135,7 +135,7 @@ def to_event(event: JobEvent) -> job_pb2.JobEvent:
 
 
 def from_event(message: job_pb2.JobEvent) -> JobEvent:
-    """Return an event."""
+    """Return the event in a message."""
     return JobEvent(
         job=message.job_id,
         sequence=message.sequence,
@@ -164,7 +164,7 @@ def to_series(series: MetricSeries) -> job_pb2.MetricSeries:
 
 
 def from_series(message: job_pb2.MetricSeries) -> MetricSeries:
-    """Return a history."""
+    """Return the history in a message."""
     return MetricSeries(
         name=message.name,
         sampled_every=message.sampled_every,
@@ -186,7 +186,7 @@ def to_checkpoint(checkpoint: CheckpointFacts) -> job_pb2.Checkpoint:
 
 
 def from_checkpoint(message: job_pb2.Checkpoint) -> CheckpointFacts:
-    """Return a checkpoint."""
+    """Return the checkpoint in a message."""
     return CheckpointFacts(
         step=message.step,
         path=message.path,
@@ -207,7 +207,7 @@ def to_log_line(line: LogLine) -> job_pb2.LogLine:
 
 
 def from_log_line(message: job_pb2.LogLine) -> LogLine:
-    """Return a line of a log."""
+    """Return the log line in a message."""
     return LogLine(
         role=message.role,
         rank=message.rank,

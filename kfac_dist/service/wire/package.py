@@ -1,7 +1,8 @@
-"""The user's code on its way to the cluster: a folder as a zip, checked before it is unpacked.
+"""The user's code on its way to the cluster: a folder as a zip that is checked before unpacking.
 
-A package holds plain files below its root and nothing else: no links, no devices, no name that
-leads out. Submitting a job is running its code; these checks are for the server's own files.
+A package holds only plain files below its root: no links, no devices, no name that leads out of
+it. The checks protect the server's own files, not the cluster, where a job runs its user's code
+anyway.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ MAX_PACKED_BYTES = 32 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
 MAX_FILES = 10_000
 
-# What no job needs and what makes packages large.
+# Folders that no job needs and that make packages large.
 _LEFT_OUT_FOLDERS = frozenset(
     {"__pycache__", "node_modules", "runs", ".git", ".venv", "venv", ".mypy_cache", ".ruff_cache"}
 )
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same package, whenever they were written
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # instead of a file's own time: equal files give equal packages
 _CHUNK_BYTES = 2**20
 
 
 def pack(folder: Path) -> bytes:
-    """Return `folder` as a package; hidden files and folders, caches and links are left out.
+    """Return `folder` as a package, without hidden files, caches and links.
 
     Raises:
-        InvalidSpecError: there is too much in it.
+        InvalidSpecError: the folder has too many files or bytes.
     """
     buffer = io.BytesIO()
     total = 0
@@ -45,18 +46,18 @@ def pack(folder: Path) -> bytes:
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
     data = buffer.getvalue()
     if len(data) > MAX_PACKED_BYTES:
-        raise InvalidSpecError(_too_much(f"{folder}: packed it has", len(data), MAX_PACKED_BYTES))
+        raise InvalidSpecError(_too_large(f"{folder}: packed it has", len(data), MAX_PACKED_BYTES))
     return data
 
 
 def check_package(data: bytes) -> None:
-    """Refuse what is no package.
+    """Check a package without unpacking it.
 
     Raises:
-        InvalidSpecError: it is no zip, is too large, or a name in it leads out or is a link.
+        InvalidSpecError: it is not a zip or is too large, or an entry is a link or leads out of it.
     """
     if len(data) > MAX_PACKED_BYTES:
-        raise InvalidSpecError(_too_much("package: it has", len(data), MAX_PACKED_BYTES))
+        raise InvalidSpecError(_too_large("package: it has", len(data), MAX_PACKED_BYTES))
     with _open(data) as archive:
         _check_entries(archive)
 
@@ -65,10 +66,11 @@ def unpack(data: bytes, target: Path) -> None:
     """Write the files of a package into `target`, which must not exist yet.
 
     Raises:
-        InvalidSpecError: as `check_package`, or the content is not what the zip's index says.
+        InvalidSpecError: as for `check_package`, or a file is damaged or larger than the zip's
+            index says.
     """
     if len(data) > MAX_PACKED_BYTES:
-        raise InvalidSpecError(_too_much("package: it has", len(data), MAX_PACKED_BYTES))
+        raise InvalidSpecError(_too_large("package: it has", len(data), MAX_PACKED_BYTES))
     with _open(data) as archive:
         entries = _check_entries(archive)
         target.mkdir(parents=True)
@@ -77,7 +79,7 @@ def unpack(data: bytes, target: Path) -> None:
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):  # follows no links
+    for root, folders, files in os.walk(folder):  # does not follow links
         folders[:] = sorted(
             name for name in folders if name not in _LEFT_OUT_FOLDERS and not name.startswith(".")
         )
@@ -90,17 +92,19 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def _check_size(folder: Path, num_bytes: int, count: int) -> None:
     if count > MAX_FILES:
         raise InvalidSpecError(
-            f"{folder}: the folder of the specification is sent along with the user's code and has "
-            f"more than {MAX_FILES:,} files; move specification and code to a folder of their own"
+            f"{folder}: the folder of the specification is sent to the cluster with the user's "
+            f"code, and it has more than {MAX_FILES:,} files; move the specification and the code "
+            "to a folder of their own"
         )
     if num_bytes > MAX_UNPACKED_BYTES:
-        raise InvalidSpecError(_too_much(f"{folder}: it has", num_bytes, MAX_UNPACKED_BYTES))
+        raise InvalidSpecError(_too_large(f"{folder}: it has", num_bytes, MAX_UNPACKED_BYTES))
 
 
-def _too_much(what: str, num_bytes: int, limit: int) -> str:
+def _too_large(what: str, num_bytes: int, limit: int) -> str:
     return (
-        f"{what} {num_bytes / 2**20:.1f} MiB or more, and {limit / 2**20:.0f} MiB of user code can "
-        "be sent; move specification and code to a folder of their own, data goes by --data-dir"
+        f"{what} at least {num_bytes / 2**20:.1f} MiB, but at most {limit / 2**20:.0f} MiB of user "
+        "code can be sent; move the specification and the code to a folder of their own, and name "
+        "the folder of data sets with --data-dir"
     )
 
 
@@ -112,38 +116,42 @@ def _open(data: bytes) -> zipfile.ZipFile:
 
 
 def _check_entries(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the files of the archive after a look at every entry."""
+    """Return the files of the archive, after checking every entry."""
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     if len(entries) > MAX_FILES:
         raise InvalidSpecError(f"package: {len(entries):,} files; at most {MAX_FILES:,}")
     total = sum(entry.file_size for entry in entries)
     if total > MAX_UNPACKED_BYTES:
-        raise InvalidSpecError(_too_much("package: unpacked it has", total, MAX_UNPACKED_BYTES))
+        raise InvalidSpecError(_too_large("package: unpacked it has", total, MAX_UNPACKED_BYTES))
     paths = [_check_name(entry) for entry in entries]
     folders = {parent for path in paths for parent in path.parents}
     for path, count in Counter(paths).items():
         if count > 1 or path in folders:
-            raise InvalidSpecError(f"package: {str(path)!r} is in it twice, or as a folder")
+            raise InvalidSpecError(
+                f"package: {str(path)!r} occurs twice, or both as a file and a folder"
+            )
     return entries
 
 
 def _check_name(entry: zipfile.ZipInfo) -> PurePosixPath:
     name = entry.filename
     path = PurePosixPath(name)
-    kind = stat.S_IFMT(entry.external_attr >> 16)
+    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 when the zip was not made on Unix
     if kind not in (0, stat.S_IFREG):
-        raise InvalidSpecError(f"package: {name!r} is a link or a device; only files are taken")
+        raise InvalidSpecError(
+            f"package: {name!r} is a link or a device; a package may have only files"
+        )
     if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
         raise InvalidSpecError(f"package: {name!r} leads out of the package")
     if entry.flag_bits & 0x1:
         raise InvalidSpecError(f"package: {name!r} is encrypted")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InvalidSpecError(f"package: {name!r} is compressed by another method than deflate")
+        raise InvalidSpecError(f"package: {name!r} must be stored or compressed with deflate")
     return path
 
 
 def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
-    """Write one file; the zip's index is not believed about its size."""
+    """Write one file, counting its bytes: the size in the zip's index may be wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     left = entry.file_size
     try:

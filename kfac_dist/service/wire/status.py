@@ -1,7 +1,8 @@
-"""Errors on the wire: one table from the project's errors to gRPC's codes, read both ways.
+"""Errors on the wire: one table of kfac_dist's errors and gRPC's codes, used in both directions.
 
-An error travels as a google.rpc.Status: the code, the message a user sees, and an ErrorInfo whose
-reason is the name of the error's class; a FieldError adds a BadRequest that names the field.
+An error travels as a google.rpc.Status. It has the code, the message that a user sees, and an
+ErrorInfo whose reason is the name of the error's class. A FieldError adds a BadRequest that names
+the field.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ CODES: dict[type[KfacDistError], grpc.StatusCode] = {
     ConflictError: grpc.StatusCode.FAILED_PRECONDITION,
     JobFailedError: grpc.StatusCode.FAILED_PRECONDITION,
 }
-"""The code of each error; a subclass that is not here has that of its base."""
+"""The code of each error; a subclass without an entry has the code of its base."""
 
 _CLASSES: dict[str, type[KfacDistError]] = {kind.__name__: kind for kind in CODES}
 
-# What gRPC or a proxy answers by itself, without an ErrorInfo.
+# For answers without an ErrorInfo, which come from gRPC itself or a proxy.
 _CLASS_OF_CODE: dict[grpc.StatusCode, type[KfacDistError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: UsageError,
     grpc.StatusCode.OUT_OF_RANGE: UsageError,
@@ -73,7 +74,7 @@ class FieldError(UsageError):
 
 
 def code_of(error: KfacDistError) -> grpc.StatusCode:
-    """Return the code of an error: its class's, or that of the nearest base in the table."""
+    """Return the code of an error's class, or of its nearest base in the table."""
     for kind in type(error).__mro__:
         if kind in CODES:
             return CODES[kind]
@@ -81,7 +82,7 @@ def code_of(error: KfacDistError) -> grpc.StatusCode:
 
 
 def to_status(error: KfacDistError) -> status_pb2.Status:
-    """Return the error as it goes over the wire."""
+    """Return an error as it is sent."""
     reason = next((k.__name__ for k in type(error).__mro__ if k in CODES), type(error).__name__)
     status = status_pb2.Status(code=code_of(error).value[0], message=error.message)
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
@@ -93,11 +94,11 @@ def to_status(error: KfacDistError) -> status_pb2.Status:
 
 
 def from_rpc_error(error: grpc.RpcError, address: str) -> KfacDistError:
-    """Return what the failure of a call to the server at `address` means to its user."""
-    call: Any = error  # every RpcError of a call is a grpc.Call as well
+    """Return the error that the failure of a call to the server at `address` stands for."""
+    call: Any = error  # gRPC's stubs do not say it, but a call's RpcError is also a grpc.Call
     code: grpc.StatusCode = call.code()
     message: str = call.details() or code.name
-    kind = _told_class(call) or _CLASS_OF_CODE.get(code)
+    kind = _sent_class(call) or _CLASS_OF_CODE.get(code)
     if kind is UnreachableError:
         return UnreachableError(f"{address}: no answer from the server: {message}")
     if kind is TimedOutError:
@@ -107,11 +108,11 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> KfacDistError:
     return KfacDistError(f"{address}: the server failed ({code.name}): {message}")
 
 
-def _told_class(call: grpc.Call) -> type[KfacDistError] | None:
-    """The class that the ErrorInfo names, None when there is no such."""
+def _sent_class(call: grpc.Call) -> type[KfacDistError] | None:
+    """Return the class that the ErrorInfo names, None if no known class is named."""
     try:
         status = rpc_status.from_call(call)
-    except ValueError:  # the details contradict the code, which then counts alone
+    except ValueError:  # the details contradict the code; then only the code counts
         return None
     for detail in status.details if status else ():
         info = error_details_pb2.ErrorInfo()

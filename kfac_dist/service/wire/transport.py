@@ -1,17 +1,18 @@
-"""What both ends of a connection must agree on: pings and sizes, side by side."""
+"""gRPC options that both ends of a connection must agree on: pings and sizes."""
 
 from __future__ import annotations
 
 from kfac_dist.service.wire.package import MAX_PACKED_BYTES
 
 DEFAULT_PORT = 7341
-"""Outside the range 10002 to 19999, from which Ray takes ports for its workers."""
+"""Outside 10002 to 19999, the range of ports that Ray uses for its workers."""
 
 MAX_SPEC_BYTES = 256 * 1024
 MAX_MESSAGE_BYTES = MAX_PACKED_BYTES + 2 * MAX_SPEC_BYTES
-_MAX_METADATA_BYTES = 64 * 1024  # an error may list many problems
+_MAX_METADATA_BYTES = 64 * 1024  # errors travel as metadata, and one may list many problems
 
-# A client pings after 30 s of silence; a server calls more than one ping in 20 s too many.
+# A client pings after 30 s of silence. A server closes connections that ping more often than every
+# 20 s, so the client's period must be longer than that.
 _CLIENT_PING_MS = 30_000
 _LEAST_PING_MS = 20_000
 _SERVER_PING_MS = 60_000
@@ -30,7 +31,7 @@ SERVER_OPTIONS: Options = [
     ("grpc.keepalive_time_ms", _SERVER_PING_MS),
     ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not half of the calls
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not get half of the calls
 ]
 CLIENT_OPTIONS: Options = [
     *_BOTH,

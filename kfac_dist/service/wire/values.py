@@ -1,4 +1,4 @@
-"""Values in messages: times, states, severities, failures, JSON objects, what may be absent."""
+"""Turns values of messages into Python values, and back: times, states, failures, JSON objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NANOSECONDS = 1_000_000_000
 
 
 def to_timestamp(seconds: float) -> Timestamp:
-    """Return Unix seconds as a timestamp, to the microsecond."""
+    """Return Unix seconds as a timestamp, rounded to microseconds."""
     stamp = Timestamp()
     stamp.FromMicroseconds(round(seconds * 1e6))
     return stamp
@@ -28,33 +28,33 @@ def from_timestamp(stamp: Timestamp) -> float:
 
 
 def to_state(state: JobState) -> job_pb2.JobState.ValueType:
-    """Return a state's number."""
+    """Return the number of a state."""
     return job_pb2.JobState.Value(f"JOB_STATE_{state}")
 
 
 def from_state(state: job_pb2.JobState.ValueType) -> JobState:
-    """Return the state of a number.
+    """Return the state with a number.
 
     Raises:
-        ValueError: it is none that this version knows.
+        ValueError: this version does not know the number.
     """
     name = job_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
     return JobState(name)
 
 
 def to_severity(severity: str) -> job_pb2.Severity.ValueType:
-    """Return a severity's number."""
+    """Return the number of a severity."""
     return job_pb2.Severity.Value(f"SEVERITY_{severity.upper()}")
 
 
 def from_severity(severity: job_pb2.Severity.ValueType) -> str:
-    """Return the severity of a number; what was not told is info."""
+    """Return the severity with a number; an unspecified one is `info`."""
     name = job_pb2.Severity.Name(severity).removeprefix("SEVERITY_")
     return "info" if name == "UNSPECIFIED" else name.lower()
 
 
 def from_failure(message: Any) -> FirstFailure | None:
-    """Return the first failure of a message that may have one."""
+    """Return the field `first_failure` of a message, None when it is absent."""
     if not message.HasField("first_failure"):
         return None
     failure = message.first_failure
@@ -75,18 +75,18 @@ def from_json(text: str) -> Mapping[str, Any] | None:
     """Return the object of a JSON field, None when it is empty.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: the text is not a JSON object.
     """
     if not text:
         return None
     value = json.loads(text)
     if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but {type(value).__name__}")
+        raise ValueError(f"must be a JSON object, not {type(value).__name__}")
     return value
 
 
 def to_failure(failure: FirstFailure | None) -> job_pb2.FirstFailure | None:
-    """Return a failure as a message."""
+    """Return a failure as a message, None for None."""
     if failure is None:
         return None
     return job_pb2.FirstFailure(
@@ -103,5 +103,5 @@ def to_time(seconds: float | None) -> Timestamp | None:
 
 
 def from_time(message: Any, field: str) -> float | None:
-    """Return a timestamp of a message in Unix seconds, None when it is absent."""
+    """Return the timestamp in a field as Unix seconds, None when it is absent."""
     return from_timestamp(getattr(message, field)) if message.HasField(field) else None

@@ -1,4 +1,4 @@
-"""The hidden command of the cluster, as far as it goes without one."""
+"""The hidden command `driver`, in the parts that run without a cluster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def jobs(tmp_path: Path) -> Any:
 
 
 def prepared(jobs: Jobs, source: str) -> Job:
-    """A job with this user code, whose first attempt waits for its driver."""
+    """A job with this user code whose first attempt waits for its driver."""
     code = jobs.home / "code"
     code.mkdir()
     (code / "own.py").write_text(source)
@@ -59,7 +59,7 @@ def test_only_the_driver_can_read_its_secret(jobs: Jobs) -> None:
     assert (Path(job.run_dir) / "code" / "own.py").read_text() == "class Task: ...\n"
 
 
-def test_a_driver_that_was_started_too_late_does_nothing(jobs: Jobs) -> None:
+def test_the_driver_of_a_replaced_attempt_does_nothing(jobs: Jobs) -> None:
     job = prepared(jobs, "class Task: ...\n")
     done = drive(job, 7)
     assert done.returncode == 9
@@ -67,7 +67,7 @@ def test_a_driver_that_was_started_too_late_does_nothing(jobs: Jobs) -> None:
     assert not (Path(job.run_dir) / "driver.json").exists()
 
 
-def test_an_end_before_the_run_is_told_all_the_same(jobs: Jobs) -> None:
+def test_a_failure_before_the_run_is_reported(jobs: Jobs) -> None:
     job = prepared(jobs, "raise LookupError('no such column')\n")
     assert drive(job, 1).returncode == 1
     state = RunReader(Path(job.run_dir), job.id, 1).read().state

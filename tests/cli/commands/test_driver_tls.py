@@ -1,4 +1,4 @@
-"""Drivers, and the server's own user, where clients must show a certificate."""
+"""Drivers and local commands at a server that asks clients for a certificate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 
 @pytest.fixture
 def tls(tmp_path: Path) -> TlsFiles:
-    """The server's certificate is of an authority that makes none for clients."""
+    """Files of a server whose own certificate is not valid for clients."""
     public, own = Authority(tmp_path / "public", "public"), Authority(tmp_path / "own", "own")
     server, driver = public.sign("server", for_clients=False), own.sign("driver")
     return TlsFiles(
@@ -46,7 +46,7 @@ def test_drivers_report_and_commands_get_through(
     with serving(home, ServerOptions(host="127.0.0.1", port=0, tls=tls)) as server:
         write_server(home, local_server(server.address, tls))
         ensure_local_token(home, server.tokens)
-        # Drivers that could not report would be taken for dead before they have ended.
+        # Longer than the test waits, so that no driver is taken for dead on a busy machine.
         controller = Controller(server.jobs, runner, WaitLimits(silence_seconds=200.0))
         controller.start()
         try:
@@ -62,7 +62,7 @@ def test_drivers_report_and_commands_get_through(
             runner.close()
 
 
-def test_a_server_that_would_not_let_its_drivers_in_is_refused(
+def test_serve_refuses_files_that_would_turn_drivers_away(
     tls: TlsFiles, tmp_path: Path, kfac_dist: KfacDist
 ) -> None:
     options = (
@@ -73,7 +73,7 @@ def test_a_server_that_would_not_let_its_drivers_in_is_refused(
     words = [word for option in options for word in option]
     done = kfac_dist("serve", "--listen", "127.0.0.1:0", *words)
     assert (done.code, done.out) == (2, "")
-    assert f"does not vouch for {tls.certificate}" in done.err
+    assert f"does not accept {tls.certificate}" in done.err
     assert "--driver-cert" in done.err
     alone = kfac_dist("serve", *words, "--driver-cert", tls.driver_certificate)
     assert (alone.code, "go together" in alone.err) == (2, True)
@@ -82,19 +82,19 @@ def test_a_server_that_would_not_let_its_drivers_in_is_refused(
     assert kfac_dist("serve", *unasked).code == 2
 
 
-def test_what_drivers_show_must_be_a_clients_and_of_the_right_authority(
+def test_the_drivers_certificate_must_be_for_clients_and_of_the_right_authority(
     tls: TlsFiles, tmp_path: Path
 ) -> None:
-    one = Authority(tmp_path / "one", "one")
-    both = one.sign("both")
-    TlsFiles(certificate=both.certificate, key=both.key, client_ca=one.ca).check_shown()
-    replace(tls, client_ca=None).check_shown()  # nothing is asked for
-    servers = one.sign("servers", for_clients=False)
+    authority = Authority(tmp_path / "authority", "authority")
+    both = authority.sign("both")
+    TlsFiles(certificate=both.certificate, key=both.key, client_ca=authority.ca).check_shown()
+    replace(tls, client_ca=None).check_shown()  # the server asks for no certificate
+    servers = authority.sign("servers", for_clients=False)
     for made in (servers, Authority(tmp_path / "other", "other").sign("other")):
         shown = {"driver_certificate": made.certificate, "driver_key": made.key}
-        with pytest.raises(UsageError, match="does not vouch for"):
-            replace(tls, client_ca=one.ca, **shown).check_shown()
-    with pytest.raises(UsageError, match="does not vouch for"):
-        replace(tls, driver_key=both.key).check_shown()  # of another certificate
+        with pytest.raises(UsageError, match="does not accept"):
+            replace(tls, client_ca=authority.ca, **shown).check_shown()
+    with pytest.raises(UsageError, match="does not accept"):
+        replace(tls, driver_key=both.key).check_shown()  # the key of another certificate
     with pytest.raises(NotFoundError, match=r"missing\.pem"):
         replace(tls, driver_certificate=tmp_path / "missing.pem").check_shown()

@@ -1,4 +1,4 @@
-"""Logs that are left with Ctrl-C and gone on with, as a user types it."""
+"""Logs that a user leaves with Ctrl-C and continues later, as processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.service.requests import spec
 from tests.service.serving import Serving, serving
 
 NUM_LINES = 1200
-LONG = "x" * 400  # a batch is more than a pipe holds
+LONG = "x" * 400  # so that a batch is larger than the buffer of a pipe
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 @pytest.fixture
 def command(server: Serving, tmp_path: Path) -> CommandLine:
     made = CommandLine(tmp_path)
-    made.environment["PYTHONUNBUFFERED"] = "1"  # as in containers: signals cut writes short
+    made.environment["PYTHONUNBUFFERED"] = "1"  # common in containers; signals cut writes short
     made.environment["KFAC_DIST_SERVER"] = server.address
     made.environment["KFAC_DIST_TOKEN"] = server.token("ada", Role.SUBMITTER)
     return made
@@ -49,31 +49,30 @@ def append(server: Serving, job: Job, name: str, *lines: str) -> None:
 
 
 def interrupt_at_first_line(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Press Ctrl-C when a line is there; returns all of stdout, and stderr."""
+    """Press Ctrl-C after the first line; return all of stdout, and stderr."""
     with process:
         assert process.stdout is not None
         assert process.stderr is not None
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        shown = first + process.stdout.read()  # communicate() would miss what was read ahead
+        # communicate() would lose what readline() has read ahead.
+        shown = first + process.stdout.read()
         errors = process.stderr.read()
     assert process.returncode == 130, errors
     return shown, errors
 
 
-def test_no_line_is_lost_and_none_comes_twice(
-    server: Serving, command: CommandLine, job: Job
-) -> None:
+def test_no_line_is_lost_or_repeated(server: Serving, command: CommandLine, job: Job) -> None:
     written = [f"{number} {LONG}" for number in range(NUM_LINES)]
     append(server, job, "driver-0.log", *written)
     append(server, job, "inverse_worker-0.log", "of another role")
-    # It is interrupted in the middle of writing a batch, since nobody reads on.
+    # Nobody reads its output, so the interrupt comes in the middle of writing a batch.
     process = command.start("logs", job.id, "-f", "--role", "driver")
     shown, errors = interrupt_at_first_line(process)
     assert shown.splitlines() == [f"driver-0 {line}" for line in written[: shown.count("\n")]]
     assert shown.count("\n") < NUM_LINES
-    assert f"job {job.id} goes on" in errors
-    told = shlex.split(errors.split("go on after the last line with: ")[1])
+    assert f"job {job.id} continues to run" in errors
+    told = shlex.split(errors.split("continue after the last line with: ")[1])
     assert told[:6] == ["kfac-dist", "logs", job.id, "-f", "--role", "driver"]
     append(server, job, "driver-0.log", "written meanwhile")
     server.jobs.cancel(job.id)
@@ -83,7 +82,7 @@ def test_no_line_is_lost_and_none_comes_twice(
     assert (shown + rest.stdout).splitlines() == [f"driver-0 {line}" for line in lines]
 
 
-def test_programs_are_told_the_token(server: Serving, command: CommandLine, job: Job) -> None:
+def test_programs_get_the_token_as_json(server: Serving, command: CommandLine, job: Job) -> None:
     append(server, job, "driver-0.log", "one")
     process = command.start("logs", job.id, "-f", "-o", "json")
     shown, errors = interrupt_at_first_line(process)
@@ -99,8 +98,8 @@ def test_programs_are_told_the_token(server: Serving, command: CommandLine, job:
     ("token", "message"),
     [
         ("nonsense", "resume_token: not a token that this server gave"),
-        ("of another job", "resume_token: it is of the logs of job"),
-        ("with a tail", "--tail: not together with --resume-token"),
+        ("of another job", "resume_token: belongs to the logs of job"),
+        ("with a tail", "--tail: cannot be used together with --resume-token"),
     ],
 )
 def test_a_wrong_token_is_exit_code_2(

@@ -1,4 +1,4 @@
-"""`kfac-dist plan`: who does what, and what it would take."""
+"""`kfac-dist plan`: the assignment of layers, and the predicted memory and times."""
 
 from __future__ import annotations
 

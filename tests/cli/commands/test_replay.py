@@ -1,4 +1,4 @@
-"""`replay` as far as it comes without workers: what it refuses, and what it says."""
+"""`replay` in the parts that run without workers: what it refuses, and its messages."""
 
 from __future__ import annotations
 

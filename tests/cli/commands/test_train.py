@@ -1,4 +1,4 @@
-"""`train` around a runner that only pretends: what is handed on, and what is written where."""
+"""`train` with a fake runner: which options reach it, and what the command writes where."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Runner = Callable[..., JobSummary]
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Runner], None]:
-    """Puts a function in the place of `workers.driver.launch.run_job`."""
+    """Replaces `workers.driver.launch.run_job` by a function."""
 
     def install(run_job: Runner) -> None:
         launch = ModuleType("workers.driver.launch")
@@ -82,7 +82,7 @@ def test_the_summary_is_one_json_object_on_one_line(
     runner(_succeeds)
     done = kfac_dist("train", spec, "-o", "json")
     assert done.code == 0
-    assert done.err == ""  # no terminal, so no progress
+    assert done.err == ""  # stderr is not a terminal, so there is no progress
     (line,) = done.out.splitlines()
     summary = json.loads(line)
     keys = "job state step train test wall_seconds steps_per_second inverse_staleness_steps"
@@ -173,7 +173,7 @@ def test_an_occupied_folder_is_refused_before_anything_is_loaded(
 ) -> None:
     runner(_succeeds)
     assert kfac_dist("train", spec).code == 0
-    monkey = ModuleType("workers.driver.launch")  # would fail, were it asked
+    monkey = ModuleType("workers.driver.launch")  # has no run_job: calling it would fail
     sys.modules["workers.driver.launch"] = monkey
     done = kfac_dist("train", spec, "-o", "json")
     assert done.code == 9

@@ -1,4 +1,4 @@
-"""Roles over TLS with an authority of the test's own; who has no business gets nothing."""
+"""Roles over TLS, with a certificate authority that the test makes; strangers get nothing."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def test_roles_over_tls(server: Serving, authority: Authority) -> None:
         assert admin.cancel(job.id).state is JobState.CANCELLED
 
 
-def test_a_server_that_another_vouches_for_is_not_spoken_to(
-    server: Serving, tmp_path: Path
-) -> None:
+def test_a_client_refuses_a_server_of_another_authority(server: Serving, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other", "other")
     with (
         server.client(ca=other.ca) as client,
@@ -81,12 +79,12 @@ def test_a_server_that_another_vouches_for_is_not_spoken_to(
         client.get("x")
 
 
-def test_a_readable_connection_to_a_tls_server_fails(server: Serving) -> None:
+def test_an_unencrypted_connection_to_a_tls_server_fails(server: Serving) -> None:
     with server.client() as client, pytest.raises(UnreachableError):
         client.get("x")
 
 
-def test_mutual_tls_wants_a_certificate_and_a_token(tmp_path: Path, authority: Authority) -> None:
+def test_mutual_tls_needs_a_certificate_and_a_token(tmp_path: Path, authority: Authority) -> None:
     shown = authority.sign("client")
     ca = authority.ca
     other = Authority(tmp_path / "other", "other").sign("client")
@@ -119,12 +117,12 @@ def test_beyond_this_machine_there_must_be_tls(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "::1", "127.8.8.8"])
-def test_this_machine_may_do_without(host: str) -> None:
+def test_this_machine_may_be_reached_without_tls(host: str) -> None:
     check_exposure(host, has_tls=False, insecure=False)
 
 
-def test_a_client_does_not_send_its_token_readable_beyond_this_machine() -> None:
-    with pytest.raises(UsageError, match="would travel readable"):
+def test_a_client_does_not_send_its_token_unencrypted_beyond_this_machine() -> None:
+    with pytest.raises(UsageError, match="would cross the network unencrypted"):
         Client("cluster.example.org:7341", token="secret")
     Client("cluster.example.org:7341", token="secret", insecure=True).close()
     Client("grpcs://cluster.example.org:7341", token="secret").close()
@@ -133,12 +131,12 @@ def test_a_client_does_not_send_its_token_readable_beyond_this_machine() -> None
 @pytest.mark.parametrize(
     "address", ["", "host", "host:", ":1", "host:x", "host:70000", "http://h:1"]
 )
-def test_what_is_no_address_is_told(address: str) -> None:
+def test_a_malformed_address_is_refused(address: str) -> None:
     with pytest.raises(UsageError, match="HOST:PORT"):
         Client(address)
 
 
-def test_wrong_files_are_told(tmp_path: Path, authority: Authority) -> None:
+def test_wrong_files_are_refused(tmp_path: Path, authority: Authority) -> None:
     made = authority.sign("server")
     with pytest.raises(NotFoundError, match="No such file"):
         server_credentials(TlsFiles(certificate=tmp_path / "missing.pem", key=made.key))

@@ -1,4 +1,4 @@
-"""Tokens on both databases."""
+"""Tokens, in both databases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tokens(store: Store) -> Tokens:
     return Tokens(store)
 
 
-def test_a_token_says_who_its_holder_is(tokens: Tokens) -> None:
+def test_a_token_identifies_its_holder(tokens: Tokens) -> None:
     token, secret = tokens.create("ada", Role.SUBMITTER)
     caller = tokens.authenticate(secret)
     assert (caller.name, caller.role) == ("ada", Role.SUBMITTER)
@@ -29,7 +29,7 @@ def test_a_token_says_who_its_holder_is(tokens: Tokens) -> None:
     assert listed.last_used_at is not None
 
 
-def test_the_store_does_not_have_the_secret(store: Store, tokens: Tokens) -> None:
+def test_the_store_does_not_keep_the_secret(store: Store, tokens: Tokens) -> None:
     _, secret = tokens.create("ada", Role.VIEWER)
     with store.read() as session:
         row = session.scalars(select(TokenRow)).one()
@@ -38,7 +38,7 @@ def test_the_store_does_not_have_the_secret(store: Store, tokens: Tokens) -> Non
 
 
 @pytest.mark.parametrize("secret", ["", "kfd_", "wrong", "x" * 10_000, "\ud800"])
-def test_what_is_no_token_is_refused(tokens: Tokens, secret: str) -> None:
+def test_a_made_up_token_is_refused(tokens: Tokens, secret: str) -> None:
     tokens.create("ada", Role.ADMIN)
     with pytest.raises(NotAuthenticatedError):
         tokens.authenticate(secret)

@@ -1,4 +1,4 @@
-"""The controller with real processes: nothing here is Ray's or torch's, all else is real."""
+"""The controller with real processes, a real store and real run folders, without Ray and torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LIMITS = WaitLimits(
 
 
 class Plant:
-    """Jobs and a controller over real processes."""
+    """Jobs and a controller that runs them as real processes."""
 
     def __init__(self, home: Path, jobs: Jobs, runner: SubprocessRunner) -> None:
         self.home = home
@@ -69,7 +69,7 @@ class Plant:
         wait_until(lambda: self.jobs.get(job.id).step >= step, f"step {step}", seconds=150.0)
 
     def ran(self, job: Job) -> list[tuple[int, int]]:
-        """(attempt, step) of all steps that were done."""
+        """(attempt, step) of all steps that were taken."""
         lines = (Path(job.run_dir) / "ran").read_text().splitlines()
         return [(int(attempt), int(step)) for attempt, step in map(str.split, lines)]
 
@@ -83,7 +83,7 @@ class Plant:
 
 @contextmanager
 def announced(home: Path) -> Iterator[Serving]:
-    """Serve inside the block, where drivers find it."""
+    """Serve inside the block, at an address that drivers find."""
     with serving(home) as server:
         write_server(home, LocalServer(address=server.address, pid=os.getpid(), tls_ca=None))
         yield server
@@ -91,7 +91,7 @@ def announced(home: Path) -> Iterator[Serving]:
 
 @pytest.fixture
 def plant(tmp_path: Path) -> Iterator[Plant]:
-    """Without a server: the controller reads the run folders itself."""
+    """A plant without a server: the controller reads the run folders itself."""
     store = open_store(f"sqlite:///{tmp_path}/store.db")
     runner = SubprocessRunner()
     made = Plant(tmp_path, Jobs(store, tmp_path), runner)
@@ -104,7 +104,7 @@ def plant(tmp_path: Path) -> Iterator[Plant]:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Plant]:
-    """With a server, to which drivers report."""
+    """A plant with a server, to which drivers report."""
     runner = SubprocessRunner()
     with announced(tmp_path / "home") as server:
         made = Plant(server.jobs.home, server.jobs, runner)
@@ -114,7 +114,7 @@ def served(tmp_path: Path) -> Iterator[Plant]:
         runner.close()
 
 
-def test_jobs_run_to_their_end_and_the_history_is_whole(served: Plant) -> None:
+def test_jobs_run_to_their_end_with_a_complete_history(served: Plant) -> None:
     first, second = served.submit(), served.submit(gradient=2)
     for job in (first, second):
         ended = served.wait(job, JobState.SUCCEEDED)
@@ -126,7 +126,7 @@ def test_jobs_run_to_their_end_and_the_history_is_whole(served: Plant) -> None:
     assert served.kinds(first) == ["submitted", "attempt_started", "attempt_ended"]
 
 
-def test_without_reports_the_run_folder_tells(plant: Plant) -> None:
+def test_without_reports_the_run_folder_is_read(plant: Plant) -> None:
     job = plant.submit()
     ended = plant.wait(job, JobState.SUCCEEDED)
     assert ended.step == 30
@@ -145,7 +145,7 @@ def test_room_and_priority_decide_who_runs(plant: Plant) -> None:
     assert [key.job for key in plant.runner.submitted] == [first.id, high.id, low.id]
 
 
-def test_what_can_never_run_says_what_is_missing(plant: Plant) -> None:
+def test_a_job_that_can_never_run_says_what_is_missing(plant: Plant) -> None:
     job = plant.submit(gradient=9)
     wait_until(lambda: plant.jobs.get(job.id).reason is not None, "the verdict")
     queued = plant.jobs.get(job.id)
@@ -154,13 +154,13 @@ def test_what_can_never_run_says_what_is_missing(plant: Plant) -> None:
     assert plant.jobs.cancel(job.id).state is JobState.CANCELLED
 
 
-def test_a_cancelled_job_is_gone(served: Plant) -> None:
+def test_a_cancelled_job_leaves_no_process(served: Plant) -> None:
     job = served.submit(seconds=0.2, steps=1000)
     served.wait_for_step(job, 2)
     process = served.runner.processes[AttemptKey(job.id, 1)]
     assert served.jobs.cancel(job.id).state is JobState.CANCELLING
     ended = served.wait(job, JobState.CANCELLED)
-    assert process.poll() == 0  # in order
+    assert process.poll() == 0  # the driver ended by itself
     assert ended.message == "cancelled by request; nothing of it is left"
 
 
@@ -180,7 +180,7 @@ def test_cancel_now_kills_at_once(served: Plant) -> None:
     assert served.runner.processes[AttemptKey(job.id, 1)].poll() in (-9, 0)
 
 
-def test_a_paused_job_goes_on_where_it_was(served: Plant) -> None:
+def test_a_paused_job_resumes_where_it_stopped(served: Plant) -> None:
     job = served.submit(seconds=0.1, steps=40)
     served.wait_for_step(job, 3)
     assert served.jobs.pause(job.id).state is JobState.PAUSING
@@ -196,7 +196,7 @@ def test_a_paused_job_goes_on_where_it_was(served: Plant) -> None:
     assert [step for _, step in served.ran(job)] == list(range(1, 41))
 
 
-def test_a_driver_that_is_killed_is_started_again_until_that_is_too_often(plant: Plant) -> None:
+def test_a_killed_driver_is_restarted_up_to_max_restarts_times(plant: Plant) -> None:
     job = plant.submit(end="die", end_at=9, max_restarts=2)
     failed = plant.wait(job, JobState.FAILED)
     assert (failed.reason, failed.attempt, failed.num_restarts) == ("driver_died", 3, 2)
@@ -207,13 +207,13 @@ def test_a_driver_that_is_killed_is_started_again_until_that_is_too_often(plant:
     wait_until(lambda: plant.jobs.get(job.id).attempt == 4, "the retry")
 
 
-def test_a_worker_that_dies_is_a_reason_to_restart(served: Plant) -> None:
+def test_a_job_is_restarted_after_the_death_of_a_worker(served: Plant) -> None:
     job = served.submit(end="worker_dies", end_at=5, max_restarts=1)
     failed = served.wait(job, JobState.FAILED)
     assert (failed.reason, failed.attempt) == ("worker_died", 2)
 
 
-def test_an_error_of_the_users_is_none(served: Plant) -> None:
+def test_a_job_is_not_restarted_after_an_error_of_the_user(served: Plant) -> None:
     job = served.submit(end="fail", end_at=5)
     failed = served.wait(job, JobState.FAILED)
     assert (failed.reason, failed.attempt) == ("user_task", 1)
@@ -232,7 +232,7 @@ def test_an_attempt_that_the_cluster_never_starts_fails_in_time(plant: Plant) ->
     assert "did not report within 1 s" in str(failed.message)
 
 
-def test_a_server_that_died_before_it_asked_the_cluster_asks_later(plant: Plant) -> None:
+def test_an_attempt_that_a_dead_server_did_not_submit_is_submitted_later(plant: Plant) -> None:
     plant.controller.stop()
     job = plant.submit()
     with plant.jobs.change(job.id) as (session, row):
@@ -254,7 +254,7 @@ def test_a_cluster_that_forgets_does_not_end_a_job_that_reports(served: Plant) -
     assert served.ran(job) == [(1, step) for step in range(1, 41)]
 
 
-def test_a_cluster_that_is_away_is_told_and_waited_for(plant: Plant) -> None:
+def test_jobs_wait_for_an_unreachable_cluster_and_say_so(plant: Plant) -> None:
     plant.runner.is_away = True
     job = plant.submit()
     wait_until(lambda: plant.jobs.get(job.id).reason == "cluster_unreachable", "the verdict")
@@ -263,7 +263,7 @@ def test_a_cluster_that_is_away_is_told_and_waited_for(plant: Plant) -> None:
     plant.wait(job, JobState.SUCCEEDED)
 
 
-def test_what_is_not_to_run_is_ended(plant: Plant) -> None:
+def test_an_attempt_that_should_not_run_is_killed(plant: Plant) -> None:
     job = plant.submit(seconds=0.2, steps=1000)
     wait_until(lambda: AttemptKey(job.id, 1) in plant.runner.processes, "the driver")
     plant.controller.stop()
@@ -275,7 +275,7 @@ def test_what_is_not_to_run_is_ended(plant: Plant) -> None:
     wait_until(lambda: process.poll() is not None, "the end of the stray")
 
 
-def test_a_job_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
+def test_a_job_continues_while_no_server_runs(tmp_path: Path) -> None:
     home, runner = tmp_path / "home", SubprocessRunner()
     with announced(home) as server:
         plant = Plant(home, server.jobs, runner)

@@ -1,4 +1,4 @@
-"""Logs as one stream: order, filters, going on where one was, and names that lead elsewhere."""
+"""Logs as one stream: order, filters, continuing at a cursor, and names that lead elsewhere."""
 
 from __future__ import annotations
 
@@ -113,12 +113,12 @@ def test_a_very_long_line_comes_in_pieces_and_batches_are_bounded(tmp_path: Path
     assert len(batch) <= MAX_LINES
 
 
-def test_bytes_that_are_no_text_are_shown_all_the_same(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_shown_with_replacements(tmp_path: Path) -> None:
     (tmp_path / "driver-0.log").write_bytes(b"\xff\xfe\x00 odd\n{broken\n[1]\n")
     assert [line.text for line in read_all(tmp_path)] == ["\ufffd\ufffd\x00 odd", "{broken", "[1]"]
 
 
-def test_nothing_but_plain_files_of_the_folder_is_read(tmp_path: Path) -> None:
+def test_only_plain_files_with_the_names_of_logs_are_read(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("secret\n")
     folder = tmp_path / "logs"
@@ -160,7 +160,7 @@ def test_a_made_up_token_is_refused(text: str) -> None:
 def test_a_token_of_another_job_is_refused() -> None:
     given = LogCursor(offsets={"driver-0.log": 5}).encode("one")
     assert LogCursor.decode(given, "one").offsets == {"driver-0.log": 5}
-    with pytest.raises(UsageError, match="of the logs of job one, not of two"):
+    with pytest.raises(UsageError, match="belongs to the logs of job one, not of two"):
         LogCursor.decode(given, "two")
 
 

@@ -1,4 +1,4 @@
-"""What a run folder says, as reports, however far the other side has come."""
+"""Reports from a run folder, at whatever point the server has acknowledged."""
 
 from __future__ import annotations
 

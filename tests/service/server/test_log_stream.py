@@ -1,4 +1,4 @@
-"""StreamLogs over a real connection: following, going on after a restart, many at once."""
+"""StreamLogs over a real connection: following, resuming after a restart, many streams at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.waiting import wait_until
 
 NUM_STREAMS = 200
 NUM_LINES = 50
-PATIENCE = 240.0  # seconds, for a crowded machine
+PATIENCE = 240.0  # seconds, for a machine that is busy with other tests
 
 
 def log_dir(server: Serving, job: Job) -> Path:
@@ -73,7 +73,7 @@ def test_following_ends_with_the_job_and_misses_nothing(tmp_path: Path) -> None:
         assert got == ["one", "two", "last"]
 
 
-def test_following_outlives_the_server_without_a_line_twice(tmp_path: Path) -> None:
+def test_following_survives_a_restart_and_repeats_no_line(tmp_path: Path) -> None:
     home = tmp_path / "home"
     got: list[str] = []
     with serving(home) as server:
@@ -93,7 +93,7 @@ def test_following_outlives_the_server_without_a_line_twice(tmp_path: Path) -> N
     assert got == ["one", "two"]
 
 
-def test_a_tail_begins_where_it_was_asked_for_even_if_the_server_goes_away(tmp_path: Path) -> None:
+def test_a_tail_begins_where_it_was_requested_even_after_a_restart(tmp_path: Path) -> None:
     home = tmp_path / "home"
     with serving(home) as server:
         client = server.client()

@@ -1,4 +1,4 @@
-"""Calls as a client makes them, to a real server."""
+"""Calls of a client to a real server."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def metadata(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
-def test_a_job_is_the_same_on_both_ends(server: Serving) -> None:
+def test_client_and_server_have_the_same_job(server: Serving) -> None:
     with server.client() as client:
         job = client.submit(spec(), priority=3, data_dir="/data")
         assert (job.owner, job.state, job.priority) == ("ada", JobState.PENDING, 3)
@@ -66,7 +66,7 @@ def test_a_job_is_the_same_on_both_ends(server: Serving) -> None:
         assert client.metric_names(job.id) == []
 
 
-def test_all_pages_of_a_listing_come(server: Serving) -> None:
+def test_a_listing_yields_all_its_pages(server: Serving) -> None:
     with server.client() as client:
         ids = [client.submit(spec()).id for _ in range(7)]
         assert [job.id for job in client.jobs(page_size=3)] == ids[::-1]
@@ -84,11 +84,11 @@ def test_the_same_key_is_the_same_job(server: Serving) -> None:
             client.submit(spec(steps=77), idempotency_key="once")
 
 
-def test_errors_arrive_as_what_they_are(server: Serving) -> None:
+def test_errors_arrive_with_their_class_and_message(server: Serving) -> None:
     with server.client() as client:
         with pytest.raises(NotFoundError, match="none-such"):
             client.get("none-such")
-        with pytest.raises(UsageError, match="no job's id"):
+        with pytest.raises(UsageError, match="is not a job's id"):
             client.get("../../etc/passwd")
         job = client.submit(spec())
         with pytest.raises(ConflictError, match="possible is: pause, cancel"):
@@ -129,7 +129,7 @@ def test_a_wrong_field_is_named_in_the_details(server: Serving) -> None:
     assert bad.field_violations[0].field == "spec_json"
 
 
-def test_a_long_message_still_passes(server: Serving) -> None:
+def test_a_message_too_long_for_metadata_is_shortened(server: Serving) -> None:
     wrong = spec() | {f"unknown_key_{number}_ü": 1 for number in range(2000)}
     with server.client() as client, grpc.insecure_channel(server.address) as channel:
         assert list(client.jobs()) == []
@@ -169,7 +169,7 @@ def code_of_call(stub: JobServiceStub, name: str, token: str | None) -> grpc.Sta
     return grpc.StatusCode.OK
 
 
-def test_every_call_wants_a_token_and_its_role(server: Serving) -> None:
+def test_every_call_needs_a_token_and_its_role(server: Serving) -> None:
     assert set(SINGLE) == {
         method.name for method in pb.DESCRIPTOR.services_by_name["JobService"].methods
     }
@@ -186,7 +186,7 @@ def test_every_call_wants_a_token_and_its_role(server: Serving) -> None:
             assert code_of_call(stub, name, submitter) not in (denied, unauthenticated), name
 
 
-def test_anothers_job_is_looked_at_and_not_touched(server: Serving) -> None:
+def test_jobs_of_others_can_be_read_but_not_controlled(server: Serving) -> None:
     with (
         server.client("ada") as ada,
         server.client("eve") as eve,
@@ -201,7 +201,7 @@ def test_anothers_job_is_looked_at_and_not_touched(server: Serving) -> None:
         assert admin.cancel(job.id).state is JobState.CANCELLED
 
 
-def test_a_revoked_token_is_out_at_once(server: Serving) -> None:
+def test_a_revoked_token_is_refused_at_once(server: Serving) -> None:
     with server.client() as client:
         client.submit(spec())
         server.tokens.revoke("ada")
@@ -209,7 +209,7 @@ def test_a_revoked_token_is_out_at_once(server: Serving) -> None:
             list(client.jobs())
 
 
-def test_reflection_lists_the_services_for_who_has_a_token(server: Serving) -> None:
+def test_reflection_lists_the_services_to_callers_with_a_token(server: Serving) -> None:
     with grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as caught:
             ProtoReflectionDescriptorDatabase(channel).get_services()
@@ -239,7 +239,7 @@ def test_health_answers_without_a_token(server: Serving) -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_a_report_wants_the_attempts_own_token(server: Serving) -> None:
+def test_a_report_needs_the_token_of_its_attempt(server: Serving) -> None:
     with server.client("root", Role.ADMIN) as client:
         job = client.submit(spec())
     with grpc.insecure_channel(server.address) as channel:
@@ -268,7 +268,7 @@ def test_too_many_streams_of_one_user_are_refused(tmp_path: Path) -> None:
         client.cancel(job.id)
 
 
-def test_no_server_is_told_as_such() -> None:
+def test_a_missing_server_is_unreachable() -> None:
     with (
         Client("127.0.0.1:9", token="x") as client,
         pytest.raises(UnreachableError, match="no answer"),
@@ -292,14 +292,14 @@ def test_a_watch_sees_the_job_its_events_and_its_end(server: Serving) -> None:
         assert client.wait(job.id).state is JobState.CANCELLED
 
 
-def test_waiting_has_its_time(server: Serving) -> None:
+def test_waiting_ends_at_its_timeout(server: Serving) -> None:
     with server.client() as client:
         job = client.submit(spec())
         with pytest.raises(TimedOutError, match="is PENDING after"):
             client.wait(job.id, timeout_seconds=0.3)
 
 
-def test_a_watch_outlives_its_server(tmp_path: Path) -> None:
+def test_a_watch_survives_a_restart_of_its_server(tmp_path: Path) -> None:
     home = tmp_path / "home"
     with serving(home) as server:
         client = server.client(reconnect_seconds=30)

@@ -1,4 +1,4 @@
-"""A call ends at its deadline, the client's or the server's, and the server goes on."""
+"""A call ends at the client's or the server's deadline, and the server continues to serve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.service.serving import Serving, serving
 
 
 class Jam:
-    """Holds the store's only place for a writer, so that whoever wants to write waits."""
+    """Holds the store's write lock, so that every other writer waits."""
 
     def __init__(self, server: Serving) -> None:
         self._server = server

@@ -1,4 +1,4 @@
-"""Ten thousand requests that no honest client makes: each has its code, and it goes on serving."""
+"""Ten thousand requests that no honest client sends: each gets a code, and the server survives."""
 
 from __future__ import annotations
 
@@ -112,14 +112,14 @@ def metadata(rng: random.Random, server: Serving) -> list[tuple[str, str | bytes
 
 
 @pytest.mark.timeout(600)
-def test_hostile_requests_leave_it_serving(tmp_path: Path) -> None:
+def test_the_server_survives_hostile_requests(tmp_path: Path) -> None:
     rng = random.Random(0)
     with serving(tmp_path / "home") as server, grpc.insecure_channel(server.address) as channel:
         codes: Counter[grpc.StatusCode] = Counter()
         waiting: list[tuple[str, bytes, grpc.Future]] = []
 
-        def settle(most: int) -> None:
-            while len(waiting) > most:
+        def settle(num_left: int) -> None:
+            while len(waiting) > num_left:
                 method, data, call = waiting.pop(0)
                 code = call.code()  # waits for the answer
                 assert code in CANONICAL, (method, data[:200], code, call.details())
@@ -145,7 +145,7 @@ def test_hostile_requests_leave_it_serving(tmp_path: Path) -> None:
             grpc.StatusCode.UNIMPLEMENTED,
         }
         with server.client("ada") as client:
-            assert list(client.jobs()) == []  # none of them was a job
+            assert list(client.jobs()) == []  # no request became a job
             job = client.submit(spec())
             assert client.get(job.id) == job
 
@@ -162,7 +162,7 @@ def test_a_message_beyond_the_limit_is_refused(tmp_path: Path) -> None:
             assert list(client.jobs()) == []
 
 
-def test_what_is_no_grpc_at_all_leaves_it_serving(tmp_path: Path) -> None:
+def test_the_server_survives_bytes_that_are_not_grpc(tmp_path: Path) -> None:
     rng = random.Random(1)
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     with serving(tmp_path / "home") as server:

@@ -1,4 +1,4 @@
-"""Both ends agree about pings, and a connection that was quiet for long may break all the same."""
+"""Quiet connections: both ends agree on pings, and a stream resumes after a long silence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.service.serving import serving
 
 
 def faster(options: Options, times: int) -> Options:
-    """The options with all that is about pings sped up."""
+    """The options with the periods of pings divided by `times`."""
     return [
         (
             name,
@@ -46,13 +46,13 @@ def test_a_quiet_stream_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.Monke
 
         thread = threading.Thread(target=watch)
         thread.start()
-        time.sleep(8)  # sixteen pings; a server that does not expect them takes a few
+        time.sleep(8)  # sixteen pings; a server that does not expect them allows only a few
         client.cancel(job.id)
         thread.join(30)
         assert states == [JobState.PENDING, JobState.CANCELLED]
 
 
-def test_a_stream_that_was_quiet_for_long_goes_on_after_a_restart(
+def test_a_stream_that_was_quiet_for_long_resumes_after_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
@@ -67,7 +67,7 @@ def test_a_stream_that_was_quiet_for_long_goes_on_after_a_restart(
             target=lambda: got.extend(update.job.state for update in updates if update.job)
         )
         thread.start()
-        time.sleep(4)  # longer than a server may be away
+        time.sleep(4)  # longer than `reconnect_seconds`, which must not count the silence before
         port = int(server.address.rpartition(":")[2])
     with serving(home, ServerOptions(host="127.0.0.1", port=port)) as again:
         again.jobs.cancel(job.id)

@@ -1,4 +1,4 @@
-"""The tables on both databases, and what is said when they cannot be opened."""
+"""The tables in both databases, and the errors when a database cannot be opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def token(number: int) -> TokenRow:
     return TokenRow(id=str(number), name="a", role="viewer", sha256=f"{number:064}", created_at=1.5)
 
 
-def test_the_migrations_make_the_tables_of_the_models(store: Store, store_url: str) -> None:
+def test_the_migrations_create_the_tables_of_the_models(store: Store, store_url: str) -> None:
     engine = create_engine(store_url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -28,7 +28,7 @@ def test_the_migrations_make_the_tables_of_the_models(store: Store, store_url: s
     engine.dispose()
 
 
-def test_opening_again_keeps_what_is_there(store: Store, store_url: str) -> None:
+def test_opening_again_keeps_the_content(store: Store, store_url: str) -> None:
     with store.write() as session:
         session.add(token(1))
     again = open_store(store_url)
@@ -50,7 +50,7 @@ def test_a_transaction_that_fails_leaves_nothing(store: Store) -> None:
         assert session.scalars(select(TokenRow)).all() == []
 
 
-def test_many_threads_write_and_none_is_lost(store: Store) -> None:
+def test_many_threads_write_and_no_row_is_lost(store: Store) -> None:
     def write(first: int) -> None:
         for number in range(first, first + 10):
             with store.write() as session:
@@ -67,13 +67,13 @@ def test_many_threads_write_and_none_is_lost(store: Store) -> None:
 
 def test_two_openings_at_once_migrate_once(store_url: str) -> None:
     stores: list[Store] = []
-    all_there = threading.Barrier(8)
+    all_ready = threading.Barrier(8)
 
-    def open_one() -> None:
-        all_there.wait()
+    def open_when_all_are_ready() -> None:
+        all_ready.wait()
         stores.append(open_store(store_url))
 
-    threads = [threading.Thread(target=open_one) for _ in range(8)]
+    threads = [threading.Thread(target=open_when_all_are_ready) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -83,7 +83,7 @@ def test_two_openings_at_once_migrate_once(store_url: str) -> None:
         opened.close()
 
 
-def test_a_new_file_that_another_writes_to_is_waited_for(tmp_path: Path) -> None:
+def test_opening_waits_for_another_writer_of_a_new_file(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -96,7 +96,7 @@ def test_a_new_file_that_another_writes_to_is_waited_for(tmp_path: Path) -> None
 def test_tables_of_a_later_version_are_refused(store: Store, store_url: str) -> None:
     with store.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(UsageError, match="of another version of kfac-dist"):
+    with pytest.raises(UsageError, match="from another version of kfac-dist"):
         open_store(store_url)
 
 
@@ -106,7 +106,7 @@ def test_other_urls_are_refused(url: str) -> None:
         open_store(url)
 
 
-def test_a_database_that_does_not_answer_is_told_without_its_password(tmp_path: Path) -> None:
+def test_an_unreachable_database_is_named_without_its_password(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match="unable to open database file"):
         open_store(f"sqlite:///{tmp_path}/missing/store.db")
     with pytest.raises(UnreachableError) as caught:

@@ -1,4 +1,4 @@
-"""Records are the same after their way over the wire."""
+"""Records are the same after they have travelled as messages."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_jobs(job: Job) -> None:
 
 
 @given(jobs)
-def test_a_listed_job_is_without_its_large_parts(job: Job) -> None:
+def test_a_listed_job_lacks_its_large_parts(job: Job) -> None:
     listed = wire.from_job(wire.to_job(job, whole=False))
     assert (listed.spec, listed.summary) == ({}, None)
     assert (listed.id, listed.state, listed.message) == (job.id, job.state, job.message)
@@ -114,8 +114,8 @@ def test_events(event: JobEvent) -> None:
 
 
 @given(series)
-def test_series(one: MetricSeries) -> None:
-    assert wire.from_series(wire.to_series(one)) == one
+def test_series(metric: MetricSeries) -> None:
+    assert wire.from_series(wire.to_series(metric)) == metric
 
 
 @given(lines)
@@ -128,7 +128,7 @@ def test_checkpoints(checkpoint: CheckpointFacts) -> None:
     assert wire.from_checkpoint(wire.to_checkpoint(checkpoint)) == checkpoint
 
 
-def test_what_was_not_finite_stays_so() -> None:
+def test_nan_stays_nan() -> None:
     point = MetricPoint(step=1, time=1.0, value=math.nan)
     sent = wire.to_series(MetricSeries(name="loss", points=[point], sampled_every=1))
     assert math.isnan(wire.from_series(sent).points[0].value)

@@ -1,4 +1,4 @@
-"""User code as a package: what goes in comes out, and nothing leads out of it."""
+"""User code as a package: files survive the round trip, and no entry leads out of the package."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_package_of_the_same_files_is_the_same(folder: Path) -> None:
     assert pack(folder) == before
 
 
-def test_too_much_is_refused_with_its_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_a_folder_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "MAX_UNPACKED_BYTES", 100)
     with pytest.raises(InvalidSpecError, match="--data-dir"):
         pack(folder)
@@ -89,8 +89,8 @@ def test_too_many_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatc
         (zipped(("a\\..\\b", b"")), "leads out"),
         (zipped((entry("link", stat.S_IFLNK | 0o777), b"/etc/passwd")), "link or a device"),
         (zipped((entry("pipe", stat.S_IFIFO | 0o600), b"")), "link or a device"),
-        (zipped(("a", b""), ("a/b", b"")), "twice, or as a folder"),
-        (zipped(("a/b", b""), ("a", b"")), "twice, or as a folder"),
+        (zipped(("a", b""), ("a/b", b"")), "occurs twice, or both as a file and a folder"),
+        (zipped(("a/b", b""), ("a", b"")), "occurs twice, or both as a file and a folder"),
     ],
 )
 def test_a_hostile_package_is_refused_and_writes_nothing(

@@ -20,7 +20,7 @@ CLASSES = [kind for kind in tree(KfacDistError) if kind.__module__ == errors.__n
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind is not KfacDistError])
-def test_every_error_has_a_code_of_its_own_or_its_base(kind: type[KfacDistError]) -> None:
+def test_every_error_has_its_own_code_or_that_of_its_base(kind: type[KfacDistError]) -> None:
     code = code_of(kind("x"))
     assert code is not grpc.StatusCode.INTERNAL
     assert any(base in CODES for base in kind.__mro__)
@@ -35,7 +35,10 @@ def test_the_details_name_the_class(kind: type[KfacDistError]) -> None:
     assert (status.message, status.code) == ("what, where", CODES[kind].value[0])
 
 
-def test_a_field_is_told_apart() -> None:
-    status = to_status(FieldError("job_id", "is none"))
-    assert status.message == "job_id: is none"
+def test_the_details_name_a_wrong_field() -> None:
+    status = to_status(FieldError("job_id", "is empty"))
+    assert status.message == "job_id: is empty"
+    bad = error_details_pb2.BadRequest()
     assert len(status.details) == 2
+    assert status.details[1].Unpack(bad)
+    assert [violation.field for violation in bad.field_violations] == ["job_id"]

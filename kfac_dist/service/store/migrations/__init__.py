@@ -1,1 +1,1 @@
-"""The versions of the tables."""
+"""Migrations of the tables, run by alembic."""

@@ -1,4 +1,4 @@
-"""How alembic runs the migrations: on the connection, and in the transaction, it is given."""
+"""Runs the migrations for alembic, on the connection and in the transaction of `open_store`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from kfac_dist.service.store.models import Base
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=Base.metadata,
-    render_as_batch=True,  # SQLite changes a table by making it anew
+    render_as_batch=True,  # SQLite alters a table by copying it into a new one
 )
 context.run_migrations()

@@ -1,1 +1,1 @@
-"""One file a version, in order."""
+"""One file for each version of the tables, in order."""

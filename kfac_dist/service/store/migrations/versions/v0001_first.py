@@ -13,10 +13,10 @@ _FLOAT = sa.Float(53)
 
 
 def upgrade() -> None:
-    """Make them."""
-    _jobs()
-    _of_a_job()
-    _metrics()
+    """Create the tables."""
+    _create_jobs()
+    _create_attempts_and_events()
+    _create_metrics()
     op.create_table(
         "tokens",
         sa.Column("id", sa.String(40), primary_key=True),
@@ -30,7 +30,7 @@ def upgrade() -> None:
     )
 
 
-def _jobs() -> None:
+def _create_jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("number", _NUMBER, primary_key=True, autoincrement=True),
@@ -68,7 +68,7 @@ def _jobs() -> None:
         op.create_index(f"jobs_by_{column}", "jobs", [column, "number"])
 
 
-def _of_a_job() -> None:
+def _create_attempts_and_events() -> None:
     op.create_table(
         "attempts",
         sa.Column("job", _NUMBER, sa.ForeignKey("jobs.number"), primary_key=True),
@@ -98,7 +98,7 @@ def _of_a_job() -> None:
     )
 
 
-def _metrics() -> None:
+def _create_metrics() -> None:
     op.create_table(
         "metric_series",
         sa.Column("id", _NUMBER, primary_key=True, autoincrement=True),
