@@ -18,13 +18,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
-from kfac_dist.coordination.jobs.runner import (
-    AttemptKey,
-    ClusterResources,
-    Remnant,
-    RunnerState,
-    RunnerStatus,
-)
+from kfac_dist.coordination.jobs.placement import Room
+from kfac_dist.coordination.jobs.runner import AttemptKey, Remnant, RunnerState, RunnerStatus
 from kfac_dist.errors import UnreachableError
 from workers.cluster.head import Head
 from workers.cluster.leftovers import MARK, kill_processes, processes_of, shared_memory_of
@@ -140,12 +135,12 @@ class RayJobRunner:
                 found[key] = _status(details)
         return found
 
-    def resources(self) -> ClusterResources:
+    def resources(self) -> Room:
         """What the nodes that are alive have, used or not."""
         with self._reached():
             nodes = _list_nodes(address=self._url, filters=[("state", "=", "ALIVE")], detail=True)
         totals = [node.resources_total for node in nodes]
-        return ClusterResources(
+        return Room(
             num_cpus=int(sum(total.get("CPU", 0) for total in totals)),
             num_gpus=int(sum(total.get("GPU", 0) for total in totals)),
             num_inverse_slots=int(sum(total.get("inverse", 0) for total in totals)),
@@ -158,10 +153,10 @@ class RayJobRunner:
             return found
         self._note_shared_memory(key)
         for pid, title in processes_of(key.submission_id):
-            found.append(Remnant(kind="process", description=f"process {pid} ({title})"))
+            found.append(Remnant(description=f"process {pid} ({title})"))
         for path in self._shared_memory.pop(key, ()):
             if path.exists():
-                found.append(Remnant(kind="shared_memory", description=f"shared memory {path}"))
+                found.append(Remnant(description=f"shared memory {path}"))
                 self._shared_memory.setdefault(key, set()).add(path)
         return found
 
@@ -178,10 +173,10 @@ class RayJobRunner:
                 filters=[of_creator, ("state", "!=", "REMOVED")], **options
             )
         for actor in actors:
-            yield Remnant(kind="actor", description=f"actor {actor.class_name} ({actor.pid})")
+            yield Remnant(description=f"actor {actor.class_name} ({actor.pid})")
         for group in groups:
             description = f"placement group {group.placement_group_id}"
-            yield Remnant(kind="placement_group", description=description)
+            yield Remnant(description=description)
 
     def _details(self, key: AttemptKey) -> Any:
         """Ray's entry of the attempt, None when there is none."""
@@ -210,7 +205,6 @@ def _status(details: Any) -> RunnerStatus:
     return RunnerStatus(
         state=_STATES[details.status],
         message=_first_sentence(details.message or ""),
-        exit_code=details.driver_exit_code,
     )
 
 

@@ -24,7 +24,7 @@ from kfac_dist.runs import (
 )
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
-from workers.cluster.cluster import Cluster, is_embedded, local_cluster, ray_cluster
+from workers.cluster.cluster import Cluster, is_embedded, local_room, ray_cluster
 from workers.device import plan_devices
 from workers.driver.checkpointing import BEGINNING, ResumePoint, averages_step, find_resume_point
 from workers.driver.crew.crew import Crew, CrewPlan
@@ -78,7 +78,7 @@ def run_job(
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
     """
     if is_embedded(ray_address) and replay_script is None:
-        _check_placement(spec, local_cluster())
+        check_placement(spec.workers, local_room())
     preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=home / "data")
     path = run_dir or home / "runs" / spec.name
     with _open_folder(path, spec, resume, identity) as folder:
@@ -108,10 +108,6 @@ def _open_folder(
     path: Path, spec: JobSpec, resume: bool, identity: RunIdentity | None
 ) -> RunFolder:
     return RunFolder.resume(path, spec) if resume else RunFolder.create(path, spec, identity)
-
-
-def _check_placement(spec: JobSpec, cluster: Cluster) -> None:
-    check_placement(spec.workers, cluster.num_cpus, cluster.num_inverse_slots)
 
 
 class _Run:
@@ -153,7 +149,7 @@ class _Run:
         point = self._find_start()
         room_for = self._job.spec.workers if self._job.replay_script else None
         with ray_cluster(ray_address, room_for) as cluster, self._interrupts:
-            _check_placement(self._job.spec, cluster)
+            check_placement(self._job.spec.workers, cluster.room)
             loop = TrainingLoop(
                 self._job,
                 self._folder,
@@ -192,7 +188,7 @@ class _Run:
     def _plan_crew(self, cluster: Cluster, point: ResumePoint) -> CrewPlan:
         spec = self._job.spec
         return CrewPlan(
-            devices=plan_devices(spec.workers, cluster.num_gpus),
+            devices=plan_devices(spec.workers, cluster.room.num_gpus),
             host=cluster.host,
             group_timeout_seconds=_GROUP_TIMEOUT_SECONDS,
             setups=self._inverse_setups(point),
