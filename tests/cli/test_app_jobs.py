@@ -112,7 +112,7 @@ def test_life_by_requests(server: Serving, kfac_dist: KfacDist, job: str) -> Non
     assert state("retry") == "QUEUED"
     done = kfac_dist("resume", job)
     assert done.code == 9
-    assert "possible is" in done.err
+    assert "possible now: " in done.err
 
 
 @pytest.mark.parametrize(
