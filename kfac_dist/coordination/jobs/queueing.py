@@ -43,7 +43,7 @@ class Verdict:
     message: str | None = None
 
 
-def admit(queue: Iterable[Waiting], cluster: Room, used: Room) -> list[Verdict]:
+def admit_jobs(queue: Iterable[Waiting], cluster: Room, used: Room) -> list[Verdict]:
     """Return a verdict for each job, in the order of the queue.
 
     Args:

@@ -18,7 +18,7 @@ from sqlalchemy import select
 from kfac_dist.config import parse_spec
 from kfac_dist.coordination.jobs.lifecycle import ACTIVE, JobState, Trigger
 from kfac_dist.coordination.jobs.placement import NO_ROOM, Room, room_needed
-from kfac_dist.coordination.jobs.queueing import Waiting, admit
+from kfac_dist.coordination.jobs.queueing import Waiting, admit_jobs
 from kfac_dist.coordination.jobs.runner import AttemptKey, JobRunner
 from kfac_dist.coordination.jobs.supervision import WaitLimits
 from kfac_dist.errors import KfacDistError, UnreachableError
@@ -122,7 +122,7 @@ class Controller:
         used = sum((self._needs(job) for job in self._ids(ACTIVE)), NO_ROOM)
         waiting = [queued.waiting for queued in queue]
         by_id = {queued.waiting.job: queued for queued in queue}
-        for verdict in admit(waiting, cluster, used):
+        for verdict in admit_jobs(waiting, cluster, used):
             if verdict.reason is None:
                 start_attempt(self._jobs, self._runner, verdict.job)
             else:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac_dist.coordination.jobs.placement import NO_ROOM, Room
-from kfac_dist.coordination.jobs.queueing import Waiting, admit
+from kfac_dist.coordination.jobs.queueing import Waiting, admit_jobs
 
 CLUSTER = Room(num_cpus=4, num_gpus=0, num_inverse_slots=2)
 ROOMS = st.builds(
@@ -21,7 +21,7 @@ def waiting(number: int, *, priority: int = 0, cpus: int = 1, inverse: int = 0) 
 
 
 def started(*queue: Waiting, used: Room = NO_ROOM) -> list[str]:
-    return [verdict.job for verdict in admit(queue, CLUSTER, used) if verdict.reason is None]
+    return [verdict.job for verdict in admit_jobs(queue, CLUSTER, used) if verdict.reason is None]
 
 
 def test_priority_first_then_age() -> None:
@@ -31,7 +31,7 @@ def test_priority_first_then_age() -> None:
 
 def test_a_job_that_does_not_fit_now_holds_up_those_after_it() -> None:
     used = Room(num_cpus=2, num_gpus=0, num_inverse_slots=0)
-    first, second = admit([waiting(1, cpus=3), waiting(2)], CLUSTER, used)
+    first, second = admit_jobs([waiting(1, cpus=3), waiting(2)], CLUSTER, used)
     assert first.reason == "waiting_for_room"
     assert first.message == "needs 3 CPUs, 2 of the cluster's 4 are in use"
     assert (second.reason, second.job) == ("waiting_for_turn", "j2")
@@ -39,7 +39,7 @@ def test_a_job_that_does_not_fit_now_holds_up_those_after_it() -> None:
 
 
 def test_a_job_that_never_fits_says_what_is_missing_and_holds_up_nobody() -> None:
-    first, second = admit([waiting(1, cpus=5, inverse=5), waiting(2)], CLUSTER, NO_ROOM)
+    first, second = admit_jobs([waiting(1, cpus=5, inverse=5), waiting(2)], CLUSTER, NO_ROOM)
     assert first.reason == "insufficient_resources"
     assert first.message == (
         "needs 5 CPUs, the cluster has 4; needs 5 inverse workers, the cluster has 2"
@@ -55,7 +55,7 @@ def test_what_is_admitted_fits_and_nobody_is_overtaken_who_would_fit(
         Waiting(job=str(number), number=number, priority=priority, needs=needs)
         for number, (needs, priority) in enumerate(jobs)
     ]
-    verdicts = admit(queue, CLUSTER, used)
+    verdicts = admit_jobs(queue, CLUSTER, used)
     assert sorted(verdict.job for verdict in verdicts) == sorted(job.job for job in queue)
     needs = {job.job: job.needs for job in queue}
     admitted = [needs[verdict.job] for verdict in verdicts if verdict.reason is None]
