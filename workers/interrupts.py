@@ -76,7 +76,7 @@ class Interrupts:
     def request(self, ends_as: Ending, patience_seconds: float = 0.0) -> None:
         """Interrupt from any thread.
 
-        `patience_seconds` lengthens the grace period, but does not start one where there is none.
+        `patience_seconds` lengthens the grace period, but does not start one.
         """
         self.ends_as = ends_as
         self._patience_seconds = patience_seconds

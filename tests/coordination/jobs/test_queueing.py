@@ -29,7 +29,7 @@ def test_priority_first_then_age() -> None:
     assert started(*queue) == ["j2", "j3"]
 
 
-def test_a_job_that_does_not_fit_now_holds_up_those_after_it() -> None:
+def test_a_job_that_does_not_fit_now_blocks_those_behind_it() -> None:
     used = Room(num_cpus=2, num_gpus=0, num_inverse_slots=0)
     first, second = admit_jobs([waiting(1, cpus=3), waiting(2)], CLUSTER, used)
     assert first.reason == "waiting_for_room"
@@ -38,7 +38,7 @@ def test_a_job_that_does_not_fit_now_holds_up_those_after_it() -> None:
     assert second.message == "jobs before it in the queue wait for room"
 
 
-def test_a_job_that_never_fits_says_what_is_missing_and_holds_up_nobody() -> None:
+def test_a_job_that_never_fits_says_what_is_missing_and_blocks_nobody() -> None:
     first, second = admit_jobs([waiting(1, cpus=5, inverse=5), waiting(2)], CLUSTER, NO_ROOM)
     assert first.reason == "insufficient_resources"
     assert first.message == (
@@ -48,7 +48,7 @@ def test_a_job_that_never_fits_says_what_is_missing_and_holds_up_nobody() -> Non
 
 
 @given(st.lists(st.tuples(ROOMS, st.integers(-2, 2)), max_size=12), ROOMS)
-def test_what_is_admitted_fits_and_nobody_is_overtaken_who_would_fit(
+def test_admitted_jobs_fit_and_none_behind_a_blocked_job_is_admitted(
     jobs: list[tuple[Room, int]], used: Room
 ) -> None:
     queue = [

@@ -94,7 +94,7 @@ class Crew:
         """Start all actors, without waiting until they are there; `build` comes next.
 
         Args:
-            job: what every actor is told about the job.
+            job: the job, as every actor receives it.
             folder: the run folder, where the logs of failed members are found.
             plan: which actors to start, and the state they start from.
             interrupts: checked in every wait.

@@ -83,7 +83,7 @@ class InversePool:
         """Start a worker for each setup, without waiting until it is there.
 
         Args:
-            job: what every actor is told about the job.
+            job: the job, as every actor receives it.
             server: the parameter server, to which the workers send their inverses.
             setups: the layers of each worker.
             averages: factors of all layers from a checkpoint; empty in a new run.
