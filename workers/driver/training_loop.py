@@ -110,6 +110,7 @@ class TrainingLoop:
         return period is not None and step % period == 0
 
     def _step(self, crew: Crew, plan: StepPlan) -> None:
+        """Order a step from all actors, wait for their reports, and record them."""
         started = time.perf_counter()
         size = batch_size(self._spec, plan.step, self._num_train_cases)
         window, cursor = next_window(self._cursor, size, self._num_train_cases)
