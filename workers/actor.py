@@ -8,7 +8,6 @@ restarts no actor, because a restarted one would have lost its state without any
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,7 +16,7 @@ from structlog.typing import FilteringBoundLogger
 
 from kfac_dist.errors import KfacDistError
 from kfac_dist.runs.folder import RunFolder
-from kfac_dist.runs.logs import open_log
+from kfac_dist.runs.logs import open_log, redirect_output
 from workers.exchange.messages import JobContext
 
 Handle: TypeAlias = Any
@@ -41,9 +40,7 @@ def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
     """Open the log of this process's role; what the process prints goes to `.out` beside it."""
     # Ray would keep printed text in its own folder, which an embedded cluster removes at its end.
     path = RunFolder.open(job.run_dir).log_path(role, rank, job.attempt)
-    with path.with_suffix(".out").open("ab") as printed:
-        os.dup2(printed.fileno(), sys.stdout.fileno())
-        os.dup2(printed.fileno(), sys.stderr.fileno())
+    redirect_output(path)
     return open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
 
 

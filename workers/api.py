@@ -1,4 +1,4 @@
-"""The doors for Python code: a job from a notebook, and the registration report."""
+"""What Python code may call: a job in the foreground, and the registration report."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ def train(
 ) -> JobSummary:
     """Run a job in the foreground and return its summary.
 
-    `spec` is a specification, a mapping with its keys, or the path of its file. Files of a user's
-    task are looked for beside the specification's file, else in the working folder. Without
-    `run_dir` the run is in `~/.kfac_dist/runs`. A Ray that is initialised already is used.
-    `metrics_port` serves metrics to this machine while the job runs; 0 takes a free port, and the
-    event `metrics_served` has the address.
+    If Ray is already initialised in this process, the job uses it.
+
+    Args:
+        spec: a specification, a mapping with its keys, or the path of its file. The files of a
+            user's task are looked for beside that file, otherwise in the working folder.
+        data_dir: the folder in which data are looked for first, before the cache.
+        run_dir: the run folder; by default a folder in `~/.kfac_dist/runs`.
+        resume: continue the run in the folder from its newest checkpoint.
+        metrics_port: serve metrics to this machine while the job runs. 0 takes a free port; the
+            event `metrics_served` has the address.
 
     Raises:
         KfacDistError: the specification is wrong, or the job failed.
@@ -62,12 +67,12 @@ def layers_report(
 ) -> list[dict[str, Any]]:
     """Return one row for each trainable parameter: its block, factor sizes and cost.
 
-    The data is looked for in `data_dir` and `cache_dir` when it shapes the model.
+    Data are looked for in `data_dir` and `cache_dir`, if the model's shape depends on them.
 
     Raises:
-        InvalidSpecError: the optimizer has no blocks, or a parameter is in none.
-        UserTaskError: the user's task raised.
-        DataNotFoundError: the model is shaped by data that are in none of the places.
+        InvalidSpecError: the optimizer has no blocks, or a parameter is in no block.
+        UserTaskError: the user's task raised an error.
+        DataNotFoundError: the model's shape depends on data that are in neither folder.
     """
     if not isinstance(spec.optimizer, KFACSpec):
         raise InvalidSpecError(

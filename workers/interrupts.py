@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while actors work: the step in hand may end, and be in a checkpoint."""
+"""Ctrl-C and SIGTERM during a job: the current step may still finish and be in a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Ending = Literal["CANCELLED", "PAUSED"]
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let signals that arrive inside take effect at the end of the block; for short blocks.
+    """Delay signals that arrive inside the block until its end; for short blocks.
 
     Does nothing outside the main thread, where signals do not arrive.
     """
@@ -39,10 +39,11 @@ def deferred() -> Iterator[None]:
 
 
 class Interrupts:
-    """Notes the first interrupt, which raises at the next check, and a second signal at once.
+    """Turns signals and requests into a KeyboardInterrupt at a moment that suits the job.
 
-    `grace_seconds` puts the first one off. Outside the main thread, where signals do not arrive,
-    there are requests only. `ends_as` is what an interrupted run is called.
+    The first interrupt raises at the next `check` after a grace period of `grace_seconds`; a
+    second signal raises at once. Outside the main thread signals do not arrive, and only
+    `request` interrupts. `ends_as` is the state in which an interrupted run ends.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class Interrupts:
     def request(self, ends_as: Ending, patience_seconds: float = 0.0) -> None:
         """Interrupt from any thread.
 
-        Where there is a grace period, it is made at least `patience_seconds`.
+        `patience_seconds` lengthens the grace period, but does not start one.
         """
         self.ends_as = ends_as
         self._patience_seconds = patience_seconds
@@ -83,14 +84,14 @@ class Interrupts:
 
     @property
     def requested(self) -> bool:
-        """Whether there was an interrupt."""
+        """Whether an interrupt has arrived."""
         return self._requested_at is not None
 
     def check(self) -> None:
-        """Raise when there was an interrupt and the grace period is over.
+        """Raise if an interrupt has arrived and its grace period is over.
 
         Raises:
-            KeyboardInterrupt: to end the job now.
+            KeyboardInterrupt: the job must end now.
         """
         if self._requested_at is None:
             return

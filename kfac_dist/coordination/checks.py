@@ -1,4 +1,4 @@
-"""The one way in which a number out of range is reported by the rules."""
+"""Is a number in its legal range? The one place where the rules refuse it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from kfac_dist.errors import InvalidSpecError
 
 
 def check_interval(name: str, value: float, low: float, high: float | None = None) -> None:
-    """Accept `value` in the closed interval [low, high]; without `high`, from `low` on.
+    """Check that `value` is in the closed interval [low, high], or at least `low` without `high`.
 
     Raises:
-        InvalidSpecError: `value` is outside, or NaN; the message names both.
+        InvalidSpecError: `value` is outside, or NaN; the message has the value and the interval.
     """
     if high is None:
         if not value >= low:

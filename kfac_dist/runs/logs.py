@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +28,18 @@ def open_log(path: Path, **bound: object) -> FilteringBoundLogger:
         cache_logger_on_first_use=True,
     )
     return cast("FilteringBoundLogger", logger.bind(**bound))
+
+
+def redirect_output(log_path: Path) -> None:
+    """Append what this process and its children print to a `.out` file beside the log.
+
+    The file descriptors are replaced, so this covers C libraries and subprocesses too.
+    """
+    path = log_path.with_suffix(".out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as printed:
+        os.dup2(printed.fileno(), sys.stdout.fileno())
+        os.dup2(printed.fileno(), sys.stderr.fileno())
 
 
 def log_tail(path: Path) -> str:

@@ -112,7 +112,7 @@ def test_pause_resume_cancel_and_retry(server: Serving, kfac_dist: KfacDist, job
     assert state("retry") == "QUEUED"
     done = kfac_dist("resume", job)
     assert done.code == 9
-    assert "possible is" in done.err
+    assert "possible now: " in done.err
 
 
 @pytest.mark.parametrize(

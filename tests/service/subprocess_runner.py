@@ -9,13 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kfac_dist.coordination.jobs.runner import (
-    AttemptKey,
-    ClusterResources,
-    Remnant,
-    RunnerState,
-    RunnerStatus,
-)
+from kfac_dist.coordination.jobs.placement import Room
+from kfac_dist.coordination.jobs.runner import AttemptKey, Remnant, RunnerState, RunnerStatus
 from kfac_dist.errors import UnreachableError
 from tests.paths import ROOT
 
@@ -73,21 +68,21 @@ class SubprocessRunner:
         if code is None:
             return RunnerStatus(state=RunnerState.RUNNING)
         state = RunnerState.FAILED if code else RunnerState.SUCCEEDED
-        return RunnerStatus(state=state, message=f"exit code {code}", exit_code=code)
+        return RunnerStatus(state=state, message=f"exit code {code}")
 
     def list(self) -> Mapping[AttemptKey, RunnerStatus]:
         return {key: self.status(key) for key in self.submitted}
 
-    def resources(self) -> ClusterResources:
+    def resources(self) -> Room:
         self._check()
-        return ClusterResources(num_cpus=self.num_cpus, num_gpus=0, num_inverse_slots=4)
+        return Room(num_cpus=self.num_cpus, num_gpus=0, num_inverse_slots=4)
 
     def remains(self, key: AttemptKey) -> Sequence[Remnant]:
         self._check()
         process = self.processes.get(key)
         if process is None or process.poll() is not None:
             return []
-        return [Remnant(kind="process", description=f"process {process.pid}")]
+        return [Remnant(description=f"process {process.pid}")]
 
     def _check(self) -> None:
         if self.is_away:

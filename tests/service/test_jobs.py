@@ -131,7 +131,7 @@ def test_requests_follow_the_rules_and_become_events(jobs: Jobs) -> None:
     assert jobs.pause(job.id).state is JobState.PAUSED
     assert jobs.resume(job.id).state is JobState.QUEUED
     assert jobs.cancel(job.id).state is JobState.CANCELLED
-    with pytest.raises(ConflictError, match="possible is: retry"):
+    with pytest.raises(ConflictError, match="possible now: retry"):
         jobs.cancel(job.id)
     again = jobs.retry(job.id)
     assert (again.state, again.ended_at) == (JobState.QUEUED, None)

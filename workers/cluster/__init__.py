@@ -1,1 +1,1 @@
-"""What is Ray's and not K-FAC's: clusters, their guard, submissions, what is left of them."""
+"""All that concerns Ray and not K-FAC: clusters, their guard, job submissions, and leftovers."""

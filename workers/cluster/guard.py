@@ -1,8 +1,9 @@
-"""Leaves nothing of an embedded Ray behind, even when the driver is killed with -9.
+"""Cleans up after an embedded Ray cluster, even when the driver was killed with SIGKILL.
 
-Ray's agents outlive their raylet when nobody stops them. So a small process of its own waits for
-the driver's end, then ends every process that has a file open in the cluster's private folder,
-and removes the folder. Standard library only: it is started as a script.
+Ray's agents outlive their raylet if nobody stops them. So a small separate process, the guard,
+waits for the driver's end. Then it ends every process that has a file open in the cluster's private
+folder, and removes the folder. This module runs as a script, so it imports the standard library
+only.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def guarded(folder: Path) -> Iterator[None]:
     guard = subprocess.Popen(
         [sys.executable, "-I", __file__, str(folder), str(os.getpid())],
         stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C in a terminal is for the driver alone
+        start_new_session=True,  # Ctrl-C in a terminal must reach the driver only
     )
     try:
         yield
@@ -37,16 +38,17 @@ def guarded(folder: Path) -> Iterator[None]:
 
 
 def clean_up(folder: Path, *, spared: int) -> None:
-    """End all processes that have a file open in `folder`, except the driver, and remove it.
+    """End all processes that have a file open in `folder`, and remove the folder.
 
-    The driver, `spared`, has Ray's log files open to its end.
+    The process `spared` is left alone: the driver itself keeps Ray's log files open until its end.
     """
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
         pids = list(_users(folder, spared))
         for pid in pids:
             _kill(pid)
-        # A process that is dying may still write a file behind the remover's back.
+        # A dying process may still write a file while the folder is being removed, so errors are
+        # ignored here and the next round tries again.
         shutil.rmtree(folder, ignore_errors=True)
         if not pids and not folder.exists():
             return
@@ -64,8 +66,8 @@ def _users(folder: Path, spared: int) -> Iterator[int]:
 def _open_files(process: Path) -> Iterator[str]:
     try:
         for link in (process / "fd").iterdir():
-            yield os.readlink(link)  # noqa: PTH115 - a link to a deleted file is no path
-    except OSError:  # the process, or the file, has gone meanwhile, or is another user's
+            yield os.readlink(link)  # noqa: PTH115 - the target may be a deleted file
+    except OSError:  # the process or file is gone by now, or belongs to another user
         return
 
 
@@ -77,5 +79,5 @@ def _kill(pid: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdin.read()
+    sys.stdin.read()  # the pipe from the driver closes when the driver ends, however it ends
     clean_up(Path(sys.argv[1]), spared=int(sys.argv[2]))

@@ -1,8 +1,8 @@
-"""The embedded cluster of a control plane, kept by a process of its own.
+"""The embedded cluster of a control plane, kept alive by a separate process, the *keeper*.
 
-Jobs outlive a server that is killed, so the cluster must. The keeper holds the lock of
-`$KFAC_DIST_HOME/ray` as long as it lives, and writes `head.json` when the cluster is there; it
-ends at SIGTERM, and its guard cleans up when it is killed.
+Jobs must survive when the server is killed, so the cluster must too. The keeper holds the lock of
+the folder `$KFAC_DIST_HOME/ray` while it lives, and writes `head.json` there once the cluster is
+up. It ends at SIGTERM; if it is killed, its guard cleans up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kfac_dist.runs.lock import FolderLock, holder_of
 
 _FILE, _LOG, _TOKEN = "head.json", "head.log", "token"
 _START_SECONDS = 120.0
-# A raylet gives up when its own agents need more than 15 s, as they may on a busy machine.
+# On a busy machine a raylet's agents may need more than 15 s to start; then the raylet gives up.
 _MOST_STARTS = 2
 _END_SECONDS = 60.0
 _LOCK_SECONDS = 2.0
@@ -33,9 +33,9 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A cluster that lives: where drivers and the Jobs API are, and its keeper's process.
+    """A living cluster: its addresses for drivers and the Jobs API, and its keeper's process id.
 
-    Whoever can read the secret in the file `token_path` may run code on it.
+    A user who can read the secret in the file `token_path` can run code on the cluster.
     """
 
     gcs_address: str
@@ -45,10 +45,10 @@ class Head:
 
 
 def ensure_head(home: Path) -> Head:
-    """Return the cluster of this home, which is started unless it lives.
+    """Return the cluster of this home; start it if it does not live.
 
     Raises:
-        UnreachableError: it does not start; the message has the end of its log.
+        UnreachableError: the cluster does not start; the message has the end of its log.
     """
     folder = _folder(home)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,20 +62,26 @@ def ensure_head(home: Path) -> Head:
 
 
 def _start_keeper(home: Path) -> Head | None:
-    """Start a keeper and wait for its cluster, or another's that was faster; None when it ended."""
+    """Start a keeper and wait for the cluster; return None if the keeper ended without one.
+
+    If another process starts a keeper at the same time, only one of them gets the lock. The cluster
+    may then be the other one's.
+    """
     with (_folder(home) / _LOG).open("wb") as log:
         keeper = subprocess.Popen(
             [sys.executable, "-m", "workers.cluster.head", str(home)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # neither Ctrl-C nor the server's end is for it
+            start_new_session=True,  # Ctrl-C and the end of the server must not end it
         )
-    # Takes note of its end, should it come before the end of this process.
+    # Reaps the keeper if it ends before this process does.
     threading.Thread(target=keeper.wait, name="keeper", daemon=True).start()
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        ended = keeper.poll() is not None  # before looking: another may have been faster
+        # Polled before the file is read: if this keeper ended because another one holds the lock,
+        # the other's file may appear only now.
+        ended = keeper.poll() is not None
         if (head := read_head(home)) is not None:
             return head
         if ended:
@@ -86,23 +92,23 @@ def _start_keeper(home: Path) -> Head | None:
 
 
 def read_head(home: Path) -> Head | None:
-    """Return the cluster of this home if it lives."""
+    """Return the cluster of this home, None if it does not live."""
     folder = _folder(home)
     if not (folder / _FILE).exists() or not _is_kept(folder):
         return None
     try:
         head = Head(**json.loads((folder / _FILE).read_text()))
-    except FileNotFoundError:  # it ended meanwhile
+    except FileNotFoundError:  # it has just ended
         return None
-    # Another keeper may be on its way, and the file be of one that was killed.
+    # The file may be left from a keeper that was killed, while the lock belongs to a new one.
     return head if holder_of(folder) == head.pid else None
 
 
 def end_head(home: Path) -> bool:
-    """End the cluster of this home with all that runs on it; returns whether there was one.
+    """End the cluster of this home and all that runs on it; return whether it lived.
 
     Raises:
-        UnreachableError: it does not end.
+        UnreachableError: the cluster does not end in time.
     """
     head = read_head(home)
     if head is None:
@@ -124,7 +130,7 @@ def _folder(home: Path) -> Path:
 
 
 def _is_kept(folder: Path) -> bool:
-    """Whether a keeper lives: the operating system drops a lock with its holder."""
+    """Return whether a keeper lives: the operating system releases a lock when its holder ends."""
     try:
         FolderLock(folder).release()
     except ConflictError:
@@ -136,7 +142,7 @@ def keep(home: Path) -> None:
     """Start the cluster and keep it until SIGTERM.
 
     Raises:
-        ConflictError: another keeper lives.
+        ConflictError: another keeper lives already.
         UnreachableError: Ray does not start here.
     """
     from workers.cluster.cluster import head_cluster
@@ -145,8 +151,8 @@ def keep(home: Path) -> None:
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: ending.set())
-    lock = _take_lock(folder)
-    (folder / _FILE).unlink(missing_ok=True)
+    lock = _acquire_lock(folder)
+    (folder / _FILE).unlink(missing_ok=True)  # of a keeper that was killed
     try:
         token = write_secret(folder / _TOKEN, secrets.token_hex(32))
         with head_cluster(token) as addresses:
@@ -163,8 +169,8 @@ def keep(home: Path) -> None:
         lock.release()
 
 
-def _take_lock(folder: Path) -> FolderLock:
-    """Take the keeper's lock; whoever only looks if it is free holds it for a moment."""
+def _acquire_lock(folder: Path) -> FolderLock:
+    """Acquire the keeper's lock; retry, since `_is_kept` of another process holds it briefly."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:

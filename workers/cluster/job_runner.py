@@ -1,4 +1,4 @@
-"""Runs attempts of jobs on a Ray cluster, through its Jobs API."""
+"""Runs attempts of jobs on a Ray cluster through its Jobs API."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
-from kfac_dist.coordination.jobs.runner import (
-    AttemptKey,
-    ClusterResources,
-    Remnant,
-    RunnerState,
-    RunnerStatus,
-)
+from kfac_dist.coordination.jobs.placement import Room
+from kfac_dist.coordination.jobs.runner import AttemptKey, Remnant, RunnerState, RunnerStatus
 from kfac_dist.errors import UnreachableError
 from workers.cluster.head import Head
 from workers.cluster.leftovers import MARK, kill_processes, processes_of, shared_memory_of
@@ -49,11 +44,11 @@ _list_placement_groups: Any = list_placement_groups
 
 
 class RayJobRunner:
-    """A JobRunner on the cluster whose Jobs API is at `jobs_url`.
+    """A JobRunner on a Ray cluster.
 
-    Drivers run on the head node with `driver`, the command and its first arguments. Run folders
-    must be on a file system that all nodes share. On a cluster of this machine alone, processes
-    and shared memory are looked at as well as Ray's own tables.
+    Drivers run on the head node, and run folders must be on a file system that all nodes share. If
+    the cluster is on this machine, processes and shared memory are inspected in addition to Ray's
+    own tables.
     """
 
     def __init__(
@@ -64,10 +59,15 @@ class RayJobRunner:
         token_path: Path | None = None,
         driver: Sequence[str] = _DRIVER,
     ) -> None:
-        """Use the secret in `token_path`, without one what the environment says of Ray's mode.
+        """Connect on first use.
 
-        The secret is the whole process's. Drivers connect to `gcs_address`, without one to where
-        Ray tells them, which on a machine with several clusters may be the wrong one.
+        Args:
+            jobs_url: the Jobs API of the cluster.
+            gcs_address: where drivers connect. Without it Ray tells them, which on a machine with
+                several clusters may name the wrong one.
+            token_path: a file with the cluster's secret, which then applies to this whole process.
+                Without it Ray's mode is taken from the environment.
+            driver: the command that starts a driver, with its first arguments.
         """
         if token_path is not None:
             use_token(token_path)
@@ -77,7 +77,7 @@ class RayJobRunner:
         self._driver = tuple(driver)
         self._options = ("--ray-address", gcs_address) if gcs_address else ()
         self._is_local = urlsplit(jobs_url).hostname in _LOCAL
-        # What processes that are to end have used; they are gone when one wants to know.
+        # Noted while the processes live, because it cannot be found out once they are gone.
         self._shared_memory: dict[AttemptKey, set[Path]] = {}
 
     @cached_property
@@ -92,20 +92,20 @@ class RayJobRunner:
         return cls(head.jobs_url, gcs_address=head.gcs_address, token_path=token_path)
 
     def submit(self, key: AttemptKey, run_dir: Path) -> None:
-        """Start the driver; submitting an attempt again starts no second one."""
+        """Start the driver; submitting an attempt again does not start a second one."""
         command = shlex.join([*self._driver, str(run_dir), str(key.attempt), *self._options])
         with self._reached():
             if self._details(key) is not None:
                 return
             self._client.submit_job(
-                entrypoint=f"exec {command}",  # no shell stays between Ray and the driver
+                entrypoint=f"exec {command}",  # so that Ray signals the driver and not a shell
                 submission_id=key.submission_id,
-                # Its workers have it, too.
+                # Ray passes this on to the attempt's workers.
                 runtime_env={"env_vars": {MARK: key.submission_id}},
             )
 
     def stop(self, key: AttemptKey) -> None:
-        """Let the driver be sent SIGTERM, and SIGKILL where it does not end in time."""
+        """Send the driver SIGTERM, and SIGKILL if it does not end in time; Ray does both."""
         if self._is_local:
             self._note_shared_memory(key)
         with self._reached():
@@ -113,7 +113,7 @@ class RayJobRunner:
                 self._client.stop_job(key.submission_id)
 
     def kill(self, key: AttemptKey) -> None:
-        """End everything of the attempt by force; where it runs elsewhere, as Ray does it."""
+        """End all of the attempt by force; on another machine only as `stop` does."""
         self.stop(key)
         if self._is_local:
             kill_processes(key.submission_id)
@@ -123,13 +123,13 @@ class RayJobRunner:
         noted.update(shared_memory_of(key.submission_id))
 
     def status(self, key: AttemptKey) -> RunnerStatus:
-        """How Ray's table of jobs sees the attempt."""
+        """Return how Ray's table of jobs sees the attempt."""
         with self._reached():
             details = self._details(key)
         return RunnerStatus(state=RunnerState.UNKNOWN) if details is None else _status(details)
 
     def list(self) -> Mapping[AttemptKey, RunnerStatus]:
-        """All attempts in Ray's table; other people's submissions are left out."""
+        """Return all attempts in Ray's table, without submissions that are no attempts."""
         with self._reached():
             jobs = self._client.list_jobs()
         found = {}
@@ -140,28 +140,28 @@ class RayJobRunner:
                 found[key] = _status(details)
         return found
 
-    def resources(self) -> ClusterResources:
-        """What the nodes that are alive have, used or not."""
+    def resources(self) -> Room:
+        """Return the room of all nodes that are alive, used or not."""
         with self._reached():
             nodes = _list_nodes(address=self._url, filters=[("state", "=", "ALIVE")], detail=True)
         totals = [node.resources_total for node in nodes]
-        return ClusterResources(
+        return Room(
             num_cpus=int(sum(total.get("CPU", 0) for total in totals)),
             num_gpus=int(sum(total.get("GPU", 0) for total in totals)),
             num_inverse_slots=int(sum(total.get("inverse", 0) for total in totals)),
         )
 
     def remains(self, key: AttemptKey) -> Sequence[Remnant]:
-        """What of the attempt is still there, by Ray's tables and by this machine's."""
+        """Return what still exists of the attempt in Ray's tables and on this machine."""
         found = list(self._remains_in_ray(key))
         if not self._is_local:
             return found
         self._note_shared_memory(key)
         for pid, title in processes_of(key.submission_id):
-            found.append(Remnant(kind="process", description=f"process {pid} ({title})"))
+            found.append(Remnant(description=f"process {pid} ({title})"))
         for path in self._shared_memory.pop(key, ()):
             if path.exists():
-                found.append(Remnant(kind="shared_memory", description=f"shared memory {path}"))
+                found.append(Remnant(description=f"shared memory {path}"))
                 self._shared_memory.setdefault(key, set()).add(path)
         return found
 
@@ -171,23 +171,23 @@ class RayJobRunner:
             if details is None or details.job_id is None:
                 return
             options = {"address": self._url, "limit": _MOST_ENTRIES}
-            of_job = ("job_id", "=", details.job_id)
-            actors = _list_actors(filters=[of_job, ("state", "!=", "DEAD")], **options)
-            of_creator = ("creator_job_id", "=", details.job_id)
+            in_job = ("job_id", "=", details.job_id)
+            actors = _list_actors(filters=[in_job, ("state", "!=", "DEAD")], **options)
+            created_by_job = ("creator_job_id", "=", details.job_id)
             groups = _list_placement_groups(
-                filters=[of_creator, ("state", "!=", "REMOVED")], **options
+                filters=[created_by_job, ("state", "!=", "REMOVED")], **options
             )
         for actor in actors:
-            yield Remnant(kind="actor", description=f"actor {actor.class_name} ({actor.pid})")
+            yield Remnant(description=f"actor {actor.class_name} ({actor.pid})")
         for group in groups:
             description = f"placement group {group.placement_group_id}"
-            yield Remnant(kind="placement_group", description=description)
+            yield Remnant(description=description)
 
     def _details(self, key: AttemptKey) -> Any:
-        """Ray's entry of the attempt, None when there is none."""
+        """Return Ray's entry for the attempt, None if it has none."""
         try:
             return self._client.get_job_info(key.submission_id)
-        except RuntimeError as error:  # Ray's client raises nothing finer
+        except RuntimeError as error:  # Ray's client raises nothing more specific
             if "does not exist" in str(error):
                 return None
             raise
@@ -210,11 +210,10 @@ def _status(details: Any) -> RunnerStatus:
     return RunnerStatus(
         state=_STATES[details.status],
         message=_first_sentence(details.message or ""),
-        exit_code=details.driver_exit_code,
     )
 
 
 def _first_sentence(message: str) -> str:
-    """Leave out the log that Ray appends, which the run's folder has."""
+    """Drop the log that Ray appends to a message; the run folder has it too."""
     lines = message.partition(", last available logs")[0].splitlines()
     return lines[0] if lines else ""

@@ -1,7 +1,7 @@
-"""What of an attempt is still on this machine, whatever Ray's tables say: processes and memory.
+"""Finds what is left of an attempt on this machine, whatever Ray's tables say.
 
-Every process of an attempt has the attempt's name in its environment, which Ray hands down from
-the job to its workers, and the operating system to their children.
+Every process of an attempt has the attempt's name in its environment: Ray passes it from the job to
+its workers, and the operating system from them to their children.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 MARK = "KFAC_DIST_ATTEMPT"
+"""The environment variable with the name of the attempt."""
+
 _SHARED = "/dev/shm/"
 _TITLE_LENGTH = 60
 
 
 class Process(NamedTuple):
-    """A process that lives; `title` is the beginning of its command line."""
+    """A running process; `title` is the start of its command line."""
 
     pid: int
     title: str
 
 
 def processes_of(attempt: str) -> list[Process]:
-    """Return the processes that bear the name of an attempt; those of other users are not seen."""
+    """Return this user's processes that have the attempt's name in their environment."""
     mark = f"{MARK}={attempt}".encode()
     found = []
     for folder in Path("/proc").iterdir():
@@ -34,7 +36,7 @@ def processes_of(attempt: str) -> list[Process]:
                 if mark in (folder / "environ").read_bytes().split(b"\0"):
                     found.append(Process(int(folder.name), _title(folder)))
             except (FileNotFoundError, PermissionError, ProcessLookupError):
-                continue  # it has gone meanwhile, or is another user's
+                continue  # it is gone by now, or belongs to another user
     return found
 
 
@@ -44,7 +46,7 @@ def _title(folder: Path) -> str:
 
 
 def kill_processes(attempt: str) -> None:
-    """End all processes of an attempt at once."""
+    """Send SIGKILL to all processes of an attempt."""
     for pid, _ in processes_of(attempt):
         try:
             os.kill(pid, signal.SIGKILL)
@@ -53,7 +55,7 @@ def kill_processes(attempt: str) -> None:
 
 
 def shared_memory_of(attempt: str) -> Iterator[Path]:
-    """Yield the named segments of shared memory that processes of an attempt use."""
+    """Yield the named shared-memory segments that the processes of an attempt have mapped."""
     for pid, _ in processes_of(attempt):
         try:
             lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
@@ -61,5 +63,5 @@ def shared_memory_of(attempt: str) -> Iterator[Path]:
             continue
         for line in lines:
             _, found, name = line.partition(_SHARED)
-            if found and not name.endswith(" (deleted)"):  # which goes with its last user
+            if found and not name.endswith(" (deleted)"):  # freed with its last user
                 yield Path(_SHARED + name)

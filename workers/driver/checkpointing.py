@@ -1,4 +1,4 @@
-"""What goes into a checkpoint, from whom, and how it comes back."""
+"""What a checkpoint of a job contains, who provides each part, and how a run resumes from it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BUFFERS_ROLE = "buffers"
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """Where a job goes on: after `step`, with the state of its actors; step 0 is the beginning.
+    """Where a run resumes: after `step`, with this state; step 0 is the start of training.
 
-    Factors are kept by layer, so any number of inverse workers can take them over; buffers of the
-    model are the same for all gradient workers; all else is the parameter server's. `refused` has
-    a message for each checkpoint that was not whole.
+    Factors are stored by layer, so any number of inverse workers can load them. The buffers of the
+    model are the same on all gradient workers. Everything else belongs to the parameter server.
+    `refused` has a message for each newer checkpoint that is damaged.
     """
 
     step: int
@@ -34,8 +34,14 @@ class ResumePoint:
     buffers: Mapping[str, Array]
     refused: tuple[str, ...]
 
+    @property
+    def statistics_step(self) -> int:
+        """The step of the newest statistics in `averages`, 0 without averages."""
+        steps = [int(np.asarray(v)) for name, v in self.averages.items() if name.endswith(":step")]
+        return max(steps, default=0)
 
-BEGINNING = ResumePoint(
+
+START = ResumePoint(
     step=0,
     cursor=SamplerCursor(epoch=0, offset=0),
     server_snapshot=None,
@@ -46,21 +52,21 @@ BEGINNING = ResumePoint(
 
 
 def find_resume_point(folder: RunFolder, last_step: int) -> ResumePoint:
-    """Return where the run in `folder` goes on; the beginning when it has no checkpoint.
+    """Return where the run in `folder` resumes; `START` when it has no checkpoint.
 
-    At `last_step` itself there is nothing left to do but to evaluate.
+    A checkpoint of `last_step` itself is accepted: then only the evaluation is left to do.
 
     Raises:
-        NotFoundError: there are checkpoints, but none is whole.
-        InvalidSpecError: the newest whole one is of a later step than `last_step`.
+        NotFoundError: all checkpoints are damaged.
+        InvalidSpecError: the newest whole checkpoint is of a later step than `last_step`.
     """
     loaded = load_newest(folder.checkpoints_dir)
     if loaded is None:
-        return BEGINNING
+        return START
     if loaded.step > last_step:
         raise InvalidSpecError(
             f"steps: {last_step} is below the step of the newest checkpoint, {loaded.step} "
-            f"({loaded.path}), and a run does not go back; use at least {loaded.step}, or start a "
+            f"({loaded.path}), and a run cannot go back; use at least {loaded.step}, or start a "
             "new run with --run-dir"
         )
     return _resume_point(loaded)
@@ -78,17 +84,23 @@ def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:
     )
 
 
-def save(
+def save_checkpoint(
     folder: RunFolder, crew: Crew, *, statistics_step: int, cursor: SamplerCursor, keep: int
 ) -> int:
-    """Write a checkpoint of the step that the crew has just done.
+    """Write a checkpoint of the step that the crew has just finished.
 
-    The factors are those with the statistics of `statistics_step` in them. Returns how many
-    inverse workers gave none, because they died, are only starting, or did not answer in time:
-    their layers are as the last checkpoint had them.
+    Returns how many inverse workers provided no factors, because they died, are still starting, or
+    did not answer in time. Their layers keep the factors of the last checkpoint.
+
+    Args:
+        folder: the run folder.
+        crew: the actors, between two steps.
+        statistics_step: the factors must include the statistics of this step.
+        cursor: the position in the training data after the step.
+        keep: how many checkpoints to keep, this one included.
 
     Raises:
-        JobFailedError: the mirrors of the parameters are not all the same, or the disk is full.
+        JobFailedError: the workers' parameters differ from the server's, or the disk is full.
     """
     _check_mirrors(crew)
     timeout = crew.group_timeout_seconds
@@ -110,18 +122,14 @@ def save(
 
 
 def _check_mirrors(crew: Crew) -> None:
+    # Each worker applies updates to its own copy of the parameters; equal checksums prove that
+    # none has drifted.
     calls = crew.call_server("checksum") | crew.call_workers("checksum")
     server, *workers = crew.gather(calls)
-    diverged = [rank for rank, word in enumerate(workers) if word != server]
+    diverged = [rank for rank, checksum in enumerate(workers) if checksum != server]
     if diverged:
         raise JobFailedError(
-            f"the parameters of gradient workers {', '.join(map(str, diverged))} are not those of "
-            f"the parameter server at step {crew.step}",
+            f"the parameters of gradient workers {', '.join(map(str, diverged))} differ from those "
+            f"of the parameter server at step {crew.step}",
             reason="diverged_mirrors",
         )
-
-
-def averages_step(averages: Mapping[str, Array]) -> int:
-    """Return the step of the newest statistics in saved averages, 0 when there are none."""
-    steps = [int(np.asarray(v)) for name, v in averages.items() if name.endswith(":step")]
-    return max(steps, default=0)

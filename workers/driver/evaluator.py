@@ -1,4 +1,4 @@
-"""Evaluation of whole data sets, shared out over the gradient workers."""
+"""Evaluates the training and the test set; each gradient worker takes a part of the cases."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from workers.driver.crew.crew import Crew
 from workers.exchange.messages import EvaluationSums
 
 
-def evaluate(crew: Crew, l2: float) -> Evaluation:
-    """Evaluate the current parameters and, when there are any, the averaged ones."""
+def evaluate_splits(crew: Crew, l2: float) -> Evaluation:
+    """Evaluate the current parameters on both splits, and the averaged parameters if any."""
     crew.share_buffers()
     (averaged,) = crew.gather(crew.call_server("averaged_parameters"))
-    train = _means(crew, "train", None, l2)
-    test = _means(crew, "test", None, l2)
+    train = _evaluate_split(crew, "train", None, l2)
+    test = _evaluate_split(crew, "test", None, l2)
     if averaged is None:
         return Evaluation(train=train, test=test)
-    shared = ray.put(averaged)
+    shared = ray.put(averaged)  # once, for all workers and both splits
     return Evaluation(
         train=train,
         test=test,
-        train_averaged=_means(crew, "train", shared, l2),
-        test_averaged=_means(crew, "test", shared, l2),
+        train_averaged=_evaluate_split(crew, "train", shared, l2),
+        test_averaged=_evaluate_split(crew, "test", shared, l2),
     )
 
 
-def _means(crew: Crew, split: Split, parameters: object, l2: float) -> Metrics:
-    sums = crew.gather(crew.call_workers("evaluate", split, parameters))
-    return means(sums, l2)
+def _evaluate_split(crew: Crew, split: Split, parameters: object, l2: float) -> Metrics:
+    parts = crew.gather(crew.call_workers("evaluate", split, parameters))
+    return _case_means(parts, l2)
 
 
-def means(sums: Sequence[EvaluationSums], l2: float) -> Metrics:
-    """Return the means over all cases: `objective` with the l2 term, `loss` without, metrics."""
-    num_cases = sum(one.num_cases for one in sums)
-    loss = sum(one.loss for one in sums) / num_cases
-    names = dict.fromkeys(name for one in sums for name in one.metrics)
-    metrics = {name: sum(one.metrics.get(name, 0.0) for one in sums) / num_cases for name in names}
-    return {"objective": loss + l2 * sums[0].half_square_norm, "loss": loss, **metrics}
+def _case_means(parts: Sequence[EvaluationSums], l2: float) -> Metrics:
+    """Return means over all cases: the metrics, `loss`, and `objective`, which adds the l2 term."""
+    num_cases = sum(part.num_cases for part in parts)
+    loss = sum(part.loss for part in parts) / num_cases
+    names = dict.fromkeys(name for part in parts for name in part.metrics)
+    metrics = {
+        name: sum(part.metrics.get(name, 0.0) for part in parts) / num_cases for name in names
+    }
+    return {"objective": loss + l2 * parts[0].half_square_norm, "loss": loss, **metrics}

@@ -1,7 +1,7 @@
-"""What a job would be: processes, memory, who inverts what, and how long steps and refreshes take.
+"""Predicts a job: its processes, memory, assignment of layers, and times of steps and refreshes.
 
-The times are measured here, in seconds, with a few steps of the serial optimizer on a gradient
-worker's part of the first batch, and small inverses; nothing is trained.
+The times are measured in a few seconds, with a few steps of the serial optimizer on one gradient
+worker's part of the first batch and with inverses of small matrices. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from workers.exchange.messages import InverseSetup
 from workers.planning import batch_size, inverse_setups
 
 _MEASURED_STEPS = 6
-_FIRST_STEPS = 3  # of which each refreshes, and the first warms up
-# Copies of a layer's matrices that are alive at once: averages, snapshot and inverses for up to
-# three gammas with an inverse worker; the inverses with the parameter server.
+_FIRST_STEPS = 3  # left out: each of them refreshes the inverses, and the first warms up
+# Copies of a layer's matrices that are alive at once. An inverse worker has averages, a snapshot
+# and inverses for up to three gammas; the parameter server has the inverses.
 _INVERSE_COPIES, _SERVER_COPIES = 5, 3
 _SERVER_VECTORS = 4  # parameters, gradient, momentum, direction
 _WORKER_VECTORS = 3  # parameters, gradient, direction
@@ -41,13 +41,13 @@ def job_plan(
 ) -> dict[str, Any]:
     """Return the plan of a job, ready for JSON.
 
-    Memory is that of the mathematics alone: without activations, and without what Python, torch
-    and Ray take themselves, some 300 MB a process. A baseline has no layers and no refresh.
+    Memory counts the matrices and vectors of the algorithm only. Activations come on top, and about
+    300 MB a process for Python, torch and Ray. A baseline has no layers and no refresh.
 
     Raises:
         InvalidSpecError: the specification does not fit the task, its data or its model.
-        DataNotFoundError: the data are in none of the places.
-        UserTaskError: the user's task raised.
+        DataNotFoundError: the data are in neither folder.
+        UserTaskError: the user's task raised an error.
     """
     preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=cache_dir)
     task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
@@ -71,6 +71,7 @@ def _placement(
     workers, width = spec.workers, torch_dtype(spec.dtype).itemsize
     matrices = {setup.rank: sum(map(_num_elements, setup.layers)) for setup in setups}
     largest, total = max(matrices.values(), default=0), sum(matrices.values())
+    # Each shard of the parameter server owns its part of the layers and of the parameters.
     own = total // max(1, workers.parameter_server)
     vectors = math.ceil(num_parameters / max(1, workers.parameter_server))
     elements = {
@@ -119,7 +120,7 @@ def _predicted(
     refresh = max(_refresh_seconds(setup.cost_model, setup.layers) for setup in setups)
     period = spec.optimizer.inverse_update_period
     ages = forecast_staleness(step_seconds, refresh, period, spec.staleness.max_steps)
-    if spec.staleness.max_steps == 0:  # every refresh is waited for
+    if spec.staleness.max_steps == 0:  # a synchronous step waits for every refresh
         times["wall_seconds"] = spec.steps * (step_seconds + refresh / period)
     return times | {
         "refresh_seconds": refresh,
@@ -147,27 +148,28 @@ def _step_seconds(spec: JobSpec, task: Task, preparation: Preparation) -> float:
     whole = batch_size(spec, 1, preparation.num_train_cases)
     part = math.ceil(whole / spec.workers.gradient)
     inputs, targets = fetch(preparation.train, torch.arange(part))
-    step = _step_of(spec, task)
+    step = _step_function(spec, task)
     seconds = []
     for _ in range(_MEASURED_STEPS):
         started = time.perf_counter()
         step(inputs, targets)
         seconds.append(time.perf_counter() - started)
-    return min(seconds[_FIRST_STEPS:])
+    return min(seconds[_FIRST_STEPS:])  # other load on the machine can only slow a step down
 
 
-def _step_of(spec: JobSpec, task: Task) -> Callable[[Tensor, Tensor], object]:
+def _step_function(spec: JobSpec, task: Task) -> Callable[[Tensor, Tensor], object]:
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     if not isinstance(spec.optimizer, KFACSpec):
-        return _gradient_of(model, task)
+        return _gradient_function(model, task)
     options: Mapping[str, Any] = spec.optimizer.model_dump(exclude={"name"})
+    # Inverse workers refresh beside the steps, so the steps that are timed must not.
     never = {"inverse_update_period": max(spec.optimizer.inverse_update_period, 1000)}
     return KFAC(
         model, distribution=task.distribution, seed=spec.seed, **(dict(options) | never)
     ).step
 
 
-def _gradient_of(model: nn.Module, task: Task) -> Callable[[Tensor, Tensor], object]:
+def _gradient_function(model: nn.Module, task: Task) -> Callable[[Tensor, Tensor], object]:
     distribution = get_distribution(task.distribution)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -180,7 +182,7 @@ def _gradient_of(model: nn.Module, task: Task) -> Callable[[Tensor, Tensor], obj
 
 @contextmanager
 def _threads(number: int) -> Iterator[None]:
-    """Compute with as many threads as a gradient worker has."""
+    """Let torch use `number` threads inside the block, as a gradient worker does."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,7 +1,7 @@
-"""A job in the foreground, from its specification to its summary.
+"""Runs a job in this process, from its specification to its summary.
 
-`run_job` checks, starts Ray and the actors, trains, evaluates, and takes everything down again,
-whatever happens.
+`run_job` checks the job, starts Ray and the actors, trains and evaluates. Whatever happens, it
+takes everything down again and records how the job ended.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from kfac_dist.runs import (
 )
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
-from workers.cluster.cluster import Cluster, is_embedded, local_cluster, ray_cluster
+from workers.cluster.cluster import Cluster, is_embedded, local_room, ray_cluster
 from workers.device import plan_devices
-from workers.driver.checkpointing import BEGINNING, ResumePoint, averages_step, find_resume_point
+from workers.driver.checkpointing import START, ResumePoint, find_resume_point
 from workers.driver.crew.crew import Crew, CrewPlan
 from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
@@ -66,28 +66,40 @@ def run_job(
     interrupts: Interrupts | None = None,
     replay_script: ReplayScript | None = None,
 ) -> JobSummary:
-    """Run `spec` to its end and return the summary, which is also in the run folder.
+    """Run a job to its end and return the summary, which is also written to the run folder.
 
-    User files of a task are looked for in `base_dir`; `home` has the data cache and, without
-    `run_dir`, the run folders. `resume` goes on with the run in the folder at its newest whole
-    checkpoint. `metrics` serves the job's while it runs. `identity` is what the run is called. An
-    interrupt, also by `interrupts`, ends everything within seconds, leaves a checkpoint where the
-    step in hand ends in time, and is raised again. With a `replay_script` the job repeats what is
-    recorded, on this machine however many CPUs it has.
+    An interrupt ends everything within seconds. It leaves a checkpoint if the current step
+    finishes in time, and is raised again.
+
+    Args:
+        spec: the job.
+        base_dir: the folder of the user's files that a task may need.
+        data_dir: the folder in which data are looked for first, before the cache.
+        home: has the data cache and, without `run_dir`, the run folders.
+        run_dir: the run folder.
+        resume: continue the run in the folder from its newest whole checkpoint.
+        on_record: called with each step that was recorded.
+        on_event: called with each event that was recorded.
+        metrics: serves the job's metrics while it runs.
+        ray_address: the cluster to use, instead of an embedded one.
+        identity: the job's name and attempt in its records, if a control plane has given them.
+        interrupts: lets other threads interrupt the job; signals always do.
+        replay_script: what to repeat of a recorded run. The workers then always fit on this
+            machine, however many CPUs it has.
 
     Raises:
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
+        KeyboardInterrupt: the job was interrupted.
     """
     if is_embedded(ray_address) and replay_script is None:
-        _check_placement(spec, local_cluster())
+        check_placement(spec.workers, local_room())
     preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=data_cache(home))
     path = run_dir or runs_dir(home) / spec.name
     with _open_folder(path, spec, resume, identity) as folder:
         point = find_resume_point(folder, spec.steps) if resume else None
         if point is not None:
-            folder.begin_attempt(
-                spec, identity
-            )  # only now: an error before leaves the run as it was
+            # Only now, so that an error in what comes before leaves the run as it was.
+            folder.begin_attempt(spec, identity)
         job = JobContext(
             job=folder.read_job().job,
             attempt=folder.read_job().attempt,
@@ -101,8 +113,10 @@ def run_job(
         journal = JobJournal(folder, job.attempt)
         with journal.served(metrics, job.job):
             journal.watch(on_record, on_event)
-            run = _Run(job, folder, journal, preparation, point, interrupts or Interrupts())
-            return run.run(ray_address)
+            attempt = _JobAttempt(
+                job, folder, journal, preparation, point, interrupts or Interrupts()
+            )
+            return attempt.run(ray_address)
 
 
 def _open_folder(
@@ -111,12 +125,8 @@ def _open_folder(
     return RunFolder.resume(path, spec) if resume else RunFolder.create(path, spec, identity)
 
 
-def _check_placement(spec: JobSpec, cluster: Cluster) -> None:
-    check_placement(spec.workers, cluster.num_cpus, cluster.num_inverse_slots)
-
-
-class _Run:
-    """One attempt of a job, in a folder of its own."""
+class _JobAttempt:
+    """One attempt of a job: trains, and records how it ends."""
 
     def __init__(
         self,
@@ -137,7 +147,7 @@ class _Run:
         self._started = time.monotonic()
 
     def run(self, ray_address: str | None) -> JobSummary:
-        """Train, and leave state, summary and report in the folder, also of a failure."""
+        """Train and evaluate; even after a failure the folder has state, summary and report."""
         try:
             result = self._train(ray_address)
         except KeyboardInterrupt:
@@ -154,7 +164,7 @@ class _Run:
         point = self._find_start()
         room_for = self._job.spec.workers if self._job.replay_script else None
         with ray_cluster(ray_address, room_for) as cluster, self._interrupts:
-            _check_placement(self._job.spec, cluster)
+            check_placement(self._job.spec.workers, cluster.room)
             loop = TrainingLoop(
                 self._job,
                 self._folder,
@@ -165,8 +175,8 @@ class _Run:
                 self._interrupts,
             )
             plan = self._plan_crew(cluster, point)
-            crew = Crew(
-                self._job, self._folder, plan, loop.on_inverse_worker_death, self._interrupts
+            crew = Crew.launch(
+                self._job, self._folder, plan, self._interrupts, loop.on_inverse_worker_death
             )
             try:
                 precondition_dtype = crew.build().precondition_dtype
@@ -177,23 +187,24 @@ class _Run:
                 crew.kill()
 
     def _find_start(self) -> ResumePoint:
+        """Return where training starts, and bring the records back to that step."""
         point = self._resume_point
         if point is None:
-            return BEGINNING
+            return START
         self._journal.step = point.step
         for message in point.refused:
             self._journal.event("checkpoint_refused", message, severity="warning")
         self._folder.truncate_metrics_after(point.step)
         self._step_records = StepRecords(self._folder.read_metrics())
         where = f"from the checkpoint of step {point.step}" if point.step else "from the start"
-        message = f"attempt {self._job.attempt} goes on {where}"
+        message = f"attempt {self._job.attempt} continues {where}"
         self._journal.event("resumed", message, from_step=point.step)
         return point
 
     def _plan_crew(self, cluster: Cluster, point: ResumePoint) -> CrewPlan:
         spec = self._job.spec
         return CrewPlan(
-            devices=plan_devices(spec.workers, cluster.num_gpus),
+            devices=plan_devices(spec.workers, cluster.room.num_gpus),
             host=cluster.host,
             group_timeout_seconds=_GROUP_TIMEOUT_SECONDS,
             setups=self._inverse_setups(point),
@@ -207,7 +218,7 @@ class _Run:
         registration = self._preparation.registration
         if registration is None:
             return []
-        return inverse_setups(self._job.spec, registration, averages_step(point.averages))
+        return inverse_setups(self._job.spec, registration, point.statistics_step)
 
     def _finish(self, outcome: _Outcome) -> JobSummary:
         summary = self._summary(outcome)

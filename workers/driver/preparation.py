@@ -1,4 +1,4 @@
-"""Everything about a job that can be found wrong before a process is started for it."""
+"""Checks all that can be checked about a job before a process is started for it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from workers.planning import batch_size
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """A task that has been tried out in this process; `registration` is None for a baseline.
+    """A task that was loaded and checked in this process.
 
-    `has_buffers` tells whether the model has state beside its parameters.
+    `registration` is None for a baseline, which has no curvature blocks. `has_buffers`: the model
+    has state beside its parameters.
     """
 
     train: MapDataset
@@ -32,10 +33,10 @@ class Preparation:
         return len(self.train)
 
     def check_data(self) -> None:
-        """Look at every number of both data sets.
+        """Check that every number of both data sets is finite.
 
         Raises:
-            DataError: one is not finite; the message says where.
+            DataError: a number is not finite; the message says where.
         """
         check_finite(self.train, "train")
         check_finite(self.test, "test")
@@ -44,12 +45,12 @@ class Preparation:
 def prepare(
     spec: JobSpec, *, base_dir: Path, data_dir: Path | None, cache_dir: Path
 ) -> Preparation:
-    """Load task and data, build the model once, and see whether they fit together.
+    """Load task and data, build the model once, and check that they fit together.
 
     Raises:
         InvalidSpecError: the specification does not fit the task, its data or its model.
-        DataNotFoundError: the data are in none of the places.
-        UserTaskError: the user's task raised.
+        DataNotFoundError: the data are in neither folder.
+        UserTaskError: the user's task raised an error.
     """
     task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
@@ -64,7 +65,7 @@ def prepare(
 
 def _check_batch_size(spec: JobSpec, num_cases: int) -> None:
     size = batch_size(spec, 1, num_cases)
-    next_window(SamplerCursor(epoch=0, offset=0), size, num_cases)
+    next_window(SamplerCursor(epoch=0, offset=0), size, num_cases)  # raises if it is too large
     if size < spec.workers.gradient:
         raise InvalidSpecError(
             f"workers.gradient: {spec.workers.gradient} gradient workers cannot share a batch of "

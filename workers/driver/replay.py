@@ -1,4 +1,4 @@
-"""A recorded run done again on this machine, and compared with its records to the last bit."""
+"""Repeats a recorded run on this machine and compares it with its records to the last bit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from workers.driver.launch import run_job
 from workers.driver.records.journal import OnEvent, OnRecord
 from workers.exchange.arrays import Array
 
-# Of the server's state these depend on what came in and was not used, or count over a run.
+# Parts of the server's state that depend on inverses that arrived and were not used, or that count
+# over a whole run.
 _NOT_COMPARED = ("inverse:", "count:", "stale_applied")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayResult:
-    """How a replay ended: after `num_steps`, with its run in `run_dir`.
+    """The end of a replay: it did `num_steps` steps, and its records are in `run_dir`.
 
-    `checkpoint_step` is that of the checkpoint whose tensors were compared, None without any;
-    `refused` has a message for each newer one that was not whole.
+    `difference` is the first one found, None if all is equal. `checkpoint_step` is the step of the
+    checkpoint whose tensors were compared, None if none was. `refused` has a message for each
+    newer checkpoint that is damaged.
     """
 
     run_dir: Path
@@ -38,7 +40,7 @@ class ReplayResult:
 
 
 class _Tensors(NamedTuple):
-    """The arrays of the checkpoint of `step` that a replay must have, too; None without any."""
+    """The arrays that a replay must reproduce at `step`; None if no checkpoint has any."""
 
     step: int | None
     arrays: Mapping[str, Array]
@@ -49,7 +51,7 @@ class _Tensors(NamedTuple):
 class _Comparison:
     """Compares each step as it is recorded, and ends the job at the first difference.
 
-    `watcher` is told of each step before.
+    `watcher` is called with each step first.
     """
 
     plan: ReplayPlan
@@ -58,7 +60,7 @@ class _Comparison:
     difference: Difference | None = None
 
     def on_record(self, record: StepRecord) -> None:
-        """Raise when the step is not what was recorded."""
+        """Raise a JobFailedError if the step differs from the recorded one."""
         if self.watcher is not None:
             self.watcher(record)
         self.num_steps = record.step
@@ -78,13 +80,21 @@ def run_replay(
     on_record: OnRecord | None = None,
     on_event: OnEvent | None = None,
 ) -> ReplayResult:
-    """Do the steps of `plan` again, in the new run folder `run_dir`, up to the first difference.
+    """Repeat the steps of a recorded run up to the first difference.
 
-    `checkpoints_dir` has the checkpoints of the recorded run; the tensors of the newest whole one
-    of a step that is done again are compared, too. User files are looked for in `base_dir`.
+    Args:
+        plan: the specification, the records and the script of the recorded run.
+        checkpoints_dir: the checkpoints of the recorded run. The tensors of the newest whole one
+            that the replay writes again are compared as well.
+        base_dir: the folder of the user's files that a task may need.
+        data_dir: the folder in which data are looked for first, before the cache.
+        home: has the data cache.
+        run_dir: the new run folder of the replay.
+        on_record: called with each step, before it is compared.
+        on_event: called with each event.
 
     Raises:
-        KfacDistError: the replay cannot start, or failed by something else than a difference.
+        KfacDistError: the replay cannot start, or failed for a reason other than a difference.
     """
     recorded = _load(checkpoints_dir, plan)
     comparison = _Comparison(plan, on_record)
@@ -117,10 +127,10 @@ def run_replay(
 
 
 def _load(checkpoints_dir: Path, plan: ReplayPlan) -> _Tensors:
-    """Return the tensors of the newest whole checkpoint that the replay makes again."""
+    """Return the tensors of the newest whole checkpoint that the replay will write again."""
     try:
         loaded = load_newest(checkpoints_dir, plan.script.checkpoint_steps)
-    except NotFoundError as error:  # none is whole; the records are compared all the same
+    except NotFoundError as error:  # all are damaged; the records are still compared
         return _Tensors(None, {}, (error.message,))
     if loaded is None:
         return _Tensors(None, {}, ())
@@ -135,19 +145,19 @@ def _load(checkpoints_dir: Path, plan: ReplayPlan) -> _Tensors:
 
 def _compare(recorded: Mapping[str, Array], step: int, checkpoints_dir: Path) -> Difference | None:
     loaded = load_newest(checkpoints_dir, {step})
-    assert loaded is not None, "a replay leaves the checkpoints of its replay_script"
+    assert loaded is not None, "a replay writes the checkpoints of its script"
     for name, array in recorded.items():
         role, _, key = name.partition("/")
         other = loaded.roles[role].get(key)
-        one, replayed = _digest(array), None if other is None else _digest(other)
-        if one != replayed:
+        expected, found = _digest(array), None if other is None else _digest(other)
+        if expected != found:
             return Difference(
-                step=step, field=f"checkpoint {name}", recorded=one, replayed=replayed
+                step=step, field=f"checkpoint {name}", recorded=expected, replayed=found
             )
     return None
 
 
 def _digest(array: Array) -> str:
-    """Return type, shape and a hash of the bytes of an array."""
+    """Return the type, the shape and a hash of the bytes of an array."""
     content = hashlib.sha256(array.tobytes()).hexdigest()
     return f"{array.dtype}{list(array.shape)} sha256 {content[:16]}"

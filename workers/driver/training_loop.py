@@ -1,7 +1,8 @@
-"""The driver's loop; read `run` and `_step` first.
+"""The driver's loop over the steps; read `run` and `_step` first.
 
-It plans a step, sends it to all actors, waits, records. What a step computes is in
-`gradient_work`, `kfac_server` and `inverse_work`; what travels between them in `exchange`.
+The driver plans a step, sends the order to all actors, waits for their reports and records them.
+What a step computes is in `gradient_worker.work`, `parameter_server.kfac` and
+`inverse_worker.work`; what travels between them is in `exchange`.
 """
 
 from __future__ import annotations
@@ -13,24 +14,23 @@ from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.sampling import next_window
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
-from workers.driver import checkpointing
-from workers.driver.checkpointing import ResumePoint
+from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InverseWorkerDied
-from workers.driver.evaluator import evaluate
+from workers.driver.evaluator import evaluate_splits
 from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords
 from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
 from workers.interrupts import Interrupts
 from workers.planning import batch_size, staleness_bound, step_schedule
 
-_GRACE_SECONDS = 2.0  # for the step in hand and its checkpoint, when the user interrupts
+_GRACE_SECONDS = 2.0  # after an interrupt, for the current step and its checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """How the loop ended; seconds of training are without evaluation and checkpoints."""
+    """The end of the loop; `training_seconds` excludes evaluations and checkpoints."""
 
     evaluation: Evaluation
     num_steps: int
@@ -38,7 +38,17 @@ class TrainingResult:
 
 
 class TrainingLoop:
-    """Trains from a resume point to the last step of the specification."""
+    """Trains from a resume point to the last step of the specification.
+
+    Args:
+        job: the specification, and the script of a replay if this is one.
+        folder: the run folder, for checkpoints.
+        journal: receives records, events and states.
+        step_records: builds a record from the reports of a step.
+        point: where to start.
+        num_train_cases: the size of the training set.
+        interrupts: checked after each step; given a grace period while steps run.
+    """
 
     def __init__(
         self,
@@ -60,7 +70,7 @@ class TrainingLoop:
         self._schedule = step_schedule(job.spec)
         self._bound = staleness_bound(job.spec, job.replay_script)
         self._cursor = point.cursor
-        self._statistics_step = checkpointing.averages_step(point.averages)
+        self._statistics_step = point.statistics_step
         self._first_step = point.step + 1
         self._checkpointed_step = point.step
         self._gammas: tuple[float, ...] = ()
@@ -68,27 +78,29 @@ class TrainingLoop:
         self._training_seconds = 0.0
 
     def run(self, crew: Crew) -> TrainingResult:
-        """Do all steps, evaluate, and leave a checkpoint.
+        """Do all remaining steps, write a checkpoint, and evaluate.
 
         Raises:
-            KfacDistError: what ended the job; the newest checkpoint stays usable.
+            KfacDistError: the job failed; its newest checkpoint stays usable.
+            KeyboardInterrupt: the job was interrupted.
         """
         (self._gammas,) = crew.gather(crew.call_server("next_gammas", self._first_step))
         self._interrupts.grace_seconds = _GRACE_SECONDS
         for step in range(self._first_step, self._spec.steps + 1):
             self._journal.step = crew.step = step
-            self._take_over(crew, step)
+            self._connect_started(crew, step)
             self._step(crew, self._schedule.plan(step))
             if self._replay_script or self._is_due(step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
             if self._interrupts.requested:
                 self._checkpoint(crew)
                 raise KeyboardInterrupt
-        crew.step = self._journal.step = max(self._spec.steps, self._first_step - 1)
+        # Not set yet if the run resumes at its last step and only evaluates.
+        crew.step = self._journal.step = self._spec.steps
         self._checkpoint(crew)
         self._interrupts.grace_seconds = 0.0
         return TrainingResult(
-            evaluation=evaluate(crew, self._spec.optimizer.l2),
+            evaluation=evaluate_splits(crew, self._spec.optimizer.l2),
             num_steps=self._spec.steps + 1 - self._first_step,
             training_seconds=self._training_seconds,
         )
@@ -98,6 +110,7 @@ class TrainingLoop:
         return period is not None and step % period == 0
 
     def _step(self, crew: Crew, plan: StepPlan) -> None:
+        """Order a step from all actors, wait for their reports, and record them."""
         started = time.perf_counter()
         size = batch_size(self._spec, plan.step, self._num_train_cases)
         window, cursor = next_window(self._cursor, size, self._num_train_cases)
@@ -109,13 +122,13 @@ class TrainingLoop:
         self._cursor, self._gammas = cursor, server.next_gammas
         if plan.update_factors:
             self._statistics_step = plan.step
-        self._welcome_back(crew, server)
+        self._check_recovery(crew, server)
         crew.inverse_pool.poll()
         seconds = time.perf_counter() - started
         self._training_seconds += seconds
         record = self._step_records.record(server, workers, crew.inverse_pool.statuses(), seconds)
         if self._evaluates(plan.step):
-            evaluation = evaluate(crew, self._spec.optimizer.l2)
+            evaluation = evaluate_splits(crew, self._spec.optimizer.l2)
             record = record.model_copy(update={"evaluation": evaluation})
         self._journal.record(record)
         self._count_bad_steps(server)
@@ -126,6 +139,7 @@ class TrainingLoop:
         return self._is_due(step, self._spec.evaluation.every_steps)
 
     def _request_inverses(self, crew: Crew, plan: StepPlan) -> None:
+        """Ask the inverse workers to refresh if the plan, or the replayed run, does so here."""
         recorded = self._bound.recorded
         by_layer = None if recorded is None else recorded.refresh(plan.step)
         if not (plan.refresh_inverses if by_layer is None else by_layer):
@@ -141,18 +155,21 @@ class TrainingLoop:
             )
         )
 
-    def _take_over(self, crew: Crew, step: int) -> None:
-        """Connect inverse workers that have started since the last step, and set them to work."""
-        joined = crew.inverse_pool.take_over(step)
-        if not joined:
+    def _connect_started(self, crew: Crew, step: int) -> None:
+        """Connect the inverse workers that have started since the last step.
+
+        They are asked for inverses at once, made from the first statistics that reach them.
+        """
+        started = crew.inverse_pool.note_started(step)
+        if not started:
             return
-        crew.connect()
+        crew.connect_inverse_workers()
         first = step
         while not self._schedule.plan(first).update_factors:
             first += 1
         request = RefreshRequest(step=first, gammas=self._gammas, min_statistics_step=first)
-        crew.inverse_pool.request(request, joined)
-        for rank in joined:
+        crew.inverse_pool.request(request, started)
+        for rank in started:
             pid = crew.inverse_pool.pid(rank)
             self._journal.event(
                 "inverse_worker_replaced",
@@ -163,11 +180,12 @@ class TrainingLoop:
                 restarts=crew.inverse_pool.num_deaths,
             )
 
-    def _welcome_back(self, crew: Crew, report: ServerReport) -> None:
-        layers = report.inverse_version_step
-        oldest = {name: self._bound.oldest_admissible(report.step, name) for name in layers}
-        back = crew.inverse_pool.note_versions(layers, oldest)
-        if back and not crew.inverse_pool.orphaned:
+    def _check_recovery(self, crew: Crew, report: ServerReport) -> None:
+        """Set the job to RUNNING again once no layer is orphaned any more."""
+        versions = report.inverse_version_step
+        oldest = {name: self._bound.oldest_admissible(report.step, name) for name in versions}
+        recovered = crew.inverse_pool.note_versions(versions, oldest)
+        if recovered and not crew.inverse_pool.orphaned:
             self._journal.state("RUNNING", reason=None, message=None)
             self._journal.event(
                 "recovered",
@@ -175,15 +193,15 @@ class TrainingLoop:
             )
 
     def on_inverse_worker_death(self, death: InverseWorkerDied) -> None:
-        """Note a death; the job goes on with the last good inverses.
+        """Record a death and set the job to DEGRADED; it continues with the last good inverses.
 
         Raises:
-            WorkerDiedError: it was one more than `faults.max_restarts`.
+            WorkerDiedError: more workers have died than `faults.max_restarts` allows.
         """
         layers = ", ".join(death.layers)
         message = (
-            f"inverse worker {death.rank} (pid {death.pid}) died ({death.exit}); training goes on "
-            f"with the last inverses of {layers}"
+            f"inverse worker {death.rank} (pid {death.pid}) died ({death.exit}); training "
+            f"continues with the last inverses of {layers}"
         )
         self._journal.event(
             "inverse_worker_died",
@@ -212,10 +230,10 @@ class TrainingLoop:
             )
 
     def _checkpoint(self, crew: Crew) -> None:
-        """Write a checkpoint of the step just done, unless there is one or none are wanted."""
+        """Write a checkpoint of the step just done, if one is wanted and it has none yet."""
         if self._checkpointed_step == crew.step or not self._wants_checkpoint(crew.step):
             return
-        num_missing = checkpointing.save(
+        num_missing = save_checkpoint(
             self._folder,
             crew,
             statistics_step=self._statistics_step,
@@ -227,8 +245,8 @@ class TrainingLoop:
         if num_missing:
             self._journal.event(
                 "factors_missing",
-                f"{num_missing} inverse workers gave no factors for the checkpoint of step "
-                f"{crew.step}, which has their last ones",
+                f"{num_missing} inverse workers provided no factors for the checkpoint of "
+                f"step {crew.step}, which has their previous ones",
                 severity="warning",
             )
 

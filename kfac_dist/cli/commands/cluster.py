@@ -65,14 +65,14 @@ def _facts() -> dict[str, Any]:
             f"no cluster runs with the home {home()}; start one with kfac-dist cluster up or "
             "kfac-dist serve"
         )
-    resources = RayJobRunner.of_head(head).resources()
+    room = RayJobRunner.of_head(head).resources()
     return {
         "gcs_address": head.gcs_address,
         "jobs_url": head.jobs_url,
         "pid": head.pid,
-        "num_cpus": resources.num_cpus,
-        "num_gpus": resources.num_gpus,
-        "num_inverse_slots": resources.num_inverse_slots,
+        "num_cpus": room.num_cpus,
+        "num_gpus": room.num_gpus,
+        "num_inverse_slots": room.num_inverse_slots,
     }
 
 

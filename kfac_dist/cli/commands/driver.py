@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +37,7 @@ def driver(
     ] = None,
 ) -> None:
     """Run an attempt of a job that the server has prepared."""
+    from kfac_dist.runs.logs import redirect_output
     from kfac_dist.service.control.launching import read_launch, read_token
     from kfac_dist.service.reporting.reporter import ReportClient, Reporter
     from kfac_dist.service.reporting.run_reader import RunReader, write_end
@@ -46,7 +46,8 @@ def driver(
     launch = read_launch(run_dir)
     if launch.attempt != attempt:  # the cluster started it after the controller had given it up
         raise ConflictError(f"{run_dir}: attempt {launch.attempt} has replaced attempt {attempt}")
-    _redirect_output(run_dir, attempt)
+    # The cluster would keep what is printed with its own logs.
+    redirect_output(_log_path(run_dir, attempt))
     interrupts = Interrupts()
     reader = RunReader(run_dir, launch.job, attempt)
     client = ReportClient(launch.home, read_token(run_dir))
@@ -57,15 +58,10 @@ def driver(
         raise typer.Exit(_FAILED)
 
 
-def _redirect_output(run_dir: Path, attempt: int) -> None:
-    """Redirect stdout and stderr into the run's logs; else only the cluster's logs have them."""
+def _log_path(run_dir: Path, attempt: int) -> Path:
     from kfac_dist.runs import RunFolder
 
-    path = RunFolder(run_dir, None).log_path(_ROLE, 0, attempt).with_suffix(".out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as printed:
-        os.dup2(printed.fileno(), sys.stdout.fileno())
-        os.dup2(printed.fileno(), sys.stderr.fileno())
+    return RunFolder(run_dir, None).log_path(_ROLE, 0, attempt)
 
 
 def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
@@ -80,10 +76,10 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
 
 def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
     """Run the job and return how it ended; any exception becomes an end that the user sees."""
-    from kfac_dist.runs import Failure, RunFolder
+    from kfac_dist.runs import Failure
     from kfac_dist.runs.logs import open_log
 
-    path = RunFolder(run_dir, None).log_path(_ROLE, 0, launch.attempt)
+    path = _log_path(run_dir, launch.attempt)
     log = open_log(path, job=launch.job, role=_ROLE, attempt=launch.attempt, pid=os.getpid())
     log.info("the driver has started")
     try:

@@ -85,15 +85,14 @@ def _check(
     metrics_port: int | None,
 ) -> None:
     """Raise the error that would keep the job from starting; reads the data sets, too."""
-    from kfac_dist.coordination.jobs.placement import check_placement
+    from kfac_dist.coordination.jobs.placement import check_placement, machine_room
     from kfac_dist.runs import check_folder
     from workers.driver.records.metrics_server import metrics_server
 
     check_folder(folder, job, resume=resume)
     with metrics_server(metrics_port):
         pass  # entering raises if the port is taken
-    num_cpus = len(os.sched_getaffinity(0))
-    check_placement(job.workers, num_cpus, num_cpus)
+    check_placement(job.workers, machine_room(len(os.sched_getaffinity(0))))
 
     from workers.driver.preparation import prepare  # imports torch
 

@@ -1,1 +1,1 @@
-"""Rules for jobs: their states, the queue, attempts and restarts, the JobRunner, placement."""
+"""Rules for jobs: states, queue, attempts and restarts, placement, and the JobRunner protocol."""

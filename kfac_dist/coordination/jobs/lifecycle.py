@@ -1,4 +1,4 @@
-"""The life of a job: its states, what may happen to it, and what follows.
+"""In which states can a job be, and which events lead from one state to the next?
 
     PENDING -> QUEUED -> STARTING | RESUMING -> RUNNING <-> DEGRADED -> SUCCEEDED | FAILED
                ^  ^  |                             |
@@ -6,9 +6,10 @@
                |  +---- restart by itself                 CANCELLING -> CANCELLED
                +------- `retry` of FAILED, CANCELLED
 
-What waits for room is QUEUED, whatever it was before: so PENDING, QUEUED and PAUSED have no process
-anywhere, and an order to end takes effect at once. All other states that are no end have an
-attempt, which is asked to end and then proved to be gone.
+A job that waits for room is QUEUED, whatever it was before. So a job that is PENDING, QUEUED or
+PAUSED has no process anywhere, and cancelling it takes effect at once. In all other
+states before its end the job has an attempt. That attempt is first asked to end; the job changes
+its state once it is proved that nothing of the attempt is left.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from kfac_dist.errors import ConflictError
 
 
 class JobState(StrEnum):
-    """Where a job stands."""
+    """The state of a job."""
 
     PENDING = "PENDING"
-    """Accepted and durable; nobody has looked at it."""
+    """Accepted and stored; the controller has not looked at it yet."""
     QUEUED = "QUEUED"
     """Waits for room on the cluster, or for jobs before it."""
     STARTING = "STARTING"
@@ -33,61 +34,61 @@ class JobState(StrEnum):
     DEGRADED = "DEGRADED"
     """Trains without some of its workers."""
     PAUSING = "PAUSING"
-    """Was asked to leave a checkpoint and end."""
+    """Was asked to write a checkpoint and end."""
     PAUSED = "PAUSED"
-    """Has no process; goes on at its newest checkpoint when it is resumed."""
+    """Has no process; continues from its newest checkpoint when it is resumed."""
     RESUMING = "RESUMING"
-    """The cluster was asked to run an attempt that goes on with earlier ones."""
+    """The cluster was asked to run an attempt that continues earlier ones."""
     CANCELLING = "CANCELLING"
-    """Is being ended; parts of it may be alive."""
+    """Is being ended; parts of it may still be alive."""
     SUCCEEDED = "SUCCEEDED"
-    """Did its last step."""
+    """Completed its last step."""
     FAILED = "FAILED"
-    """Could not go on."""
+    """Could not continue."""
     CANCELLED = "CANCELLED"
-    """Was ended on request, and nothing of it is left."""
+    """Ended on request; nothing of it is left."""
 
 
 class Trigger(StrEnum):
-    """What happens to a job: requests of users, decisions of the controller, news of the driver."""
+    """What happens to a job: a user's request, the controller's decision, or a driver's report."""
 
     ENQUEUE = "enqueue"
-    """The controller has seen it."""
+    """The controller has seen the job."""
     LAUNCH = "launch"
-    """The controller gives it to the cluster, from the first step."""
+    """The controller gives the job to the cluster, to start from the first step."""
     RELAUNCH = "relaunch"
-    """The controller gives it to the cluster, to go on."""
+    """The controller gives the job to the cluster, to continue earlier attempts."""
     RUN = "run"
-    """The driver says that it trains with all workers."""
+    """The driver reports that it trains with all workers."""
     DEGRADE = "degrade"
-    """The driver says that it trains without some workers."""
+    """The driver reports that it trains without some workers."""
     PAUSE = "pause"
-    """A user wants it paused."""
+    """A user wants the job paused."""
     HALT = "halt"
-    """A paused attempt has ended and nothing of it is left."""
+    """The attempt of a pausing job has ended; nothing of it is left."""
     RESUME = "resume"
-    """A user wants it to go on."""
+    """A user wants a paused job to continue."""
     CANCEL = "cancel"
-    """A user wants it ended."""
+    """A user wants the job ended."""
     VANISH = "vanish"
-    """A cancelled attempt has ended and nothing of it is left."""
+    """The attempt of a cancelled job has ended; nothing of it is left."""
     SUCCEED = "succeed"
-    """The driver did the last step."""
+    """The driver completed the last step."""
     FAIL = "fail"
-    """The attempt ended with an error, or was lost, and is not started again."""
+    """The attempt ended with an error or was lost, and the job is not restarted."""
     RESTART = "restart"
-    """The attempt ended with an error and the job goes on by itself."""
+    """The attempt ended with an error, and the job continues without a user's request."""
     RETRY = "retry"
-    """A user wants an ended job to go on."""
+    """A user wants a failed or cancelled job to continue."""
 
 
 _S, _E = JobState, Trigger
 
 ENDED = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELLED})
-"""States in which nothing happens any more unless a user asks."""
+"""The job has ended: nothing more happens unless a user asks for it."""
 
 ACTIVE = frozenset({_S.STARTING, _S.RESUMING, _S.RUNNING, _S.DEGRADED, _S.PAUSING, _S.CANCELLING})
-"""States in which there is an attempt on the cluster."""
+"""The states in which the job has an attempt on the cluster."""
 
 _WAITING = (_S.PENDING, _S.QUEUED)
 _TRAINING = (_S.STARTING, _S.RESUMING, _S.RUNNING, _S.DEGRADED)
@@ -96,7 +97,7 @@ _NEXT: Mapping[Trigger, Mapping[JobState, JobState]] = {
     _E.ENQUEUE: {_S.PENDING: _S.QUEUED},
     _E.LAUNCH: {_S.QUEUED: _S.STARTING},
     _E.RELAUNCH: {_S.QUEUED: _S.RESUMING},
-    # News that crosses an order on its way changes nothing.
+    # A report that was sent before the driver received an order changes nothing.
     _E.RUN: dict.fromkeys(_TRAINING, _S.RUNNING)
     | {_S.PAUSING: _S.PAUSING, _S.CANCELLING: _S.CANCELLING},
     _E.DEGRADE: dict.fromkeys(_TRAINING, _S.DEGRADED)
@@ -109,7 +110,7 @@ _NEXT: Mapping[Trigger, Mapping[JobState, JobState]] = {
     _E.CANCEL: dict.fromkeys((*_WAITING, _S.PAUSED), _S.CANCELLED)
     | dict.fromkeys((*_TRAINING, _S.PAUSING, _S.CANCELLING), _S.CANCELLING),
     _E.VANISH: {_S.CANCELLING: _S.CANCELLED},
-    # A job that did its last step before an order reached it has succeeded.
+    # A job that completed its last step before an order reached it has succeeded.
     _E.SUCCEED: dict.fromkeys((*_TRAINING, _S.PAUSING, _S.CANCELLING), _S.SUCCEEDED),
     _E.FAIL: dict.fromkeys((*_TRAINING, _S.PAUSING), _S.FAILED),
     _E.RESTART: dict.fromkeys(_TRAINING, _S.QUEUED),
@@ -123,7 +124,7 @@ def next_state(state: JobState, event: Trigger) -> JobState:
     """Return the state after `event`.
 
     Raises:
-        ConflictError: that cannot happen in this state; the message says what a user may ask for.
+        ConflictError: `event` cannot happen in this state; the message names the possible requests.
     """
     try:
         return _NEXT[event][state]
@@ -132,10 +133,10 @@ def next_state(state: JobState, event: Trigger) -> JobState:
 
 
 def possible_requests(state: JobState) -> tuple[Trigger, ...]:
-    """Return what a user may ask for in this state."""
+    """Return the requests that a user may make in this state."""
     return tuple(event for event in _REQUESTS if state in _NEXT[event])
 
 
 def _refusal(state: JobState, event: Trigger) -> str:
-    possible = ", ".join(possible_requests(state)) or "nothing, its end is final"
-    return f"{event} is not possible while the job is {state}; possible is: {possible}"
+    possible = ", ".join(possible_requests(state)) or "nothing, this state is final"
+    return f"{event} is not possible while the job is {state}; possible now: {possible}"

@@ -1,10 +1,42 @@
-"""Whether the workers of a job fit on the machines."""
+"""Do the workers of a job fit on the machines? `Room` counts what there is and what they need."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from kfac_dist.errors import InvalidSpecError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Room for workers: all that a cluster has, the part in use, or what a job needs.
+
+    An inverse worker needs an inverse slot and no CPU: it runs beside the gradient workers, in the
+    time that they leave.
+    """
+
+    num_cpus: int
+    num_gpus: int
+    num_inverse_slots: int
+
+    def __add__(self, other: Room) -> Room:
+        return Room(
+            num_cpus=self.num_cpus + other.num_cpus,
+            num_gpus=self.num_gpus + other.num_gpus,
+            num_inverse_slots=self.num_inverse_slots + other.num_inverse_slots,
+        )
+
+    def exceeding(self, other: Room) -> list[str]:
+        """Return the names of the fields that are larger here than in `other`."""
+        return [
+            field.name
+            for field in fields(self)
+            if getattr(self, field.name) > getattr(other, field.name)
+        ]
+
+
+NO_ROOM = Room(num_cpus=0, num_gpus=0, num_inverse_slots=0)
 
 
 class WorkersSection(Protocol):
@@ -20,39 +52,49 @@ class WorkersSection(Protocol):
 
     @property
     def threads(self) -> int | None:
-        """CPU threads of a gradient worker; None is 1."""
+        """CPU threads of a gradient worker; None means 1."""
+
+    @property
+    def device(self) -> str:
+        """`cuda` where a GPU is required."""
 
 
-def cpus_of(workers: WorkersSection) -> int:
-    """Return how many CPUs the gradient workers of a job reserve: one for each of their threads."""
-    return workers.gradient * (workers.threads or 1)
+def machine_room(num_cpus: int) -> Room:
+    """Return the room of a cluster on one machine: an inverse slot for each CPU, GPUs uncounted."""
+    return Room(num_cpus=num_cpus, num_gpus=0, num_inverse_slots=num_cpus)
 
 
-def check_placement(workers: WorkersSection, num_cpus: int, num_inverse_slots: int) -> None:
-    """Accept workers for which there is room.
+def room_needed(workers: WorkersSection) -> Room:
+    """Return the room that the workers of a job reserve; the parameter server reserves nothing."""
+    return Room(
+        num_cpus=workers.gradient * (workers.threads or 1),
+        num_gpus=1 if workers.device == "cuda" else 0,  # all members of a job may share it
+        num_inverse_slots=workers.inverse,
+    )
 
-    A gradient worker takes as many CPUs as it has threads. An inverse worker takes one of
-    `num_inverse_slots`, which is the number of CPUs unless the cluster says otherwise: it runs
-    beside the gradient workers, in the time that they leave. The parameter server reserves nothing.
+
+def check_placement(workers: WorkersSection, room: Room) -> None:
+    """Raise if the CPUs or inverse slots of `room` are too few; GPUs are checked elsewhere.
 
     Raises:
-        InvalidSpecError: there are too few CPUs or slots; the message says how many are missing.
+        InvalidSpecError: the workers do not fit; the message says how many would.
     """
-    threads, needed = workers.threads or 1, cpus_of(workers)
-    if needed > num_cpus:
+    needed = room_needed(workers)
+    if needed.num_cpus > room.num_cpus:
+        threads = workers.threads or 1
         raise InvalidSpecError(
-            f"workers.gradient: needs {_count(needed, 'CPU')} "
+            f"workers.gradient: needs {_count(needed.num_cpus, 'CPU')} "
             f"({_count(workers.gradient, 'gradient worker')} x {_count(threads, 'thread')}), "
-            f"this machine has {num_cpus}; {_most_that_fit(num_cpus, threads)}"
+            f"this machine has {room.num_cpus}; {_largest_fit(room.num_cpus, threads)}"
         )
-    if workers.inverse > num_inverse_slots:
+    if needed.num_inverse_slots > room.num_inverse_slots:
         raise InvalidSpecError(
             f"workers.inverse: needs room for {_count(workers.inverse, 'inverse worker')}, "
-            f"this machine has room for {num_inverse_slots} (1 for each CPU)"
+            f"this machine has room for {room.num_inverse_slots} (1 for each CPU)"
         )
 
 
-def _most_that_fit(num_cpus: int, threads: int) -> str:
+def _largest_fit(num_cpus: int, threads: int) -> str:
     most = num_cpus // threads
     if most == 0:
         return f"set workers.threads to at most {num_cpus}"

@@ -1,4 +1,4 @@
-"""What the controller needs of whatever runs jobs; `RayJobRunner` does it with Ray."""
+"""What does the controller need from whatever runs jobs? `RayJobRunner` provides it with Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from kfac_dist.coordination.jobs.placement import Room
 
 
 class AttemptKey(NamedTuple):
@@ -22,7 +24,7 @@ class AttemptKey(NamedTuple):
 
 
 class RunnerState(StrEnum):
-    """How the cluster sees an attempt; that it runs means only that its driver was started."""
+    """How the cluster sees an attempt; RUNNING means only that its driver was started."""
 
     UNKNOWN = "unknown"
     PENDING = "pending"
@@ -34,11 +36,10 @@ class RunnerState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerStatus:
-    """What the cluster says of an attempt; `exit_code` is the driver's, where it is known."""
+    """What the cluster says about an attempt."""
 
     state: RunnerState
     message: str = ""
-    exit_code: int | None = None
 
     @property
     def is_over(self) -> bool:
@@ -47,19 +48,9 @@ class RunnerStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterResources:
-    """All there is on the cluster, used or not."""
-
-    num_cpus: int
-    num_gpus: int
-    num_inverse_slots: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Remnant:
-    """Something of an attempt that is still there; `kind` is driver, actor, process, ..."""
+    """Something of an attempt that still exists: an actor, a process, shared memory, ..."""
 
-    kind: str
     description: str
 
 
@@ -69,23 +60,23 @@ class JobRunner(Protocol):
     def submit(self, key: AttemptKey, run_dir: Path) -> None:
         """Start the driver of an attempt, whose launch file is in `run_dir`.
 
-        Submitting the same attempt again starts no second driver.
+        Submitting the same attempt again does not start a second driver.
         """
 
     def stop(self, key: AttemptKey) -> None:
-        """Let the attempt end: its driver gets SIGTERM. Without effect on what is over."""
+        """Send SIGTERM to the attempt's driver; does nothing when the attempt is over."""
 
     def kill(self, key: AttemptKey) -> None:
         """End everything of the attempt by force."""
 
     def status(self, key: AttemptKey) -> RunnerStatus:
-        """How the cluster sees the attempt."""
+        """Return how the cluster sees the attempt."""
 
     def list(self) -> Mapping[AttemptKey, RunnerStatus]:
-        """All attempts that the cluster knows."""
+        """Return all attempts that the cluster knows."""
 
-    def resources(self) -> ClusterResources:
-        """What there is to place workers on."""
+    def resources(self) -> Room:
+        """Return all the room of the cluster, used or not."""
 
     def remains(self, key: AttemptKey) -> Sequence[Remnant]:
-        """What of the attempt is still there; empty is the proof that nothing is."""
+        """Return what still exists of the attempt; an empty answer proves that nothing does."""

@@ -1,8 +1,8 @@
-"""What the controller does about an attempt, from what is known of it: rules without a clock.
+"""What should the controller do about an attempt, given what is known about it?
 
-Three witnesses speak: the driver by its reports, the run folder, and the cluster. The cluster's
-word counts least: its table of jobs loses entries, keeps some PENDING forever, and RUNNING means
-only that a driver was started.
+There are three sources: the driver's reports, the run folder, and the cluster. The cluster is
+trusted least. Its table of jobs loses entries and keeps some PENDING forever, and RUNNING there
+means only that a driver was started. The rules have no clock: the view says how long things last.
 """
 
 from __future__ import annotations
@@ -13,62 +13,64 @@ from typing import Literal
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 
-# After these a job goes on by itself: it is not the job that is wrong.
 RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted"})
-
+"""Reasons after which a job is restarted without a request: the job itself is not to blame."""
 
 ClusterWord = Literal["unknown", "pending", "running", "over"]
-"""What the cluster says of a driver."""
+"""What the cluster says about a driver."""
 
 
 class Action(StrEnum):
-    """What to do now."""
+    """What the controller does now."""
 
     WAIT = "wait"
     SUBMIT = "submit"
-    """Ask the cluster, which does not know of the attempt."""
+    """Submit the attempt, which the cluster does not know."""
     STOP = "stop"
-    """Let the driver be ended in order."""
+    """Ask the cluster to end the driver, so that it can still clean up."""
     KILL = "kill"
     """End everything by force."""
     SETTLE = "settle"
-    """Prove that nothing is left, then let `event` happen to the job."""
+    """Prove that nothing of the attempt is left, then apply `event` to the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """How long the controller waits, in seconds.
-
-    `start` for the first word of a driver, `cancel` and `pause` for an order to be obeyed, `stop`
-    for a driver that was told to end by the cluster, `exit` for one that has told its end,
-    `silence` for a driver that the cluster has forgotten, `doubt` for one that reports although
-    the cluster says that it is over.
-    """
+    """How long the controller waits before it does more."""
 
     start_seconds: float = 120.0
+    """For the first report of a driver."""
     cancel_seconds: float = 10.0
+    """For a driver to obey an order to cancel."""
     pause_seconds: float = 90.0
+    """For a driver to obey an order to pause; it first writes a checkpoint."""
     stop_seconds: float = 10.0
+    """For a driver to exit that the cluster has asked to end."""
     exit_seconds: float = 20.0
+    """For a driver to exit that has reported its end."""
     silence_seconds: float = 30.0
+    """For the next report of a driver that the cluster does not know any more."""
     doubt_seconds: float = 5.0
+    """For the next report of a driver that the cluster calls over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptView:
-    """What is known of an attempt; seconds are since then, None is never.
-
-    `job_state` was entered `state_seconds` ago. `told_end` is how the attempt ended by its own
-    word, with its `reason` and `message`.
-    """
+    """What is known about an attempt; each `*_seconds` is the time since something happened."""
 
     job_state: JobState
     state_seconds: float
+    """Since the job entered `job_state`."""
     cancel_now: bool
+    """A cancelled job is to be ended by force, without waiting for its driver."""
     attempt_seconds: float
+    """Since the attempt was begun."""
     silent_seconds: float | None
+    """Since the driver's last report; None before the first."""
     told_end: JobState | None
+    """The end that the driver has reported, with its `reason` and `message`."""
     told_seconds: float
+    """Since `told_end` was reported."""
     reason: str | None
     message: str | None
     cluster: ClusterWord
@@ -79,7 +81,7 @@ class AttemptView:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """An action; with SETTLE the event that happens to the job, and why."""
+    """An action; with SETTLE also the event that happens to the job, and why."""
 
     action: Action
     event: Trigger | None = None
@@ -89,7 +91,7 @@ class Decision:
 
 def decide(view: AttemptView, limits: WaitLimits) -> Decision:
     """Return what to do about an attempt."""
-    if _is_over(view, limits) or _is_lost(view, limits):
+    if _is_over(view, limits) or _is_lost(view, limits):  # no driver runs
         return _settle(view, limits)
     if view.told_end is not None:
         return _overdue(view.told_seconds, limits.exit_seconds, limits)
@@ -99,7 +101,7 @@ def decide(view: AttemptView, limits: WaitLimits) -> Decision:
         return _overdue(view.state_seconds, limits.cancel_seconds, limits)
     if view.job_state is JobState.PAUSING:
         return _overdue(view.state_seconds, limits.pause_seconds, limits)
-    if view.silent_seconds is None:
+    if view.silent_seconds is None:  # it has not started yet
         if view.attempt_seconds > limits.start_seconds:
             return Decision(action=Action.KILL)
         if view.cluster == "unknown":
@@ -108,7 +110,7 @@ def decide(view: AttemptView, limits: WaitLimits) -> Decision:
 
 
 def _is_over(view: AttemptView, limits: WaitLimits) -> bool:
-    """Whether the cluster says that the driver has ended, and the driver does not say otherwise."""
+    """Return whether the cluster calls the driver over and no report contradicts it."""
     if view.cluster != "over":
         return False
     if view.told_end is not None or view.job_state is JobState.CANCELLING:
@@ -117,9 +119,10 @@ def _is_over(view: AttemptView, limits: WaitLimits) -> bool:
 
 
 def _is_lost(view: AttemptView, limits: WaitLimits) -> bool:
-    """Whether nothing is to be expected of an attempt that the cluster does not know.
+    """Return whether nothing more will come from an attempt that the cluster does not know.
 
-    It is so at once where the driver has told its end, or is to end and was never heard of.
+    That is certain at once if the driver has reported its end, or if it should end and has never
+    reported.
     """
     if view.cluster != "unknown":
         return False
@@ -132,7 +135,7 @@ def _is_lost(view: AttemptView, limits: WaitLimits) -> bool:
 
 
 def _overdue(seconds: float, patience: float, limits: WaitLimits) -> Decision:
-    """Wait, then stop, then kill."""
+    """Wait for `patience` seconds, then stop, and kill if that does not help either."""
     if seconds <= patience:
         return Decision(action=Action.WAIT)
     if seconds <= patience + limits.stop_seconds:
@@ -159,16 +162,16 @@ def _settle(view: AttemptView, limits: WaitLimits) -> Decision:
 
 
 def _misfortune(view: AttemptView, limits: WaitLimits) -> tuple[str, str]:
-    """Say what ended an attempt that nobody asked to end."""
+    """Return the reason and the message for an attempt that ended although nobody asked it to."""
     if view.told_end is JobState.FAILED:
         return view.reason or "failed", view.message or "the attempt failed"
     if view.told_end is not None:
-        return "interrupted", "the driver was interrupted by somebody else"
-    said = f" ({view.cluster_message})" if view.cluster_message else ""
+        return "interrupted", "the driver was interrupted from outside"
+    detail = f" ({view.cluster_message})" if view.cluster_message else ""
     if view.silent_seconds is None and view.attempt_seconds > limits.start_seconds:
         seconds = f"{limits.start_seconds:g} s"
-        return "start_timed_out", f"the driver did not report within {seconds}{said}"
-    return "driver_died", f"the driver ended without a word{said}"
+        return "start_timed_out", f"the driver did not report within {seconds}{detail}"
+    return "driver_died", f"the driver ended without reporting its end{detail}"
 
 
 def _end(event: Trigger, reason: str | None = None, message: str | None = None) -> Decision:

@@ -1,1 +1,1 @@
-"""Rules for steps: what is due when, on which cases, with which inverses, and who makes those."""
+"""Rules for steps: what is due when, on which cases, with which inverses, and who makes them."""

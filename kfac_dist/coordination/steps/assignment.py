@@ -1,4 +1,8 @@
-"""Which inverse worker owns which layers."""
+"""Which inverse worker owns which layers?
+
+`assign` and `reassign` balance the time that inversions take, `assign_runs` does so for layers that
+form a chain (docs/algorithm.md#block-tridiagonal).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,12 @@ from kfac_dist.coordination.checks import check_interval
 from kfac_dist.errors import InvalidSpecError
 
 Assignment = dict[int, tuple[str, ...]]
+"""The names of the layers of each inverse worker, by its id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """A layer and the orders of the matrices that are inverted for it, none for some layers."""
+    """A layer and the orders of the matrices that are inverted for it; some layers have none."""
 
     name: str
     orders: tuple[int, ...]
@@ -28,7 +33,7 @@ class LayerCost:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """The time to invert a matrix of order d, `cubic d^3 + quadratic d^2`, in seconds."""
+    """The time in seconds to invert a matrix of order d: `cubic d^3 + quadratic d^2`."""
 
     cubic: float
     quadratic: float
@@ -38,26 +43,26 @@ class CostModel:
         check_interval("quadratic", self.quadratic, 0)
 
     def matrix_seconds(self, order: int) -> float:
-        """The time to invert one matrix."""
+        """Return the time to invert one matrix."""
         return self.cubic * order**3 + self.quadratic * order**2
 
     def layer_seconds(self, layer: LayerCost) -> float:
-        """The time to invert all matrices of a layer."""
+        """Return the time to invert all matrices of a layer."""
         return sum(self.matrix_seconds(order) for order in layer.orders)
 
 
-# Fitted to float32 factors of order 256 to 2048 on one thread; good for a start, since only the
-# ratios of costs matter.
+# Fitted to float32 factors of order 256 to 2048 on one thread. It serves on other machines too,
+# since only the ratios of costs matter.
 DEFAULT_COST_MODEL = CostModel(cubic=1.2e-11, quadratic=2.4e-8)
 
 
 def fit_cost_model(samples: Collection[tuple[int, float]]) -> CostModel:
-    """Fit the model to measured `(order, seconds)` by least squares, no coefficient negative.
+    """Fit the model to measured `(order, seconds)` by least squares, with no negative coefficient.
 
-    Samples of a single order cannot tell the two terms apart: the cubic one takes all.
+    Samples of a single order cannot tell the two terms apart; they are fitted by the cubic one.
 
     Raises:
-        InvalidSpecError: there is no sample, or one is out of range.
+        InvalidSpecError: `samples` is empty, or a sample is out of range.
     """
     if not samples:
         raise InvalidSpecError("a cost model needs at least 1 measured (order, seconds); got 0")
@@ -67,7 +72,7 @@ def fit_cost_model(samples: Collection[tuple[int, float]]) -> CostModel:
             raise InvalidSpecError(
                 f"seconds of order {dim} must be above 0 and finite; got {seconds}"
             )
-    # Exact numbers, since the powers of orders that are close to each other are nearly collinear.
+    # Exact arithmetic: the normal equations of orders close to each other are nearly singular.
     exact = [(dim, Fraction(seconds)) for dim, seconds in samples]
     s6, s5, s4 = (sum(dim**power for dim, _ in exact) for power in (6, 5, 4))
     t3, t2 = (sum(dim**power * seconds for dim, seconds in exact) for power in (3, 2))
@@ -85,15 +90,15 @@ def assign(
     workers: int | Sequence[int],
     model: CostModel = DEFAULT_COST_MODEL,
 ) -> Assignment:
-    """Give each layer to one worker, longest first, always to the one with the least so far.
+    """Give each layer to one worker: the longest first, always to the least loaded worker.
 
-    `workers` is their number (ids from 0) or their ids. The most loaded worker has at most 4/3 of
-    what it would have in the best assignment (Graham's bound). Equals are taken in the given order,
-    so that everybody computes the same. A worker's layers are in the order of `layers`; with more
-    workers than layers some have none.
+    `workers` is their number (ids from 0) or their ids. The largest load is at most 4/3 of that of
+    the best assignment (Graham's bound). Ties go in the given order, so the result depends on
+    nothing else. A worker's layers are in the order of `layers`. With more workers than layers,
+    some workers have no layer.
 
     Raises:
-        InvalidSpecError: there is no worker, or a name or id comes twice.
+        InvalidSpecError: there is no worker, or a name or id occurs twice.
     """
     ids = range(workers) if isinstance(workers, int) else workers
     return reassign({}, layers, ids, model)
@@ -105,14 +110,20 @@ def reassign(
     workers: Sequence[int],
     model: CostModel = DEFAULT_COST_MODEL,
 ) -> Assignment:
-    """Return the assignment to `workers` that moves as little as it can.
+    """Return an assignment to `workers` that moves few layers of the present one.
 
-    The layers of a worker that left, and layers that had none, are given out as by `assign`. All
-    others stay, except that a worker that joined takes over from the most loaded: the longest layer
-    that leaves it with less than that one had, as long as there is such a layer.
+    Layers without a present worker are given out as by `assign`. The other layers stay, except
+    those that move to a worker that joined: it takes layers from the most loaded worker, the
+    longest first, as long as its own load stays below the load that the other one had.
+
+    Args:
+        assignment: the present assignment; workers in it may have left.
+        layers: all layers, old and new.
+        workers: the ids of all workers from now on.
+        model: the cost of a layer.
 
     Raises:
-        InvalidSpecError: there is no worker, or a name or id comes twice.
+        InvalidSpecError: there is no worker, or a name or id occurs twice.
     """
     check_interval("number of inverse workers", len(workers), 1)
     _check_unique("inverse worker", workers)
@@ -129,7 +140,7 @@ def reassign(
     stayed = [held[worker] for worker in workers if worker in assignment]
     for worker in workers:
         if stayed and worker not in assignment:
-            _take_over(held[worker], stayed, seconds)
+            _unload(stayed, held[worker], seconds)
     return {worker: tuple(n for n in seconds if n in held[worker]) for worker in workers}
 
 
@@ -138,14 +149,14 @@ def assign_runs(
     workers: int | Sequence[int],
     model: CostModel = DEFAULT_COST_MODEL,
 ) -> Assignment:
-    """Give each worker a run of consecutive layers, such that the largest load is the smallest.
+    """Give each worker a run of consecutive layers, with the smallest possible largest load.
 
-    For layers that form a chain: the owner of a layer needs statistics of the next one too, which
-    is then nearly always its own. When workers join or leave, the runs are cut anew. With more
-    workers than layers some have none.
+    This is for layers that form a chain. The owner of a layer also needs statistics of the next
+    layer, which it then nearly always owns itself. When workers join or leave, call this again.
+    With more workers than layers, some workers have no layer.
 
     Raises:
-        InvalidSpecError: there is no worker, or a name or id comes twice.
+        InvalidSpecError: there is no worker, or a name or id occurs twice.
     """
     ids = list(range(workers) if isinstance(workers, int) else workers)
     check_interval("number of inverse workers", len(ids), 1)
@@ -160,9 +171,10 @@ def assign_runs(
 
 
 def _best_cuts(seconds: Sequence[float], num_runs: int) -> list[int]:
-    """Return where the runs begin, and the end of the last: the smallest largest sum of a run."""
+    """Return where the runs start, and the end of the last one; the largest run is minimal."""
     sums = list(accumulate(seconds, initial=0.0))
-    # For the layers before `stop` on so many runs: their largest load, and the cuts.
+    # Dynamic programming over the number of runs. best[stop] is for the layers before `stop`: the
+    # largest load of a run, and the cuts that achieve it.
     best = [(total, [0, stop]) for stop, total in enumerate(sums)]
     for _ in range(num_runs - 1):
         best = [
@@ -175,11 +187,12 @@ def _best_cuts(seconds: Sequence[float], num_runs: int) -> list[int]:
     return best[-1][1]
 
 
-def _take_over(joined: list[str], others: list[list[str]], seconds: Mapping[str, float]) -> None:
+def _unload(others: list[list[str]], joined: list[str], seconds: Mapping[str, float]) -> None:
+    """Move layers of the most loaded worker to the worker that joined, while that helps."""
     while True:
         fullest = max(others, key=lambda names: _load(names, seconds))
-        room = _load(fullest, seconds) - _load(joined, seconds)
-        fitting = [name for name in fullest if seconds[name] < room]
+        margin = _load(fullest, seconds) - _load(joined, seconds)
+        fitting = [name for name in fullest if seconds[name] < margin]
         if not fitting:
             return
         moved = max(fitting, key=seconds.__getitem__)

@@ -1,4 +1,4 @@
-"""How stale inverses will be, from the times that a step and a refresh take."""
+"""How stale will the inverses be, given the times of a step and of a refresh?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from kfac_dist.coordination.checks import check_interval
 
 @dataclass(frozen=True, kw_only=True)
 class StalenessForecast:
-    """Staleness of the inverses in use, in steps, once the run is under way.
+    """Staleness in steps of the inverses in use, after the first few refreshes.
 
-    `waits` is whether training will stand still at the bound, as an inverse worker is slower than
-    the bound allows.
+    `waits`: steps will wait at the bound, because an inverse worker is too slow for it.
     """
 
     mean: float
@@ -26,10 +25,15 @@ def forecast_staleness(
 ) -> StalenessForecast:
     """Forecast the staleness of an inverse that is refreshed every `period` steps.
 
-    A refresh takes `refresh_seconds` on the slowest inverse worker, while steps go on; one that
-    takes longer than the period is followed by the next at once. An inverse is as old as its
-    refresh took when it comes into use, and a period older when the next one comes.
-    `max_steps` is the bound; 0 is a synchronous run, which waits for every refresh.
+    Steps continue during a refresh. If a refresh takes longer than the period, the next one follows
+    at once. When an inverse comes into use it is as old as its refresh took; it grows older by a
+    period until the next one replaces it.
+
+    Args:
+        step_seconds: the time of a step.
+        refresh_seconds: the time of a refresh on the slowest inverse worker.
+        period: steps from one refresh to the next.
+        max_steps: the staleness bound; 0 is a synchronous run, which waits for every refresh.
     """
     check_interval("step_seconds", step_seconds, 0)
     check_interval("refresh_seconds", refresh_seconds, 0)

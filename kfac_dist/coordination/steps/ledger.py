@@ -1,8 +1,10 @@
-"""Statistics are applied exactly once: who has sent what (algorithm.md section 13)."""
+"""Which statistics may an inverse worker apply, so that each step counts exactly once?
+
+See docs/algorithm.md#asynchrony.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from kfac_dist.coordination.checks import check_interval
@@ -11,17 +13,19 @@ Receipt = Literal["accepted", "duplicate", "late"]
 
 
 class StatisticsLedger:
-    """The statistics messages of all gradient workers for one inverse worker.
+    """Notes the statistics messages that one inverse worker gets from all gradient workers.
 
-    The statistics of a step are the sum over all ranks, so a step is used when it is whole. Each
-    rank sends its steps in order: once a step is whole, an earlier one that is not will never be.
-    It is dropped, and its messages are late from then on.
+    The statistics of a step are the sum over all ranks, so a step is used once it is *whole*: all
+    ranks have sent their message. Each rank sends its steps in order. So when a step is whole, an
+    earlier step that is not whole never will be: it is dropped, and its messages are late from
+    then on.
 
-    The ledger holds no statistics. Its holder keeps the accepted ones, applies the steps that
-    `complete_steps` returns and discards what it has of other steps before the last of these.
+    The ledger does not hold the statistics themselves. Its user keeps the accepted ones, applies
+    the steps that `complete_steps` returns, and discards older steps that were not returned.
 
-    `applied_step` is the last step returned by `complete_steps`, `dropped` the number of steps of
-    which some but not all messages came.
+    `applied_step` is the last step that `complete_steps` has returned; after a restart it starts at
+    the step of the saved statistics. `dropped` counts the steps
+    that were begun and never became whole.
     """
 
     def __init__(self, num_ranks: int, applied_step: int = 0) -> None:
@@ -34,10 +38,10 @@ class StatisticsLedger:
         self._received: dict[int, set[int]] = {}
 
     def receive(self, step: int, rank: int) -> Receipt:
-        """Note a message of `rank` for `step`; only an accepted one may be used.
+        """Note a message of `rank` for `step`; the caller may use it only if it is accepted.
 
-        "duplicate": this rank's message for the step is already here. "late": the step has been
-        applied or dropped.
+        A message is a "duplicate" if the rank has already sent one for the step, and "late" if the
+        step has been applied or dropped.
         """
         check_interval("step", step, 1)
         check_interval("rank", rank, 0, self.num_ranks - 1)
@@ -54,9 +58,9 @@ class StatisticsLedger:
         return "accepted"
 
     def complete_steps(self, last_step: int | None = None) -> tuple[int, ...]:
-        """Return the steps that became whole since the last call, in order; each once.
+        """Return the steps that became whole since the last call, in order.
 
-        Those after `last_step` are kept for a later call.
+        Steps after `last_step` are left for a later call.
         """
         steps = tuple(step for step in self._whole if last_step is None or step <= last_step)
         self._whole = self._whole[len(steps) :]
@@ -69,23 +73,9 @@ class StatisticsLedger:
         return self._whole[-1] if self._whole else self.applied_step
 
     def _close(self, step: int) -> None:
+        """Mark a step as whole, and drop the earlier steps that are not."""
         del self._received[step]
         for earlier in [other for other in self._received if other < step]:
             del self._received[earlier]
             self.dropped += 1
         self._whole.append(step)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return what is kept over a restart.
-
-        Messages of steps not yet applied are not part of it: their statistics are not saved
-        either, so they must be taken when they are sent again, by any number of ranks.
-        """
-        return {"applied_step": self.applied_step, "dropped": self.dropped}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take over a state and forget all messages received so far."""
-        self.applied_step = state["applied_step"]
-        self.dropped = state["dropped"]
-        self._whole = []
-        self._received = {}

@@ -1,6 +1,7 @@
-"""What is due in a step: every period of the algorithm is counted here and nowhere else.
+"""What is due in a step? All periods of the algorithm are counted here and nowhere else.
 
-The driver plans a step and sends the plan to all actors; the serial optimizer plans its own.
+The driver plans each step and sends the plan to all actors. The serial optimizer makes its own plan
+with the same rules. See docs/algorithm.md#schedules.
 """
 
 from __future__ import annotations
@@ -9,34 +10,35 @@ from dataclasses import dataclass
 
 from kfac_dist.coordination.steps.schedule import Schedule
 
-# The paper refreshes the inverses in each of the first three steps (algorithm.md section 11).
+# The paper refreshes the inverses in each of the first three steps (docs/algorithm.md#schedules).
 _FIRST_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """The work of one step; steps count from 1.
-
-    `update_factors`: statistics are computed and averaged. `refresh_inverses`: the factors are
-    inverted anew. `search_gamma`: with three candidates for gamma. `measure`: the objective is
-    computed again after the update, for the reduction ratio. `lr` is None where the optimizer has
-    none, `damping` where no schedule gives it.
-    """
+    """The work that is due in one step; steps count from 1."""
 
     step: int
     update_factors: bool
+    """Statistics are computed and averaged into the factors."""
     refresh_inverses: bool
+    """The averaged factors are inverted again."""
     search_gamma: bool
+    """Three candidates for gamma are compared (docs/algorithm.md#gamma)."""
     measure: bool
+    """The objective is computed again after the update, for the reduction ratio
+    (docs/algorithm.md#damping)."""
     lr: float | None = None
+    """The learning rate; None if the step rule has none."""
     damping: float | None = None
+    """The damping that a schedule gives; None without a schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSchedule:
-    """The periods, in steps, None where an adaptation is off, and the values that a step is given.
+    """The periods in steps, None for an adaptation that is off, and scheduled values.
 
-    `lr` and `damping` are None where there is none to give.
+    `lr` is None if the step rule has no learning rate, `damping` without a schedule.
     """
 
     factor_update_period: int
@@ -55,8 +57,8 @@ class StepSchedule:
             refresh_inverses=refresh,
             search_gamma=_due(step, self.gamma_adapt_period),
             measure=_due(step, self.damping_adapt_period),
-            lr=_given(step, self.lr),
-            damping=_given(step, self.damping),
+            lr=_value_at(step, self.lr),
+            damping=_value_at(step, self.damping),
         )
 
     def next_refresh(self, step: int) -> int:
@@ -84,5 +86,5 @@ def _due(step: int, period: int | None) -> bool:
     return period is not None and step % period == 0
 
 
-def _given(step: int, value: float | Schedule | None) -> float | None:
+def _value_at(step: int, value: float | Schedule | None) -> float | None:
     return value.value(step) if isinstance(value, Schedule) else value

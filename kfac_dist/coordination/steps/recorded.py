@@ -1,8 +1,8 @@
-"""What a run has recorded of its own timing, which is all that its specification leaves open.
+"""Which inverse did each step of a recorded run use?
 
-An inverse is used from the step on in which it has arrived, and made of the statistics and for the
-gammas that its worker had by then. With both recorded the run can be done again to the last bit
-(`kfac-dist replay`).
+A specification leaves only the timing of a run open: the step from which an inverse is used depends
+on when it arrives, and its statistics and gammas on what its worker had received by then. A run
+records both, and with them it can be repeated to the last bit (`kfac-dist replay`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from functools import cached_property
 from typing import Literal
 
 BeyondBound = Literal["damp", "degraded"]
-"""How an inverse beyond the staleness bound was used: with heavier damping, or as it was."""
+"""How an inverse beyond the staleness bound was used: with heavier damping, or unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InverseUse:
-    """A version of a layer's inverse, made for `gammas` and used from `first_step` on."""
+    """A version of a layer's inverse, prepared for `gammas` and in use from `first_step` on."""
 
     first_step: int
     version_step: int
@@ -28,30 +28,28 @@ class InverseUse:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedInverses:
-    """Which inverses a run has used.
-
-    `uses` has the versions of each layer in the order of their steps; before the first of them its
-    direction was the gradient. `beyond_bound` has the layers, by step, whose inverse was older than
-    the bound.
-    """
+    """The inverses that a run has used."""
 
     uses: Mapping[str, Sequence[InverseUse]]
+    """By layer, its versions in the order of their steps. Before the first one the layer's
+    direction was the gradient."""
     beyond_bound: Mapping[int, Mapping[str, BeyondBound]]
+    """By step, the layers whose inverse was older than the bound, and how it was used."""
 
     def version(self, step: int, layer: str) -> int:
-        """Return the version of a layer in `step`, 0 where it had none."""
+        """Return the version that a layer used in `step`, 0 if it used none."""
         uses = self.uses.get(layer, ())
         number = bisect_right(uses, step, key=lambda use: use.first_step)
         return uses[number - 1].version_step if number else 0
 
     def refresh(self, step: int) -> Mapping[str, tuple[float, ...]]:
-        """Return the layers to be inverted with the statistics of `step`, and for which gammas."""
+        """Return the layers to invert with the statistics of `step`, and the gammas for each."""
         return self._refreshes.get(step, {})
 
     def next_refresh(self, step: int) -> int | None:
-        """Return the first step after `step` in which some layer is inverted, None after the last.
+        """Return the first step after `step` whose statistics are inverted, None after the last.
 
-        Statistics of later steps must not be in the averages by then.
+        Statistics of later steps must not enter the averages before that inversion.
         """
         number = bisect_right(self._refresh_steps, step)
         return self._refresh_steps[number] if number < len(self._refresh_steps) else None
@@ -71,10 +69,10 @@ class RecordedInverses:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayScript:
-    """What is to be done as a run did it.
+    """What a replay must do exactly as the recorded run did it.
 
-    At checkpoints and evaluations the workers share the buffers of a model, so these are done in
-    the same steps.
+    This includes checkpoints and evaluations: at each of them the workers share the buffers of
+    their models, which changes the steps that follow.
     """
 
     inverses: RecordedInverses

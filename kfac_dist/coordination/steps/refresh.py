@@ -1,4 +1,4 @@
-"""What an inverse worker inverts next (algorithm.md section 13)."""
+"""Which layer does an inverse worker invert next? See docs/algorithm.md#asynchrony."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ RefreshPolicy = Literal["largest_drift", "oldest_first", "round_robin"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRefreshState:
-    """What the choice depends on, for one layer.
-
-    `version`: the step of the statistics in its newest inverse, None before the first.
-    `statistics_step`: the step of the newest statistics in its averages, 0 before the first.
-    `drift`: relative change of the factors since that inverse. `cost`: of one inversion, in any
-    unit that is the same for all layers.
-    """
+    """The state of one layer on which the choice depends."""
 
     name: str
     version: int | None
+    """The step of the statistics in its newest inverse; None before the first inverse."""
     statistics_step: int
+    """The step of the newest statistics in its averages; 0 before the first statistics."""
     drift: float
+    """The relative change of its factors since its newest inverse."""
     cost: float
+    """The cost of one inversion, in a unit that is the same for all layers."""
 
     def __post_init__(self) -> None:
         if self.version is not None:
@@ -35,13 +33,13 @@ class LayerRefreshState:
         check_interval(f"cost of {self.name}", self.cost, 0)
 
     def is_due(self, requested_step: int) -> bool:
-        """Tell whether a new inverse is asked for and there is something new to put into it."""
+        """Return whether a newer inverse is requested and there are newer statistics for it."""
         version = self.version or 0
         return version < requested_step and version < self.statistics_step
 
     @property
     def drift_by_cost(self) -> float:
-        """What an inversion gains for its price; the first inverse of a layer gains the most."""
+        """What an inversion gains for its cost; infinite for the first inverse of a layer."""
         if self.version is None:
             return float("inf")
         return self.drift / self.cost if self.cost > 0 else float("inf")
@@ -53,12 +51,16 @@ def choose_next(
     requested_step: int,
     last_chosen: str | None = None,
 ) -> str | None:
-    """Return the layer to invert next; None when there is nothing to do.
+    """Return the name of the layer to invert next, None if no layer is due.
 
-    A layer is a candidate when its inverse is older than `requested_step` and newer statistics
-    have come. `round_robin` takes the next one in the order of `states` after `last_chosen`,
-    `oldest_first` the smallest version, `largest_drift` the largest drift for its cost; layers
-    without any inverse come first in the last two, and equals in the order of their names.
+    A layer is due if its inverse is older than `requested_step` and newer statistics have come.
+    Among the layers that are due, the policy chooses:
+
+        round_robin    the next one after `last_chosen`, in the order of `states`
+        oldest_first   the one with the smallest version
+        largest_drift  the one with the largest drift divided by its cost
+
+    The last two choose layers without an inverse first, and break ties by name.
     """
     if policy == "round_robin":
         states = _starting_after(states, last_chosen)

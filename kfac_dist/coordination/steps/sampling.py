@@ -1,4 +1,4 @@
-"""Which cases make up a batch, and who computes on which of them.
+"""Which cases make up a batch, and which gradient worker computes on which of them?
 
 Nothing here depends on the number of workers except `worker_part`, and parts are contiguous slices
 of the batch: W workers see the same batch as one.
@@ -15,9 +15,9 @@ from kfac_dist.errors import InvalidSpecError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerCursor:
-    """How far the data have been consumed: `offset` cases of the shuffled order of `epoch`.
+    """The position in the data: `offset` cases of the shuffled order of `epoch` are used up.
 
-    Both count from 0. The only state of the sampler; it goes into the checkpoint.
+    Both count from 0. This is the only state of the sampler, and it is saved in checkpoints.
     """
 
     epoch: int
@@ -50,10 +50,10 @@ class BatchWindow:
 def next_window(
     cursor: SamplerCursor, batch_size: int, num_cases: int
 ) -> tuple[BatchWindow, SamplerCursor]:
-    """Return the next batch of exactly `batch_size` cases and the cursor behind it.
+    """Return the next batch of exactly `batch_size` cases, and the cursor after it.
 
-    A batch never crosses an epoch, so no case comes twice in it: when too little of the epoch is
-    left, the rest is skipped and the next epoch begins.
+    A batch lies in one epoch, so no case occurs twice in it. If the rest of the epoch is too short
+    for a batch, it is skipped and the next epoch begins.
 
     Raises:
         InvalidSpecError: `batch_size` is not between 1 and `num_cases`.

@@ -1,6 +1,6 @@
-"""Values over the steps: learning rate, damping, batch size (algorithm.md section 11).
+"""What value do the learning rate, the damping and the batch size have in a step?
 
-What is due in a step is counted in `plan.py`.
+See docs/algorithm.md#schedules. What is due in a step is counted in `plan.py`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ ScheduleKind = Literal["constant", "cosine", "exponential"]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A value that goes from `initial` to `final`; steps count from 1.
+    """A value that changes from `initial` to `final`; steps count from 1.
 
-    It rises linearly from 0 to `initial` at step `warmup_steps`, leaves it in the step after, and
-    is `final` from step `steps` on. Between the two, with p running from 0 to 1,
+    It rises linearly from 0 to `initial` at step `warmup_steps`, leaves `initial` in the next step,
+    and is `final` from step `steps` on. In between, with p from 0 to 1, it is
 
         cosine       final + (initial - final) (1 + cos(pi p)) / 2
         exponential  initial (final / initial)^p
 
-    A constant one stays at `initial` whatever `final` and `steps`.
+    A constant schedule stays at `initial` and ignores `final` and `steps`.
 
     Raises:
-        InvalidSpecError: an exponential end is not above 0, or `steps` comes too early.
+        InvalidSpecError: an exponential schedule has an end that is not above 0, or `steps` is not
+            after `warmup_steps`.
     """
 
     kind: ScheduleKind
@@ -49,14 +50,14 @@ class Schedule:
             )
 
     def value(self, step: int) -> float:
-        """Return the value of `step`."""
+        """Return the value in `step`."""
         if step < self.warmup_steps:
             return self.initial * step / self.warmup_steps
         if self.kind == "constant":
             return self.initial
         if step >= self.steps:
             return self.final
-        start = max(self.warmup_steps, 1)
+        start = max(self.warmup_steps, 1)  # the last step with the value `initial`
         progress = (step - start) / (self.steps - start)
         if self.kind == "cosine":
             weight = (1 + math.cos(math.pi * progress)) / 2
@@ -67,10 +68,13 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowingBatch:
-    """A batch of `initial` cases in step 1 that is the whole training set from `full_at` on.
+    """A batch of `initial` cases in step 1 that grows to the whole training set at `full_at`.
 
-    Exponential growth is the paper's: `m_k = initial (num_cases / initial)^((k - 1) / (full_at -
-    1))`.
+    The paper grows it exponentially: in step k it has
+
+        initial (num_cases / initial)^((k - 1) / (full_at - 1))
+
+    cases (docs/algorithm.md#schedules).
     """
 
     kind: Literal["cosine", "exponential"]
@@ -81,8 +85,8 @@ class GrowingBatch:
 def batch_size_at(step: int, batch_size: int | GrowingBatch, num_cases: int) -> int:
     """Return the number of cases in the batch of `step`, counted from 1.
 
-    A fixed size is returned as it is. One that grows is rounded; an `initial` above `num_cases`
-    means all cases in every step.
+    A fixed size is returned unchanged. A growing size is rounded; if its `initial` is above
+    `num_cases`, every batch has all cases.
 
     Raises:
         InvalidSpecError: a number is below 1.

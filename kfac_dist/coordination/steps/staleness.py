@@ -1,7 +1,8 @@
-"""The staleness bound: which inverses may precondition a step (algorithm.md section 13).
+"""Which inverses may precondition a step?
 
-This is the one place of the bound. The version of an inverse is the step of the newest statistics
-in it; its `inverse_staleness_steps` in a step is that step minus the version.
+The staleness bound of docs/algorithm.md#asynchrony is enforced here and nowhere else. The *version*
+of an inverse is the step of the newest statistics in it. Its `inverse_staleness_steps` in a step is
+that step minus the version.
 """
 
 from __future__ import annotations
@@ -20,20 +21,19 @@ AtBound = Literal["wait", "damp"]
 
 @dataclass(frozen=True, kw_only=True)
 class StalenessBound:
-    """How old an inverse may be.
-
-    `max_steps`: the largest admissible staleness; 0 makes the run synchronous, as do the first
-    `warmup_steps` steps. A synchronous step uses what `schedule` last refreshed, in that step
-    itself when a refresh is due. `delay_steps` scripts an asynchronous run: by patterns of layer
-    names, of which the last that matches counts, how many steps late a refresh is used.
-    `recorded` makes every step use what that run used, whatever the rest says.
-    """
+    """How old an inverse may be."""
 
     max_steps: int
+    """The largest staleness that is admitted; 0 makes the run synchronous. A synchronous step uses
+    the versions of the last scheduled refresh, of that step itself if a refresh is due in it."""
     warmup_steps: int
+    """So many steps at the start are synchronous."""
     schedule: StepSchedule
     delay_steps: Mapping[str, int] = field(default_factory=dict)
+    """Scripts an asynchronous run: by pattern of layer names, how many steps late a refresh is
+    used. The last pattern that matches a layer counts."""
     recorded: RecordedInverses | None = None
+    """Makes every step use what a recorded run used, and overrides the rest."""
 
     def __post_init__(self) -> None:
         check_interval("staleness.max_steps", self.max_steps, 0)
@@ -42,7 +42,7 @@ class StalenessBound:
             check_interval(f"staleness.delay_steps.{pattern}", delay, 0)
 
     def is_exact(self, step: int) -> bool:
-        """Tell whether `step` uses exactly one version of each layer, whatever else there is."""
+        """Return whether `step` must use exactly one version of each layer, and no newer one."""
         if self.recorded is not None or self.max_steps == 0:
             return True
         return step <= self.warmup_steps or bool(self.delay_steps)
@@ -50,21 +50,22 @@ class StalenessBound:
     def oldest_admissible(self, step: int, layer: str) -> int:
         """Return the oldest version that may precondition a layer in `step`, counted from 1.
 
-        Where `is_exact`, it is the only one; 0 where a recorded step used none.
+        In an exact step it is the only one; it is 0 if a recorded step used none.
         """
         check_interval("step", step, 1)
         if self.recorded is not None:
             return self.recorded.version(step, layer)
         if not self.is_exact(step):
             return max(1, step - self.max_steps)
-        # The end of the warm-up does not make a version go back.
+        # Without the last term, the first step after the warm-up would use an older version than
+        # the step before it.
         synchronous_until = min(step, self.warmup_steps)
         return self.schedule.last_refresh(max(1, step - self._delay(layer), synchronous_until))
 
     def only_admissible(self, step: int, layers: Collection[str]) -> dict[str, int] | None:
-        """Return the one version of each layer that `step` may use, None where newer ones do.
+        """Return the only version of each layer that `step` may use, None if the step is not exact.
 
-        A layer that a recorded step used none of is left out.
+        A layer is left out if a recorded step used no inverse for it.
         """
         if not self.is_exact(step):
             return None
@@ -72,7 +73,7 @@ class StalenessBound:
         return {layer: version for layer, version in oldest.items() if version}
 
     def next_exact_refresh(self, step: int) -> int | None:
-        """Return the next refresh after `step`, None where its version need not be exact."""
+        """Return the next refresh after `step`, None if that step is not exact."""
         if self.recorded is not None:
             return self.recorded.next_refresh(step)
         refresh = self.schedule.next_refresh(step)
@@ -87,28 +88,29 @@ class StalenessBound:
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """What the parameter server does with the layers that are not within the bound.
+    """What the parameter server does with the layers whose inverse is not within the bound.
 
-    `wait_for`: the step may not go on before a newer inverse of these has come; decide again then.
-    `damp`: their stale inverse is used with heavier damping. `degraded`: their stale inverse is
-    used as it is, since nobody can refresh it now. `gradient`: they have no inverse and nobody can
-    make one now; their direction is the gradient. The rest uses what it has. The server counts the
-    last three when the step is applied.
+    All other layers use the inverse that they have. The server counts `damp`, `degraded` and
+    `gradient` when the step is applied.
     """
 
     wait_for: tuple[str, ...] = ()
+    """The step waits until a newer inverse of these layers has come, and then decides again."""
     damp: tuple[str, ...] = ()
+    """Their stale inverse is used with heavier damping."""
     degraded: tuple[str, ...] = ()
+    """Their stale inverse is used unchanged, because nobody can refresh it now."""
     gradient: tuple[str, ...] = ()
+    """They have no inverse and nobody can make one now: their direction is the gradient."""
 
     @property
     def stale(self) -> tuple[str, ...]:
-        """The layers whose inverse is beyond the bound and is applied all the same."""
+        """The layers whose inverse is beyond the bound and is used nevertheless."""
         return self.damp + self.degraded
 
     @property
     def beyond_bound(self) -> dict[str, BeyondBound]:
-        """How each of the `stale` layers is used."""
+        """How the inverse of each of the `stale` layers is used."""
         damped: dict[str, BeyondBound] = dict.fromkeys(self.damp, "damp")
         return damped | dict.fromkeys(self.degraded, "degraded")
 
@@ -122,17 +124,21 @@ def admit(
     *,
     newest_statistics: int | None = None,
 ) -> Admission:
-    """Decide whether `step` may be preconditioned, layer by layer.
+    """Decide for each layer whether its newest inverse may precondition `step`.
 
-    `versions` has the newest accepted inverse of each layer, None before the first. `orphaned` are
-    the layers that nobody refreshes now: their inverse worker is being replaced, or their
-    inversion failed and the worker says so. They are never waited for. `newest_statistics` is the
-    newest step whose statistics were accepted (0: none so far), where that is known: no inverse
-    can be newer, so one that is as new is not waited for either.
+    The step waits for a layer beyond the bound, or damps it if `at_bound` is "damp". An exact step
+    damps none, and a layer without an inverse cannot be damped. A repeated step has the same layers
+    beyond the bound as the recorded one.
 
-    With `at_bound` "damp" a layer beyond the bound is damped and not waited for, but not in a
-    step that uses exact versions and not before its first inverse. A recorded step has the layers
-    beyond the bound that it had.
+    Args:
+        step: the step, counted from 1.
+        versions: the version of the newest available inverse of each layer, None before the first.
+        bound: the staleness bound.
+        at_bound: what to do with a layer beyond the bound.
+        orphaned: layers that nobody refreshes now, because their inverse worker is being replaced
+            or their inversion failed. The step never waits for them.
+        newest_statistics: the newest step whose statistics were accepted, 0 before the first, None
+            if unknown. An inverse cannot be newer, so the step does not wait for a newer one.
     """
     may_damp = at_bound == "damp" and not bound.is_exact(step)
     decided: dict[str, list[str]] = {"wait_for": [], "damp": [], "degraded": [], "gradient": []}

@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from sqlalchemy import select
 
 from kfac_dist.config import parse_spec
 from kfac_dist.coordination.jobs.lifecycle import ACTIVE, JobState, Trigger
-from kfac_dist.coordination.jobs.placement import cpus_of
-from kfac_dist.coordination.jobs.queueing import NOTHING, Room, Waiting, admit
-from kfac_dist.coordination.jobs.runner import AttemptKey, ClusterResources, JobRunner
+from kfac_dist.coordination.jobs.placement import NO_ROOM, Room, room_needed
+from kfac_dist.coordination.jobs.queueing import Waiting, admit_jobs
+from kfac_dist.coordination.jobs.runner import AttemptKey, JobRunner
 from kfac_dist.coordination.jobs.supervision import WaitLimits
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.service.control.attempts import Supervisor, start_attempt
@@ -114,15 +114,15 @@ class Controller:
         if not queue:
             return
         try:
-            cluster = _room(self._runner.resources())
+            cluster = self._runner.resources()
         except UnreachableError as error:
             for queued in queue:
                 self._note_reason(queued, "cluster_unreachable", error.message)
             raise
-        used = sum((self._needs(job_id) for job_id in self._ids(ACTIVE)), NOTHING)
+        used = sum((self._needs(job_id) for job_id in self._ids(ACTIVE)), NO_ROOM)
         waiting = [queued.waiting for queued in queue]
         by_id = {queued.waiting.job: queued for queued in queue}
-        for verdict in admit(waiting, cluster, used):
+        for verdict in admit_jobs(waiting, cluster, used):
             if verdict.reason is None:
                 start_attempt(self._jobs, self._runner, verdict.job)
             else:
@@ -146,7 +146,8 @@ class Controller:
     def _needs(self, job_id: str) -> Room:
         """Return what a job needs; its specification is read and parsed only once."""
         if job_id not in self._known_needs:
-            self._known_needs[job_id] = _needs_of(self._jobs.get(job_id).spec)
+            workers = parse_spec(self._jobs.get(job_id).spec).workers
+            self._known_needs[job_id] = room_needed(workers)
         return self._known_needs[job_id]
 
     def _note_reason(self, queued: _Queued, reason: str, message: str | None) -> None:
@@ -181,20 +182,3 @@ class _Queued(NamedTuple):
 
     waiting: Waiting
     noted: tuple[str | None, str | None]
-
-
-def _needs_of(spec: Mapping[str, Any]) -> Room:
-    workers = parse_spec(spec).workers
-    return Room(
-        cpus=cpus_of(workers),
-        gpus=1 if workers.device == "cuda" else 0,  # all workers of a job may share it
-        inverse_slots=workers.inverse,
-    )
-
-
-def _room(resources: ClusterResources) -> Room:
-    return Room(
-        cpus=resources.num_cpus,
-        gpus=resources.num_gpus,
-        inverse_slots=resources.num_inverse_slots,
-    )

@@ -19,7 +19,7 @@ EVENTS = st.lists(st.sampled_from(Trigger), max_size=40)
 
 
 def after(events: list[Trigger], state: JobState = JobState.PENDING) -> list[JobState]:
-    """All states on the way; what is refused leaves the state as it is."""
+    """Return all states on the way; an event that is refused does not change the state."""
     states = [state]
     for event in events:
         try:
@@ -80,7 +80,7 @@ def test_only_a_launch_makes_an_attempt_and_only_proof_or_news_ends_one(
 
 
 @given(EVENTS)
-def test_an_order_to_cancel_is_never_forgotten(events: list[Trigger]) -> None:
+def test_a_request_to_cancel_is_never_forgotten(events: list[Trigger]) -> None:
     state = next_state(JobState.RUNNING, Trigger.CANCEL)
     for then in after(events, state):
         if then is not JobState.CANCELLING:
@@ -95,7 +95,7 @@ def test_every_state_waits_acts_or_has_ended(state: JobState) -> None:
 
 @pytest.mark.parametrize("state", JobState)
 @pytest.mark.parametrize("event", [Trigger.PAUSE, Trigger.RESUME, Trigger.CANCEL, Trigger.RETRY])
-def test_a_refusal_says_what_is_possible(state: JobState, event: Trigger) -> None:
+def test_a_refusal_names_the_possible_requests(state: JobState, event: Trigger) -> None:
     if event in possible_requests(state):
         next_state(state, event)
         return
@@ -106,6 +106,6 @@ def test_a_refusal_says_what_is_possible(state: JobState, event: Trigger) -> Non
 
 
 @pytest.mark.parametrize("event", [Trigger.CANCEL, Trigger.PAUSE, Trigger.RUN, Trigger.DEGRADE])
-def test_asking_and_telling_twice_changes_nothing(event: Trigger) -> None:
+def test_the_same_request_or_report_twice_changes_nothing(event: Trigger) -> None:
     once = next_state(JobState.RUNNING, event)
     assert next_state(once, event) is once

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.jobs.placement import check_placement
+from kfac_dist.coordination.jobs.placement import Room, check_placement, machine_room, room_needed
 from kfac_dist.errors import InvalidSpecError
 
 
@@ -13,6 +13,7 @@ class Workers:
     gradient: int = 1
     inverse: int = 1
     threads: int | None = None
+    device: str = "auto"
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.none() | st.integers(1, 4), st.integers(1, 12))
@@ -22,7 +23,7 @@ def test_accepted_exactly_when_there_is_room(
     workers = Workers(gradient=gradient, inverse=inverse, threads=threads)
     fits = gradient * (threads or 1) <= num_cpus and inverse <= num_cpus
     try:
-        check_placement(workers, num_cpus, num_cpus)
+        check_placement(workers, machine_room(num_cpus))
     except InvalidSpecError:
         assert not fits
     else:
@@ -51,5 +52,17 @@ def test_accepted_exactly_when_there_is_room(
 )
 def test_the_message_says_what_is_missing(workers: Workers, message: str) -> None:
     with pytest.raises(InvalidSpecError) as caught:
-        check_placement(workers, 2, 2)
+        check_placement(workers, machine_room(2))
     assert caught.value.message == message
+
+
+def test_what_a_job_reserves() -> None:
+    workers = Workers(gradient=3, inverse=2, threads=4, device="cuda")
+    assert room_needed(workers) == Room(num_cpus=12, num_gpus=1, num_inverse_slots=2)
+    assert room_needed(Workers()) == Room(num_cpus=1, num_gpus=0, num_inverse_slots=1)
+
+
+def test_a_cluster_may_have_fewer_inverse_slots_than_cpus() -> None:
+    room = Room(num_cpus=4, num_gpus=0, num_inverse_slots=1)
+    with pytest.raises(InvalidSpecError, match="has room for 1 "):
+        check_placement(Workers(inverse=2), room)

@@ -3,24 +3,25 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.jobs.queueing import NOTHING, Room, Waiting, admit
+from kfac_dist.coordination.jobs.placement import NO_ROOM, Room
+from kfac_dist.coordination.jobs.queueing import Waiting, admit_jobs
 
-CLUSTER = Room(cpus=4, gpus=0, inverse_slots=2)
+CLUSTER = Room(num_cpus=4, num_gpus=0, num_inverse_slots=2)
 ROOMS = st.builds(
     Room,
-    cpus=st.integers(0, 6),
-    gpus=st.integers(0, 1),
-    inverse_slots=st.integers(0, 3),
+    num_cpus=st.integers(0, 6),
+    num_gpus=st.integers(0, 1),
+    num_inverse_slots=st.integers(0, 3),
 )
 
 
 def waiting(number: int, *, priority: int = 0, cpus: int = 1, inverse: int = 0) -> Waiting:
-    needs = Room(cpus=cpus, gpus=0, inverse_slots=inverse)
+    needs = Room(num_cpus=cpus, num_gpus=0, num_inverse_slots=inverse)
     return Waiting(job=f"j{number}", number=number, priority=priority, needs=needs)
 
 
-def started(*queue: Waiting, used: Room = NOTHING) -> list[str]:
-    return [verdict.job for verdict in admit(queue, CLUSTER, used) if verdict.reason is None]
+def started(*queue: Waiting, used: Room = NO_ROOM) -> list[str]:
+    return [verdict.job for verdict in admit_jobs(queue, CLUSTER, used) if verdict.reason is None]
 
 
 def test_priority_first_then_age() -> None:
@@ -28,17 +29,17 @@ def test_priority_first_then_age() -> None:
     assert started(*queue) == ["j2", "j3"]
 
 
-def test_a_job_that_does_not_fit_now_holds_up_those_after_it() -> None:
-    used = Room(cpus=2, gpus=0, inverse_slots=0)
-    first, second = admit([waiting(1, cpus=3), waiting(2)], CLUSTER, used)
+def test_a_job_that_does_not_fit_now_blocks_those_behind_it() -> None:
+    used = Room(num_cpus=2, num_gpus=0, num_inverse_slots=0)
+    first, second = admit_jobs([waiting(1, cpus=3), waiting(2)], CLUSTER, used)
     assert first.reason == "waiting_for_room"
     assert first.message == "needs 3 CPUs, 2 of the cluster's 4 are in use"
     assert (second.reason, second.job) == ("waiting_for_turn", "j2")
     assert second.message == "jobs before it in the queue wait for room"
 
 
-def test_a_job_that_never_fits_says_what_is_missing_and_holds_up_nobody() -> None:
-    first, second = admit([waiting(1, cpus=5, inverse=5), waiting(2)], CLUSTER, NOTHING)
+def test_a_job_that_never_fits_says_what_is_missing_and_blocks_nobody() -> None:
+    first, second = admit_jobs([waiting(1, cpus=5, inverse=5), waiting(2)], CLUSTER, NO_ROOM)
     assert first.reason == "insufficient_resources"
     assert first.message == (
         "needs 5 CPUs, the cluster has 4; needs 5 inverse workers, the cluster has 2"
@@ -47,19 +48,19 @@ def test_a_job_that_never_fits_says_what_is_missing_and_holds_up_nobody() -> Non
 
 
 @given(st.lists(st.tuples(ROOMS, st.integers(-2, 2)), max_size=12), ROOMS)
-def test_what_is_admitted_fits_and_nobody_is_overtaken_who_would_fit(
+def test_admitted_jobs_fit_and_none_behind_a_blocked_job_is_admitted(
     jobs: list[tuple[Room, int]], used: Room
 ) -> None:
     queue = [
         Waiting(job=str(number), number=number, priority=priority, needs=needs)
         for number, (needs, priority) in enumerate(jobs)
     ]
-    verdicts = admit(queue, CLUSTER, used)
+    verdicts = admit_jobs(queue, CLUSTER, used)
     assert sorted(verdict.job for verdict in verdicts) == sorted(job.job for job in queue)
     needs = {job.job: job.needs for job in queue}
     admitted = [needs[verdict.job] for verdict in verdicts if verdict.reason is None]
     if admitted:
-        assert not sum(admitted, used).beyond(CLUSTER)
+        assert not sum(admitted, used).exceeding(CLUSTER)
     reasons = [verdict.reason for verdict in verdicts]
     if "waiting_for_room" in reasons:
         after = reasons[reasons.index("waiting_for_room") + 1 :]

@@ -56,11 +56,11 @@ def test_a_driver_that_reports_is_believed_more_than_the_cluster() -> None:
     assert event(cluster="unknown", silent_seconds=31.0) == (Trigger.RESTART, "driver_died")
 
 
-def test_an_end_that_was_told_needs_no_word_of_a_cluster_that_forgets() -> None:
+def test_a_reported_end_counts_even_if_the_cluster_has_forgotten_the_attempt() -> None:
     assert event(cluster="unknown", told_end=S.SUCCEEDED) == (Trigger.SUCCEED, None)
 
 
-def test_an_attempt_that_the_cluster_was_never_told_of_is_submitted() -> None:
+def test_an_attempt_that_the_cluster_does_not_know_is_submitted() -> None:
     new = {"job_state": S.STARTING, "silent_seconds": None, "attempt_seconds": 2.0}
     assert action(**new, cluster="unknown") is Action.SUBMIT
     assert action(**new, cluster="pending") is Action.WAIT
@@ -80,7 +80,7 @@ def test_a_driver_that_never_reports_is_ended_at_the_start_deadline() -> None:
     ("seconds", "expected"),
     [(9.0, Action.WAIT), (11.0, Action.STOP), (21.0, Action.KILL)],
 )
-def test_an_order_to_cancel_is_given_force(seconds: float, expected: Action) -> None:
+def test_an_order_to_cancel_is_enforced_in_the_end(seconds: float, expected: Action) -> None:
     assert action(job_state=S.CANCELLING, state_seconds=seconds) is expected
 
 
@@ -93,7 +93,7 @@ def test_a_pause_has_time_for_its_checkpoint() -> None:
     assert action(job_state=S.PAUSING, state_seconds=95.0) is Action.STOP
 
 
-def test_a_driver_that_has_told_its_end_must_exit() -> None:
+def test_a_driver_that_has_reported_its_end_must_exit() -> None:
     assert action(told_end=S.SUCCEEDED, told_seconds=5.0) is Action.WAIT
     assert action(told_end=S.SUCCEEDED, told_seconds=60.0) is Action.KILL
 
@@ -121,7 +121,7 @@ def test_a_driver_that_has_told_its_end_must_exit() -> None:
         ({"told_end": S.PAUSED, "max_restarts": 0}, (Trigger.FAIL, "interrupted")),
     ],
 )
-def test_ends(view: dict[str, Any], expected: tuple[Trigger, str | None]) -> None:
+def test_how_a_job_ends(view: dict[str, Any], expected: tuple[Trigger, str | None]) -> None:
     assert event(**view) == expected
 
 
@@ -154,7 +154,7 @@ def test_what_is_decided_can_always_happen(view: AttemptView) -> None:
 
 @given(VIEWS)
 def test_nothing_waits_forever(view: AttemptView) -> None:
-    """Whatever an order meets, in the end force is used or the end is settled."""
+    """After an order, or a reported end, the attempt is sooner or later killed or settled."""
     ordered = view.job_state in (S.CANCELLING, S.PAUSING) or view.told_end is not None
     late = replace(view, state_seconds=1e4, told_seconds=1e4, attempt_seconds=1e4)
     if ordered:

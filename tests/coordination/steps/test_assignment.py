@@ -22,7 +22,7 @@ LAYER = LayerCost(name="fc", orders=(2, 2))
 
 
 def autoencoder() -> list[LayerCost]:
-    """The layers of the paper's net for MNIST."""
+    """The layers of the paper's autoencoder for MNIST."""
     widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     return [
         LayerCost(name=f"{i}", orders=(widths[i] + 1, widths[i + 1]))
@@ -99,7 +99,7 @@ def test_the_autoencoder_as_a_chain_on_three_inverse_workers() -> None:
 
 
 def test_the_autoencoder_on_two_inverse_workers() -> None:
-    """Longest first: 7 and 0, then 1 and 6, 2 and 5, 3 and 4; each pair to different workers."""
+    """Longest first: 7 and 0, then 1 and 6, 2 and 5, 3 and 4; each pair is split."""
     assert assign(autoencoder(), 2) == {0: ("2", "3", "6", "7"), 1: ("0", "1", "4", "5")}
 
 

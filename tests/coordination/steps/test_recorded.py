@@ -1,4 +1,4 @@
-"""A recorded run: which version each step used, and what has to be inverted when."""
+"""Which version each step of a recorded run used, and what a replay must invert when."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_only_what_was_used_is_inverted_each_layer_for_its_own_gammas() -> None:
 @pytest.mark.parametrize(
     ("step", "versions", "decision"),
     [
-        (2, {"a": 1, "b": None}, Admission()),  # b used the gradient
-        (2, {"a": 1, "b": 1}, Admission()),  # and does so when its inverse is here early
+        (2, {"a": 1, "b": None}, Admission()),  # b's direction was the gradient
+        (2, {"a": 1, "b": 1}, Admission()),  # and is again, even if its inverse comes earlier now
         (3, {"a": 1, "b": None}, Admission(wait_for=("b",))),
         (5, {"a": 1, "b": 1}, Admission(wait_for=("a",))),
         (9, {"a": 4, "b": 4}, Admission(damp=("b",))),
         (10, {"a": 4, "b": 4}, Admission(damp=("b",), degraded=("a",))),
-        (12, {"a": 9, "b": 4}, Admission()),  # b is beyond the bound of 4, and was not then
+        (12, {"a": 9, "b": 4}, Admission()),  # b is beyond 4, but was within its own bound
     ],
 )
 def test_a_step_waits_for_what_it_used_and_damps_what_it_damped(

@@ -30,7 +30,7 @@ def layer(
         (layer("a", version=None, statistics_step=0), "no statistics at all"),
     ],
 )
-def test_there_is_nothing_to_do(policy: RefreshPolicy, state: LayerRefreshState, why: str) -> None:
+def test_no_layer_is_due(policy: RefreshPolicy, state: LayerRefreshState, why: str) -> None:
     assert choose_next([state], policy, 10) is None, why
     assert choose_next([], policy, 10) is None
 
@@ -39,7 +39,7 @@ def test_there_is_nothing_to_do(policy: RefreshPolicy, state: LayerRefreshState,
     ("last_chosen", "expected"),
     [(None, "c"), ("c", "b"), ("b", "c"), ("a", "b"), ("unknown", "c")],
 )
-def test_round_robin_goes_on_after_the_last_one(last_chosen: str | None, expected: str) -> None:
+def test_round_robin_continues_after_the_last_one(last_chosen: str | None, expected: str) -> None:
     states = [layer("c", 1), layer("a", 10), layer("b", 9)]
     assert choose_next(states, "round_robin", 10, last_chosen) == expected
 

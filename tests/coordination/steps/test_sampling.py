@@ -19,7 +19,7 @@ START = SamplerCursor(epoch=0, offset=0)
 
 @st.composite
 def epochs(draw: st.DrawFn) -> tuple[int, list[int]]:
-    """A number of cases, and batch sizes that all fit."""
+    """A number of cases, and batch sizes that do not exceed it."""
     num_cases = draw(st.integers(1, 200))
     sizes = draw(st.lists(st.integers(1, num_cases), min_size=1, max_size=60))
     return num_cases, sizes
@@ -60,7 +60,7 @@ def test_equal_batches_that_divide_the_data_cover_every_epoch(size: int, num_bat
 
 
 @given(epochs(), st.data())
-def test_a_cursor_from_a_checkpoint_goes_on_with_the_same_windows(
+def test_a_cursor_from_a_checkpoint_continues_with_the_same_windows(
     drawn: tuple[int, list[int]], data: st.DataObject
 ) -> None:
     num_cases, sizes = drawn

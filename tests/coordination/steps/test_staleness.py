@@ -74,7 +74,7 @@ def test_a_scripted_step_uses_each_refresh_so_many_steps_late(
     assert bound.oldest_admissible(step, "second") == second
 
 
-def test_the_end_of_the_warm_up_takes_no_version_back() -> None:
+def test_no_version_goes_back_at_the_end_of_the_warm_up() -> None:
     bound = StalenessBound(
         max_steps=60, warmup_steps=40, schedule=make_bound(60).schedule, delay_steps={"*": 25}
     )
@@ -108,7 +108,7 @@ def test_a_synchronous_step_is_never_damped(bound: StalenessBound) -> None:
     assert decision == Admission(wait_for=("layer",))
 
 
-def test_nobody_waits_for_statistics_that_were_refused() -> None:
+def test_a_step_does_not_wait_for_statistics_that_were_refused() -> None:
     bound = make_bound(0)
     versions = {"as_new_as_can_be": 80, "older": 79, "new": None}
     decision = admit(100, versions, bound, "wait", newest_statistics=80)
@@ -163,7 +163,7 @@ def test_nothing_staler_than_the_bound_is_applied_uncounted(situation: dict[str,
 
 @given(situations())
 def test_waiting_ends_when_the_newest_statistics_are_in(situation: dict[str, Any]) -> None:
-    """However it began: with every waited-for layer refreshed, the step goes on."""
+    """Once every layer that a step waits for is refreshed, the step waits no longer."""
     newest = situation["newest_statistics"]
     arrived = situation["step"] if newest is None else newest
     waited = admit(**situation).wait_for
@@ -185,7 +185,7 @@ def test_a_slow_inverse_worker_never_breaks_the_bound(
     refreshes: list[int],
     drifts: list[float],
 ) -> None:
-    """The rules together: between steps the worker gets some refreshes done, at the bound all."""
+    """Both rules together: some refreshes are done between steps, and at the bound all of them."""
     bound = make_bound(max_steps, period=4)
     versions: dict[str, int | None] = {f"layer{i}": None for i in range(num_layers)}
     last: str | None = None

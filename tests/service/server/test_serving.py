@@ -91,7 +91,7 @@ def test_errors_arrive_with_their_class_and_message(server: Serving) -> None:
         with pytest.raises(UsageError, match="is not a job's id"):
             client.get("../../etc/passwd")
         job = client.submit(spec())
-        with pytest.raises(ConflictError, match="possible is: pause, cancel"):
+        with pytest.raises(ConflictError, match="possible now: pause, cancel"):
             client.resume(job.id)
         with pytest.raises(NotFoundError, match="no metrics yet"):
             client.metrics(job.id, ["loss"])

@@ -1,4 +1,4 @@
-"""Nothing is left of an embedded cluster's folder, whoever was killed."""
+"""Nothing is left of an embedded cluster, even if its owner was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes and shared memory are found by the attempt's name, and nothing else is."""
+"""Exactly the processes and shared memory of an attempt are found by its name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder() -> Iterator[tuple[int, int, Path]]:
-    """A process of attempt job-1-a1, its child, and the memory it has named."""
+    """A process of attempt job-1-a1, its child, and its named shared memory."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER],
         env=os.environ | {MARK: "job-1-a1"},

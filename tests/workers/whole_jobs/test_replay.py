@@ -17,7 +17,7 @@ from kfac_dist.runs.json_lines import write_whole
 from kfac_dist.runs.replay_plan import ReplayPlan, plan_replay
 from tests.workers.whole_jobs.jobs import Jobs, line_spec
 from workers.checkpoint import load_newest, write_checkpoint
-from workers.cluster.cluster import local_cluster
+from workers.cluster.cluster import local_room
 from workers.driver.crew import inverse_health
 from workers.driver.replay import ReplayResult, run_replay
 
@@ -178,9 +178,9 @@ def test_a_first_order_job_is_replayed_and_a_changed_checkpoint_is_found(jobs: J
 
 
 def test_a_replay_has_room_for_more_workers_than_the_machine_has_cpus() -> None:
-    own = local_cluster()
+    own = local_room()
     many = WorkersSpec(gradient=own.num_cpus + 1, threads=2, inverse=own.num_inverse_slots + 3)
-    room = local_cluster(many)
+    room = local_room(many)
     assert room.num_cpus == 2 * (own.num_cpus + 1)
     assert room.num_inverse_slots == own.num_inverse_slots + 3
-    assert local_cluster(WorkersSpec()) == own
+    assert local_room(WorkersSpec()) == own

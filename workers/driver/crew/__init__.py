@@ -1,1 +1,1 @@
-"""The actors of a job as the driver holds them: who lives, who died, who comes next."""
+"""The actors of a job as the driver holds them: who is alive, who died, who replaces whom."""

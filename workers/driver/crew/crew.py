@@ -1,4 +1,7 @@
-"""All actors of a job as the driver holds them, and the one way to wait for them."""
+"""All actors of a job as the driver holds them, and the one way to wait for their calls.
+
+A *call* is a method of an actor that has been invoked and has not been waited for.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,24 @@ from workers.interrupts import Interrupts
 from workers.parameter_server.actor import ParameterServerActor, ServerReady
 
 Calls = dict[Ref, Member]
+"""Open calls, and the member that each was made to."""
+
 SERVER_ROLE = "parameter_server"
 WORKER_ROLE = "gradient_worker"
 _WAIT_SECONDS = 0.25  # how soon an interrupt is seen
-_ray: Any = ray  # its stubs leave much untyped
-_START_SECONDS = 300.0  # a cluster without room lets an actor wait forever, without an error
+_START_SECONDS = 300.0  # on a cluster without room an actor waits forever, without an error
+
+# Ray's stubs leave much untyped.
+_ray: Any = ray
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrewPlan:
-    """Who is started, and from what.
+    """Which actors to start, and the state they start from.
 
-    `host` is the address all members share, None where each node has its own; the timeout is that
-    of the process group. `server_snapshot`, `averages` and `buffers` come from a checkpoint, if
-    there is one; `has_buffers` tells whether the model has any.
+    `host` is the address that all members share, None where each node has its own.
+    `group_timeout_seconds` is for the process group. `server_snapshot`, `averages` and `buffers`
+    come from a checkpoint, if the run resumes. `has_buffers`: the model has buffers.
     """
 
     devices: DevicePlan
@@ -52,44 +59,77 @@ class CrewPlan:
 
 
 class Crew:
-    """The actors of a job; `step` is the step that errors are reported for."""
+    """The actors of a job, started by `launch`; `step` is the step that errors name."""
 
     def __init__(
         self,
         job: JobContext,
         folder: RunFolder,
         plan: CrewPlan,
-        on_death: Callable[[InverseWorkerDied], None],
         interrupts: Interrupts,
+        *,
+        server: Handle,
+        gradient_workers: Sequence[Handle],
+        inverse_pool: InversePool,
     ) -> None:
         self.step = 0
-        self._interrupts = interrupts
+        self.server = server
+        self.gradient_workers = gradient_workers
+        self.inverse_pool = inverse_pool
         self._job = job
         self._folder = folder
         self._plan = plan
+        self._interrupts = interrupts
         self._pids: dict[tuple[str, int], int] = {}
-        self.server: Handle = ParameterServerActor.options(
-            num_gpus=plan.devices.gpus_per_member
-        ).remote(job, plan.devices, plan.host, plan.group_timeout_seconds)
-        threads = job.spec.workers.threads or 1
-        self.gradient_workers: list[Handle] = [
-            GradientWorkerActor.options(
-                num_cpus=threads, num_gpus=plan.devices.gpus_per_member
-            ).remote(job, rank, plan.devices, plan.host, threads)
-            for rank in range(job.spec.workers.gradient)
-        ]
-        self.inverse_pool = InversePool(job, self.server, plan.setups, plan.averages, on_death)
+
+    @classmethod
+    def launch(
+        cls,
+        job: JobContext,
+        folder: RunFolder,
+        plan: CrewPlan,
+        interrupts: Interrupts,
+        on_death: Callable[[InverseWorkerDied], None],
+    ) -> Crew:
+        """Start all actors, without waiting until they are there; `build` comes next.
+
+        Args:
+            job: the job, as every actor receives it.
+            folder: the run folder, where the logs of failed members are found.
+            plan: which actors to start, and the state they start from.
+            interrupts: checked in every wait.
+            on_death: called in the middle of a wait for each inverse worker that dies; what it
+                raises ends the job.
+        """
+        num_gpus, threads = plan.devices.gpus_per_member, job.spec.workers.threads or 1
+        server = ParameterServerActor.options(num_gpus=num_gpus).remote(
+            job, plan.devices, plan.host, plan.group_timeout_seconds
+        )
+        worker = GradientWorkerActor.options(num_cpus=threads, num_gpus=num_gpus)
+        return cls(
+            job,
+            folder,
+            plan,
+            interrupts,
+            server=server,
+            gradient_workers=[
+                worker.remote(job, rank, plan.devices, plan.host, threads)
+                for rank in range(job.spec.workers.gradient)
+            ],
+            inverse_pool=InversePool.launch(job, server, plan.setups, plan.averages, on_death),
+        )
 
     @property
     def group_timeout_seconds(self) -> float:
-        """How long a member of the group, or an inverse worker, is waited for."""
+        """How long a wait for a member of the group, or for an inverse worker, may take."""
         return self._plan.group_timeout_seconds
 
     def build(self) -> ServerReady:
-        """Let everybody load what they need, and form the process group.
+        """Have all actors load what they need, then form the process group.
 
         Raises:
-            KfacDistError: what a member raised, or that it died.
+            KfacDistError: a member raised an error, or died.
+            TimedOutError: an actor did not start in time.
         """
         built = self.call_server("build", self._plan.server_snapshot)
         calls = self.call_workers("build", self._plan.buffers)
@@ -97,7 +137,7 @@ class Crew:
         ready: ServerReady
         ready, *rest = self.gather(built | calls | started, deadline_seconds=_START_SECONDS)
         self._note_pids(ready, rest[: len(calls)])
-        self.inverse_pool.take_over(step=0)
+        self.inverse_pool.note_started(step=0)
         meet = Rendezvous(
             host=ready.host,
             port=ready.port,
@@ -106,15 +146,15 @@ class Crew:
             timeout_seconds=self._plan.group_timeout_seconds,
         )
         self.gather(self.call_server("join", meet) | self.call_workers("join", meet))
-        self.connect()
+        self.connect_inverse_workers()
         return ready
 
     def _note_pids(self, server: ServerReady, workers: Sequence[int]) -> None:
         self._pids = {(WORKER_ROLE, rank): pid for rank, pid in enumerate(workers)}
         self._pids[SERVER_ROLE, 0] = server.pid
 
-    def connect(self) -> None:
-        """Tell the gradient workers who the inverse workers are now."""
+    def connect_inverse_workers(self) -> None:
+        """Tell the gradient workers to which inverse worker they send which layer's statistics."""
         pool = self.inverse_pool
         if pool.assignment:
             self.gather(
@@ -122,7 +162,7 @@ class Crew:
             )
 
     def share_buffers(self) -> dict[str, Array]:
-        """Give all gradient workers the means of their models' buffers, and return these."""
+        """Set the buffers of all models to their mean over the workers, and return the means."""
         if not self._plan.has_buffers:
             return {}
         shared = mean_buffers(self.gather(self.call_workers("buffers")))
@@ -144,26 +184,26 @@ class Crew:
         return Member(role=role, rank=rank, pid=self._pids.get((role, rank), 0))
 
     def gather(self, calls: Calls, deadline_seconds: float = math.inf) -> list[Any]:
-        """Return the results of `calls` in order, once all are there.
+        """Wait for all `calls` and return their results in order.
 
-        An inverse worker may die meanwhile: that is dealt with and does not end the wait.
+        The death of an inverse worker is handled meanwhile and does not end the wait.
 
         Raises:
             KfacDistError: the cause of the first failure among `calls`.
-            TimedOutError: some were not there at the deadline.
+            TimedOutError: some calls did not return before the deadline.
         """
         pending = dict(calls)
         deadline = time.monotonic() + deadline_seconds
         while pending:
             if time.monotonic() > deadline:
-                raise _not_started(pending, deadline_seconds)
+                raise _start_timed_out(pending, deadline_seconds)
             ready = {ref: pending.pop(ref) for ref in self._wait(pending)}
             if failed := failed_among(ready):
                 raise self._error(failed, pending)
         return list(ray.get(list(calls)))
 
     def gather_optional(self, calls: Calls) -> list[Any]:
-        """Wait for all `calls` and return the results of those that returned."""
+        """Wait for all `calls` and return the results of those that did not fail."""
         pending = dict(calls)
         while pending:
             for ref in self._wait(pending):
@@ -172,14 +212,14 @@ class Crew:
         return list(ray.get([ref for ref in calls if ref not in failed]))
 
     def _wait(self, pending: Calls) -> list[Ref]:
-        """Return the calls that have ended, after a while none; deal with deaths meanwhile."""
+        """Return the calls that have ended, possibly none; handle deaths of inverse workers."""
         self._interrupts.check()
-        watched = self.inverse_pool.watched()
-        ready, _ = ray.wait([*pending, *watched], num_returns=1, timeout=_WAIT_SECONDS)
+        lifelines = self.inverse_pool.lifelines()
+        ready, _ = ray.wait([*pending, *lifelines], num_returns=1, timeout=_WAIT_SECONDS)
         if not ready:
             self.inverse_pool.poll()
-        for ref in finished(watched):
-            self.inverse_pool.notice(ref)
+        for ref in finished(lifelines):
+            self.inverse_pool.handle_death(ref)
         return finished(pending)
 
     def _error(self, failed: Calls, pending: Calls) -> Exception:
@@ -194,7 +234,7 @@ class Crew:
         self.inverse_pool.kill()
 
 
-def _not_started(pending: Calls, seconds: float) -> TimedOutError:
+def _start_timed_out(pending: Calls, seconds: float) -> TimedOutError:
     missing = ", ".join(str(member) for member in pending.values())
     free: dict[str, float] = _ray.available_resources()
     room = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU", "inverse"))

@@ -1,7 +1,7 @@
-"""From what Ray reports to the one cause a user is shown.
+"""Finds, among the errors that Ray reports, the one cause to show to the user.
 
-When a process dies, the others' collectives fail as well: those errors are echoes. So a failure
-is judged together with what follows within a moment.
+When a process dies, the collectives of the others fail as well. Those errors are *echoes*. So a
+failure is judged together with the failures that follow within a moment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """An actor of the job, by role and rank; `pid` is 0 before it is known."""
+    """An actor of the job, by role and rank; `pid` is 0 while it is unknown."""
 
     role: str
     rank: int
@@ -41,32 +41,32 @@ class Member:
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Return what was raised in the actor, without Ray's wrapping."""
+    """Return the error that was raised in the actor, without Ray's wrapping."""
     while isinstance(error, RayTaskError) and error.cause is not None:
         error = error.cause
     return error
 
 
 def failure_of(ref: Ref) -> BaseException | None:
-    """Return what a finished call raised, None when it returned."""
+    """Return the error that a finished call raised, None if it returned."""
     try:
         ray.get(ref)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is judged by the caller
+    except Exception as error:  # noqa: BLE001 - the caller judges it
         return unwrap(error)
     return None
 
 
 def failed_among(calls: Mapping[Ref, T]) -> dict[Ref, T]:
-    """Return those of the finished `calls` that raised."""
+    """Return the calls that raised an error; all `calls` have finished."""
     try:
         ray.get(list(calls))
-    except Exception:  # noqa: BLE001 - whatever it is, it is judged by the caller
+    except Exception:  # noqa: BLE001 - the caller judges it
         return {ref: owner for ref, owner in calls.items() if failure_of(ref) is not None}
     return {}
 
 
 def finished(refs: Iterable[Ref]) -> list[Ref]:
-    """Return those of `refs` that have ended by now."""
+    """Return the calls among `refs` that have ended by now."""
     asked = list(refs)
     if not asked:
         return []
@@ -75,17 +75,17 @@ def finished(refs: Iterable[Ref]) -> list[Ref]:
 
 
 def is_death(error: BaseException) -> bool:
-    """Tell whether the process of the actor is gone."""
+    """Return whether the error says that the process of the actor is gone."""
     return isinstance(error, RayActorError)
 
 
 def first_cause(
     failed: Mapping[Ref, Member], pending: Mapping[Ref, Member]
 ) -> tuple[Member, BaseException]:
-    """Return the member that failed first and its error.
+    """Return the member that caused the failure, and its error.
 
-    `failed` are calls that have raised, `pending` those still open in other actors: when all of
-    `failed` are echoes, the cause is waited for among them.
+    `failed` are calls that have raised, `pending` calls still open in other actors. If all of
+    `failed` are echoes, the cause is still to come: wait for it among `pending`.
     """
     seen = dict(failed)
     waiting = dict(pending)
@@ -103,7 +103,7 @@ def first_cause(
 
 
 def job_error(member: Member, error: BaseException, *, step: int, log_tail: str) -> KfacDistError:
-    """Return the error that ends the job for what `member` raised."""
+    """Return the error that ends the job, given what `member` raised."""
     first = FirstFailure(
         role=member.role, rank=member.rank, time_seconds=time.time(), log_tail=log_tail
     )
@@ -114,7 +114,7 @@ def job_error(member: Member, error: BaseException, *, step: int, log_tail: str)
         return error
     if is_death(error):
         return WorkerDiedError(
-            f"{member} (pid {member.pid}) died at step {step}; the job cannot go on without it",
+            f"{member} (pid {member.pid}) died at step {step}; the job cannot continue without it",
             first_failure=first,
         )
     if isinstance(error, PeerLostError):

@@ -1,4 +1,7 @@
-"""The inverse workers' own word on how they are, and who has given none for too long."""
+"""Which inverse workers answer, what do they report, and which have been silent for too long?
+
+The driver has one thread, so it never waits for a status: it asks now and reads the answer later.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,27 @@ from workers.actor import Handle, Ref
 from workers.driver.crew.failures import failed_among, finished
 from workers.exchange.messages import InverseStatus
 
-# A worker answers in the middle of its work too; well below what the server waits for an inverse.
+# A worker answers even while it inverts. Well below the server's own limit for an inverse.
 STALL_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Poll:
-    """A status that a worker has been asked for, at a time of the monotonic clock."""
+    """An open request for a worker's status; `asked_seconds` is a time of the monotonic clock."""
 
     rank: int
     asked_seconds: float
 
 
 class InverseHealth:
-    """Asks for statuses without waiting for them."""
+    """Asks workers for their status without waiting for the answers."""
 
     def __init__(self) -> None:
         self._polls: dict[Ref, _Poll] = {}
         self._statuses: dict[int, InverseStatus] = {}
 
     def ask(self, workers: Mapping[int, Handle]) -> None:
-        """Ask those of `workers` for their status that have nothing to answer yet."""
+        """Ask each worker for its status, unless a request to it is still open."""
         asked = {poll.rank for poll in self._polls.values()}
         for rank, handle in workers.items():
             if rank not in asked:
@@ -55,6 +58,6 @@ class InverseHealth:
         return [poll.rank for poll in self._polls.values() if poll.asked_seconds < latest]
 
     def forget(self, rank: int) -> None:
-        """Forget what was asked of a worker that is gone, and what it answered."""
+        """Forget the requests and answers of a worker that is gone."""
         self._statuses.pop(rank, None)
         self._polls = {ref: poll for ref, poll in self._polls.items() if poll.rank != rank}

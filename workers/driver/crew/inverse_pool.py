@@ -1,8 +1,9 @@
-"""The inverse workers as the driver sees them: who owns which layers, who died, who comes next.
+"""The inverse workers as the driver sees them: who owns which layers, who died, who replaces whom.
 
-A dead one does not stop the training: its layers are orphaned, which the parameter server is told
-at once, and keep their last good inverses. A successor starts in the background, with the factors
-of the newest snapshot, and takes over between two steps. One that stalls is killed.
+The death of an inverse worker does not stop the training. Its layers are *orphaned*: the parameter
+server learns this at once and keeps using their last good inverses. A successor starts in the
+background with the factors of the newest snapshot, and is connected between two steps. A worker
+that stalls is killed, and is then dead like any other.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _EXIT_TYPE = re.compile(r"Worker exit type: (\S+)")
 
 @dataclass(frozen=True, kw_only=True)
 class InverseWorkerDied:
-    """What is known of a death; `num_deaths` counts all of them in this attempt."""
+    """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included."""
 
     rank: int
     pid: int
@@ -37,6 +38,11 @@ class InverseWorkerDied:
 
 @dataclass
 class _Worker:
+    """One worker; `lifeline` is a call that ends when the worker dies.
+
+    `connected_step` is the first step in which gradient workers send to it, None before.
+    """
+
     setup: InverseSetup
     handle: Handle
     lifeline: Ref
@@ -47,13 +53,12 @@ class _Worker:
 
 
 class InversePool:
-    """All inverse workers of a job; used by the driver's one thread."""
+    """All inverse workers of a job, started by `launch`. Not thread-safe."""
 
     def __init__(
         self,
         job: JobContext,
         server: Handle,
-        setups: Sequence[InverseSetup],
         averages: Mapping[str, Array],
         on_death: Callable[[InverseWorkerDied], None],
     ) -> None:
@@ -61,10 +66,32 @@ class InversePool:
         self._server = server
         self._averages = dict(averages)
         self._on_death = on_death
-        self._workers = {setup.rank: self._start(setup) for setup in setups}
-        self._orphaned: dict[str, int] = {}
+        self._workers: dict[int, _Worker] = {}
+        self._orphaned: dict[str, int] = {}  # to the rank of the worker that owned it
         self._num_deaths = 0
         self._health = InverseHealth()
+
+    @classmethod
+    def launch(
+        cls,
+        job: JobContext,
+        server: Handle,
+        setups: Sequence[InverseSetup],
+        averages: Mapping[str, Array],
+        on_death: Callable[[InverseWorkerDied], None],
+    ) -> InversePool:
+        """Start a worker for each setup, without waiting until it is there.
+
+        Args:
+            job: the job, as every actor receives it.
+            server: the parameter server, to which the workers send their inverses.
+            setups: the layers of each worker.
+            averages: factors of all layers from a checkpoint; empty in a new run.
+            on_death: called by `handle_death`.
+        """
+        pool = cls(job, server, averages, on_death)
+        pool._workers = {setup.rank: pool._start(setup) for setup in setups}
+        return pool
 
     def _start(self, setup: InverseSetup) -> _Worker:
         names = [layer.name for layer in setup.layers]
@@ -84,7 +111,7 @@ class InversePool:
 
     @property
     def assignment(self) -> dict[int, tuple[str, ...]]:
-        """Layers by worker."""
+        """The layers of each worker, by rank."""
         return {
             rank: tuple(layer.name for layer in worker.setup.layers)
             for rank, worker in self._workers.items()
@@ -92,41 +119,41 @@ class InversePool:
 
     @property
     def assignment_epochs(self) -> dict[int, int]:
-        """For each worker, how many have had its place, itself included."""
+        """By rank, how many workers have held that rank so far, the present one included."""
         return {rank: worker.setup.assignment_epoch for rank, worker in self._workers.items()}
 
     @property
     def handles(self) -> dict[int, Handle]:
-        """The actors."""
+        """The actors, by rank."""
         return {rank: worker.handle for rank, worker in self._workers.items()}
 
     @property
     def orphaned(self) -> tuple[str, ...]:
-        """Layers whose inverse worker died and that no successor has refreshed yet."""
+        """The layers whose inverse worker died and that its successor has not refreshed yet."""
         return tuple(self._orphaned)
 
     @property
     def num_deaths(self) -> int:
-        """Deaths in this attempt."""
+        """The number of deaths in this attempt."""
         return self._num_deaths
 
     def first_statuses(self) -> dict[Ref, Member]:
-        """Return the calls that answer when each worker has started."""
+        """Return a call to each worker that returns once the worker has started."""
         return {w.first_status: Member(role=ROLE, rank=rank) for rank, w in self._workers.items()}
 
-    def watched(self) -> list[Ref]:
-        """Return the calls that end when a worker dies; to be waited for beside all others."""
+    def lifelines(self) -> list[Ref]:
+        """Return a call to each worker that ends only when the worker dies."""
         return [worker.lifeline for worker in self._workers.values()]
 
-    def notice(self, ref: Ref) -> None:
-        """Take in that one of `watched` has ended: orphan the layers and start a successor."""
-        rank = next(rank for rank, worker in self._workers.items() if worker.lifeline == ref)
+    def handle_death(self, lifeline: Ref) -> None:
+        """Orphan the layers of the worker whose lifeline has ended, and start its successor."""
+        rank = next(rank for rank, worker in self._workers.items() if worker.lifeline == lifeline)
         dead = self._workers[rank]
-        error = failure_of(ref)
-        ray.kill(dead.handle)
+        error = failure_of(lifeline)
+        ray.kill(dead.handle)  # its work may have failed while the process lives
         layers = self.assignment[rank]
         self._orphaned |= dict.fromkeys(layers, rank)
-        self._tell_server()
+        self._send_orphaned()
         self._num_deaths += 1
         self._health.forget(rank)
         self._on_death(
@@ -149,13 +176,14 @@ class InversePool:
         steps = [int(self._averages.get(f"{name}:step", 0)) for name in layers]
         return max(steps, default=0)
 
-    def _tell_server(self) -> None:
+    def _send_orphaned(self) -> None:
         self._server.set_orphaned.remote(self.orphaned)
 
-    def take_over(self, step: int) -> list[int]:
-        """Return the workers that have started and are not connected yet; they are from `step` on.
+    def note_started(self, step: int) -> list[int]:
+        """Mark the workers that have started as connected from `step` on, and return their ranks.
 
-        The caller connects the gradient workers to them before that step.
+        Workers marked earlier are not returned again. The caller connects the gradient workers to
+        the new ones before that step.
         """
         unconnected = {
             worker.first_status: rank
@@ -163,19 +191,19 @@ class InversePool:
             if worker.connected_step is None
         }
         ready = finished(unconnected)
-        joined = [unconnected[ref] for ref in ready if failure_of(ref) is None]
-        for rank in joined:
+        started = [unconnected[ref] for ref in ready if failure_of(ref) is None]
+        for rank in started:
             worker = self._workers[rank]
             status: InverseStatus = ray.get(worker.first_status)
             worker.pid, worker.connected_step = status.pid, step
-        return joined
+        return started
 
     def pid(self, rank: int) -> int:
         """Return the process id of a connected worker."""
         return self._workers[rank].pid
 
     def request(self, request: RefreshRequest, ranks: Sequence[int] | None = None) -> None:
-        """Ask these workers, or all, to refresh their layers."""
+        """Ask the workers of these ranks, or all workers, to refresh their layers."""
         for rank, worker in self._workers.items():
             if ranks is None or rank in ranks:
                 worker.handle.refresh.remote(request)
@@ -183,26 +211,28 @@ class InversePool:
     def note_versions(
         self, versions: Mapping[str, int], oldest_admissible: Mapping[str, int]
     ) -> list[str]:
-        """Return the orphaned layers that are not any more.
+        """Return the layers that cease to be orphaned, given the versions now in use.
 
-        A successor has refreshed them and they are within the staleness bound.
+        A layer is orphaned until the version in use was made by the successor and is within the
+        staleness bound.
         """
-        back = [
+        recovered = [
             layer
             for layer, rank in self._orphaned.items()
+            # Only the successor can make versions from its first step on.
             if (connected := self._workers[rank].connected_step) is not None
             and versions.get(layer, 0) >= max(connected, oldest_admissible.get(layer, 1))
         ]
-        for layer in back:
+        for layer in recovered:
             del self._orphaned[layer]
-        if back:
-            self._tell_server()
-        return back
+        if recovered:
+            self._send_orphaned()
+        return recovered
 
     def poll(self) -> None:
-        """Ask every worker for its status, and kill those that have not answered for too long.
+        """Ask every connected worker for its status, and kill the workers that have stalled.
 
-        `statuses` has the answers later; deaths are noticed as all others are.
+        `statuses` has the answers later. The death of a killed worker ends its lifeline.
         """
         for rank in self._health.stalled():
             worker = self._workers[rank]
@@ -222,11 +252,11 @@ class InversePool:
 
     @property
     def num_starting(self) -> int:
-        """Number of workers not connected yet: in a running job, successors of dead ones."""
+        """The number of workers not connected yet: in a running job, successors of dead ones."""
         return sum(worker.connected_step is None for worker in self._workers.values())
 
     def snapshots(self, step: int, timeout_seconds: float) -> dict[Ref, Member]:
-        """Ask the connected workers for their averages, with the statistics of `step` in them."""
+        """Ask the connected workers for their averages, which must include statistics of `step`."""
         return {
             worker.handle.snapshot.remote(step, timeout_seconds): Member(role=ROLE, rank=rank)
             for rank, worker in self._workers.items()
@@ -234,7 +264,7 @@ class InversePool:
         }
 
     def keep_snapshot(self, averages: Mapping[str, Array]) -> dict[str, Array]:
-        """Remember averages for successors; return the newest known of every layer."""
+        """Keep averages for successors; return the newest that are known of every layer."""
         self._averages |= averages
         return dict(self._averages)
 
