@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that survive a kill, and whole files written atomically."""
+"""Files of one JSON object a line that survive a kill."""
 
 from __future__ import annotations
 
@@ -9,25 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kfac_dist.errors import KfacDistError
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, never half: temp, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_secret(path: Path, secret: str) -> Path:
-    """Write a file that its user alone can read, from its first moment on; returns it."""
-    path.unlink(missing_ok=True)  # one that is there would keep its mode
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret)
-    return path
+from kfac_dist.runs.writing import write_whole
 
 
 class Journal:

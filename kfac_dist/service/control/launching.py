@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
-from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
+from kfac_dist.runs.writing import write_secret, write_whole
 from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import AttemptRow, JobRow

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from kfac_dist import errors
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.runs import Event, FirstFailure, JobRecord, RunFolder, StepRecord
-from kfac_dist.runs.json_lines import write_whole
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.tail import JournalTail
+from kfac_dist.runs.writing import write_whole
 from kfac_dist.service.job_records import Report, ReportAnswer, ReportedEvent, ReportedState
 from kfac_dist.service.reporting.metric_values import step_values
 

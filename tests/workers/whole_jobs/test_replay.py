@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from kfac_dist.config import JobSpec, WorkersSpec, parse_spec
 from kfac_dist.runs import StepRecord
-from kfac_dist.runs.json_lines import write_whole
 from kfac_dist.runs.replay_plan import ReplayPlan, plan_replay
+from kfac_dist.runs.writing import write_whole
 from tests.workers.whole_jobs.jobs import Jobs, line_spec
 from workers.checkpoint import load_newest, write_checkpoint
 from workers.cluster.cluster import local_cluster
