@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from kfac_dist import errors
 from kfac_dist.coordination.steps.recorded import BeyondBound
+from kfac_dist.errors import FirstFailure, JobFailedError, KfacDistError, reason_of
 
 
 def _nan_for_null(value: object) -> object:
@@ -138,42 +138,20 @@ class Event(_Record):
         return plain
 
 
-class FirstFailure(_Record):
-    """The failure that came first; `time_seconds` is Unix time."""
-
-    role: str
-    rank: int
-    time_seconds: float
-    log_tail: str
-
-    @classmethod
-    def of(cls, error: errors.JobFailedError) -> FirstFailure | None:
-        """Take the failure from an error, None when it names none."""
-        first = error.first_failure
-        if first is None:
-            return None
-        return cls(
-            role=first.role,
-            rank=first.rank,
-            time_seconds=first.time_seconds,
-            log_tail=first.log_tail,
-        )
-
-
 class Failure(NamedTuple):
-    """What is told of an error that ended a run: a machine word, a sentence, what came first."""
+    """The error that ended a run, as a machine word, a sentence and the failure that came first."""
 
     reason: str
     message: str
     first_failure: FirstFailure | None
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
-        """Take it from an error; one that is none of the project's own is a bug."""
-        if not isinstance(error, errors.KfacDistError):
+    def from_error(cls, error: Exception) -> Failure:
+        """Describe an error; one that is outside the project's own tree counts as a bug."""
+        if not isinstance(error, KfacDistError):
             return cls("internal_error", f"{type(error).__name__}: {error}", None)
-        first = FirstFailure.of(error) if isinstance(error, errors.JobFailedError) else None
-        return cls(errors.reason_of(error), error.message, first)
+        first = error.first_failure if isinstance(error, JobFailedError) else None
+        return cls(reason_of(error), error.message, first)
 
 
 class JobRecord(_Record):

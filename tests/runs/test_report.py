@@ -5,7 +5,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from kfac_dist.runs import Event, FirstFailure, RunFolder
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, RunFolder
 from kfac_dist.runs.report import render_report
 
 from .samples import LAYERS, sample_record, sample_run, sample_spec

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from kfac_dist.config import parse_spec
-from kfac_dist.runs import Event, FirstFailure, RunFolder, RunIdentity, StepRecord
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, RunFolder, RunIdentity, StepRecord
 from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.service.control.launching import read_launch, read_token
 from kfac_dist.service.job_records import ReportAnswer

@@ -11,10 +11,9 @@ import typer
 
 from kfac_dist.cli.environment import ray_address
 from kfac_dist.cli.signals import terminate_is_interrupt
-from kfac_dist.errors import ConflictError, KfacDistError
+from kfac_dist.errors import ConflictError, FirstFailure, KfacDistError
 
 if TYPE_CHECKING:
-    from kfac_dist.runs import FirstFailure
     from kfac_dist.service.control.launching import Launch
     from kfac_dist.service.job_records import ReportAnswer
     from kfac_dist.service.reporting.run_reader import DriverEnd
@@ -92,7 +91,7 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
     except Exception as error:
         known = isinstance(error, KfacDistError)
         log.exception("the attempt failed" if known else "the attempt failed by a bug")
-        return _end(launch, "FAILED", **Failure.of(error)._asdict())
+        return _end(launch, "FAILED", **Failure.from_error(error)._asdict())
     log.info("the attempt has succeeded")
     return _end(launch, "SUCCEEDED")
 

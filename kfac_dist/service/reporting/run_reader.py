@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from kfac_dist import errors
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.runs import Event, FirstFailure, JobRecord, RunFolder, StepRecord
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, JobRecord, RunFolder, StepRecord
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.tail import JournalTail
 from kfac_dist.runs.writing import write_whole
@@ -127,13 +127,12 @@ class RunReader:
         known = end or job
         if known is None:
             return None
-        failure = known.first_failure
         return ReportedState(
             state=JobState(known.state),
             step=job.step if job else 0,
             reason=known.reason,
             message=known.message,
-            first_failure=_plain(failure) if failure else None,
+            first_failure=known.first_failure,
             summary=json.loads(summary.read_bytes()) if job and summary.exists() else None,
         )
 
@@ -148,7 +147,3 @@ class RunReader:
             return None
         end = read_whole(DriverEnd, self._run_dir / _END)
         return end if end.attempt == self._attempt else None
-
-
-def _plain(failure: FirstFailure) -> errors.FirstFailure:
-    return errors.FirstFailure(**failure.model_dump())

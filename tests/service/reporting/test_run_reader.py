@@ -9,7 +9,8 @@ import pytest
 
 from kfac_dist.config import parse_spec
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.runs import Event, FirstFailure, RunFolder, RunIdentity
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, RunFolder, RunIdentity
 from kfac_dist.service.job_records import ReportAnswer
 from kfac_dist.service.reporting.run_reader import MOST_IN_A_REPORT, DriverEnd, RunReader, write_end
 from tests.service.requests import spec
