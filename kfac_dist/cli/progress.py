@@ -5,47 +5,31 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import IO, Protocol, Self
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 _WINDOW = 20  # steps over which the rate is taken
 
-
-class Staleness(Protocol):
-    """Of the inverses, over the layers, in steps."""
-
-    @property
-    def mean(self) -> float:
-        """The mean."""
-
-    @property
-    def max(self) -> float:
-        """The maximum."""
+STALENESS = ("inverse_staleness_steps.mean", "inverse_staleness_steps.max")
+"""Names in the history of the staleness of the inverses, over the layers."""
 
 
 class Step(Protocol):
-    """What is shown of a step: of a record of the run's, or of what a server tells."""
+    """A step to show: a record of the run, or what a server reports of it."""
 
     @property
     def step(self) -> int:
-        """Its number, from 1."""
+        """The number of the step, from 1."""
 
     @property
     def time(self) -> float:
-        """When it ended, in Unix seconds."""
+        """Unix time in seconds at which it ended."""
 
     @property
-    def objective(self) -> float:
-        """Of its batch, in nats a case."""
-
-    @property
-    def damping(self) -> float | None:
-        """The damping lambda, None where there is none."""
-
-    @property
-    def inverse_staleness_steps(self) -> Staleness | None:
-        """None where there are no inverses."""
+    def values(self) -> Mapping[str, float]:
+        """Its numbers by their names in the history; `objective` is always there."""
 
 
 class Happening(Protocol):
@@ -183,14 +167,25 @@ class LiveProgress:
         self._bar.update(self._task, description=state.lower(), facts=message or "")
 
 
-def describe(record: Step, rate: float | None) -> str:
-    """Objective, rate, staleness and damping of a step, what there is of them."""
-    facts = [f"objective {record.objective:.4g}"]
+def describe(step: Step, rate: float | None) -> str:
+    """Return the numbers of a step for the progress line, with `rate` in steps a second."""
+    facts = number_facts(step.values, progress_numbers())
     if rate is not None:
-        facts.append(f"{rate:.3g} steps/s")
-    staleness = record.inverse_staleness_steps
-    if staleness is not None:
-        facts.append(f"staleness {staleness.mean:.1f} (max {staleness.max:.0f})")
-    if record.damping is not None:
-        facts.append(f"damping {record.damping:.3g}")
+        facts.insert(1, f"{rate:.3g} steps/s")
     return " · ".join(facts)
+
+
+def progress_numbers() -> list[str]:
+    """Return the names of the numbers in a progress line; the first is `objective`."""
+    from kfac_dist.runs.step_record import STEP_NUMBERS  # pydantic takes a while to load
+
+    return [name for name, number in STEP_NUMBERS.items() if number.in_progress]
+
+
+def number_facts(values: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    """Return a phrase for each of `names` that was measured, and one for the staleness."""
+    facts = [f"{name} {values[name]:.4g}" for name in names if name in values]
+    mean, most = (values.get(name) for name in STALENESS)
+    if mean is not None and most is not None:
+        facts.append(f"staleness {mean:.1f} (max {most:.0f})")
+    return facts

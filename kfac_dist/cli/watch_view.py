@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kfac_dist.cli.job_view import age
+from kfac_dist.cli.progress import STALENESS, number_facts
 from kfac_dist.coordination.jobs.lifecycle import ENDED
+from kfac_dist.runs.step_record import STEP_NUMBERS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,13 +24,8 @@ if TYPE_CHECKING:
     from kfac_dist.service.job_records import Job, JobEvent, MetricSeries
 
 _VERSIONS = "inverse_version_step."
-_SHOWN = ("objective", "damping", "gamma", "reduction_ratio", "lr", "step_seconds")
-METRICS = (
-    *_SHOWN,
-    "inverse_staleness_steps.mean",
-    "inverse_staleness_steps.max",
-    f"{_VERSIONS}*",
-)
+_NUMBERS = tuple(name for name, number in STEP_NUMBERS.items() if number.in_watch)
+METRICS = (*_NUMBERS, *STALENESS, f"{_VERSIONS}*")
 _NUM_EVENTS, _NUM_LAYERS, _BAR_WIDTH = 6, 16, 30
 _STYLES = {"warning": "yellow", "error": "red"}
 
@@ -85,13 +82,8 @@ class WatchView:
         yield grid
 
     def _numbers(self) -> Iterable[RenderableType]:
-        shown = [f"{name} {self._values[name]:.4g}" for name in _SHOWN if name in self._values]
-        mean = self._values.get("inverse_staleness_steps.mean")
-        most = self._values.get("inverse_staleness_steps.max")
-        if mean is not None and most is not None:
-            shown.append(f"staleness {mean:.1f} (max {most:.0f})")
-        if shown:
-            yield Text("  ".join(shown))
+        if facts := number_facts(self._values, _NUMBERS):
+            yield Text("  ".join(facts))
 
     def _layers(self) -> Iterable[RenderableType]:
         """The stalest layers, the bound of the job as the full bar."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 Kind = Literal["gauge", "counter", "histogram"]
-Unit = Literal["", "step", "nats", "seconds", "cases"]
+Unit = Literal["", "step", "nats", "seconds", "cases", "bytes"]
 
 _NAME = re.compile(r"kfac(_[a-z]+)+")
 _LABEL = re.compile(r"[a-z]+(_[a-z]+)*")

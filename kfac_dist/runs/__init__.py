@@ -12,9 +12,9 @@ from kfac_dist.runs.records import (
     Metrics,
     RunState,
     StalenessSummary,
-    StepRecord,
     WorkerCounts,
 )
+from kfac_dist.runs.step_record import StepRecord
 
 __all__ = [
     "ENDED",

@@ -22,8 +22,9 @@ from kfac_dist.errors import ConflictError, NotFoundError, UsageError
 from kfac_dist.runs.json_lines import Journal
 from kfac_dist.runs.lock import FolderLock
 from kfac_dist.runs.parsing import parse_record, read_whole
-from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepRecord
+from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary
 from kfac_dist.runs.resume import check_same_job
+from kfac_dist.runs.step_record import StepRecord
 from kfac_dist.runs.writing import write_whole
 
 _JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"

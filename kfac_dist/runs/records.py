@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from kfac_dist.coordination.steps.recorded import BeyondBound
 from kfac_dist.errors import FirstFailure, JobFailedError, KfacDistError, reason_of
 
 
@@ -35,18 +34,20 @@ Metrics = dict[str, Measured]
 """`objective` (nats a case) and the task's own, such as `squared_error` or `accuracy`; means."""
 
 
-class _Record(BaseModel):
+class RunRecord(BaseModel):
+    """Base of what a run folder holds; an unknown key is damage."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
-class StalenessSummary(_Record):
+class StalenessSummary(RunRecord):
     """Current step minus the step of the newest statistics in the inverses used, over layers."""
 
     mean: float
     max: float
 
 
-class Inversion(_Record):
+class Inversion(RunRecord):
     """One inversion of a layer, for all gammas that were tried; `seconds` is what it took.
 
     "rescued": float64 or more damping was needed; "failed": there is none for some gamma.
@@ -57,7 +58,7 @@ class Inversion(_Record):
     result: InversionResult
 
 
-class Evaluation(_Record):
+class Evaluation(RunRecord):
     """Means over the whole training and test sets.
 
     The averaged ones are those of the Polyak average; null while it is off or has not begun.
@@ -69,53 +70,7 @@ class Evaluation(_Record):
     test_averaged: Metrics | None = None
 
 
-class StepRecord(_Record):
-    """One training step.
-
-    `time` is in Unix seconds, `loss` the batch mean before the update in nats a case, `objective`
-    adds the l2 term. `lr` is that of the step. `reduction_ratio` is rho where it was measured.
-    `predicted_change` is M(delta) - M(0). `inverse_version_step` maps a layer to the step of the
-    newest statistics in the inverse that was used for it; `inverse_gammas` has, of the layers that
-    use a version for the first time, the gammas it was made for, and `stale_layers` those whose
-    version is beyond the staleness bound. `numeric_events` and `stale_applied_total` count from the
-    start of the job; `waited_seconds` is the time spent at the staleness bound in this step.
-    `exchanged_bytes` are those of the tensors that a gradient worker exchanged with the parameter
-    server, sent and received, `num_messages` how many tensors; statistics go another way.
-    `inversions` are those that came in since the last record.
-    What an optimizer does not have, such as the damping of SGD, is null or empty.
-    """
-
-    step: int
-    time: float
-    loss: Measured
-    objective: Measured
-    num_cases: int
-    update_norm: Measured
-    step_seconds: float
-    phase_seconds: dict[str, float] = Field(default_factory=dict)
-    damping: float | None = None
-    gamma: float | None = None
-    lr: float | None = None
-    reduction_ratio: float | None = None
-    alpha: float | None = None
-    mu: float | None = None
-    predicted_change: float | None = None
-    inverse_version_step: dict[str, int] = Field(default_factory=dict)
-    inverse_gammas: dict[str, list[float]] = Field(default_factory=dict)
-    stale_layers: dict[str, BeyondBound] = Field(default_factory=dict)
-    inverse_staleness_steps: StalenessSummary | None = None
-    parameter_version: int
-    numeric_events: dict[str, int] = Field(default_factory=dict)
-    stale_applied_total: int = 0
-    waited_seconds: float = 0.0
-    exchanged_bytes: int = 0
-    num_messages: int = 0
-    inverse_queue_depth: dict[str, int] = Field(default_factory=dict)
-    inversions: list[Inversion] = Field(default_factory=list)
-    evaluation: Evaluation | None = None
-
-
-class Event(_Record):
+class Event(RunRecord):
     """Something that happened to a job: a worker died, a checkpoint was written.
 
     `kind` is a machine word such as `worker_restarted`, `message` a whole sentence. `step` is the
@@ -154,7 +109,7 @@ class Failure(NamedTuple):
         return cls(reason_of(error), error.message, first)
 
 
-class JobRecord(_Record):
+class JobRecord(RunRecord):
     """Where a job stands: `job.json`.
 
     `reason` is a machine word for the state, `message` a sentence; `attempt` counts from 1, times
@@ -172,7 +127,7 @@ class JobRecord(_Record):
     first_failure: FirstFailure | None = None
 
 
-class WorkerCounts(_Record):
+class WorkerCounts(RunRecord):
     """Processes of each role."""
 
     gradient: int
@@ -180,7 +135,7 @@ class WorkerCounts(_Record):
     parameter_server: int
 
 
-class JobSummary(_Record):
+class JobSummary(RunRecord):
     """How a job ended: `summary.json`, and what `train -o json` prints.
 
     `train` and `test` are null when the job ended before an evaluation, the averaged ones also

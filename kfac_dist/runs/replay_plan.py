@@ -16,25 +16,11 @@ from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, 
 from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError
 from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.runs.folder import RunFolder
-from kfac_dist.runs.records import Event, StepRecord
+from kfac_dist.runs.records import Event
+from kfac_dist.runs.step_record import STEP_NUMBERS, StepRecord
 
 REASON = "replay_differs"
 """The machine word of a replay that is not what was recorded."""
-
-_COMPARED = (
-    "inverse_version_step",
-    "loss",
-    "objective",
-    "num_cases",
-    "alpha",
-    "mu",
-    "damping",
-    "gamma",
-    "lr",
-    "update_norm",
-    "predicted_change",
-    "reduction_ratio",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +233,7 @@ def _replayed_spec(
         "workers": {key: had[name] for key, name in workers.items() if name in had},
         "staleness": {"delay_steps": {}},
         "checkpoint": {"keep": max(1, keep)},
-        "faults": {"max_restarts": 0, "min_gradient_workers": 1},
+        "faults": {"max_restarts": 0},
     }
     if "staleness_max_steps" in had:
         changes["staleness"]["max_steps"] = had["staleness_max_steps"]
@@ -261,12 +247,15 @@ def _replayed_spec(
 
 def first_difference(recorded: StepRecord, replayed: StepRecord) -> Difference | None:
     """Compare two records of a step to the last bit; NaN equals NaN, as null does in JSON."""
-    for name in _COMPARED:
-        one, other = _plain(recorded, name), _plain(replayed, name)
-        if one != other:
-            return Difference(step=recorded.step, field=name, recorded=one, replayed=other)
+    compared = {name for name, number in STEP_NUMBERS.items() if number.compared}
+    before, after = _plain(recorded, compared), _plain(replayed, compared)
+    for name, value in before.items():
+        if after[name] != value:
+            return Difference(step=recorded.step, field=name, recorded=value, replayed=after[name])
     return None
 
 
-def _plain(record: StepRecord, name: str) -> Any:
-    return json.loads(record.model_dump_json(include={name}))[name]
+def _plain(record: StepRecord, names: set[str]) -> dict[str, Any]:
+    """Return numbers as JSON has them, in the order of the fields."""
+    plain: dict[str, Any] = json.loads(record.model_dump_json(include=names))
+    return plain

@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kfac_dist.config import JobSpec, dump_spec
 from kfac_dist.runs.folder import RunFolder
-from kfac_dist.runs.records import JobSummary, Metrics, StepRecord
+from kfac_dist.runs.records import JobSummary, Metrics
 from kfac_dist.runs.series import report_series, staleness_bound
+from kfac_dist.runs.step_record import StepRecord
 from kfac_dist.runs.writing import write_whole
 
 _NO_VALUE = "–"

@@ -17,8 +17,13 @@ from kfac_dist.runs import Event, JobRecord, RunFolder, StepRecord
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.tail import JournalTail
 from kfac_dist.runs.writing import write_whole
-from kfac_dist.service.job_records import Report, ReportAnswer, ReportedEvent, ReportedState
-from kfac_dist.service.reporting.metric_values import step_values
+from kfac_dist.service.job_records import (
+    Report,
+    ReportAnswer,
+    ReportedEvent,
+    ReportedState,
+    StepValues,
+)
 
 MOST_IN_A_REPORT = 200
 _END = "driver.json"
@@ -71,7 +76,10 @@ class RunReader:
             attempt=self._attempt,
             state=None if state == self._state_known else state,
             events=tuple(self._events),
-            steps=tuple(step_values(record) for record in self._steps),
+            steps=tuple(
+                StepValues(step=record.step, time=record.time, values=record.values)
+                for record in self._steps
+            ),
         )
 
     def acknowledge(self, answer: ReportAnswer) -> None:

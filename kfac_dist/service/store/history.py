@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from kfac_dist.config.wording import did_you_mean
 from kfac_dist.errors import NotFoundError
+from kfac_dist.runs.step_record import STEP_NUMBERS
 from kfac_dist.service.job_records import MetricPoint, MetricSeries, StepValues
 from kfac_dist.service.store import JobRow, PointRow, SeriesRow
 
@@ -109,8 +110,8 @@ def _read_one(
     every = 1 if count <= max_points else math.ceil((high - low + 1) / max_points)
     if every > 1:
         bucket = (points.c.step - low) // every
-        # A step above the bound of staleness is never averaged away.
-        combine = func.max if "staleness" in name else func.avg
+        number = STEP_NUMBERS.get(name.partition(".")[0])
+        combine = func.max if number and number.thinned_to_max else func.avg
         step, time, value = func.max(points.c.step), func.max(points.c.time), points.c.value
         query = select(step, time, combine(value)).group_by(bucket).order_by(bucket)
     else:

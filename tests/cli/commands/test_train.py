@@ -18,9 +18,8 @@ import pytest
 from kfac_dist.config import JobSpec
 from kfac_dist.errors import WorkerDiedError
 from kfac_dist.runs import Event, JobSummary, RunFolder, StepRecord, WorkerCounts
+from tests.cli.conftest import KfacDist
 from tests.workers.whole_jobs.scraping import scrape
-
-from .conftest import KfacDist
 
 Runner = Callable[..., JobSummary]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -21,6 +21,7 @@ from kfac_dist.coordination import metrics
 from kfac_dist.coordination.metrics import Metric
 from kfac_dist.runs import Event, StepRecord
 from kfac_dist.runs.records import InversionResult
+from kfac_dist.runs.step_record import STEP_NUMBERS, StepNumber
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 _Values = dict[tuple[str, ...], float]  # by the values of the labels
@@ -44,8 +45,9 @@ class JobSeries(Collector):
     def on_record(self, record: StepRecord) -> None:
         """Take in a step."""
         with self._lock:
-            self._take_step(record)
-            self._take_inverses(record)
+            self._date_new_inverses(record)  # before the versions of the last record are replaced
+            self._add_numbers(record)
+            self._add_inversions(record)
 
     def on_event(self, event: Event) -> None:
         """Take in an event."""
@@ -58,33 +60,37 @@ class JobSeries(Collector):
         with self._lock:
             return [*self._valued(), _histogram(metrics.INVERSION_DURATION, self._durations)]
 
-    def _take_step(self, record: StepRecord) -> None:
-        for metric, value in (
-            (metrics.STEP, record.step),
-            (metrics.LOSS, record.loss),
-            (metrics.DAMPING, record.damping),
-            (metrics.GAMMA, record.gamma),
-            (metrics.REDUCTION_RATIO, record.reduction_ratio),
-            (metrics.UPDATE_NORM, record.update_norm),
-            (metrics.STALE_APPLIED, record.stale_applied_total),
-        ):
-            if value is not None:
-                self._values[metric] = {(): value}
-        self._values[metrics.SAMPLES][()] += record.num_cases
-        phases = {"step": record.step_seconds, **record.phase_seconds}
-        self._values[metrics.STEP_DURATION] = {(phase,): s for phase, s in phases.items()}
-        events = record.numeric_events
-        self._values[metrics.NUMERIC_EVENTS] = {(rung,): n for rung, n in events.items()}
+    def _add_numbers(self, record: StepRecord) -> None:
+        latest: dict[Metric, _Values] = {}
+        for name, number in STEP_NUMBERS.items():
+            value = getattr(record, name)
+            if number.metric is None or value is None:
+                continue
+            values = self._by_labels(number, number.metric, value)
+            known = self._values.get(number.metric, {})
+            if number.over_steps == "sum":
+                values = {labels: known.get(labels, 0) + term for labels, term in values.items()}
+            if number.over_steps != "last":
+                values = known | values
+            latest.setdefault(number.metric, {}).update(values)
+        self._values |= latest
 
-    def _take_inverses(self, record: StepRecord) -> None:
-        versions = self._values.setdefault(metrics.INVERSE_VERSION_STEP, {})
+    def _by_labels(self, number: StepNumber, metric: Metric, value: Any) -> _Values:
+        if not isinstance(value, Mapping):
+            return {() if number.label is None else (number.label,): value}
+        # The label `job`, where a metric has it, comes first.
+        job = (self._job,) if "job" in metric.labels else ()
+        return {(*job, key): entry for key, entry in value.items()}
+
+    def _date_new_inverses(self, record: StepRecord) -> None:
+        versions = self._values.get(metrics.INVERSE_VERSION_STEP, {})
         refreshed = self._values.setdefault(metrics.INVERSE_REFRESH_TIMESTAMP, {})
-        for layer, version in record.inverse_version_step.items():  # none in a skipped step
+        for layer, version in record.inverse_version_step.items():
             labels = (self._job, layer)
             if versions.get(labels) != version:
-                versions[labels], refreshed[labels] = version, record.time
-        depths = record.inverse_queue_depth
-        self._values[metrics.INVERSE_QUEUE_DEPTH] = {(self._job, w): n for w, n in depths.items()}
+                refreshed[labels] = record.time
+
+    def _add_inversions(self, record: StepRecord) -> None:
         for inversion in record.inversions:
             self._values[metrics.INVERSIONS][(inversion.result,)] += 1
             self._durations.add(inversion.seconds)
