@@ -43,10 +43,11 @@ def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
 
     Ray keeps printed text in its own folder, which an embedded cluster takes with it.
     """
-    path = RunFolder.open(job.run_dir).log_path(role, rank, job.attempt)
-    with path.with_suffix(".out").open("ab") as printed:
+    places = RunFolder.open(job.run_dir).places
+    with places.printed(role, rank, job.attempt).open("ab") as printed:
         os.dup2(printed.fileno(), sys.stdout.fileno())
         os.dup2(printed.fileno(), sys.stderr.fileno())
+    path = places.log(role, rank, job.attempt)
     return open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
 
 

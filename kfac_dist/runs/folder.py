@@ -1,11 +1,4 @@
-"""The folder of a run: who may write into it, what lies where.
-
-spec.yaml       the resolved specification      job.json      where the job stands
-metrics.jsonl   one StepRecord a line           summary.json  how it ended
-events.jsonl    one Event a line                report.html   curves and staleness, offline
-logs/<role>-<rank>.log, of a later attempt logs/<role>-<rank>.a2.log
-checkpoints/
-"""
+"""The folder of a run: who may write into it, and its records (`run_places` has the names)."""
 
 from __future__ import annotations
 
@@ -24,10 +17,9 @@ from kfac_dist.runs.lock import FolderLock
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary
 from kfac_dist.runs.resume import check_same_job
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.runs.step_record import StepRecord
 from kfac_dist.runs.writing import write_whole
-
-_JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +40,10 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None) -> None:
         """Use `create`, `resume` or `open` instead."""
         self.path = path
+        self.places = RunPlaces(path)
         self._lock = lock
-        self._metrics = Journal(path / "metrics.jsonl")
-        self._events = Journal(path / "events.jsonl")
+        self._metrics = Journal(self.places.metrics)
+        self._events = Journal(self.places.events)
 
     @classmethod
     def create(cls, path: Path, spec: JobSpec, identity: RunIdentity | None = None) -> RunFolder:
@@ -64,8 +57,8 @@ class RunFolder:
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
             _refuse_occupied(path)
-            for name in ("logs", "checkpoints"):
-                (path / name).mkdir(exist_ok=True)
+            folder.places.logs.mkdir(exist_ok=True)
+            folder.places.checkpoints.mkdir(exist_ok=True)
             folder.write_spec(spec)
             folder._write_job(_first_record(spec, identity))
         return folder
@@ -78,7 +71,7 @@ class RunFolder:
             NotFoundError: there is no run.
             ConflictError: another process works in it, or `spec` is of another job.
         """
-        if not (path / _JOB).exists():
+        if not RunPlaces(path).has_run:
             raise NotFoundError(_nothing_to_resume(path))
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
@@ -92,8 +85,9 @@ class RunFolder:
         Raises:
             NotFoundError: there is no run.
         """
-        if not (path / _JOB).exists():
-            raise NotFoundError(f"{path}: not the folder of a run, it has no {_JOB}")
+        places = RunPlaces(path)
+        if not places.has_run:
+            raise NotFoundError(f"{path}: not the folder of a run, it has no {places.job.name}")
         return cls(path.absolute(), None)
 
     def __enter__(self) -> Self:
@@ -109,28 +103,13 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
 
-    @property
-    def checkpoints_dir(self) -> Path:
-        """Where checkpoints go."""
-        return self.path / "checkpoints"
-
-    @property
-    def report_path(self) -> Path:
-        """Where the report is."""
-        return self.path / "report.html"
-
-    def log_path(self, role: str, rank: int, attempt: int = 1) -> Path:
-        """The log of one worker; attempts are kept apart."""
-        suffix = "" if attempt == 1 else f".a{attempt}"
-        return self.path / "logs" / f"{role}-{rank}{suffix}.log"
-
     def begin_attempt(self, spec: JobSpec, identity: RunIdentity | None = None) -> None:
         """Begin the next attempt of a run taken up again; `spec` may change what keeps the job.
 
         Without `identity` its number is one more than the last.
         """
         self.write_spec(spec)
-        (self.path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
+        self.places.summary.unlink(missing_ok=True)  # it would contradict job.json
         attempt = identity.attempt if identity else self.read_job().attempt + 1
         self.update_job(
             state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
@@ -138,7 +117,7 @@ class RunFolder:
 
     def write_spec(self, spec: JobSpec) -> None:
         """Write the resolved specification."""
-        write_whole(self.path / _SPEC, dump_spec(spec))
+        write_whole(self.places.spec, dump_spec(spec))
 
     def update_job(self, **changes: Any) -> JobRecord:
         """Change fields of the job's record; `updated_at` is set to now. Returns the new one."""
@@ -157,7 +136,7 @@ class RunFolder:
 
     def write_summary(self, summary: JobSummary) -> None:
         """Write how the job ended."""
-        write_whole(self.path / _SUMMARY, summary.model_dump_json(indent=2) + "\n")
+        write_whole(self.places.summary, summary.model_dump_json(indent=2) + "\n")
 
     def truncate_metrics_after(self, step: int) -> None:
         """Drop the records of later steps, which a resumed attempt is about to do again."""
@@ -166,15 +145,15 @@ class RunFolder:
 
     def read_spec(self) -> JobSpec:
         """Read the resolved specification."""
-        return load_spec(self.path / _SPEC)
+        return load_spec(self.places.spec)
 
     def read_job(self) -> JobRecord:
         """Read where the job stands."""
-        return read_whole(JobRecord, self.path / _JOB)
+        return read_whole(JobRecord, self.places.job)
 
     def read_summary(self) -> JobSummary | None:
         """Read how the job ended, None before that."""
-        path = self.path / _SUMMARY
+        path = self.places.summary
         return read_whole(JobSummary, path) if path.exists() else None
 
     def read_metrics(self) -> list[StepRecord]:
@@ -197,7 +176,7 @@ class RunFolder:
         return [parse_record(Event, values, path) for values in self._events.read()]
 
     def _write_job(self, record: JobRecord) -> None:
-        write_whole(self.path / _JOB, record.model_dump_json(indent=2) + "\n")
+        write_whole(self.places.job, record.model_dump_json(indent=2) + "\n")
 
 
 def _first_record(spec: JobSpec, identity: RunIdentity | None) -> JobRecord:
@@ -232,7 +211,7 @@ def check_folder(path: Path, spec: JobSpec, *, resume: bool) -> None:
         ConflictError: the folder is occupied, or holds another job than the one to resume.
         NotFoundError: there is no run to resume.
     """
-    if (path / _JOB).exists():
+    if RunPlaces(path).has_run:
         _lock(path).release()
         if resume:
             check_same_job(RunFolder.open(path).read_spec(), spec, path)
@@ -248,7 +227,7 @@ def _nothing_to_resume(path: Path) -> str:
 
 def _refuse_occupied(path: Path) -> None:
     """Raise ConflictError when there is a run; the lock was free, so no process works on it."""
-    if not (path / _JOB).exists():
+    if not RunPlaces(path).has_run:
         return
     job = RunFolder.open(path).read_job()
     state = job.state if job.state in ENDED else f"{job.state} when its process ended"

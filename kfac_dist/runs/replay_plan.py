@@ -225,7 +225,7 @@ def _replayed_spec(
     worker ends a replay: it could not be what was recorded any more.
     """
     spec = folder.read_spec()
-    oldest = min((info.step for info in list_checkpoints(folder.checkpoints_dir)), default=0)
+    oldest = min((info.step for info in list_checkpoints(folder.places.checkpoints)), default=0)
     keep = sum(step >= oldest for step in checkpoint_steps)
     had = history.attempts[0].arithmetic if history.attempts else {}
     workers = {"gradient": "gradient_workers", "threads": "threads", "device": "device"}

@@ -55,8 +55,8 @@ def render_report(folder: RunFolder) -> Path:
         has_layers=any(record.inverse_version_step for record in records),
         series=report_series(spec, records, events),
     )
-    write_whole(folder.report_path, page)
-    return folder.report_path
+    write_whole(folder.places.report, page)
+    return folder.places.report
 
 
 def _utc(seconds: float) -> str:

@@ -20,9 +20,9 @@ def test_a_new_folder_holds_the_specification_and_the_job(tmp_path: Path) -> Non
         assert folder.read_spec() == sample_spec()
         assert job.job.startswith("digits-")
         assert (job.state, job.attempt, job.step) == ("STARTING", 1, 0)
-        assert folder.checkpoints_dir.is_dir()
-        assert folder.log_path("inverse_worker", 0).name == "inverse_worker-0.log"
-        assert folder.log_path("inverse_worker", 0, attempt=2).name == "inverse_worker-0.a2.log"
+        assert folder.places.checkpoints.is_dir()
+        assert folder.places.log("inverse_worker", 0).name == "inverse_worker-0.log"
+        assert folder.places.log("inverse_worker", 0, attempt=2).name == "inverse_worker-0.a2.log"
         assert folder.read_summary() is None
 
 

@@ -76,7 +76,7 @@ def main(run_dir: Path, attempt: int) -> None:
 def train(
     folder: RunFolder, attempt: int, steps: int, script: dict[str, object], *, resumed: bool
 ) -> None:
-    newest = list_checkpoints(folder.checkpoints_dir)
+    newest = list_checkpoints(folder.places.checkpoints)
     first = newest[0].step if newest else 0
     if resumed:
         folder.truncate_metrics_after(first)
@@ -94,7 +94,7 @@ def train(
         if step == script.get("end_at"):
             end(str(script["end"]))
         folder.append_metrics(record(step, attempt))
-        (folder.checkpoints_dir / f"step-{step:08d}").mkdir()
+        (folder.places.checkpoints / f"step-{step:08d}").mkdir()
         (folder.path / "ran").open("a").write(f"{attempt} {step}\n")
         if ordered.wait(float(str(script.get("seconds", 0.01)))):
             raise Ended("PAUSED" if orders[0] == "pause" else "CANCELLED", "interrupted")

@@ -54,7 +54,7 @@ def find_resume_point(folder: RunFolder, last_step: int) -> ResumePoint:
         NotFoundError: there are checkpoints, but none is whole.
         InvalidSpecError: the newest whole one is of a later step than `last_step`.
     """
-    loaded = load_newest(folder.checkpoints_dir)
+    loaded = load_newest(folder.places.checkpoints)
     if loaded is None:
         return BEGINNING
     if loaded.step > last_step:
@@ -105,7 +105,7 @@ def save(
     if buffers := crew.share_buffers():
         roles[_BUFFERS_ROLE] = buffers
     state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
-    write_checkpoint(folder.checkpoints_dir, crew.step, roles, state, keep)
+    write_checkpoint(folder.places.checkpoints, crew.step, roles, state, keep)
     return crew.inverse_pool.num_starting + len(asked) - len(parts)
 
 

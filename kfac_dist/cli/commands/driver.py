@@ -56,9 +56,9 @@ def driver(
 
 def _redirect_output(run_dir: Path, attempt: int) -> None:
     """Let what is printed go to the run's logs: the cluster keeps it with its own."""
-    from kfac_dist.runs import RunFolder
+    from kfac_dist.runs.run_places import RunPlaces
 
-    path = RunFolder(run_dir, None).log_path(_ROLE, 0, attempt).with_suffix(".out")
+    path = RunPlaces(run_dir).printed(_ROLE, 0, attempt)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as printed:
         os.dup2(printed.fileno(), sys.stdout.fileno())
@@ -76,10 +76,11 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
 
 def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
     """Run the job and return how it ended; whatever it is, the job's user is told."""
-    from kfac_dist.runs import Failure, RunFolder
+    from kfac_dist.runs import Failure
     from kfac_dist.runs.logs import open_log
+    from kfac_dist.runs.run_places import RunPlaces
 
-    path = RunFolder(run_dir, None).log_path(_ROLE, 0, launch.attempt)
+    path = RunPlaces(run_dir).log(_ROLE, 0, launch.attempt)
     log = open_log(path, job=launch.job, role=_ROLE, attempt=launch.attempt, pid=os.getpid())
     log.info("the driver has started")
     try:
@@ -99,14 +100,14 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
 def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> None:
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
-    from kfac_dist.service.control.launching import code_dir
+    from kfac_dist.runs.run_places import RunPlaces
     from workers.driver.launch import run_job
     from workers.driver.records.metrics_server import metrics_server
 
     with metrics_server(0) as metrics:
         run_job(
             parse_spec(launch.spec),
-            base_dir=code_dir(run_dir),
+            base_dir=RunPlaces(run_dir).code,
             data_dir=launch.data_dir,
             home=launch.home,
             run_dir=run_dir,

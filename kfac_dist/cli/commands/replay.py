@@ -77,7 +77,7 @@ def replay(
     folder = RunFolder.open(source.run_dir)
     plan = plan_replay(folder, steps)
     target = _target(source.run_dir, run_dir)
-    result = _run(plan, folder.checkpoints_dir, source, target, output)
+    result = _run(plan, folder.places.checkpoints, source, target, output)
     for message in result.refused:
         typer.echo(f"warning: {message}", err=True)
     write_result(_facts(plan, result), output)
@@ -93,14 +93,14 @@ def _find(
     Raises:
         NotFoundError: there is none, or something of it is not on this machine.
     """
-    from kfac_dist.service.control.launching import code_dir
+    from kfac_dist.runs.run_places import RunPlaces
 
     own_base_dir = absolute(base_dir) if base_dir else None
     path = absolute(Path(job))
     if path.is_dir() or os.sep in job:
         if not path.is_dir():
             raise NotFoundError(f"{path}: no such folder, of which a run could be replayed")
-        code = code_dir(path)
+        code = RunPlaces(path).code
         found = own_base_dir or (code if code.is_dir() else Path.cwd())
         return _Source(run_dir=path, base_dir=found, data_dir=data_dir(data))
     with connect(server, ca) as client:
@@ -108,11 +108,11 @@ def _find(
 
 
 def _source_of(job: Job, base_dir: Path | None, data: Path | None) -> _Source:
-    from kfac_dist.service.control.launching import code_dir
+    from kfac_dist.runs.run_places import RunPlaces
 
     run_dir = Path(job.run_dir)
     _check_readable(job, "run folder", run_dir, "copy it here and name the copy instead of the id")
-    code = code_dir(run_dir)
+    code = RunPlaces(run_dir).code
     if base_dir is None and job.package is not None:
         _check_readable(job, "user code", code, "name a copy of it with --base-dir")
     if data is None and job.data_dir is not None:
@@ -135,11 +135,13 @@ def _target(recorded: Path, wanted: Path | None) -> Path:
     Raises:
         ConflictError: the wanted one holds a run.
     """
+    from kfac_dist.runs.run_places import RunPlaces
+
     if wanted is None:
         names = (f"{recorded.name}.replay{'' if n == 1 else f'-{n}'}" for n in count(1))
         return next(path for name in names if not (path := recorded.with_name(name)).exists())
     wanted = absolute(wanted)
-    if (wanted / "job.json").exists():
+    if RunPlaces(wanted).has_run:
         raise ConflictError(
             f"{wanted}: this folder holds a run; choose another with --run-dir, or leave "
             "it out for a new one beside the run"

@@ -143,8 +143,9 @@ def _metrics(port: int | None) -> Iterator[MetricsServer | None]:
 def _write_failed_summary(folder: Path, error: JobFailedError, output: Format) -> None:
     """Write the summary that the failed job left, if it came as far as leaving one."""
     from kfac_dist.runs import RunFolder
+    from kfac_dist.runs.run_places import RunPlaces
 
-    if not (folder / "job.json").exists():
+    if not RunPlaces(folder).has_run:
         return
     summary = RunFolder.open(folder).read_summary()
     if summary is not None and (summary.state, summary.message) == ("FAILED", error.message):

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import FirstFailure
-from kfac_dist.runs import Event, JobRecord, RunFolder, StepRecord
+from kfac_dist.runs import Event, JobRecord, StepRecord
 from kfac_dist.runs.parsing import parse_record, read_whole
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.runs.tail import JournalTail
 from kfac_dist.runs.writing import write_whole
 from kfac_dist.service.job_records import (
@@ -26,7 +27,6 @@ from kfac_dist.service.job_records import (
 )
 
 MOST_IN_A_REPORT = 200
-_END = "driver.json"
 
 
 class DriverEnd(BaseModel):
@@ -43,18 +43,18 @@ class DriverEnd(BaseModel):
 
 def write_end(run_dir: Path, end: DriverEnd) -> None:
     """Write how the driver of the newest attempt ended."""
-    write_whole(run_dir / _END, end.model_dump_json(indent=2) + "\n")
+    write_whole(RunPlaces(run_dir).driver_end, end.model_dump_json(indent=2) + "\n")
 
 
 class RunReader:
     """Reads what is new since the last answer. For one thread."""
 
     def __init__(self, run_dir: Path, job: str, attempt: int) -> None:
-        self._run_dir = run_dir
+        self._places = RunPlaces(run_dir)
         self._job = job
         self._attempt = attempt
-        self._event_tail = JournalTail(run_dir / "events.jsonl")
-        self._step_tail = JournalTail(run_dir / "metrics.jsonl")
+        self._event_tail = JournalTail(self._places.events)
+        self._step_tail = JournalTail(self._places.metrics)
         self._events: deque[ReportedEvent] = deque()
         self._steps: deque[StepRecord] = deque()
         self._known = ReportAnswer(order="none", events_known=0, steps_known=0)
@@ -103,25 +103,23 @@ class RunReader:
         return MOST_IN_A_REPORT in (len(self._events), len(self._steps))
 
     def _read_events(self) -> None:
-        path = self._run_dir / "events.jsonl"
         while room := MOST_IN_A_REPORT - len(self._events):
             lines = self._event_tail.read(room)
             if not lines:
                 return
             self._events.extend(
-                ReportedEvent(line=line, event=parse_record(Event, values, path))
+                ReportedEvent(line=line, event=parse_record(Event, values, self._places.events))
                 for line, values in lines
                 if line > self._known.events_known
             )
 
     def _read_steps(self) -> None:
-        path = self._run_dir / "metrics.jsonl"
         while room := MOST_IN_A_REPORT - len(self._steps):
             lines = self._step_tail.read(room)
             if not lines:
                 return
             for _, values in lines:
-                record = parse_record(StepRecord, values, path)
+                record = parse_record(StepRecord, values, self._places.metrics)
                 while self._steps and self._steps[-1].step >= record.step:
                     self._steps.pop()  # done again
                 if record.step > self._known.steps_known:
@@ -131,7 +129,7 @@ class RunReader:
         """How the driver ended, else what the run says, None before this attempt has said any."""
         job = self._job_record()
         end = self._driver_end()
-        summary = self._run_dir / "summary.json"
+        summary = self._places.summary
         known = end or job
         if known is None:
             return None
@@ -145,13 +143,13 @@ class RunReader:
         )
 
     def _job_record(self) -> JobRecord | None:
-        if not (self._run_dir / "job.json").exists():
+        if not self._places.has_run:
             return None
-        record = RunFolder.open(self._run_dir).read_job()
+        record = read_whole(JobRecord, self._places.job)
         return record if record.attempt == self._attempt else None
 
     def _driver_end(self) -> DriverEnd | None:
-        if not (self._run_dir / _END).exists():
+        if not self._places.driver_end.exists():
             return None
-        end = read_whole(DriverEnd, self._run_dir / _END)
+        end = read_whole(DriverEnd, self._places.driver_end)
         return end if end.attempt == self._attempt else None

@@ -66,7 +66,7 @@ def holding_an_inverse_worker(jobs: Jobs) -> Callable[[StepRecord], None]:
 def replay(jobs: Jobs, plan: ReplayPlan, run_dir: str = "again") -> ReplayResult:
     return run_replay(
         plan,
-        checkpoints_dir=jobs.run_folder().checkpoints_dir,
+        checkpoints_dir=jobs.run_folder().places.checkpoints,
         base_dir=jobs.folder,
         data_dir=None,
         home=jobs.folder / "home",
@@ -168,10 +168,10 @@ def test_a_baseline_is_done_again_and_another_checkpoint_is_found(jobs: Jobs) ->
     result = replay(jobs, plan_replay(jobs.run_folder(), None))
     assert (result.num_steps, result.difference, result.checkpoint_step) == (6, None, 6)
 
-    whole = load_newest(jobs.run_folder().checkpoints_dir)
+    whole = load_newest(jobs.run_folder().places.checkpoints)
     assert whole is not None
     whole.roles["parameter_server"]["parameters"][0] += 1e-12
-    write_checkpoint(jobs.run_folder().checkpoints_dir, 6, whole.roles, whole.state, keep=1)
+    write_checkpoint(jobs.run_folder().places.checkpoints, 6, whole.roles, whole.state, keep=1)
     found = replay(jobs, plan_replay(jobs.run_folder(), None), "other").difference
     assert found is not None
     assert (found.step, found.field) == (6, "checkpoint parameter_server/parameters")
