@@ -27,15 +27,6 @@ from safetensors.numpy import save as save_arrays
 from kfac_dist.errors import InvalidSpecError, JobFailedError, NotFoundError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints, write_folder
 
-__all__ = [
-    "FORMAT_VERSION",
-    "CheckpointInfo",
-    "LoadedCheckpoint",
-    "list_checkpoints",
-    "load_newest",
-    "write_checkpoint",
-]
-
 Arrays = Mapping[str, NDArray[Any]]
 
 FORMAT_VERSION = 1

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from kfac_dist.errors import InvalidSpecError, JobFailedError, NotFoundError
-from workers.checkpoint import LoadedCheckpoint, list_checkpoints, load_newest, write_checkpoint
+from kfac_dist.runs.checkpoint_folder import list_checkpoints
+from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint
 
 ROLES = {
     "parameter_server": {
