@@ -24,21 +24,21 @@ from kfac_dist.runs.writing import write_whole
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run is called by whoever keeps count of jobs and attempts."""
+    """The job and the attempt that a run belongs to, when somebody else numbers them."""
 
     job: str
     attempt: int
 
 
 class RunFolder:
-    """A run's folder.
+    """A run's folder: one process writes into it, any number read.
 
-    `create` and `resume` take its lock and may write; `open` only reads. A folder that holds the
-    lock is a context manager, or wants `close`.
+    `create` and `resume` take the lock of the folder and return a writer, to be used as a context
+    manager or closed; `open` returns a reader.
     """
 
     def __init__(self, path: Path, lock: FolderLock | None) -> None:
-        """Use `create`, `resume` or `open` instead."""
+        """Call `create`, `resume` or `open` instead."""
         self.path = path
         self.places = RunPlaces(path)
         self._lock = lock
@@ -47,11 +47,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, spec: JobSpec, identity: RunIdentity | None = None) -> RunFolder:
-        """Begin a new run in `path`, which is made if need be.
+        """Begin a new run in `path`, a folder that need not exist yet.
 
-        Without `identity` it gets an id of its own, and this is its first attempt.
+        Without `identity` the run gets a new job id, and this is its first attempt.
 
         Raises:
+            UsageError: `path` cannot be a folder.
             ConflictError: the folder holds a run already, or another process works in it.
         """
         folder = cls(path.absolute(), _lock(path))
@@ -65,11 +66,11 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, spec: JobSpec) -> RunFolder:
-        """Take the run in `path` up again, so far without a change; `begin_attempt` comes next.
+        """Take the lock of the run in `path`, and change nothing; `begin_attempt` comes next.
 
         Raises:
-            NotFoundError: there is no run.
-            ConflictError: another process works in it, or `spec` is of another job.
+            NotFoundError: there is no run in `path`.
+            ConflictError: another process works in it, or `spec` describes another job.
         """
         if not RunPlaces(path).has_run:
             raise NotFoundError(_nothing_to_resume(path))
@@ -83,7 +84,7 @@ class RunFolder:
         """Open the run in `path` for reading.
 
         Raises:
-            NotFoundError: there is no run.
+            NotFoundError: there is no run in `path`.
         """
         places = RunPlaces(path)
         if not places.has_run:
@@ -97,16 +98,16 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Close the files and give the lock back."""
+        """Close the files and release the lock."""
         self._metrics.close()
         self._events.close()
         if self._lock is not None:
             self._lock.release()
 
     def begin_attempt(self, spec: JobSpec, identity: RunIdentity | None = None) -> None:
-        """Begin the next attempt of a run taken up again; `spec` may change what keeps the job.
+        """Begin the next attempt of a resumed run, with a `spec` that `check_same_job` accepts.
 
-        Without `identity` its number is one more than the last.
+        Without `identity` its number is that of the last attempt plus one.
         """
         self.write_spec(spec)
         self.places.summary.unlink(missing_ok=True)  # it would contradict job.json
@@ -120,14 +121,14 @@ class RunFolder:
         write_whole(self.places.spec, dump_spec(spec))
 
     def update_job(self, **changes: Any) -> JobRecord:
-        """Change fields of the job's record; `updated_at` is set to now. Returns the new one."""
+        """Change fields of the job's record, set `updated_at` to now, and return the new record."""
         values = self.read_job().model_dump() | changes | {"updated_at": time.time()}
         record = JobRecord.model_validate(values)
         self._write_job(record)
         return record
 
     def append_metrics(self, record: StepRecord) -> None:
-        """Append a step."""
+        """Append the record of a step."""
         self._metrics.append(record.model_dump_json())
 
     def append_event(self, event: Event) -> None:
@@ -135,11 +136,11 @@ class RunFolder:
         self._events.append(event.model_dump_json())
 
     def write_summary(self, summary: JobSummary) -> None:
-        """Write how the job ended."""
+        """Write the result of the job."""
         write_whole(self.places.summary, summary.model_dump_json(indent=2) + "\n")
 
     def truncate_metrics_after(self, step: int) -> None:
-        """Drop the records of later steps, which a resumed attempt is about to do again."""
+        """Remove the records after `step`: a resumed attempt will repeat those steps."""
         kept = [record for record in self.read_metrics() if record.step <= step]
         self._metrics.replace(record.model_dump_json() for record in kept)
 
@@ -148,19 +149,19 @@ class RunFolder:
         return load_spec(self.places.spec)
 
     def read_job(self) -> JobRecord:
-        """Read where the job stands."""
+        """Read the state of the job."""
         return read_whole(JobRecord, self.places.job)
 
     def read_summary(self) -> JobSummary | None:
-        """Read how the job ended, None before that."""
+        """Read the result of the job; None before it has ended."""
         path = self.places.summary
         return read_whole(JobSummary, path) if path.exists() else None
 
     def read_metrics(self) -> list[StepRecord]:
         """Read the steps in ascending order.
 
-        A step that was done again after a resume hides the earlier record of it and of all later
-        steps. A last line torn by a kill is passed over.
+        Where a resumed attempt repeated a step, its record hides the earlier records of this step
+        and of all later ones. A last line that a kill cut short is skipped.
         """
         records: list[StepRecord] = []
         for values in self._metrics.read():
@@ -205,10 +206,10 @@ def _unlock_on_error(folder: RunFolder) -> Iterator[None]:
 
 
 def check_folder(path: Path, spec: JobSpec, *, resume: bool) -> None:
-    """Raise what `create`, or `resume`, would raise, and leave everything as it is.
+    """Raise what `create` or `resume` would raise, without changing anything.
 
     Raises:
-        ConflictError: the folder is occupied, or holds another job than the one to resume.
+        ConflictError: the folder is occupied, or the run to resume is another job.
         NotFoundError: there is no run to resume.
     """
     if RunPlaces(path).has_run:
@@ -226,12 +227,12 @@ def _nothing_to_resume(path: Path) -> str:
 
 
 def _refuse_occupied(path: Path) -> None:
-    """Raise ConflictError when there is a run; the lock was free, so no process works on it."""
+    """Raise ConflictError if there is a run; the lock was free, so no process works on it."""
     if not RunPlaces(path).has_run:
         return
     job = RunFolder.open(path).read_job()
     state = job.state if job.state in ENDED else f"{job.state} when its process ended"
     raise ConflictError(
         f"{path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
-        "Go on with it by --resume, or choose another folder with --run-dir"
+        "Continue it with --resume, or choose another folder with --run-dir"
     )

@@ -1,7 +1,7 @@
-"""What a run leaves behind, as data: steps, events, the job, its summary.
+"""What a run records: events, the state of the job, its summary (steps: `step_record`).
 
-These are the lines of `metrics.jsonl` and `events.jsonl`, and the whole of `job.json` and
-`summary.json`. A number that is not finite is null in JSON and NaN in Python.
+These are the lines of `events.jsonl`, and all of `job.json` and `summary.json`. A number that is
+not finite is null in JSON and NaN in Python.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ Severity = Literal["info", "warning", "error"]
 InversionResult = Literal["ok", "rescued", "failed"]
 
 Metrics = dict[str, Measured]
-"""`objective` (nats a case) and the task's own, such as `squared_error` or `accuracy`; means."""
+"""Means over cases: `objective` in nats, and the task's own, such as `accuracy`."""
 
 
 class RunRecord(BaseModel):
-    """Base of what a run folder holds; an unknown key is damage."""
+    """Base class of the records in a run folder; an unknown key counts as damage."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
 class StalenessSummary(RunRecord):
-    """Current step minus the step of the newest statistics in the inverses used, over layers."""
+    """Over the layers: the current step minus that of the newest statistics in the inverse used."""
 
     mean: float
     max: float
 
 
 class Inversion(RunRecord):
-    """One inversion of a layer, for all gammas that were tried; `seconds` is what it took.
+    """One inversion of a layer, for all gammas tried; it took `seconds`.
 
-    "rescued": float64 or more damping was needed; "failed": there is none for some gamma.
+    `result` is "rescued" if it needed float64 or more damping, and "failed" if it found no inverse
+    for some gamma.
     """
 
     layer: str
@@ -61,7 +62,7 @@ class Inversion(RunRecord):
 class Evaluation(RunRecord):
     """Means over the whole training and test sets.
 
-    The averaged ones are those of the Polyak average; null while it is off or has not begun.
+    The averaged ones are those of the Polyak average; null while averaging is off or has not begun.
     """
 
     train: Metrics
@@ -73,8 +74,8 @@ class Evaluation(RunRecord):
 class Event(RunRecord):
     """Something that happened to a job: a worker died, a checkpoint was written.
 
-    `kind` is a machine word such as `worker_restarted`, `message` a whole sentence. `step` is the
-    last step that was begun, `time` in Unix seconds.
+    `kind` is a machine word such as `inverse_worker_died`, `message` is for people. `step` is the
+    last step that was begun, `time` is in Unix seconds.
     """
 
     kind: str
@@ -88,7 +89,7 @@ class Event(RunRecord):
     details: dict[str, Any] = Field(default_factory=dict)
 
     def plain_details(self) -> dict[str, Any]:
-        """Return the details as JSON has them, in which what is not finite is null."""
+        """Return the details as JSON has them: a number that is not finite is null."""
         plain: dict[str, Any] = json.loads(self.model_dump_json(include={"details"}))["details"]
         return plain
 
@@ -110,10 +111,10 @@ class Failure(NamedTuple):
 
 
 class JobRecord(RunRecord):
-    """Where a job stands: `job.json`.
+    """The state of a job: `job.json`.
 
-    `reason` is a machine word for the state, `message` a sentence; `attempt` counts from 1, times
-    are in Unix seconds.
+    `reason` explains the state in a machine word, `message` in a sentence. `attempt` counts from 1;
+    times are in Unix seconds.
     """
 
     job: str
@@ -128,7 +129,7 @@ class JobRecord(RunRecord):
 
 
 class WorkerCounts(RunRecord):
-    """Processes of each role."""
+    """The number of processes of each role."""
 
     gradient: int
     inverse: int
@@ -136,12 +137,12 @@ class WorkerCounts(RunRecord):
 
 
 class JobSummary(RunRecord):
-    """How a job ended: `summary.json`, and what `train -o json` prints.
+    """The result of a job: `summary.json`, and what `train -o json` prints.
 
-    `train` and `test` are null when the job ended before an evaluation, the averaged ones also
-    while Polyak averaging is off. `initial_objective` is that of the first step's batch,
-    `inverse_staleness_steps` over all steps, `wall_seconds` and `steps_per_second` those of this
-    attempt, evaluation left out of the latter.
+    `train` and `test` are null if the job ended before an evaluation; the averaged ones also while
+    Polyak averaging is off. `initial_objective` is that of the first step's batch.
+    `inverse_staleness_steps` covers all steps. `wall_seconds` and `steps_per_second` cover this
+    attempt; the latter leaves evaluation out.
     """
 
     job: str

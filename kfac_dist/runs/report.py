@@ -1,6 +1,6 @@
-"""`report.html`: one file with a run's curves and the staleness of its inverses, for offline use.
+"""`report.html`: a run's curves and the staleness of its inverses, in one file for offline use.
 
-Everything is in the page: style, script and data. What came from a user is escaped.
+The page contains its style, script and data. Text that came from a user is escaped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NO_VALUE = "–"
 
 
 class Tile(NamedTuple):
-    """One number of the page's head: what it is, its value, and a remark below."""
+    """One number at the top of the page, with a label above and a remark below."""
 
     label: str
     value: str
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 def render_report(folder: RunFolder) -> Path:
-    """Write the report of the run in `folder`, as far as it has come, and return its path."""
+    """Write the report of the run in `folder` so far, and return its path."""
     spec, records, events = folder.read_spec(), folder.read_metrics(), folder.read_events()
     summary = folder.read_summary()
     job = folder.read_job()
@@ -88,7 +88,7 @@ def _tiles(
 
 
 def _metric_table(summary: JobSummary | None) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The names of the metrics, and for each set of cases its values."""
+    """Return the names of the metrics, and a row of values for each set of cases."""
     if summary is None:
         return [], []
     sets: dict[str, Metrics | None] = {

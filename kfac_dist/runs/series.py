@@ -1,4 +1,4 @@
-"""What the report draws: the records of a run, thinned out to columns."""
+"""The data that the report draws: the records of a run, thinned out to columns."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Values = list[float | None]
 def report_series(
     spec: JobSpec, records: Sequence[StepRecord], events: Iterable[Event]
 ) -> dict[str, Any]:
-    """Return everything the page's script draws, ready for JSON; at most 600 columns.
+    """Return everything that the page's script draws, ready for JSON, in at most 600 columns.
 
-    A column is the mean of its steps, for staleness the maximum, so that a step above the bound
-    is never averaged away.
+    A column has the mean over its steps. For the staleness it has the maximum, so that a step above
+    the bound stays visible.
     """
     columns = thin_out(records)
     charts = {name: number.chart for name, number in STEP_NUMBERS.items() if number.chart}
@@ -45,13 +45,13 @@ def report_series(
 
 
 def thin_out(records: Sequence[StepRecord], most: int = MOST_COLUMNS) -> list[Column]:
-    """Cut the records into at most `most` runs of equal length (the last may be shorter)."""
+    """Cut the records into at most `most` columns of equal length; the last may be shorter."""
     length = max(1, math.ceil(len(records) / most))
     return [records[start : start + length] for start in range(0, len(records), length)]
 
 
 def staleness_bound(spec: JobSpec) -> int | None:
-    """Oldest inverse, in steps, that the job allows itself; None where there are no inverses.
+    """Return the largest staleness, in steps, that the job allows; None without inverses.
 
     A synchronous job uses the inverses of its last refresh.
     """
@@ -89,9 +89,9 @@ def _staleness(column: Column, layer: str) -> int | None:
 
 
 def _evaluation(record: StepRecord) -> dict[str, Any]:
-    """The objective on each set, of the last iterate and of the averaged parameters."""
+    """Return the objective on each set, for the last iterate and the averaged parameters."""
     evaluation = record.evaluation
-    assert evaluation is not None, "the caller leaves out the steps without one"
+    assert evaluation is not None, "the caller skips steps without an evaluation"
     return {
         "step": record.step,
         "train": _objective(evaluation.train),

@@ -152,9 +152,15 @@ def test_a_run_without_steps_or_whose_first_step_is_lost_is_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (recorded_step(8, inverse_version_step={"a": 3}), "step 8: version 3 of layer a cannot be"),
-        (recorded_step(8, inverse_version_step={"a": 9}), "step 8: version 9 of layer a cannot be"),
-        (recorded_step(8, inverse_version_step={"a": 7}), r"is not recorded \(inverse_gammas\)"),
+        (
+            recorded_step(8, inverse_version_step={"a": 3}),
+            "step 8: version 3 of layer a is impossible",
+        ),
+        (
+            recorded_step(8, inverse_version_step={"a": 9}),
+            "step 8: version 9 of layer a is impossible",
+        ),
+        (recorded_step(8, inverse_version_step={"a": 7}), r"are not recorded \(inverse_gammas\)"),
     ],
 )
 def test_records_that_cannot_be_are_told(tmp_path: Path, changed: StepRecord, message: str) -> None:
