@@ -1,4 +1,4 @@
-"""Progress of a job on stderr: a live line on a terminal, now and then a plain one elsewhere."""
+"""Progress of a job on stderr: a live line on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Step(Protocol):
 
 
 class Happening(Protocol):
-    """What is shown of an event."""
+    """An event to show."""
 
     @property
     def severity(self) -> str:
-        """The severity info is not shown."""
+        """`info` is not shown."""
 
     @property
     def step(self) -> int:
@@ -45,11 +45,11 @@ class Happening(Protocol):
 
     @property
     def message(self) -> str:
-        """A whole sentence."""
+        """What happened, for people."""
 
 
 class Progress(AbstractContextManager["Progress"], Protocol):
-    """Something that shows how a job goes."""
+    """Shows the progress of a job."""
 
     def on_record(self, record: Step) -> None:
         """Show a step."""
@@ -58,30 +58,30 @@ class Progress(AbstractContextManager["Progress"], Protocol):
         """Show an event."""
 
     def on_state(self, state: str, message: str | None) -> None:
-        """Show where the job stands, when that changes."""
+        """Show the state of the job, each time it changes."""
 
 
 def make_progress(num_steps: int, *, plain: bool) -> Progress:
-    """The progress for this stderr; `plain` allows lines where it is no terminal."""
+    """Return the progress for this stderr; without a terminal it is silent unless `plain`."""
     if sys.stderr.isatty():
         return LiveProgress(num_steps)
     return PlainProgress(num_steps, sys.stderr if plain else None)
 
 
 class _Rate:
-    """Steps a second over the last steps, by their times of arrival."""
+    """Steps a second over the last steps, by the times of their records."""
 
     def __init__(self) -> None:
-        self._arrivals: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._times: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
 
     def add(self, record: Step) -> float | None:
-        self._arrivals.append((record.step, record.time))
-        (first, begun), (last, ended) = self._arrivals[0], self._arrivals[-1]
+        self._times.append((record.step, record.time))
+        (first, begun), (last, ended) = self._times[0], self._times[-1]
         return (last - first) / (ended - begun) if ended > begun else None
 
 
 class PlainProgress:
-    """Lines to `stream`: a step every ten seconds, and what went wrong; None is silence."""
+    """Lines to `stream`: a step every ten seconds, and warnings; None writes nothing."""
 
     def __init__(self, num_steps: int, stream: IO[str] | None) -> None:
         self._num_steps = num_steps
@@ -96,7 +96,7 @@ class PlainProgress:
         return None
 
     def on_record(self, record: Step) -> None:
-        """Write a line if ten seconds have passed since the last, or the job is at its end."""
+        """Write a line if ten seconds have passed since the last, or this step is the last."""
         facts = describe(record, self._rate.add(record))
         now = time.monotonic()
         if now - self._shown < _PLAIN_INTERVAL_SECONDS and record.step < self._num_steps:
@@ -120,7 +120,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """One line that follows the job, warnings and errors above it."""
+    """One line that follows the job, with warnings and errors above it."""
 
     def __init__(self, num_steps: int) -> None:
         from rich.console import Console
@@ -163,7 +163,7 @@ class LiveProgress:
             self._bar.console.print(text, style=style, markup=False)
 
     def on_state(self, state: str, message: str | None) -> None:
-        """Say it where the step will be."""
+        """Show the state in the place of the step."""
         self._bar.update(self._task, description=state.lower(), facts=message or "")
 
 

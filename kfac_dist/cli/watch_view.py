@@ -1,4 +1,4 @@
-"""What `watch` draws: state, progress, numbers, a bar of staleness a layer, the last events."""
+"""What `watch` draws: state, progress, numbers, a staleness bar for each layer, last events."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _STYLES = {"warning": "yellow", "error": "red"}
 
 
 class WatchView:
-    """A job as it is known by now; rich draws it."""
+    """A job as far as updates have described it; rich draws it."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -41,15 +41,15 @@ class WatchView:
         self._events: deque[JobEvent] = deque(maxlen=_NUM_EVENTS)
 
     def add(self, update: Update) -> None:
-        """Take news up."""
+        """Add an update."""
         if update.job is not None:
             self._job = update.job
             self._step = max(self._step, update.job.step)
         self._events.extend(update.events)
         for series in update.metrics:
-            self._take(series)
+            self._add_series(series)
 
-    def _take(self, series: MetricSeries) -> None:
+    def _add_series(self, series: MetricSeries) -> None:
         last = series.points[-1]
         self._step = max(self._step, last.step)
         if series.name.startswith(_VERSIONS):
@@ -86,7 +86,7 @@ class WatchView:
             yield Text("  ".join(facts))
 
     def _layers(self) -> Iterable[RenderableType]:
-        """The stalest layers, the bound of the job as the full bar."""
+        """Draw the stalest layers; a full bar is the bound, or the stalest layer if beyond it."""
         if not self._versions or self._job.state in ENDED:
             return
         ages = {layer: self._step - version for layer, version in self._versions.items()}

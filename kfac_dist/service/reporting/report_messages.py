@@ -1,4 +1,4 @@
-"""Reports as messages; `server.report_calls` reads them."""
+"""Reports as protobuf messages, on the driver's side; `server.report_calls` is the other side."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_request(report: Report) -> pb.ReportRequest:
 
 
 def from_response(message: pb.ReportResponse) -> ReportAnswer:
-    """Return the answer in a message; an order that this version does not know is none."""
+    """Return the answer in a message; an order unknown to this version counts as `none`."""
     return ReportAnswer(
         order=_ORDERS.get(message.order, "none"),
         events_known=message.events_known,
@@ -51,10 +51,10 @@ def _state(state: ReportedState) -> pb.ReportedState:
     )
 
 
-def _event(told: ReportedEvent) -> pb.ReportedEvent:
-    event = told.event
+def _event(reported: ReportedEvent) -> pb.ReportedEvent:
+    event = reported.event
     return pb.ReportedEvent(
-        line=told.line,
+        line=reported.line,
         kind=event.kind,
         message=event.message,
         step=event.step,

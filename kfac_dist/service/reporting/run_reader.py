@@ -1,4 +1,4 @@
-"""From a run folder to reports: for its driver, and for the server when no driver tells.
+"""From a run folder to reports: for its driver, and for the server when the driver is silent.
 
 The folder is the durable record; a report is a copy of what is new in it.
 """
@@ -30,7 +30,7 @@ MOST_IN_A_REPORT = 200
 
 
 class DriverEnd(BaseModel):
-    """How a driver ended: `driver.json`, also where it came not as far as a run."""
+    """How a driver ended: `driver.json`, also of one that failed before there was a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,7 @@ def write_end(run_dir: Path, end: DriverEnd) -> None:
 
 
 class RunReader:
-    """Reads what is new since the last answer. For one thread."""
+    """Reads what is new since the last answer of the server; not thread-safe."""
 
     def __init__(self, run_dir: Path, job: str, attempt: int) -> None:
         self._places = RunPlaces(run_dir)
@@ -62,12 +62,12 @@ class RunReader:
         self._state_known: ReportedState | None = None
 
     def read(self) -> Report:
-        """Return the next report; it is empty when there is nothing new.
+        """Return the next report; it is empty if nothing is new.
 
         Raises:
-            KfacDistError: a file of the folder is damaged.
+            KfacDistError: a file in the folder is damaged.
         """
-        state = self._state()  # first: what has ended writes no more
+        state = self._state()  # read first: a run that has ended writes nothing more
         self._state_sent = state
         self._read_events()
         self._read_steps()
@@ -83,7 +83,7 @@ class RunReader:
         )
 
     def acknowledge(self, answer: ReportAnswer) -> None:
-        """Note what is known now; what is not will be read again."""
+        """Note what the server has received; the rest will be read again."""
         if answer.events_known < self._known.events_known:
             self._event_tail.rewind()
             self._events.clear()
@@ -99,7 +99,7 @@ class RunReader:
 
     @property
     def has_more(self) -> bool:
-        """Whether the last report was full, so that there may be more at once."""
+        """Whether the last report was full, so that more may be ready already."""
         return MOST_IN_A_REPORT in (len(self._events), len(self._steps))
 
     def _read_events(self) -> None:
@@ -121,12 +121,12 @@ class RunReader:
             for _, values in lines:
                 record = parse_record(StepRecord, values, self._places.metrics)
                 while self._steps and self._steps[-1].step >= record.step:
-                    self._steps.pop()  # done again
+                    self._steps.pop()  # the step is done again
                 if record.step > self._known.steps_known:
                     self._steps.append(record)
 
     def _state(self) -> ReportedState | None:
-        """How the driver ended, else what the run says, None before this attempt has said any."""
+        """Return how the driver ended, else the state of the run; None before either is written."""
         job = self._job_record()
         end = self._driver_end()
         summary = self._places.summary

@@ -1,4 +1,4 @@
-"""The history of metrics: written step by step, read thinned out."""
+"""The history of a job's numbers: written step by step, read thinned out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kfac_dist.service.store import JobRow, PointRow, SeriesRow
 
 
 def append_steps(session: Session, row: JobRow, steps: Iterable[StepValues]) -> None:
-    """Add the values of steps that are not there yet."""
+    """Add the values of steps that the history does not have yet."""
     steps = list(steps)
     ids = _series_ids(session, row, {name for step in steps for name in step.values})
     points = [
@@ -43,7 +43,7 @@ def _series_ids(session: Session, row: JobRow, names: Iterable[str]) -> dict[str
 
 
 def forget_after(session: Session, row: JobRow, step: int) -> None:
-    """Remove the values of later steps, which a resumed attempt does again."""
+    """Remove the values after `step`: a resumed attempt repeats those steps."""
     series = select(SeriesRow.id).where(SeriesRow.job == row.number)
     session.execute(
         delete(PointRow).where(PointRow.series.in_(series), PointRow.step > step),
@@ -64,10 +64,10 @@ def read_series(
     last_step: int | None,
     max_points: int,
 ) -> list[MetricSeries]:
-    """Return the history of each of `names`, at most `max_points` points of it.
+    """Return the history of each of `names`, thinned out to at most `max_points` points each.
 
     Raises:
-        NotFoundError: the job has no such metric.
+        NotFoundError: the job has no metric of that name.
     """
     known = metric_names(session, row)
     for name in names:

@@ -27,7 +27,7 @@ def test_a_folder_that_is_not_there_or_no_run_is_exit_code_4(
 ) -> None:
     done = kfac_dist("replay", tmp_path / "gone")
     assert (done.code, done.out) == (4, "")
-    assert done.err == f"error: {tmp_path}/gone: no such folder, of which a run could be replayed\n"
+    assert done.err == f"error: {tmp_path}/gone: no such folder; give the folder of a run\n"
     done = kfac_dist("replay", tmp_path, "-o", "json")
     assert done.code == 4
     assert "has no job.json" in json.loads(done.err)["error"]["message"]

@@ -1,6 +1,6 @@
 """From the records and events of a job to the series that Prometheus scrapes.
 
-Every number is one that a record has, or a sum over records; nothing is measured here.
+`STEP_NUMBERS` says which number of a record belongs to which metric; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _Values = dict[tuple[str, ...], float]  # by the values of the labels
 
 
 class JobSeries(Collector):
-    """The series of one job: told by the driver's thread, collected in those of the server."""
+    """The series of one job: the driver's thread adds to them, the server's threads collect."""
 
     def __init__(self, job: str) -> None:
         self._job = job
         self._lock = threading.Lock()
         self._durations = _Distribution(metrics.INVERSION_DURATION.buckets)
-        # What is only counted up is there from the start, so that its first increase is one.
+        # Counters start at 0 and not at their first count: `increase` would miss that one.
         self._values: dict[Metric, _Values] = {
             metrics.BUILD_INFO: {(__version__,): 1},
             metrics.INVERSIONS: {(result,): 0 for result in get_args(InversionResult)},
@@ -43,20 +43,20 @@ class JobSeries(Collector):
         }
 
     def on_record(self, record: StepRecord) -> None:
-        """Take in a step."""
+        """Add the record of a step."""
         with self._lock:
             self._date_new_inverses(record)  # before the versions of the last record are replaced
             self._add_numbers(record)
             self._add_inversions(record)
 
     def on_event(self, event: Event) -> None:
-        """Take in an event."""
+        """Add an event."""
         if event.kind == "inverse_worker_replaced" and event.role is not None:
             with self._lock:
                 self._values[metrics.WORKER_RESTARTS][(event.role,)] += 1
 
     def collect(self) -> list[Family]:
-        """Return all metrics that have a value by now."""
+        """Return all metrics that have a value so far."""
         with self._lock:
             return [*self._valued(), _histogram(metrics.INVERSION_DURATION, self._durations)]
 
@@ -106,7 +106,7 @@ class JobSeries(Collector):
 
 
 class _Distribution:
-    """Counts of values by bucket, the last of which has no bound, and their sum."""
+    """Counts of values by bucket, and their sum; the last bucket has no upper bound."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = (*bounds, math.inf)

@@ -1,4 +1,4 @@
-"""From the reports of the actors to the records of a run."""
+"""From the reports of the actors to the record of a step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from kfac_dist.runs import Inversion, StalenessSummary, StepRecord
 from kfac_dist.runs.records import InversionResult
 from workers.exchange.messages import InverseHeader, InverseStatus, ServerReport, WorkerReport
 
-# Where each phase of a record comes from: the slowest gradient worker, or the server. Waiting for
-# the other side is part of what the one that waits measures, and is left out, but for the workers'
-# wait for the direction: what of preconditioning is not beside their statistics.
+# Which phases of the actors make up a phase of the record: those of the slowest gradient worker, or
+# of the server. Both sides also measure how long they wait for each other, which is left out here.
+# The exception is `wait_direction`: the part of preconditioning that does not overlap with the
+# workers' statistics.
 _WORKER_PHASES = {
     "compute": ("read", "compute"),
     "statistics": ("statistics",),
@@ -35,7 +36,7 @@ _REPORTED = [field.name for field in fields(ServerReport) if field.name in StepR
 
 
 class StepRecords:
-    """Builds step records; keeps what is needed over the steps of a job."""
+    """Builds the records of a job's steps, and keeps what they need from earlier steps."""
 
     def __init__(self, earlier: Iterable[StepRecord] = ()) -> None:
         self._inversion_seconds: dict[int, float] = {}
@@ -121,7 +122,7 @@ class StepRecords:
         total = 0.0
         for rank, status in statuses.items():
             before = self._inversion_seconds.get(rank, 0.0)
-            # A successor counts from zero.
+            # A worker that replaced another counts from zero.
             total += status.inversion_seconds - (
                 before if before <= status.inversion_seconds else 0
             )
@@ -149,7 +150,7 @@ class StepRecords:
         return {kind: number for kind, number in sorted(events.items()) if number}
 
     def staleness(self) -> StalenessSummary | None:
-        """Return mean and maximum over all steps; None without inverses."""
+        """Return the mean and maximum staleness over all steps; None without inverses."""
         if not self._staleness:
             return None
         return StalenessSummary(
