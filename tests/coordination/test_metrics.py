@@ -54,7 +54,7 @@ def line(metric: Metric) -> str:
         ({"kind": "histogram", "buckets": (1.0, 1.0)}, r"must rise; got \(1.0, 1.0\)"),
     ],
 )
-def test_a_wrong_metric_is_not_born(changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_metric_is_refused(changes: dict[str, Any], message: str) -> None:
     right: dict[str, Any] = {"name": "kfac_x", "kind": "gauge", "help": "What it is."}
     Metric(**right)
     with pytest.raises(AssertionError, match=message):
