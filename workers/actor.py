@@ -39,7 +39,7 @@ def as_actor(role: type, *groups: str) -> Handle:
 def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
     """Open the log of this process's role; what the process prints goes to `.out` beside it."""
     # Ray would keep printed text in its own folder, which an embedded cluster removes at its end.
-    path = RunFolder.open(job.run_dir).log_path(role, rank, job.attempt)
+    path = RunFolder.open(job.run_dir).places.log(role, rank, job.attempt)
     redirect_output(path)
     return open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
 

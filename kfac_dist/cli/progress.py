@@ -1,59 +1,43 @@
-"""Progress of a job on stderr: a live line on a terminal, now and then a plain one elsewhere."""
+"""Progress of a job on stderr: a live line on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import IO, Protocol, Self
 
 _PLAIN_INTERVAL_SECONDS = 10.0
 _WINDOW = 20  # steps over which the rate is taken
 
-
-class Staleness(Protocol):
-    """Of the inverses, over the layers, in steps."""
-
-    @property
-    def mean(self) -> float:
-        """The mean."""
-
-    @property
-    def max(self) -> float:
-        """The maximum."""
+STALENESS = ("inverse_staleness_steps.mean", "inverse_staleness_steps.max")
+"""Names in the history of the staleness of the inverses, over the layers."""
 
 
 class Step(Protocol):
-    """What is shown of a step: of a record of the run's, or of what a server tells."""
+    """A step to show: a record of the run, or what a server reports of it."""
 
     @property
     def step(self) -> int:
-        """Its number, from 1."""
+        """The number of the step, from 1."""
 
     @property
     def time(self) -> float:
-        """When it ended, in Unix seconds."""
+        """Unix time in seconds at which it ended."""
 
     @property
-    def objective(self) -> float:
-        """Of its batch, in nats a case."""
-
-    @property
-    def damping(self) -> float | None:
-        """The damping lambda, None where there is none."""
-
-    @property
-    def inverse_staleness_steps(self) -> Staleness | None:
-        """None where there are no inverses."""
+    def values(self) -> Mapping[str, float]:
+        """Its numbers by their names in the history; `objective` is always there."""
 
 
 class Happening(Protocol):
-    """What is shown of an event."""
+    """An event to show."""
 
     @property
     def severity(self) -> str:
-        """The severity info is not shown."""
+        """`info` is not shown."""
 
     @property
     def step(self) -> int:
@@ -61,11 +45,11 @@ class Happening(Protocol):
 
     @property
     def message(self) -> str:
-        """A whole sentence."""
+        """What happened, for people."""
 
 
 class Progress(AbstractContextManager["Progress"], Protocol):
-    """Something that shows how a job goes."""
+    """Shows the progress of a job."""
 
     def on_record(self, record: Step) -> None:
         """Show a step."""
@@ -74,30 +58,30 @@ class Progress(AbstractContextManager["Progress"], Protocol):
         """Show an event."""
 
     def on_state(self, state: str, message: str | None) -> None:
-        """Show where the job stands, when that changes."""
+        """Show the state of the job, each time it changes."""
 
 
 def make_progress(num_steps: int, *, plain: bool) -> Progress:
-    """The progress for this stderr; `plain` allows lines where it is no terminal."""
+    """Return the progress for this stderr; without a terminal it is silent unless `plain`."""
     if sys.stderr.isatty():
         return LiveProgress(num_steps)
     return PlainProgress(num_steps, sys.stderr if plain else None)
 
 
 class _Rate:
-    """Steps a second over the last steps, by their times of arrival."""
+    """Steps a second over the last steps, by the times of their records."""
 
     def __init__(self) -> None:
-        self._arrivals: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._times: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
 
     def add(self, record: Step) -> float | None:
-        self._arrivals.append((record.step, record.time))
-        (first, begun), (last, ended) = self._arrivals[0], self._arrivals[-1]
+        self._times.append((record.step, record.time))
+        (first, begun), (last, ended) = self._times[0], self._times[-1]
         return (last - first) / (ended - begun) if ended > begun else None
 
 
 class PlainProgress:
-    """Lines to `stream`: a step every ten seconds, and what went wrong; None is silence."""
+    """Lines to `stream`: a step every ten seconds, and warnings; None writes nothing."""
 
     def __init__(self, num_steps: int, stream: IO[str] | None) -> None:
         self._num_steps = num_steps
@@ -112,7 +96,7 @@ class PlainProgress:
         return None
 
     def on_record(self, record: Step) -> None:
-        """Write a line if ten seconds have passed since the last, or the job is at its end."""
+        """Write a line if ten seconds have passed since the last, or this step is the last."""
         facts = describe(record, self._rate.add(record))
         now = time.monotonic()
         if now - self._shown < _PLAIN_INTERVAL_SECONDS and record.step < self._num_steps:
@@ -136,7 +120,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """One line that follows the job, warnings and errors above it."""
+    """One line that follows the job, with warnings and errors above it."""
 
     def __init__(self, num_steps: int) -> None:
         from rich.console import Console
@@ -179,18 +163,29 @@ class LiveProgress:
             self._bar.console.print(text, style=style, markup=False)
 
     def on_state(self, state: str, message: str | None) -> None:
-        """Say it where the step will be."""
+        """Show the state in the place of the step."""
         self._bar.update(self._task, description=state.lower(), facts=message or "")
 
 
-def describe(record: Step, rate: float | None) -> str:
-    """Objective, rate, staleness and damping of a step, what there is of them."""
-    facts = [f"objective {record.objective:.4g}"]
+def describe(step: Step, rate: float | None) -> str:
+    """Return the numbers of a step for the progress line, with `rate` in steps a second."""
+    facts = number_facts(step.values, progress_numbers())
     if rate is not None:
-        facts.append(f"{rate:.3g} steps/s")
-    staleness = record.inverse_staleness_steps
-    if staleness is not None:
-        facts.append(f"staleness {staleness.mean:.1f} (max {staleness.max:.0f})")
-    if record.damping is not None:
-        facts.append(f"damping {record.damping:.3g}")
+        facts.insert(1, f"{rate:.3g} steps/s")
     return " · ".join(facts)
+
+
+def progress_numbers() -> list[str]:
+    """Return the names of the numbers in a progress line; the first is `objective`."""
+    from kfac_dist.runs.step_record import STEP_NUMBERS  # pydantic takes a while to load
+
+    return [name for name, number in STEP_NUMBERS.items() if number.in_progress]
+
+
+def number_facts(values: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    """Return a phrase for each of `names` that was measured, and one for the staleness."""
+    facts = [f"{name} {values[name]:.4g}" for name in names if name in values]
+    mean, most = (values.get(name) for name in STALENESS)
+    if mean is not None and most is not None:
+        facts.append(f"staleness {mean:.1f} (max {most:.0f})")
+    return facts

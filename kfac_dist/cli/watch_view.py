@@ -1,4 +1,4 @@
-"""What `watch` draws: state, progress, numbers, a bar of staleness a layer, the last events."""
+"""What `watch` draws: state, progress, numbers, a staleness bar for each layer, last events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kfac_dist.cli.job_view import age
+from kfac_dist.cli.progress import STALENESS, number_facts
 from kfac_dist.coordination.jobs.lifecycle import ENDED
+from kfac_dist.runs.step_record import STEP_NUMBERS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,19 +24,14 @@ if TYPE_CHECKING:
     from kfac_dist.service.job_records import Job, JobEvent, MetricSeries
 
 _VERSIONS = "inverse_version_step."
-_SHOWN = ("objective", "damping", "gamma", "reduction_ratio", "lr", "step_seconds")
-METRICS = (
-    *_SHOWN,
-    "inverse_staleness_steps.mean",
-    "inverse_staleness_steps.max",
-    f"{_VERSIONS}*",
-)
+_NUMBERS = tuple(name for name, number in STEP_NUMBERS.items() if number.in_watch)
+METRICS = (*_NUMBERS, *STALENESS, f"{_VERSIONS}*")
 _NUM_EVENTS, _NUM_LAYERS, _BAR_WIDTH = 6, 16, 30
 _STYLES = {"warning": "yellow", "error": "red"}
 
 
 class WatchView:
-    """A job as it is known by now; rich draws it."""
+    """A job as far as updates have described it; rich draws it."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -44,15 +41,15 @@ class WatchView:
         self._events: deque[JobEvent] = deque(maxlen=_NUM_EVENTS)
 
     def add(self, update: Update) -> None:
-        """Take news up."""
+        """Add an update."""
         if update.job is not None:
             self._job = update.job
             self._step = max(self._step, update.job.step)
         self._events.extend(update.events)
         for series in update.metrics:
-            self._take(series)
+            self._add_series(series)
 
-    def _take(self, series: MetricSeries) -> None:
+    def _add_series(self, series: MetricSeries) -> None:
         last = series.points[-1]
         self._step = max(self._step, last.step)
         if series.name.startswith(_VERSIONS):
@@ -85,16 +82,11 @@ class WatchView:
         yield grid
 
     def _numbers(self) -> Iterable[RenderableType]:
-        shown = [f"{name} {self._values[name]:.4g}" for name in _SHOWN if name in self._values]
-        mean = self._values.get("inverse_staleness_steps.mean")
-        most = self._values.get("inverse_staleness_steps.max")
-        if mean is not None and most is not None:
-            shown.append(f"staleness {mean:.1f} (max {most:.0f})")
-        if shown:
-            yield Text("  ".join(shown))
+        if facts := number_facts(self._values, _NUMBERS):
+            yield Text("  ".join(facts))
 
     def _layers(self) -> Iterable[RenderableType]:
-        """The stalest layers, the bound of the job as the full bar."""
+        """Draw the stalest layers; a full bar is the bound, or the stalest layer if beyond it."""
         if not self._versions or self._job.state in ENDED:
             return
         ages = {layer: self._step - version for layer, version in self._versions.items()}

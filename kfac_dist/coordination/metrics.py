@@ -1,8 +1,8 @@
-"""The catalogue of metrics: their names and labels are a contract with whoever watches a job.
+"""The catalogue of metrics; their names and labels are a contract with dashboards and alerts.
 
-The exporter serves these and nothing else; the table in `docs/operations.md` is checked against
-them. There is no gauge of an age: one that is not updated any more would go on looking young.
-Subtract `kfac_inverse_version_step` from `kfac_step`, or a timestamp from now.
+The exporter serves these and nothing else, and the table in `docs/operations.md` is checked against
+them. No gauge shows an age: when its worker dies it would keep a value that looks fresh. Compute
+ages from `kfac_step` minus `kfac_inverse_version_step`, or from now minus a timestamp.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 Kind = Literal["gauge", "counter", "histogram"]
-Unit = Literal["", "step", "nats", "seconds", "cases"]
+Unit = Literal["", "step", "nats", "seconds", "cases", "bytes"]
 
 _NAME = re.compile(r"kfac(_[a-z]+)+")
 _LABEL = re.compile(r"[a-z]+(_[a-z]+)*")
@@ -23,7 +23,7 @@ _LABEL = re.compile(r"[a-z]+(_[a-z]+)*")
 class Metric:
     """A metric; `unit` is empty for a count or a pure number.
 
-    `buckets` are the upper bounds of a histogram's, in its unit, without the infinite one.
+    `buckets` are the upper bounds of a histogram in its unit, without the infinite one.
     """
 
     name: str
@@ -37,20 +37,20 @@ class Metric:
         assert _NAME.fullmatch(self.name), f"{self.name}: a name is kfac_ and words"
         self._check_suffix()
         for label in self.labels:
-            assert _LABEL.fullmatch(label), f"{self.name}: {label!r} is no label"
-            assert label not in ("le", "quantile"), f"{self.name}: {label} is Prometheus' own label"
-        assert len(set(self.labels)) == len(self.labels), f"{self.name}: a label comes twice"
+            assert _LABEL.fullmatch(label), f"{self.name}: {label!r} is not a label"
+            assert label not in ("le", "quantile"), f"{self.name}: {label} is Prometheus' own"
+        assert len(set(self.labels)) == len(self.labels), f"{self.name}: a label occurs twice"
         assert self.help.endswith("."), f"{self.name}: the help is a sentence; got {self.help!r}"
         has_buckets = self.kind == "histogram"
-        assert has_buckets == bool(self.buckets), f"{self.name}: a histogram has buckets, no other"
+        assert has_buckets == bool(self.buckets), f"{self.name}: just histograms have buckets"
         rising = all(low < high for low, high in pairwise(self.buckets))
         assert rising, f"{self.name}: buckets must rise; got {self.buckets}"
 
     def _check_suffix(self) -> None:
         counts = self.kind == "counter"
-        assert counts == self.name.endswith("_total"), f"{self.name}: _total ends a counter's name"
+        assert counts == self.name.endswith("_total"), f"{self.name}: just counters end in _total"
         timed = self.unit == "seconds"
-        assert timed == self.name.endswith("_seconds"), f"{self.name}: _seconds says the unit"
+        assert timed == self.name.endswith("_seconds"), f"{self.name}: just seconds end in _seconds"
 
 
 STEP = Metric(

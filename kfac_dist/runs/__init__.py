@@ -1,4 +1,4 @@
-"""The folder of a run: records, journal, report. Written by the driver, read by anyone."""
+"""The folder of a run: records, journals, report. The driver writes it, anyone reads it."""
 
 from kfac_dist.runs.folder import RunFolder, RunIdentity, check_folder
 from kfac_dist.runs.records import (
@@ -6,23 +6,21 @@ from kfac_dist.runs.records import (
     Evaluation,
     Event,
     Failure,
-    FirstFailure,
     Inversion,
     JobRecord,
     JobSummary,
     Metrics,
     RunState,
     StalenessSummary,
-    StepRecord,
     WorkerCounts,
 )
+from kfac_dist.runs.step_record import StepRecord
 
 __all__ = [
     "ENDED",
     "Evaluation",
     "Event",
     "Failure",
-    "FirstFailure",
     "Inversion",
     "JobRecord",
     "JobSummary",

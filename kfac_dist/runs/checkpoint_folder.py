@@ -1,6 +1,9 @@
-"""Folders of checkpoints that appear whole or not at all, whenever the process or machine dies.
+"""The folder of checkpoints: their names, and writing one that a kill cannot leave half done.
 
-A checkpoint is written under a temporary name, made durable and renamed.
+    checkpoints/step-00000100/      files of the caller's, such as workers/checkpoint.py writes
+
+A checkpoint is written under a temporary name, made durable with fsync, and renamed. So it appears
+whole or not at all, whenever the process or the machine dies.
 """
 
 from __future__ import annotations
@@ -12,14 +15,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+# While a checkpoint is replaced by another of its step, the old one has this ending, and the place
+# in the list that it had: at no moment is the step without a checkpoint.
+_REPLACED = ".replaced"
+_NAME = re.compile(rf"step-([0-9]{{8,}})({re.escape(_REPLACED)})?")
 _TEMPORARY = ".tmp-"
 
 
-def write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
-    """Write `files` as the checkpoint of `step`, durably, and prune; return its folder.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """A checkpoint by its name; nothing in it has been verified."""
 
-    A checkpoint of the same step is replaced. The `keep` newest up to this one stay. Later ones
-    are removed: they are of an attempt that was given up.
+    step: int
+    path: Path
+
+
+def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
+    """Return the checkpoints in `folder`, newest first; empty if the folder does not exist."""
+    if not folder.is_dir():
+        return ()
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
+    found.sort(reverse=True)
+    return tuple(CheckpointInfo(step=step, path=path) for step, _, path in found)
+
+
+def write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
+    """Write `files` as the checkpoint of `step`, durably, prune, and return its folder.
+
+    A checkpoint of the same step is replaced. The `keep` newest ones up to this step stay. Those of
+    later steps are removed: they belong to an attempt that was given up.
 
     Raises:
         OSError: the file system refused; no checkpoint is lost.
@@ -40,6 +65,12 @@ def write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int)
     return final
 
 
+def _remove_temporary(folder: Path) -> None:
+    """Remove what a kill left half written or half removed."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
 def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir()
     for name, content in files.items():
@@ -52,11 +83,29 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _put_in_place(temporary: Path, final: Path) -> None:
     if final.exists():
-        aside = final.with_name(f"{final.name}{REPLACED}")
+        aside = final.with_name(f"{final.name}{_REPLACED}")
         _remove(aside)
         final.rename(aside)
     temporary.rename(final)
     _sync(final.parent)
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    paths = [info.path for info in list_checkpoints(folder)]
+    position = paths.index(newest)
+    kept = [path for path in paths[position:] if not path.name.endswith(_REPLACED)][:keep]
+    for path in paths:
+        if path not in kept:
+            _remove(path)
+    _sync(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill never leaves half of it under its own name."""
+    if path.exists():
+        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _sync(folder: Path) -> None:
@@ -66,50 +115,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_temporary(folder: Path) -> None:
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint, never leaving half of one under its own name."""
-    if path.exists():
-        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    paths = [info.path for info in list_checkpoints(folder)]
-    position = paths.index(newest)
-    kept = [path for path in paths[position:] if not path.name.endswith(REPLACED)][:keep]
-    for path in paths:
-        if path not in kept:
-            _remove(path)
-    _sync(folder)
-
-
-# A checkpoint that is being replaced by another of the same step keeps its place under this
-# ending until the new one is there, so that no moment has neither.
-REPLACED = ".replaced"
-_FOLDER_NAME = re.compile(r"step-([0-9]{8,})(\.replaced)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """A checkpoint folder, not verified."""
-
-    step: int
-    path: Path
-
-
-def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
-    """Return the checkpoints in `folder`, newest first; none when there is no such folder."""
-    if not folder.is_dir():
-        return ()
-    matches = [(_FOLDER_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    found = [(int(m[1]), m[2] is None, path) for m, path in matches if m and path.is_dir()]
-    found.sort(reverse=True)
-    return tuple(CheckpointInfo(step=step, path=path) for step, _, path in found)

@@ -1,11 +1,4 @@
-"""The folder of a run: who may write into it, what lies where.
-
-spec.yaml       the resolved specification      job.json      where the job stands
-metrics.jsonl   one StepRecord a line           summary.json  how it ended
-events.jsonl    one Event a line                report.html   curves and staleness, offline
-logs/<role>-<rank>.log, of a later attempt logs/<role>-<rank>.a2.log
-checkpoints/
-"""
+"""The folder of a run: who may write into it, and its records (`run_places` has the names)."""
 
 from __future__ import annotations
 
@@ -19,64 +12,67 @@ from typing import Any, Self
 
 from kfac_dist.config import JobSpec, dump_spec, load_spec
 from kfac_dist.errors import ConflictError, NotFoundError, UsageError
-from kfac_dist.runs.json_lines import Journal, write_whole
+from kfac_dist.runs.json_lines import Journal
 from kfac_dist.runs.lock import FolderLock
 from kfac_dist.runs.parsing import parse_record, read_whole
-from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, StepRecord
+from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary
 from kfac_dist.runs.resume import check_same_job
-
-_JOB, _SPEC, _SUMMARY = "job.json", "spec.yaml", "summary.json"
+from kfac_dist.runs.run_places import RunPlaces
+from kfac_dist.runs.step_record import StepRecord
+from kfac_dist.runs.writing import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run is called by whoever keeps count of jobs and attempts."""
+    """The job and the attempt that a run belongs to, when somebody else numbers them."""
 
     job: str
     attempt: int
 
 
 class RunFolder:
-    """A run's folder.
+    """A run's folder: one process writes into it, any number read.
 
-    `create` and `resume` take its lock and may write; `open` only reads. A folder that holds the
-    lock is a context manager, or wants `close`.
+    `create` and `resume` take the lock of the folder and return a writer, to be used as a context
+    manager or closed; `open` returns a reader.
     """
 
     def __init__(self, path: Path, lock: FolderLock | None) -> None:
-        """Use `create`, `resume` or `open` instead."""
+        """Call `create`, `resume` or `open` instead."""
         self.path = path
+        self.places = RunPlaces(path)
         self._lock = lock
-        self._metrics = Journal(path / "metrics.jsonl")
-        self._events = Journal(path / "events.jsonl")
+        self._metrics = Journal(self.places.metrics)
+        self._events = Journal(self.places.events)
 
     @classmethod
     def create(cls, path: Path, spec: JobSpec, identity: RunIdentity | None = None) -> RunFolder:
-        """Begin a new run in `path`, which is made if need be.
+        """Begin a new run in `path`, a folder that need not exist yet.
 
-        Without `identity` it gets an id of its own, and this is its first attempt.
+        Without `identity` the run gets a new job id, and this is its first attempt.
 
         Raises:
+            UsageError: `path` cannot be a folder.
             ConflictError: the folder holds a run already, or another process works in it.
         """
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
             _refuse_occupied(path)
-            for name in ("logs", "checkpoints"):
-                (path / name).mkdir(exist_ok=True)
+            folder.places.logs.mkdir(exist_ok=True)
+            folder.places.checkpoints.mkdir(exist_ok=True)
             folder.write_spec(spec)
             folder._write_job(_first_record(spec, identity))
         return folder
 
     @classmethod
     def resume(cls, path: Path, spec: JobSpec) -> RunFolder:
-        """Take the run in `path` up again, so far without a change; `begin_attempt` comes next.
+        """Take the lock of the run in `path`, and change nothing; `begin_attempt` comes next.
 
         Raises:
-            NotFoundError: there is no run.
-            ConflictError: another process works in it, or `spec` is of another job.
+            NotFoundError: there is no run in `path`.
+            ConflictError: another process works in it, or `spec` describes another job.
         """
-        if not (path / _JOB).exists():
+        if not RunPlaces(path).has_run:
             raise NotFoundError(_nothing_to_resume(path))
         folder = cls(path.absolute(), _lock(path))
         with _unlock_on_error(folder):
@@ -88,10 +84,11 @@ class RunFolder:
         """Open the run in `path` for reading.
 
         Raises:
-            NotFoundError: there is no run.
+            NotFoundError: there is no run in `path`.
         """
-        if not (path / _JOB).exists():
-            raise NotFoundError(f"{path}: not the folder of a run, it has no {_JOB}")
+        places = RunPlaces(path)
+        if not places.has_run:
+            raise NotFoundError(f"{path}: not the folder of a run, it has no {places.job.name}")
         return cls(path.absolute(), None)
 
     def __enter__(self) -> Self:
@@ -101,34 +98,19 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Close the files and give the lock back."""
+        """Close the files and release the lock."""
         self._metrics.close()
         self._events.close()
         if self._lock is not None:
             self._lock.release()
 
-    @property
-    def checkpoints_dir(self) -> Path:
-        """Where checkpoints go."""
-        return self.path / "checkpoints"
-
-    @property
-    def report_path(self) -> Path:
-        """Where the report is."""
-        return self.path / "report.html"
-
-    def log_path(self, role: str, rank: int, attempt: int = 1) -> Path:
-        """The log of one worker; attempts are kept apart."""
-        suffix = "" if attempt == 1 else f".a{attempt}"
-        return self.path / "logs" / f"{role}-{rank}{suffix}.log"
-
     def begin_attempt(self, spec: JobSpec, identity: RunIdentity | None = None) -> None:
-        """Begin the next attempt of a run taken up again; `spec` may change what keeps the job.
+        """Begin the next attempt of a resumed run, with a `spec` that `check_same_job` accepts.
 
-        Without `identity` its number is one more than the last.
+        Without `identity` its number is that of the last attempt plus one.
         """
         self.write_spec(spec)
-        (self.path / _SUMMARY).unlink(missing_ok=True)  # it would contradict job.json
+        self.places.summary.unlink(missing_ok=True)  # it would contradict job.json
         attempt = identity.attempt if identity else self.read_job().attempt + 1
         self.update_job(
             state="STARTING", attempt=attempt, reason=None, message=None, first_failure=None
@@ -136,17 +118,17 @@ class RunFolder:
 
     def write_spec(self, spec: JobSpec) -> None:
         """Write the resolved specification."""
-        write_whole(self.path / _SPEC, dump_spec(spec))
+        write_whole(self.places.spec, dump_spec(spec))
 
     def update_job(self, **changes: Any) -> JobRecord:
-        """Change fields of the job's record; `updated_at` is set to now. Returns the new one."""
+        """Change fields of the job's record, set `updated_at` to now, and return the new record."""
         values = self.read_job().model_dump() | changes | {"updated_at": time.time()}
         record = JobRecord.model_validate(values)
         self._write_job(record)
         return record
 
     def append_metrics(self, record: StepRecord) -> None:
-        """Append a step."""
+        """Append the record of a step."""
         self._metrics.append(record.model_dump_json())
 
     def append_event(self, event: Event) -> None:
@@ -154,32 +136,32 @@ class RunFolder:
         self._events.append(event.model_dump_json())
 
     def write_summary(self, summary: JobSummary) -> None:
-        """Write how the job ended."""
-        write_whole(self.path / _SUMMARY, summary.model_dump_json(indent=2) + "\n")
+        """Write the result of the job."""
+        write_whole(self.places.summary, summary.model_dump_json(indent=2) + "\n")
 
     def truncate_metrics_after(self, step: int) -> None:
-        """Drop the records of later steps, which a resumed attempt is about to do again."""
+        """Remove the records after `step`: a resumed attempt will repeat those steps."""
         kept = [record for record in self.read_metrics() if record.step <= step]
         self._metrics.replace(record.model_dump_json() for record in kept)
 
     def read_spec(self) -> JobSpec:
         """Read the resolved specification."""
-        return load_spec(self.path / _SPEC)
+        return load_spec(self.places.spec)
 
     def read_job(self) -> JobRecord:
-        """Read where the job stands."""
-        return read_whole(JobRecord, self.path / _JOB)
+        """Read the state of the job."""
+        return read_whole(JobRecord, self.places.job)
 
     def read_summary(self) -> JobSummary | None:
-        """Read how the job ended, None before that."""
-        path = self.path / _SUMMARY
+        """Read the result of the job; None before it has ended."""
+        path = self.places.summary
         return read_whole(JobSummary, path) if path.exists() else None
 
     def read_metrics(self) -> list[StepRecord]:
         """Read the steps in ascending order.
 
-        A step that was done again after a resume hides the earlier record of it and of all later
-        steps. A last line torn by a kill is passed over.
+        Where a resumed attempt repeated a step, its record hides the earlier records of this step
+        and of all later ones. A last line that a kill cut short is skipped.
         """
         records: list[StepRecord] = []
         for values in self._metrics.read():
@@ -195,7 +177,7 @@ class RunFolder:
         return [parse_record(Event, values, path) for values in self._events.read()]
 
     def _write_job(self, record: JobRecord) -> None:
-        write_whole(self.path / _JOB, record.model_dump_json(indent=2) + "\n")
+        write_whole(self.places.job, record.model_dump_json(indent=2) + "\n")
 
 
 def _first_record(spec: JobSpec, identity: RunIdentity | None) -> JobRecord:
@@ -224,13 +206,13 @@ def _unlock_on_error(folder: RunFolder) -> Iterator[None]:
 
 
 def check_folder(path: Path, spec: JobSpec, *, resume: bool) -> None:
-    """Raise what `create`, or `resume`, would raise, and leave everything as it is.
+    """Raise what `create` or `resume` would raise, without changing anything.
 
     Raises:
-        ConflictError: the folder is occupied, or holds another job than the one to resume.
+        ConflictError: the folder is occupied, or the run to resume is another job.
         NotFoundError: there is no run to resume.
     """
-    if (path / _JOB).exists():
+    if RunPlaces(path).has_run:
         _lock(path).release()
         if resume:
             check_same_job(RunFolder.open(path).read_spec(), spec, path)
@@ -245,12 +227,12 @@ def _nothing_to_resume(path: Path) -> str:
 
 
 def _refuse_occupied(path: Path) -> None:
-    """Raise ConflictError when there is a run; the lock was free, so no process works on it."""
-    if not (path / _JOB).exists():
+    """Raise ConflictError if there is a run; the lock was free, so no process works on it."""
+    if not RunPlaces(path).has_run:
         return
     job = RunFolder.open(path).read_job()
     state = job.state if job.state in ENDED else f"{job.state} when its process ended"
     raise ConflictError(
         f"{path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
-        "Go on with it by --resume, or choose another folder with --run-dir"
+        "Continue it with --resume, or choose another folder with --run-dir"
     )

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that survive a kill, and whole files written atomically."""
+"""Files of one JSON object a line that survive a kill."""
 
 from __future__ import annotations
 
@@ -9,32 +9,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from kfac_dist.errors import KfacDistError
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, never half: temp, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_secret(path: Path, secret: str) -> Path:
-    """Write a file that its user alone can read, from its first moment on; returns it."""
-    path.unlink(missing_ok=True)  # one that is there would keep its mode
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret)
-    return path
+from kfac_dist.runs.writing import write_whole
 
 
 class Journal:
-    """An append-only file of JSON objects, one a line.
+    """An append-only file with one JSON object a line.
 
-    A line without its newline is what a kill left behind: readers pass over it, and the first
-    append after it removes it.
+    A last line without a newline was cut short by a kill: readers skip it, and the next append
+    removes it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,17 +24,17 @@ class Journal:
         self._file: IO[bytes] | None = None
 
     def append(self, line: str) -> None:
-        """Append one object, already in JSON, and hand it to the operating system."""
+        """Append one object, given as JSON, and flush it to the operating system."""
         if self._file is None:
             self._file = self._open()
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole objects in order; none when there is no file.
+        """Yield the objects of all whole lines in order; nothing if the file does not exist.
 
         Raises:
-            KfacDistError: a line that was written whole is not JSON any more.
+            KfacDistError: a whole line is not a JSON object.
         """
         if not self.path.is_file():
             return
@@ -62,7 +44,7 @@ class Journal:
                     yield parse_line(self.path, number, line)
 
     def replace(self, lines: Iterator[str]) -> None:
-        """Put other lines in the place of all there are."""
+        """Replace all lines; a kill leaves the old ones or the new ones."""
         self.close()
         write_whole(self.path, "".join(f"{line}\n" for line in lines))
 
@@ -79,10 +61,10 @@ class Journal:
 
 
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """Return the object in a whole line, the `number`-th from 1, of the journal at `path`.
+    """Return the object in a line of the journal at `path`; `number` counts lines from 1.
 
     Raises:
-        KfacDistError: it is no JSON object.
+        KfacDistError: the line is not a JSON object.
     """
     try:
         values = json.loads(line)

@@ -1,4 +1,4 @@
-"""One process a run folder: a lock that the operating system drops with its holder."""
+"""One process a folder: a lock that the operating system releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAME = ".lock"
 
 
 def holder_of(folder: Path) -> int | None:
-    """Return the process that took the lock last, whether it holds it or not."""
+    """Return the id of the process that last took the lock; it may have released it since."""
     try:
         return int((folder / _NAME).read_text())
     except (FileNotFoundError, ValueError):
@@ -44,5 +44,5 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Give the lock back; again is allowed."""
+        """Release the lock; may be called more than once."""
         self._file.close()

@@ -14,7 +14,7 @@ _TAIL_BYTES = 4000
 
 
 def open_log(path: Path, **bound: object) -> FilteringBoundLogger:
-    """Return a logger that appends to `path`; `bound` is in every line."""
+    """Return a logger that appends to `path` and puts `bound` into every line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = structlog.wrap_logger(
         structlog.WriteLogger(path.open("a", encoding="utf-8", buffering=1)),
@@ -43,9 +43,10 @@ def redirect_output(log_path: Path) -> None:
 
 
 def log_tail(path: Path) -> str:
-    """Return the last lines of a log, empty when there is none."""
+    """Return the last lines of a log; empty if the file does not exist."""
     if not path.is_file():
         return ""
     content = path.read_bytes()[-_TAIL_BYTES:].decode("utf-8", errors="replace")
+    # The first line of the tail is probably cut off at its beginning.
     whole = content if len(content) < _TAIL_BYTES else content.partition("\n")[2]
     return whole.strip()

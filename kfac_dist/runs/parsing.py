@@ -1,4 +1,4 @@
-"""Records from what a run folder holds; damage is told with file and field."""
+"""Parsing records of a run folder; an error names the damaged file and field."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 def read_whole(model: type[_Record], path: Path) -> _Record:
-    """Read the file that holds one record.
+    """Read a file that holds one record.
 
     Raises:
-        KfacDistError: it is damaged; the message names file and field.
+        KfacDistError: the file is damaged; the message names file and field.
     """
     try:
         return model.model_validate_json(path.read_bytes())
@@ -29,7 +29,7 @@ def parse_record(model: type[_Record], values: Mapping[str, Any], path: Path) ->
     """Parse one record of the journal in `path`.
 
     Raises:
-        KfacDistError: it is damaged; the message names file and field.
+        KfacDistError: the record is damaged; the message names file and field.
     """
     try:
         return model.model_validate(values)

@@ -1,7 +1,7 @@
-"""What a run leaves behind, as data: steps, events, the job, its summary.
+"""What a run records: events, the state of the job, its summary (steps: `step_record`).
 
-These are the lines of `metrics.jsonl` and `events.jsonl`, and the whole of `job.json` and
-`summary.json`. A number that is not finite is null in JSON and NaN in Python.
+These are the lines of `events.jsonl`, and all of `job.json` and `summary.json`. A number that is
+not finite is null in JSON and NaN in Python.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from kfac_dist import errors
-from kfac_dist.coordination.steps.recorded import BeyondBound
+from kfac_dist.errors import FirstFailure, JobFailedError, KfacDistError, reason_of
 
 
 def _nan_for_null(value: object) -> object:
@@ -32,24 +31,27 @@ Severity = Literal["info", "warning", "error"]
 InversionResult = Literal["ok", "rescued", "failed"]
 
 Metrics = dict[str, Measured]
-"""`objective` (nats a case) and the task's own, such as `squared_error` or `accuracy`; means."""
+"""Means over cases: `objective` in nats, and the task's own, such as `accuracy`."""
 
 
-class _Record(BaseModel):
+class RunRecord(BaseModel):
+    """Base class of the records in a run folder; an unknown key counts as damage."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
-class StalenessSummary(_Record):
-    """Current step minus the step of the newest statistics in the inverses used, over layers."""
+class StalenessSummary(RunRecord):
+    """Over the layers: the current step minus that of the newest statistics in the inverse used."""
 
     mean: float
     max: float
 
 
-class Inversion(_Record):
-    """One inversion of a layer, for all gammas that were tried; `seconds` is what it took.
+class Inversion(RunRecord):
+    """One inversion of a layer, for all gammas tried; it took `seconds`.
 
-    "rescued": float64 or more damping was needed; "failed": there is none for some gamma.
+    `result` is "rescued" if it needed float64 or more damping, and "failed" if it found no inverse
+    for some gamma.
     """
 
     layer: str
@@ -57,10 +59,10 @@ class Inversion(_Record):
     result: InversionResult
 
 
-class Evaluation(_Record):
+class Evaluation(RunRecord):
     """Means over the whole training and test sets.
 
-    The averaged ones are those of the Polyak average; null while it is off or has not begun.
+    The averaged ones are those of the Polyak average; null while averaging is off or has not begun.
     """
 
     train: Metrics
@@ -69,57 +71,11 @@ class Evaluation(_Record):
     test_averaged: Metrics | None = None
 
 
-class StepRecord(_Record):
-    """One training step.
-
-    `time` is in Unix seconds, `loss` the batch mean before the update in nats a case, `objective`
-    adds the l2 term. `lr` is that of the step. `reduction_ratio` is rho where it was measured.
-    `predicted_change` is M(delta) - M(0). `inverse_version_step` maps a layer to the step of the
-    newest statistics in the inverse that was used for it; `inverse_gammas` has, of the layers that
-    use a version for the first time, the gammas it was made for, and `stale_layers` those whose
-    version is beyond the staleness bound. `numeric_events` and `stale_applied_total` count from the
-    start of the job; `waited_seconds` is the time spent at the staleness bound in this step.
-    `exchanged_bytes` are those of the tensors that a gradient worker exchanged with the parameter
-    server, sent and received, `num_messages` how many tensors; statistics go another way.
-    `inversions` are those that came in since the last record.
-    What an optimizer does not have, such as the damping of SGD, is null or empty.
-    """
-
-    step: int
-    time: float
-    loss: Measured
-    objective: Measured
-    num_cases: int
-    update_norm: Measured
-    step_seconds: float
-    phase_seconds: dict[str, float] = Field(default_factory=dict)
-    damping: float | None = None
-    gamma: float | None = None
-    lr: float | None = None
-    reduction_ratio: float | None = None
-    alpha: float | None = None
-    mu: float | None = None
-    predicted_change: float | None = None
-    inverse_version_step: dict[str, int] = Field(default_factory=dict)
-    inverse_gammas: dict[str, list[float]] = Field(default_factory=dict)
-    stale_layers: dict[str, BeyondBound] = Field(default_factory=dict)
-    inverse_staleness_steps: StalenessSummary | None = None
-    parameter_version: int
-    numeric_events: dict[str, int] = Field(default_factory=dict)
-    stale_applied_total: int = 0
-    waited_seconds: float = 0.0
-    exchanged_bytes: int = 0
-    num_messages: int = 0
-    inverse_queue_depth: dict[str, int] = Field(default_factory=dict)
-    inversions: list[Inversion] = Field(default_factory=list)
-    evaluation: Evaluation | None = None
-
-
-class Event(_Record):
+class Event(RunRecord):
     """Something that happened to a job: a worker died, a checkpoint was written.
 
-    `kind` is a machine word such as `worker_restarted`, `message` a whole sentence. `step` is the
-    last step that was begun, `time` in Unix seconds.
+    `kind` is a machine word such as `inverse_worker_died`, `message` is for people. `step` is the
+    last step that was begun, `time` is in Unix seconds.
     """
 
     kind: str
@@ -133,54 +89,32 @@ class Event(_Record):
     details: dict[str, Any] = Field(default_factory=dict)
 
     def plain_details(self) -> dict[str, Any]:
-        """Return the details as JSON has them, in which what is not finite is null."""
+        """Return the details as JSON has them: a number that is not finite is null."""
         plain: dict[str, Any] = json.loads(self.model_dump_json(include={"details"}))["details"]
         return plain
 
 
-class FirstFailure(_Record):
-    """The failure that came first; `time_seconds` is Unix time."""
-
-    role: str
-    rank: int
-    time_seconds: float
-    log_tail: str
-
-    @classmethod
-    def of(cls, error: errors.JobFailedError) -> FirstFailure | None:
-        """Take the failure from an error, None when it names none."""
-        first = error.first_failure
-        if first is None:
-            return None
-        return cls(
-            role=first.role,
-            rank=first.rank,
-            time_seconds=first.time_seconds,
-            log_tail=first.log_tail,
-        )
-
-
 class Failure(NamedTuple):
-    """What is told of an error that ended a run: a machine word, a sentence, what came first."""
+    """The error that ended a run, as a machine word, a sentence and the failure that came first."""
 
     reason: str
     message: str
     first_failure: FirstFailure | None
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
-        """Take it from an error; one that is none of the project's own is a bug."""
-        if not isinstance(error, errors.KfacDistError):
+    def from_error(cls, error: Exception) -> Failure:
+        """Describe an error; one that is outside the project's own tree counts as a bug."""
+        if not isinstance(error, KfacDistError):
             return cls("internal_error", f"{type(error).__name__}: {error}", None)
-        first = FirstFailure.of(error) if isinstance(error, errors.JobFailedError) else None
-        return cls(errors.reason_of(error), error.message, first)
+        first = error.first_failure if isinstance(error, JobFailedError) else None
+        return cls(reason_of(error), error.message, first)
 
 
-class JobRecord(_Record):
-    """Where a job stands: `job.json`.
+class JobRecord(RunRecord):
+    """The state of a job: `job.json`.
 
-    `reason` is a machine word for the state, `message` a sentence; `attempt` counts from 1, times
-    are in Unix seconds.
+    `reason` explains the state in a machine word, `message` in a sentence. `attempt` counts from 1;
+    times are in Unix seconds.
     """
 
     job: str
@@ -194,21 +128,21 @@ class JobRecord(_Record):
     first_failure: FirstFailure | None = None
 
 
-class WorkerCounts(_Record):
-    """Processes of each role."""
+class WorkerCounts(RunRecord):
+    """The number of processes of each role."""
 
     gradient: int
     inverse: int
     parameter_server: int
 
 
-class JobSummary(_Record):
-    """How a job ended: `summary.json`, and what `train -o json` prints.
+class JobSummary(RunRecord):
+    """The result of a job: `summary.json`, and what `train -o json` prints.
 
-    `train` and `test` are null when the job ended before an evaluation, the averaged ones also
-    while Polyak averaging is off. `initial_objective` is that of the first step's batch,
-    `inverse_staleness_steps` over all steps, `wall_seconds` and `steps_per_second` those of this
-    attempt, evaluation left out of the latter.
+    `train` and `test` are null if the job ended before an evaluation; the averaged ones also while
+    Polyak averaging is off. `initial_objective` is that of the first step's batch.
+    `inverse_staleness_steps` covers all steps. `wall_seconds` and `steps_per_second` cover this
+    attempt; the latter leaves evaluation out.
     """
 
     job: str

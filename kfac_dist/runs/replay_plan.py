@@ -1,7 +1,8 @@
-"""What of a recorded run can be done again, and whether it was the same.
+"""Which steps of a recorded run a replay can repeat, and where the replay differs.
 
-Records hide the steps that a resumed attempt did again, and so do the events here: what is left is
-one run, from the first step on.
+A run may have been resumed, with some steps done twice. `RunFolder.read_metrics` leaves only the
+last record of each step, and `_History` does the same for the events: together they describe one
+run from the first step on.
 """
 
 from __future__ import annotations
@@ -16,30 +17,16 @@ from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, 
 from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError
 from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.runs.folder import RunFolder
-from kfac_dist.runs.records import Event, StepRecord
+from kfac_dist.runs.records import Event
+from kfac_dist.runs.step_record import STEP_NUMBERS, StepRecord
 
 REASON = "replay_differs"
-"""The machine word of a replay that is not what was recorded."""
-
-_COMPARED = (
-    "inverse_version_step",
-    "loss",
-    "objective",
-    "num_cases",
-    "alpha",
-    "mu",
-    "damping",
-    "gamma",
-    "lr",
-    "update_norm",
-    "predicted_change",
-    "reduction_ratio",
-)
+"""The machine word for a replay that differs from the records."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """The first step that cannot be done again, and a sentence that says why."""
+    """The first step that cannot be repeated, and a sentence that says why."""
 
     step: int
     reason: str
@@ -47,10 +34,10 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayPlan:
-    """What is done again of `job`: the steps of `records`, which count from 1 without a gap.
+    """What a replay of `job` does: the steps of `records`, which count from 1 without a gap.
 
-    `spec` is the job's with the workers and bounds that its first attempt had. `stop` is None where
-    nothing that was recorded, or asked for, is left out.
+    `spec` is the job's, with the workers and bounds of its first attempt. `stop` says why the
+    replay ends early; it is None if all steps that were recorded, or asked for, are repeated.
     """
 
     job: str
@@ -61,13 +48,13 @@ class ReplayPlan:
 
     @property
     def last_step(self) -> int:
-        """The last step that is done again."""
+        """The last step of the replay."""
         return len(self.records)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first thing in which a replay is not what was recorded."""
+    """The first number or tensor in which a replay differs from the records."""
 
     step: int
     field: str
@@ -75,7 +62,7 @@ class Difference:
     replayed: Any
 
     def __str__(self) -> str:
-        """Say it with both values."""
+        """Return a sentence with both values."""
         return (
             f"step {self.step}: {self.field} is {self.replayed} in the replay and "
             f"{self.recorded} in the records"
@@ -83,12 +70,12 @@ class Difference:
 
 
 def plan_replay(folder: RunFolder, num_steps: int | None) -> ReplayPlan:
-    """Return what of the run in `folder` can be done again, the first `num_steps` at most.
+    """Plan to repeat the run in `folder`, or its first `num_steps` steps, as far as possible.
 
     Raises:
-        NotFoundError: it has no step.
-        ConflictError: its first step cannot be done again; the message says why.
-        KfacDistError: the records are damaged, or too old to have what is needed.
+        NotFoundError: the run has no step.
+        ConflictError: not even the first step can be repeated; the message says why.
+        KfacDistError: the records are damaged, or too old to have what a replay needs.
     """
     job, records = folder.read_job(), folder.read_metrics()
     if not records:
@@ -112,7 +99,7 @@ def plan_replay(folder: RunFolder, num_steps: int | None) -> ReplayPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Attempt:
-    """What decides about the numbers of an attempt, which began with `first_step`."""
+    """An attempt that began with `first_step`, and the settings that affect its numerics."""
 
     first_step: int
     arithmetic: Mapping[str, Any]
@@ -120,7 +107,7 @@ class _Attempt:
 
 @dataclass
 class _History:
-    """The events that belong to the steps that are left."""
+    """The events that belong to the steps as they were last done."""
 
     attempts: list[_Attempt] = field(default_factory=list)
     checkpoint_steps: set[int] = field(default_factory=set)
@@ -128,11 +115,11 @@ class _History:
     stops: list[Stop] = field(default_factory=list)
 
     def go_back_to(self, step: int) -> None:
-        """Forget what came of the steps after `step`, which were done again."""
-        self.attempts = [one for one in self.attempts if one.first_step <= step]
-        self.checkpoint_steps = {one for one in self.checkpoint_steps if one <= step}
-        self.without_factors = {one for one in self.without_factors if one <= step}
-        self.stops = [one for one in self.stops if one.step <= step]
+        """Forget what happened after `step`: those steps are done again."""
+        self.attempts = [attempt for attempt in self.attempts if attempt.first_step <= step]
+        self.checkpoint_steps = {saved for saved in self.checkpoint_steps if saved <= step}
+        self.without_factors = {saved for saved in self.without_factors if saved <= step}
+        self.stops = [stop for stop in self.stops if stop.step <= step]
 
 
 def _history(events: Iterable[Event]) -> _History:
@@ -158,8 +145,8 @@ def _history(events: Iterable[Event]) -> _History:
 
 def _death(event: Event) -> Stop:
     reason = (
-        f"inverse worker {event.rank} died in step {event.step}, and what its successor averaged "
-        "then is not recorded"
+        f"inverse worker {event.rank} died in step {event.step}, and the averages that its "
+        "successor began with are not recorded"
     )
     return Stop(step=max(event.step, 1), reason=reason)
 
@@ -207,25 +194,25 @@ def _inverses(records: Sequence[StepRecord], folder: RunFolder) -> RecordedInver
     uses: dict[str, list[InverseUse]] = {}
     for record in records:
         for layer, version in record.inverse_version_step.items():
-            of_layer = uses.setdefault(layer, [])
-            newest = of_layer[-1].version_step if of_layer else 0
+            earlier = uses.setdefault(layer, [])
+            newest = earlier[-1].version_step if earlier else 0
             if version == newest:
                 continue
             where = f"{folder.path}: step {record.step}: version {version} of layer {layer}"
             if not newest < version <= record.step:
                 raise KfacDistError(
-                    f"{where} cannot be: it was version {newest} before, so it must be between "
-                    f"{newest} and {record.step}"
+                    f"{where} is impossible: the layer had version {newest} before, so this one "
+                    f"must lie between {newest} and {record.step}"
                 )
             if (layer, version) not in gammas:
                 raise KfacDistError(
-                    f"{where}: for which gammas it was made is not recorded (inverse_gammas); the "
-                    "records were changed, or were written before replays were possible"
+                    f"{where}: the gammas that it was made for are not recorded (inverse_gammas); "
+                    "the records were changed, or were written before replays were possible"
                 )
             use = InverseUse(
                 first_step=record.step, version_step=version, gammas=gammas[layer, version]
             )
-            of_layer.append(use)
+            earlier.append(use)
     beyond = {record.step: record.stale_layers for record in records if record.stale_layers}
     return RecordedInverses(uses=uses, beyond_bound=beyond)
 
@@ -233,13 +220,13 @@ def _inverses(records: Sequence[StepRecord], folder: RunFolder) -> RecordedInver
 def _replayed_spec(
     folder: RunFolder, history: _History, checkpoint_steps: Collection[int], num_steps: int
 ) -> JobSpec:
-    """Return the specification as the first attempt had it where that decides about numbers.
+    """Return the specification with the first attempt's settings where they affect numerics.
 
-    The checkpoints of the steps of which the run still has some are kept. A death of an inverse
-    worker ends a replay: it could not be what was recorded any more.
+    It keeps as many checkpoints as the run still has for these steps, so that they can be compared.
+    It allows no restart: after the death of an inverse worker the replay would differ.
     """
     spec = folder.read_spec()
-    oldest = min((info.step for info in list_checkpoints(folder.checkpoints_dir)), default=0)
+    oldest = min((info.step for info in list_checkpoints(folder.places.checkpoints)), default=0)
     keep = sum(step >= oldest for step in checkpoint_steps)
     had = history.attempts[0].arithmetic if history.attempts else {}
     workers = {"gradient": "gradient_workers", "threads": "threads", "device": "device"}
@@ -247,7 +234,7 @@ def _replayed_spec(
         "workers": {key: had[name] for key, name in workers.items() if name in had},
         "staleness": {"delay_steps": {}},
         "checkpoint": {"keep": max(1, keep)},
-        "faults": {"max_restarts": 0, "min_gradient_workers": 1},
+        "faults": {"max_restarts": 0},
     }
     if "staleness_max_steps" in had:
         changes["staleness"]["max_steps"] = had["staleness_max_steps"]
@@ -261,12 +248,15 @@ def _replayed_spec(
 
 def first_difference(recorded: StepRecord, replayed: StepRecord) -> Difference | None:
     """Compare two records of a step to the last bit; NaN equals NaN, as null does in JSON."""
-    for name in _COMPARED:
-        one, other = _plain(recorded, name), _plain(replayed, name)
-        if one != other:
-            return Difference(step=recorded.step, field=name, recorded=one, replayed=other)
+    compared = {name for name, number in STEP_NUMBERS.items() if number.compared}
+    before, after = _plain(recorded, compared), _plain(replayed, compared)
+    for name, value in before.items():
+        if after[name] != value:
+            return Difference(step=recorded.step, field=name, recorded=value, replayed=after[name])
     return None
 
 
-def _plain(record: StepRecord, name: str) -> Any:
-    return json.loads(record.model_dump_json(include={name}))[name]
+def _plain(record: StepRecord, names: set[str]) -> dict[str, Any]:
+    """Return numbers as JSON has them, in the order of the fields."""
+    plain: dict[str, Any] = json.loads(record.model_dump_json(include=names))
+    return plain

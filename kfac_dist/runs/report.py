@@ -1,6 +1,6 @@
-"""`report.html`: one file with a run's curves and the staleness of its inverses, for offline use.
+"""`report.html`: a run's curves and the staleness of its inverses, in one file for offline use.
 
-Everything is in the page: style, script and data. What came from a user is escaped.
+The page contains its style, script and data. Text that came from a user is escaped.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kfac_dist.config import JobSpec, dump_spec
 from kfac_dist.runs.folder import RunFolder
-from kfac_dist.runs.json_lines import write_whole
-from kfac_dist.runs.records import JobSummary, Metrics, StepRecord
+from kfac_dist.runs.records import JobSummary, Metrics
 from kfac_dist.runs.series import report_series, staleness_bound
+from kfac_dist.runs.step_record import StepRecord
+from kfac_dist.runs.writing import write_whole
 
 _NO_VALUE = "–"
 
 
 class Tile(NamedTuple):
-    """One number of the page's head: what it is, its value, and a remark below."""
+    """One number at the top of the page, with a label above and a remark below."""
 
     label: str
     value: str
@@ -31,7 +32,7 @@ class Tile(NamedTuple):
 
 
 def render_report(folder: RunFolder) -> Path:
-    """Write the report of the run in `folder`, as far as it has come, and return its path."""
+    """Write the report of the run in `folder` so far, and return its path."""
     spec, records, events = folder.read_spec(), folder.read_metrics(), folder.read_events()
     summary = folder.read_summary()
     job = folder.read_job()
@@ -54,8 +55,8 @@ def render_report(folder: RunFolder) -> Path:
         has_layers=any(record.inverse_version_step for record in records),
         series=report_series(spec, records, events),
     )
-    write_whole(folder.report_path, page)
-    return folder.report_path
+    write_whole(folder.places.report, page)
+    return folder.places.report
 
 
 def _utc(seconds: float) -> str:
@@ -87,7 +88,7 @@ def _tiles(
 
 
 def _metric_table(summary: JobSummary | None) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The names of the metrics, and for each set of cases its values."""
+    """Return the names of the metrics, and a row of values for each set of cases."""
     if summary is None:
         return [], []
     sets: dict[str, Metrics | None] = {

@@ -1,4 +1,4 @@
-"""Which specification may go on with a run."""
+"""Which specifications may resume a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from kfac_dist.config import JobSpec
 from kfac_dist.errors import ConflictError
 
-# These say how long, where and how safely the job runs, not what it computes.
+# These sections say how long, where and how safely the job runs, not what it computes.
 _FREE = frozenset({"steps", "evaluation", "workers", "staleness", "checkpoint", "faults"})
 
 
 def check_same_job(old: JobSpec, new: JobSpec, folder: Path) -> None:
-    """Raise ConflictError when `new` would make another job of the run with `old`.
+    """Raise ConflictError if `new` describes another job than the run of `old` in `folder`.
 
     Steps, workers, staleness, evaluation, checkpoints and faults may differ.
     """

@@ -1,4 +1,4 @@
-"""Following a journal while somebody else writes it."""
+"""Following a journal while another process writes it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from kfac_dist.runs.json_lines import parse_line
 
 
 class JournalTail:
-    """Reads the whole lines of a journal once each, from where it was left.
+    """Reads each whole line of a journal once; every call resumes where the last one stopped.
 
-    A journal that was replaced by another is read from its beginning again.
+    If the journal was replaced by another file, reading starts again at the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,16 +20,16 @@ class JournalTail:
         self.rewind()
 
     def rewind(self) -> None:
-        """Begin again at the first line."""
+        """Start again at the first line."""
         self._inode: int | None = None
         self._offset = 0
         self._line = 0
 
     def read(self, most: int) -> list[tuple[int, dict[str, Any]]]:
-        """Return at most so many new objects, each with its line, counted from 1.
+        """Return at most `most` new objects, each with the number of its line, from 1.
 
         Raises:
-            KfacDistError: a line that was written whole is no JSON object.
+            KfacDistError: a whole line is not a JSON object.
         """
         try:
             file = self._path.open("rb")
@@ -41,7 +41,7 @@ class JournalTail:
             file.seek(self._offset)
             while len(found) < most:
                 line = file.readline()
-                if not line.endswith(b"\n"):  # the end, or a line that is being written
+                if not line.endswith(b"\n"):  # the end, or a line still being written
                     break
                 self._offset += len(line)
                 self._line += 1

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import UsageError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.changes import ChangeFeed
 from kfac_dist.service.job_records import (
@@ -227,11 +228,11 @@ class Jobs:
 
     def checkpoints(self, job_id: str) -> Sequence[CheckpointInfo]:
         """Return the job's checkpoints, newest first, without verifying their content."""
-        return list_checkpoints(Path(self.get(job_id).run_dir) / "checkpoints")
+        return list_checkpoints(RunPlaces(Path(self.get(job_id).run_dir)).checkpoints)
 
     def log_dir(self, job_id: str) -> Path:
         """Return the folder of the job's logs, which may not exist yet."""
-        return Path(self.get(job_id).run_dir) / "logs"
+        return RunPlaces(Path(self.get(job_id).run_dir)).logs
 
     def check_report_token(self, job_id: str, attempt: int, token: str) -> bool:
         """Return whether `token` is the secret of this attempt's driver.

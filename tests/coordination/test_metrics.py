@@ -41,20 +41,20 @@ def line(metric: Metric) -> str:
     [
         ({"name": "step"}, "kfac_ and words"),
         ({"name": "kfac_Step"}, "kfac_ and words"),
-        ({"name": "kfac_steps_total"}, "_total ends a counter's name"),
-        ({"kind": "counter"}, "_total ends a counter's name"),
-        ({"name": "kfac_wait_seconds"}, "_seconds says the unit"),
-        ({"unit": "seconds"}, "_seconds says the unit"),
-        ({"labels": ("a-b",)}, "'a-b' is no label"),
+        ({"name": "kfac_steps_total"}, "just counters end in _total"),
+        ({"kind": "counter"}, "just counters end in _total"),
+        ({"name": "kfac_wait_seconds"}, "just seconds end in _seconds"),
+        ({"unit": "seconds"}, "just seconds end in _seconds"),
+        ({"labels": ("a-b",)}, "'a-b' is not a label"),
         ({"labels": ("le",)}, "Prometheus' own"),
-        ({"labels": ("layer", "layer")}, "comes twice"),
+        ({"labels": ("layer", "layer")}, "occurs twice"),
         ({"help": "The step"}, "is a sentence; got 'The step'"),
-        ({"kind": "histogram"}, "a histogram has buckets"),
-        ({"buckets": (1.0,)}, "a histogram has buckets"),
+        ({"kind": "histogram"}, "just histograms have buckets"),
+        ({"buckets": (1.0,)}, "just histograms have buckets"),
         ({"kind": "histogram", "buckets": (1.0, 1.0)}, r"must rise; got \(1.0, 1.0\)"),
     ],
 )
-def test_a_wrong_metric_is_not_born(changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_metric_is_refused(changes: dict[str, Any], message: str) -> None:
     right: dict[str, Any] = {"name": "kfac_x", "kind": "gauge", "help": "What it is."}
     Metric(**right)
     with pytest.raises(AssertionError, match=message):

@@ -1,4 +1,4 @@
-"""A made-up run that looks like a real one: an inverse worker dies in its middle."""
+"""A made-up run that looks like a real one; an inverse worker dies in the middle of it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def sample_run(path: Path, steps: int = 300, **changes: object) -> RunFolder:
         Event(kind="checkpoint_written", message="Checkpoint of step 100.", step=100, time=START),
         Event(
             kind="worker_died",
-            message="inverse_worker 0 died (SIGKILL); training goes on with its last inverses.",
+            message="inverse_worker 0 died (SIGKILL); training continues with its last inverses.",
             step=KILLED_AT,
             time=START + KILLED_AT,
             severity="error",
@@ -111,7 +111,7 @@ def sample_run(path: Path, steps: int = 300, **changes: object) -> RunFolder:
         ),
         Event(
             kind="worker_restarted",
-            message="inverse_worker 0 is back; its statistics are collected anew.",
+            message="inverse_worker 0 is back; its statistics are collected again.",
             step=KILLED_AT + 12,
             time=START + KILLED_AT + 3,
             severity="warning",

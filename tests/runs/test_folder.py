@@ -20,9 +20,9 @@ def test_a_new_folder_holds_the_specification_and_the_job(tmp_path: Path) -> Non
         assert folder.read_spec() == sample_spec()
         assert job.job.startswith("digits-")
         assert (job.state, job.attempt, job.step) == ("STARTING", 1, 0)
-        assert folder.checkpoints_dir.is_dir()
-        assert folder.log_path("inverse_worker", 0).name == "inverse_worker-0.log"
-        assert folder.log_path("inverse_worker", 0, attempt=2).name == "inverse_worker-0.a2.log"
+        assert folder.places.checkpoints.is_dir()
+        assert folder.places.log("inverse_worker", 0).name == "inverse_worker-0.log"
+        assert folder.places.log("inverse_worker", 0, attempt=2).name == "inverse_worker-0.a2.log"
         assert folder.read_summary() is None
 
 
@@ -35,7 +35,7 @@ def test_an_occupied_folder_names_the_job_and_both_ways_out(tmp_path: Path) -> N
         assert part in caught.value.message
 
 
-def test_a_run_that_was_killed_is_told_apart(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_is_described_as_such(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, sample_spec()) as folder:
         folder.update_job(state="RUNNING", step=7)
     with pytest.raises(ConflictError, match="RUNNING when its process ended, step 7"):
@@ -59,14 +59,14 @@ def test_two_processes_in_one_folder_conflict(tmp_path: Path) -> None:
     RunFolder.resume(tmp_path, sample_spec()).close()  # the lock is free again
 
 
-def test_a_failed_begin_gives_the_lock_back(tmp_path: Path) -> None:
+def test_a_failed_begin_releases_the_lock(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, sample_spec()).close()
     with pytest.raises(ConflictError):
         RunFolder.create(tmp_path, sample_spec())
     RunFolder.resume(tmp_path, sample_spec()).close()
 
 
-def test_resume_counts_attempts_and_forgets_how_the_last_ended(tmp_path: Path) -> None:
+def test_resume_counts_attempts_and_removes_the_last_result(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, sample_spec()) as folder:
         job = folder.update_job(state="FAILED", reason="worker_died", message="x", step=120)
         folder.write_summary(_summary(job.job, tmp_path))
@@ -81,7 +81,7 @@ def test_resume_counts_attempts_and_forgets_how_the_last_ended(tmp_path: Path) -
         assert folder.read_spec().steps == 900
 
 
-def test_resume_wants_a_run_and_the_same_job(tmp_path: Path) -> None:
+def test_resume_needs_a_run_of_the_same_job(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no run to resume"):
         RunFolder.resume(tmp_path / "none", sample_spec())
     RunFolder.create(tmp_path, sample_spec()).close()
@@ -93,7 +93,7 @@ def test_resume_wants_a_run_and_the_same_job(tmp_path: Path) -> None:
     assert "workers" not in caught.value.message
 
 
-def test_open_wants_a_run(tmp_path: Path) -> None:
+def test_open_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"job\.json"):
         RunFolder.open(tmp_path)
 
@@ -129,7 +129,7 @@ def test_a_number_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
         assert math.isnan(folder.read_metrics()[0].loss)
 
 
-def test_a_torn_last_line_is_passed_over_and_removed_by_the_next(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_skipped_and_removed_by_the_next_append(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     with RunFolder.create(tmp_path, sample_spec()) as folder:
         folder.append_metrics(sample_record(1))
@@ -140,7 +140,7 @@ def test_a_torn_last_line_is_passed_over_and_removed_by_the_next(tmp_path: Path)
         assert [record.step for record in folder.read_metrics()] == [1, 2]
 
 
-def test_a_damaged_line_in_the_middle_is_told(tmp_path: Path) -> None:
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, sample_spec()).close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1\n')
     with pytest.raises(KfacDistError, match="line 1 is damaged"):

@@ -1,4 +1,4 @@
-"""Which steps of a run can be done again, and with what."""
+"""Which steps of a run a replay can repeat, and with which inverses and settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def event(kind: str, step: int, **values: Any) -> Event:
 TEN = [recorded_step(step) for step in range(1, 11)]
 
 
-def test_a_whole_run_with_what_its_first_attempt_was_run_with(tmp_path: Path) -> None:
+def test_a_whole_run_is_repeated_with_the_settings_of_its_first_attempt(tmp_path: Path) -> None:
     records = [*TEN[:9], recorded_step(10, stale_layers={"a": "damp"})]
     evaluation = Evaluation(train={"objective": 1.0}, test={"objective": 2.0})
     records[4] = recorded_step(5, evaluation=evaluation)
@@ -74,7 +74,7 @@ def test_a_whole_run_with_what_its_first_attempt_was_run_with(tmp_path: Path) ->
     assert plan.spec.faults.max_restarts == 0
 
 
-def test_fewer_steps_are_inverted_for_alone(tmp_path: Path) -> None:
+def test_a_shorter_replay_has_only_the_inverses_that_it_uses(tmp_path: Path) -> None:
     events = [started(), event("checkpoint", 4), event("checkpoint", 8)]
     plan = plan_replay(run_of(tmp_path, TEN, events), 6)
     assert plan.last_step == plan.spec.steps == 6
@@ -103,7 +103,7 @@ def test_fewer_steps_are_inverted_for_alone(tmp_path: Path) -> None:
             "step 6 was resumed from a checkpoint that lacks the factors",
         ),
         ([event("factors_missing", 5)], 10, None),
-        # What was done again does not count any more.
+        # Events of steps that were done again no longer count.
         (
             [event("factors_missing", 5), event("resumed", 3), started(3), event("resumed", 5)],
             10,
@@ -117,7 +117,7 @@ def test_fewer_steps_are_inverted_for_alone(tmp_path: Path) -> None:
         ([event("resumed", 0), started(0, gradient_workers=4)], 10, None),
     ],
 )
-def test_it_ends_before_what_is_not_recorded(
+def test_a_replay_ends_before_a_step_whose_inputs_are_not_recorded(
     tmp_path: Path, events: list[Event], last_step: int, reason: str | None
 ) -> None:
     run = run_of(tmp_path, TEN, [started(), *events])
@@ -132,7 +132,7 @@ def test_it_ends_before_what_is_not_recorded(
         assert plan_replay(run, last_step).stop is None
 
 
-def test_checkpoints_are_where_they_were_in_the_steps_that_are_left(tmp_path: Path) -> None:
+def test_checkpoints_of_steps_that_were_done_again_are_forgotten(tmp_path: Path) -> None:
     events = [
         *(started(), event("checkpoint", 3), event("checkpoint", 6)),
         *(event("resumed", 3), started(3), event("checkpoint", 9)),
@@ -141,7 +141,7 @@ def test_checkpoints_are_where_they_were_in_the_steps_that_are_left(tmp_path: Pa
     assert plan.script.checkpoint_steps == {3, 9}
 
 
-def test_a_run_without_steps_or_whose_first_step_is_lost_is_refused(tmp_path: Path) -> None:
+def test_a_run_is_refused_if_not_even_its_first_step_can_be_repeated(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="has no step to replay"):
         plan_replay(run_of(tmp_path, [], [started()]), None)
     death = event("inverse_worker_died", 1, rank=0)
@@ -152,12 +152,18 @@ def test_a_run_without_steps_or_whose_first_step_is_lost_is_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (recorded_step(8, inverse_version_step={"a": 3}), "step 8: version 3 of layer a cannot be"),
-        (recorded_step(8, inverse_version_step={"a": 9}), "step 8: version 9 of layer a cannot be"),
-        (recorded_step(8, inverse_version_step={"a": 7}), r"is not recorded \(inverse_gammas\)"),
+        (
+            recorded_step(8, inverse_version_step={"a": 3}),
+            "step 8: version 3 of layer a is impossible",
+        ),
+        (
+            recorded_step(8, inverse_version_step={"a": 9}),
+            "step 8: version 9 of layer a is impossible",
+        ),
+        (recorded_step(8, inverse_version_step={"a": 7}), r"are not recorded \(inverse_gammas\)"),
     ],
 )
-def test_records_that_cannot_be_are_told(tmp_path: Path, changed: StepRecord, message: str) -> None:
+def test_impossible_records_are_refused(tmp_path: Path, changed: StepRecord, message: str) -> None:
     records = [*TEN[:7], changed, *TEN[8:]]
     with pytest.raises(KfacDistError, match=message):
         plan_replay(run_of(tmp_path, records, [started()]), None)
@@ -169,16 +175,16 @@ def test_records_of_an_earlier_version_cannot_be_replayed(tmp_path: Path) -> Non
         plan_replay(run_of(tmp_path, records, [event("started", 0)]), None)
 
 
-def test_a_difference_is_one_of_the_last_bit() -> None:
-    one = recorded_step(4, loss=math.nan, damping=0.1, lr=None)
-    again = one.model_copy(update={"step_seconds": 9.0, "time": 1.0})
-    assert first_difference(one, again) is None
-    other = one.model_copy(update={"damping": math.nextafter(0.1, 1)})
-    found = first_difference(one, other)
+def test_the_last_bit_makes_a_difference() -> None:
+    recorded = recorded_step(4, loss=math.nan, damping=0.1, lr=None)
+    slower = recorded.model_copy(update={"step_seconds": 9.0, "time": 1.0})
+    assert first_difference(recorded, slower) is None
+    other = recorded.model_copy(update={"damping": math.nextafter(0.1, 1)})
+    found = first_difference(recorded, other)
     assert found == Difference(
         step=4, field="damping", recorded=0.1, replayed=math.nextafter(0.1, 1)
     )
     assert str(found) == (
         "step 4: damping is 0.10000000000000002 in the replay and 0.1 in the records"
     )
-    assert first_difference(one, one.model_copy(update={"loss": 1.0})) is not None
+    assert first_difference(recorded, recorded.model_copy(update={"loss": 1.0})) is not None

@@ -5,7 +5,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from kfac_dist.runs import Event, FirstFailure, RunFolder
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, RunFolder
 from kfac_dist.runs.report import render_report
 
 from .samples import LAYERS, sample_record, sample_run, sample_spec
@@ -33,7 +34,7 @@ def test_the_report_needs_nothing_from_outside(tmp_path: Path) -> None:
     assert links == {"http://www.w3.org/2000/svg"}  # the name of a namespace, not an address
 
 
-def test_the_report_tells_how_the_run_went(tmp_path: Path) -> None:
+def test_the_report_shows_how_the_run_went(tmp_path: Path) -> None:
     with sample_run(tmp_path, steps=80) as folder:
         text = render_report(folder).read_text()
         job = folder.read_job().job

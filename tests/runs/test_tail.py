@@ -52,7 +52,7 @@ def test_a_journal_that_was_replaced_is_read_from_its_beginning(path: Path) -> N
 
 
 @pytest.mark.parametrize("line", ["{", "[1]"])
-def test_damage_is_told_with_its_place(path: Path, line: str) -> None:
+def test_an_error_names_the_damaged_line(path: Path, line: str) -> None:
     path.write_text(f'{{"n": 1}}\n{line}\n')
     with pytest.raises(KfacDistError, match=r"events\.jsonl: line 2"):
         JournalTail(path).read(100)

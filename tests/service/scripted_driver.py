@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from kfac_dist.config import parse_spec
-from kfac_dist.runs import Event, FirstFailure, RunFolder, RunIdentity, StepRecord
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, RunFolder, RunIdentity, StepRecord
 from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.service.control.launching import read_launch, read_token
 from kfac_dist.service.job_records import ReportAnswer
@@ -75,7 +76,7 @@ def main(run_dir: Path, attempt: int) -> None:
 def train(
     folder: RunFolder, attempt: int, steps: int, script: dict[str, object], *, resumed: bool
 ) -> None:
-    newest = list_checkpoints(folder.checkpoints_dir)
+    newest = list_checkpoints(folder.places.checkpoints)
     first = newest[0].step if newest else 0
     if resumed:
         folder.truncate_metrics_after(first)
@@ -93,7 +94,7 @@ def train(
         if step == script.get("end_at"):
             end(str(script["end"]))
         folder.append_metrics(record(step, attempt))
-        (folder.checkpoints_dir / f"step-{step:08d}").mkdir()
+        (folder.places.checkpoints / f"step-{step:08d}").mkdir()
         (folder.path / "ran").open("a").write(f"{attempt} {step}\n")
         if ordered.wait(float(str(script.get("seconds", 0.01)))):
             raise Ended("PAUSED" if orders[0] == "pause" else "CANCELLED", "interrupted")

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kfac_dist.errors import ConflictError, UnreachableError
-from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.lock import FolderLock, holder_of
+from kfac_dist.runs.writing import write_secret, write_whole
 
 _FILE, _LOG, _TOKEN = "head.json", "head.log", "token"
 _START_SECONDS = 120.0

@@ -60,7 +60,7 @@ def find_resume_point(folder: RunFolder, last_step: int) -> ResumePoint:
         NotFoundError: all checkpoints are damaged.
         InvalidSpecError: the newest whole checkpoint is of a later step than `last_step`.
     """
-    loaded = load_newest(folder.checkpoints_dir)
+    loaded = load_newest(folder.places.checkpoints)
     if loaded is None:
         return START
     if loaded.step > last_step:
@@ -117,7 +117,7 @@ def save_checkpoint(
     if buffers := crew.share_buffers():
         roles[_BUFFERS_ROLE] = buffers
     state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
-    write_checkpoint(folder.checkpoints_dir, crew.step, roles, state, keep)
+    write_checkpoint(folder.places.checkpoints, crew.step, roles, state, keep)
     return crew.inverse_pool.num_starting + len(asked) - len(parts)
 
 

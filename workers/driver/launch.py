@@ -14,9 +14,9 @@ from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.jobs.placement import check_placement
 from kfac_dist.coordination.steps.recorded import ReplayScript
+from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import (
     Failure,
-    FirstFailure,
     JobSummary,
     RunFolder,
     RunIdentity,
@@ -155,7 +155,7 @@ class _JobAttempt:
             self._finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
             raise
         except Exception as error:
-            self._finish(_Outcome(state="FAILED", **Failure.of(error)._asdict()))
+            self._finish(_Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
             raise
         return self._finish(_Outcome(state="SUCCEEDED", result=result))
 

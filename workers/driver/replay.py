@@ -115,7 +115,7 @@ def run_replay(
             raise
     difference = comparison.difference
     if difference is None and recorded.step is not None:
-        replayed_dir = RunFolder.open(run_dir).checkpoints_dir
+        replayed_dir = RunFolder.open(run_dir).places.checkpoints
         difference = _compare(recorded.arrays, recorded.step, replayed_dir)
     return ReplayResult(
         run_dir=run_dir,

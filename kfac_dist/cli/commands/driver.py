@@ -10,10 +10,9 @@ import typer
 
 from kfac_dist.cli.environment import ray_address
 from kfac_dist.cli.signals import terminate_is_interrupt
-from kfac_dist.errors import ConflictError, KfacDistError
+from kfac_dist.errors import ConflictError, FirstFailure, KfacDistError
 
 if TYPE_CHECKING:
-    from kfac_dist.runs import FirstFailure
     from kfac_dist.service.control.launching import Launch
     from kfac_dist.service.job_records import ReportAnswer
     from kfac_dist.service.reporting.run_reader import DriverEnd
@@ -59,9 +58,9 @@ def driver(
 
 
 def _log_path(run_dir: Path, attempt: int) -> Path:
-    from kfac_dist.runs import RunFolder
+    from kfac_dist.runs.run_places import RunPlaces
 
-    return RunFolder(run_dir, None).log_path(_ROLE, 0, attempt)
+    return RunPlaces(run_dir).log(_ROLE, 0, attempt)
 
 
 def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
@@ -91,7 +90,7 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
     except Exception as error:
         known = isinstance(error, KfacDistError)
         log.exception("the attempt failed" if known else "the attempt failed by a bug")
-        return _end(launch, "FAILED", **Failure.of(error)._asdict())
+        return _end(launch, "FAILED", **Failure.from_error(error)._asdict())
     log.info("the attempt has succeeded")
     return _end(launch, "SUCCEEDED")
 
@@ -99,14 +98,14 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
 def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> None:
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
-    from kfac_dist.service.control.launching import code_dir
+    from kfac_dist.runs.run_places import RunPlaces
     from workers.driver.launch import run_job
     from workers.driver.records.metrics_server import metrics_server
 
     with metrics_server(0) as metrics:
         run_job(
             parse_spec(launch.spec),
-            base_dir=code_dir(run_dir),
+            base_dir=RunPlaces(run_dir).code,
             data_dir=launch.data_dir,
             home=launch.home,
             run_dir=run_dir,

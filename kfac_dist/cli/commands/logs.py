@@ -137,9 +137,11 @@ def _shown(line: LogLine, output: Format) -> str:
 
 
 def _prefix(line: LogLine) -> str:
-    attempt = "" if line.attempt == 1 else f".a{line.attempt}"
+    from kfac_dist.runs.run_places import LogName
+
+    stem = LogName(line.role, line.rank, line.attempt).stem
     when = "" if line.time is None else f"{datetime.fromtimestamp(line.time, UTC):%H:%M:%S} "
-    return f"{when}{line.role}-{line.rank}{attempt}"
+    return f"{when}{stem}"
 
 
 def _readable(text: str) -> str:

@@ -20,7 +20,7 @@ def metrics(
     job_id: JobArgument,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Metrics; without one, the names there are."),
+        typer.Argument(metavar="[NAME]...", help="Metrics; without any, list their names."),
     ] = None,
     first_step: Annotated[
         int | None, typer.Option("--from", metavar="STEP", min=1, help="First step.")
@@ -35,25 +35,26 @@ def metrics(
             metavar="N",
             min=1,
             max=10_000,
-            help="At most so many points: each is then the mean of several steps, of a staleness "
-            "their maximum.",
+            help="At most this many points: each is then the mean of several steps, and for a "
+            "staleness their maximum.",
         ),
     ] = 40,
     server: ServerOption = None,
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Show how metrics went over the steps, also after the job's end."""
+    """Show metrics of a job over its steps, also after its end."""
     with connect(server, ca) as client:
         if not names:
-            there = client.metric_names(job_id)
-            table = make_table(("metric",), [(name,) for name in there], right=())
-            write_result({"job": job_id, "names": there}, output, table)
+            known = client.metric_names(job_id)
+            table = make_table(("metric",), [(name,) for name in known], right=())
+            write_result({"job": job_id, "names": known}, output, table)
             return
         series = client.metrics(
             job_id, names, first_step=first_step, last_step=last_step, max_points=points
         )
-    write_result({"job": job_id, "series": [_facts(one) for one in series]}, output, _table(series))
+    facts = [_facts(metric) for metric in series]
+    write_result({"job": job_id, "series": facts}, output, _table(series))
 
 
 def _facts(series: MetricSeries) -> dict[str, Any]:
@@ -67,16 +68,16 @@ def _facts(series: MetricSeries) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return None for what JSON cannot express: NaN and infinity."""
     return value if abs(value) < float("inf") else None
 
 
 def _table(series: list[MetricSeries]) -> Table:
     by_step: dict[int, dict[str, float]] = {}
-    for one in series:
-        for point in one.points:
-            by_step.setdefault(point.step, {})[one.name] = point.value
-    names = [one.name for one in series]
+    for metric in series:
+        for point in metric.points:
+            by_step.setdefault(point.step, {})[metric.name] = point.value
+    names = [metric.name for metric in series]
     rows = [
         (step, *(values.get(name) for name in names)) for step, values in sorted(by_step.items())
     ]

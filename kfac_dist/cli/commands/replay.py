@@ -1,4 +1,4 @@
-"""`kfac-dist replay`: a recorded run once more, and whether it is the same to the last bit."""
+"""`kfac-dist replay`: repeat a recorded run, and compare it to the last bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """Where a recorded run, its user code and its data are on this machine."""
+    """Where on this machine a recorded run, its user code and its data are."""
 
     run_dir: Path
     base_dir: Path
@@ -41,14 +41,14 @@ def replay(
     ],
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="N", min=1, help="Only the first N steps; else all."),
+        typer.Option("--steps", metavar="N", min=1, help="Only the first N steps; by default all."),
     ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(
             "--run-dir",
             metavar="DIR",
-            help="The replay's own folder; else that of the run with .replay behind its name.",
+            help="Folder for the replay; by default beside the run, named after it with .replay.",
         ),
     ] = None,
     data: DataDirOption = None,
@@ -57,18 +57,18 @@ def replay(
         typer.Option(
             "--base-dir",
             metavar="DIR",
-            help="Where files of your own task are; else in the run's folder if it has code, else "
-            "here.",
+            help="Where the files of your own task are; by default in the run's folder if it has "
+            "code, else the current folder.",
         ),
     ] = None,
     server: ServerOption = None,
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Do a recorded run again on this machine, with the inverse versions that it used.
+    """Repeat a recorded run on this machine, with the inverse versions that it used.
 
-    Every step, and the tensors of a checkpoint, are compared to the last bit; the first difference
-    ends it with exit code 1. The run itself is left as it is.
+    Every step and the tensors of a checkpoint are compared to the last bit; the first difference
+    ends the replay with exit code 1. The recorded run is not changed.
     """
     from kfac_dist.runs import RunFolder
     from kfac_dist.runs.replay_plan import REASON, plan_replay
@@ -77,7 +77,7 @@ def replay(
     folder = RunFolder.open(source.run_dir)
     plan = plan_replay(folder, steps)
     target = _target(source.run_dir, run_dir)
-    result = _run(plan, folder.checkpoints_dir, source, target, output)
+    result = _run(plan, folder.places.checkpoints, source, target, output)
     for message in result.refused:
         typer.echo(f"warning: {message}", err=True)
     write_result(_facts(plan, result), output)
@@ -88,35 +88,35 @@ def replay(
 def _find(
     job: str, base_dir: Path | None, data: Path | None, server: str | None, ca: Path | None
 ) -> _Source:
-    """Return where the run is that is meant: a folder that exists, else a job of a server.
+    """Find the run that `job` names: a folder that exists, else a job of a server.
 
     Raises:
-        NotFoundError: there is none, or something of it is not on this machine.
+        NotFoundError: it does not exist, or this machine cannot read a part of it.
     """
-    from kfac_dist.service.control.launching import code_dir
+    from kfac_dist.runs.run_places import RunPlaces
 
     own_base_dir = absolute(base_dir) if base_dir else None
     path = absolute(Path(job))
     if path.is_dir() or os.sep in job:
         if not path.is_dir():
-            raise NotFoundError(f"{path}: no such folder, of which a run could be replayed")
-        code = code_dir(path)
+            raise NotFoundError(f"{path}: no such folder; give the folder of a run")
+        code = RunPlaces(path).code
         found = own_base_dir or (code if code.is_dir() else Path.cwd())
         return _Source(run_dir=path, base_dir=found, data_dir=data_dir(data))
     with connect(server, ca) as client:
-        return _source_of(client.get(job), own_base_dir, data)
+        return _job_source(client.get(job), own_base_dir, data)
 
 
-def _source_of(job: Job, base_dir: Path | None, data: Path | None) -> _Source:
-    from kfac_dist.service.control.launching import code_dir
+def _job_source(job: Job, base_dir: Path | None, data: Path | None) -> _Source:
+    from kfac_dist.runs.run_places import RunPlaces
 
     run_dir = Path(job.run_dir)
-    _check_readable(job, "run folder", run_dir, "copy it here and name the copy instead of the id")
-    code = code_dir(run_dir)
+    _check_readable(job, "run folder", run_dir, "copy it here and give the copy instead of the id")
+    code = RunPlaces(run_dir).code
     if base_dir is None and job.package is not None:
-        _check_readable(job, "user code", code, "name a copy of it with --base-dir")
+        _check_readable(job, "user code", code, "give a copy of it with --base-dir")
     if data is None and job.data_dir is not None:
-        _check_readable(job, "data", Path(job.data_dir), "name a copy of them with --data-dir")
+        _check_readable(job, "data", Path(job.data_dir), "give a copy of them with --data-dir")
     data = data or (Path(job.data_dir) if job.data_dir else None)
     return _Source(run_dir=run_dir, base_dir=base_dir or code, data_dir=data_dir(data))
 
@@ -130,19 +130,21 @@ def _check_readable(job: Job, what: str, path: Path, otherwise: str) -> None:
 
 
 def _target(recorded: Path, wanted: Path | None) -> Path:
-    """Return the folder of the replay: the one that is wanted, else the first that is free.
+    """Return the folder for the replay: `wanted`, or the first free one beside `recorded`.
 
     Raises:
-        ConflictError: the wanted one holds a run.
+        ConflictError: `wanted` holds a run.
     """
+    from kfac_dist.runs.run_places import RunPlaces
+
     if wanted is None:
         names = (f"{recorded.name}.replay{'' if n == 1 else f'-{n}'}" for n in count(1))
         return next(path for name in names if not (path := recorded.with_name(name)).exists())
     wanted = absolute(wanted)
-    if (wanted / "job.json").exists():
+    if RunPlaces(wanted).has_run:
         raise ConflictError(
-            f"{wanted}: this folder holds a run; choose another with --run-dir, or leave "
-            "it out for a new one beside the run"
+            f"{wanted}: this folder holds a run; choose another with --run-dir, or leave the "
+            "option out for a new folder beside the run"
         )
     return wanted
 
@@ -153,7 +155,7 @@ def _run(
     progress = make_progress(plan.last_step, plain=output is Format.table)
     try:
         with terminate_is_interrupt(), progress:
-            from workers.driver.replay import run_replay  # takes torch and Ray along
+            from workers.driver.replay import run_replay  # loads torch and Ray
 
             return run_replay(
                 plan,
@@ -166,7 +168,7 @@ def _run(
                 on_event=progress.on_event,
             )
     except KeyboardInterrupt as error:
-        raise Interrupted(f"what was replayed is in {target}; a replay does not go on") from error
+        raise Interrupted(f"the replay so far is in {target}; it cannot be resumed") from error
 
 
 def _facts(plan: ReplayPlan, result: ReplayResult) -> dict[str, Any]:

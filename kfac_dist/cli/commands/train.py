@@ -145,8 +145,9 @@ def _metrics(port: int | None) -> Iterator[MetricsServer | None]:
 def _write_failed_summary(folder: Path, error: JobFailedError, output: Format) -> None:
     """Write the summary of the failed job, if its run folder has one."""
     from kfac_dist.runs import RunFolder
+    from kfac_dist.runs.run_places import RunPlaces
 
-    if not (folder / "job.json").exists():
+    if not RunPlaces(folder).has_run:
         return
     summary = RunFolder.open(folder).read_summary()
     if summary is not None and (summary.state, summary.message) == ("FAILED", error.message):

@@ -1,4 +1,4 @@
-"""`kfac-dist watch`: a job as it goes, on a terminal."""
+"""`kfac-dist watch`: follow a job on a terminal."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def watch(
     ca: CaOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Follow a job until it ends: its state, its numbers, how stale each layer's inverse is.
+    """Follow a job until it ends: its state, its numbers, the staleness of each layer's inverse.
 
-    Ctrl-C detaches and leaves the job alone. With -o json, each piece of news is one object a line.
+    Ctrl-C detaches; the job keeps running. With -o json, each update is one object on a line.
     """
     with connect(server, ca) as client:
         try:
@@ -37,7 +37,7 @@ def watch(
 
                 write_state(follow(client, client.get(job_id), plain=True), output)
         except KeyboardInterrupt as error:
-            raise Interrupted(f"detached; job {job_id} goes on") from error
+            raise Interrupted(f"detached; job {job_id} keeps running") from error
 
 
 def _live(client: Client, job_id: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_dist.errors import NotAuthenticatedError, NotFoundError
-from kfac_dist.runs.json_lines import write_secret, write_whole
+from kfac_dist.runs.writing import write_secret, write_whole
 from kfac_dist.service.job_records import Role
 
 if TYPE_CHECKING:  # commands that only read do not load the store

@@ -28,8 +28,9 @@ from kfac_dist.coordination.jobs.supervision import (
 )
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.runs.records import Severity
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.service.access.tokens import hash_secret
-from kfac_dist.service.control.launching import begin_attempt, has_run, prepare_folder
+from kfac_dist.service.control.launching import begin_attempt, prepare_folder
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
 from kfac_dist.service.store import AttemptRow, JobRow
@@ -64,7 +65,7 @@ def start_attempt(jobs: Jobs, runner: JobRunner, job_id: str) -> None:
     with jobs.change(job_id) as (session, row):
         if row.state != JobState.QUEUED:
             return  # a user has cancelled or paused the job since it was admitted
-        resumes = has_run(Path(row.run_dir))
+        resumes = RunPlaces(Path(row.run_dir)).has_run
         begin_attempt(session, row, token, resumes=resumes, now=time.time())
     _submit(jobs, runner, row, token)
 

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
-from kfac_dist.runs.json_lines import write_secret, write_whole
 from kfac_dist.runs.parsing import read_whole
+from kfac_dist.runs.run_places import RunPlaces
+from kfac_dist.runs.writing import write_secret, write_whole
 from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
@@ -24,8 +25,6 @@ from kfac_dist.service.store import AttemptRow, JobRow
 from kfac_dist.service.store.job_rows import move, note
 from kfac_dist.service.submission import package_path
 from kfac_dist.service.wire.package import unpack
-
-_LAUNCH, _TOKEN, _CODE = "launch.json", "report.token", "code"
 
 
 class Launch(BaseModel):
@@ -67,38 +66,29 @@ def prepare_folder(jobs: Jobs, job: Job, token: str) -> None:
     """
     folder = Path(job.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if job.package is not None and not (folder / _CODE).exists():
-        _unpack(package_path(jobs.home, job.package), folder / _CODE)
+    places = RunPlaces(folder)
+    if job.package is not None and not places.code.exists():
+        _unpack(package_path(jobs.home, job.package), places.code)
     launch = Launch(
         job=job.id,
         attempt=job.attempt,
-        resume=has_run(folder),
+        resume=places.has_run,
         spec=dict(job.spec),
         home=jobs.home,
         data_dir=Path(job.data_dir) if job.data_dir else None,
     )
-    write_secret(folder / _TOKEN, token)
-    write_whole(folder / _LAUNCH, launch.model_dump_json(indent=2) + "\n")
-
-
-def has_run(folder: Path) -> bool:
-    """Return whether the folder has a run that can be resumed."""
-    return (folder / "job.json").exists()
+    write_secret(places.report_token, token)
+    write_whole(places.launch, launch.model_dump_json(indent=2) + "\n")
 
 
 def read_launch(run_dir: Path) -> Launch:
     """Read what the driver should run."""
-    return read_whole(Launch, run_dir / _LAUNCH)
+    return read_whole(Launch, RunPlaces(run_dir).launch)
 
 
 def read_token(run_dir: Path) -> str:
     """Read the driver's secret."""
-    return (run_dir / _TOKEN).read_text()
-
-
-def code_dir(run_dir: Path) -> Path:
-    """Return the folder with the user's code."""
-    return run_dir / _CODE
+    return RunPlaces(run_dir).report_token.read_text()
 
 
 def _unpack(package: Path, target: Path) -> None:

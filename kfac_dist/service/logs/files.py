@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.service.job_records import LogLine
-
-# `RunFolder.log_path` makes these names; a driver's printed output is beside its log, as .out. A
-# file with any other name was not written by kfac_dist and is never shown.
-_NAME = re.compile(
-    r"(?P<role>[a-z][a-z_]{0,40})-(?P<rank>\d{1,6})(?:\.a(?P<attempt>\d{1,6}))?\.(?:log|out)"
-)
 
 MAX_LINE_BYTES = 64 * 1024
 """Longer lines are sent in pieces of this size."""
@@ -53,15 +47,8 @@ class LogFile:
     @classmethod
     def named(cls, name: str) -> LogFile | None:
         """Return the log with this file name, None if logs have no such names."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            return None
-        return cls(
-            attempt=int(match["attempt"] or 1),
-            role=match["role"],
-            rank=int(match["rank"]),
-            name=name,
-        )
+        parsed = RunPlaces.parse_log_name(name)
+        return cls(**parsed._asdict(), name=name) if parsed else None
 
     def line(self, text: str) -> LogLine:
         """Return a line of this log as a record."""

@@ -1,1 +1,1 @@
-"""How a run reaches the store: its driver reports from the run folder, the service takes it up."""
+"""How a run gets into the store: its driver reports from the run folder, the service stores it."""

@@ -1,7 +1,7 @@
-"""The driver's side of ReportService: what is new in the run folder, told until it is known.
+"""The driver's side of ReportService: it reports what is new in the run folder.
 
-The server may be away for as long as it likes. The folder keeps what it has missed, and the first
-answer after its return says from where to go on.
+The server may be away for any time. The run folder keeps what it has missed, and the server's next
+answer says where reporting resumes.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from kfac_dist.v1.report_service_pb2_grpc import ReportServiceStub
 _log = logging.getLogger(__name__)
 
 _PERIOD_SECONDS = 0.5
-_HEARTBEAT_SECONDS = 1.0  # an order waits no longer
+_HEARTBEAT_SECONDS = 1.0  # an order from the server waits at most this long
 _CALL_SECONDS = 10.0
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.5, 5.0
 _FAREWELL_SECONDS = 5.0
 
 
 class ReportClient:
-    """Sends reports to the server of a home folder, wherever it listens now. For one thread."""
+    """Sends reports to the server of a home folder, wherever it listens now; not thread-safe."""
 
     def __init__(self, home: Path, token: str) -> None:
         self._home = home
@@ -47,8 +47,8 @@ class ReportClient:
         """Send a report.
 
         Raises:
-            UnreachableError: there is no server, or it does not answer.
-            KfacDistError: it does not take the report.
+            UnreachableError: no server runs, or it does not answer.
+            KfacDistError: the server rejects the report.
         """
         stub = ReportServiceStub(self._connect())
         try:
@@ -70,16 +70,16 @@ class ReportClient:
         return self._channel
 
     def close(self) -> None:
-        """Close the connection; the next report opens one."""
+        """Close the connection; the next report opens a new one."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None
 
 
 class Reporter:
-    """Reports from a thread of its own, inside the block; at its end, what is left is told.
+    """Reports in a thread of its own while the block runs, and what is left at its end.
 
-    `on_answer` is called with each answer, on that thread.
+    That thread calls `on_answer` with each answer.
     """
 
     def __init__(
@@ -108,16 +108,16 @@ class Reporter:
 
     def _run(self) -> None:
         while not self._ending.wait(self._backoff_seconds or _PERIOD_SECONDS):
-            self._tell()
+            self._report_all()
         deadline = time.monotonic() + _FAREWELL_SECONDS
-        while not self._tell() and time.monotonic() < deadline:
+        while not self._report_all() and time.monotonic() < deadline:
             time.sleep(_FIRST_BACKOFF_SECONDS)
         self._client.close()
 
-    def _tell(self) -> bool:
-        """Tell all that is new, and return whether the server knows it."""
+    def _report_all(self) -> bool:
+        """Report everything new, and return whether the server has received it."""
         try:
-            while self._tell_some():
+            while self._report_some():
                 pass
         except UnreachableError:
             self._back_off()
@@ -129,8 +129,8 @@ class Reporter:
         self._backoff_seconds = 0.0
         return True
 
-    def _tell_some(self) -> bool:
-        """Send one report, if there is need of one, and return whether there may be more."""
+    def _report_some(self) -> bool:
+        """Send one report if one is due, and return whether more may be left."""
         report = self._reader.read()
         if report.is_empty and time.monotonic() - self._sent_at < _HEARTBEAT_SECONDS:
             return False

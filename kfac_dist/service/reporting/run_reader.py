@@ -1,4 +1,4 @@
-"""From a run folder to reports: for its driver, and for the server when no driver tells.
+"""From a run folder to reports: for its driver, and for the server when the driver is silent.
 
 The folder is the durable record; a report is a copy of what is new in it.
 """
@@ -11,21 +11,26 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from kfac_dist import errors
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.runs import Event, FirstFailure, JobRecord, RunFolder, StepRecord
-from kfac_dist.runs.json_lines import write_whole
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, JobRecord, StepRecord
 from kfac_dist.runs.parsing import parse_record, read_whole
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.runs.tail import JournalTail
-from kfac_dist.service.job_records import Report, ReportAnswer, ReportedEvent, ReportedState
-from kfac_dist.service.reporting.metric_values import step_values
+from kfac_dist.runs.writing import write_whole
+from kfac_dist.service.job_records import (
+    Report,
+    ReportAnswer,
+    ReportedEvent,
+    ReportedState,
+    StepValues,
+)
 
 MOST_IN_A_REPORT = 200
-_END = "driver.json"
 
 
 class DriverEnd(BaseModel):
-    """How a driver ended: `driver.json`, also where it came not as far as a run."""
+    """How a driver ended: `driver.json`, also of one that failed before there was a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,18 +43,18 @@ class DriverEnd(BaseModel):
 
 def write_end(run_dir: Path, end: DriverEnd) -> None:
     """Write how the driver of the newest attempt ended."""
-    write_whole(run_dir / _END, end.model_dump_json(indent=2) + "\n")
+    write_whole(RunPlaces(run_dir).driver_end, end.model_dump_json(indent=2) + "\n")
 
 
 class RunReader:
-    """Reads what is new since the last answer. For one thread."""
+    """Reads what is new since the last answer of the server; not thread-safe."""
 
     def __init__(self, run_dir: Path, job: str, attempt: int) -> None:
-        self._run_dir = run_dir
+        self._places = RunPlaces(run_dir)
         self._job = job
         self._attempt = attempt
-        self._event_tail = JournalTail(run_dir / "events.jsonl")
-        self._step_tail = JournalTail(run_dir / "metrics.jsonl")
+        self._event_tail = JournalTail(self._places.events)
+        self._step_tail = JournalTail(self._places.metrics)
         self._events: deque[ReportedEvent] = deque()
         self._steps: deque[StepRecord] = deque()
         self._known = ReportAnswer(order="none", events_known=0, steps_known=0)
@@ -57,12 +62,12 @@ class RunReader:
         self._state_known: ReportedState | None = None
 
     def read(self) -> Report:
-        """Return the next report; it is empty when there is nothing new.
+        """Return the next report; it is empty if nothing is new.
 
         Raises:
-            KfacDistError: a file of the folder is damaged.
+            KfacDistError: a file in the folder is damaged.
         """
-        state = self._state()  # first: what has ended writes no more
+        state = self._state()  # read first: a run that has ended writes nothing more
         self._state_sent = state
         self._read_events()
         self._read_steps()
@@ -71,11 +76,14 @@ class RunReader:
             attempt=self._attempt,
             state=None if state == self._state_known else state,
             events=tuple(self._events),
-            steps=tuple(step_values(record) for record in self._steps),
+            steps=tuple(
+                StepValues(step=record.step, time=record.time, values=record.values)
+                for record in self._steps
+            ),
         )
 
     def acknowledge(self, answer: ReportAnswer) -> None:
-        """Note what is known now; what is not will be read again."""
+        """Note what the server has received; the rest will be read again."""
         if answer.events_known < self._known.events_known:
             self._event_tail.rewind()
             self._events.clear()
@@ -91,64 +99,57 @@ class RunReader:
 
     @property
     def has_more(self) -> bool:
-        """Whether the last report was full, so that there may be more at once."""
+        """Whether the last report was full, so that more may be ready already."""
         return MOST_IN_A_REPORT in (len(self._events), len(self._steps))
 
     def _read_events(self) -> None:
-        path = self._run_dir / "events.jsonl"
         while room := MOST_IN_A_REPORT - len(self._events):
             lines = self._event_tail.read(room)
             if not lines:
                 return
             self._events.extend(
-                ReportedEvent(line=line, event=parse_record(Event, values, path))
+                ReportedEvent(line=line, event=parse_record(Event, values, self._places.events))
                 for line, values in lines
                 if line > self._known.events_known
             )
 
     def _read_steps(self) -> None:
-        path = self._run_dir / "metrics.jsonl"
         while room := MOST_IN_A_REPORT - len(self._steps):
             lines = self._step_tail.read(room)
             if not lines:
                 return
             for _, values in lines:
-                record = parse_record(StepRecord, values, path)
+                record = parse_record(StepRecord, values, self._places.metrics)
                 while self._steps and self._steps[-1].step >= record.step:
-                    self._steps.pop()  # done again
+                    self._steps.pop()  # the step is done again
                 if record.step > self._known.steps_known:
                     self._steps.append(record)
 
     def _state(self) -> ReportedState | None:
-        """How the driver ended, else what the run says, None before this attempt has said any."""
+        """Return how the driver ended, else the state of the run; None before either is written."""
         job = self._job_record()
         end = self._driver_end()
-        summary = self._run_dir / "summary.json"
+        summary = self._places.summary
         known = end or job
         if known is None:
             return None
-        failure = known.first_failure
         return ReportedState(
             state=JobState(known.state),
             step=job.step if job else 0,
             reason=known.reason,
             message=known.message,
-            first_failure=_plain(failure) if failure else None,
+            first_failure=known.first_failure,
             summary=json.loads(summary.read_bytes()) if job and summary.exists() else None,
         )
 
     def _job_record(self) -> JobRecord | None:
-        if not (self._run_dir / "job.json").exists():
+        if not self._places.has_run:
             return None
-        record = RunFolder.open(self._run_dir).read_job()
+        record = read_whole(JobRecord, self._places.job)
         return record if record.attempt == self._attempt else None
 
     def _driver_end(self) -> DriverEnd | None:
-        if not (self._run_dir / _END).exists():
+        if not self._places.driver_end.exists():
             return None
-        end = read_whole(DriverEnd, self._run_dir / _END)
+        end = read_whole(DriverEnd, self._places.driver_end)
         return end if end.attempt == self._attempt else None
-
-
-def _plain(failure: FirstFailure) -> errors.FirstFailure:
-    return errors.FirstFailure(**failure.model_dump())

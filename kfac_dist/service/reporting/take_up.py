@@ -1,7 +1,7 @@
-"""What a driver tells, or its run folder in its stead, taken up into the store.
+"""Storing what a driver reports, or what its run folder says when the driver is silent.
 
-Everything may be told twice: a line of the events and a step are taken once, and an attempt that
-another has replaced is told so and changes nothing.
+Everything may be reported twice, and is stored once. A report of an attempt that another has
+replaced changes nothing, and the answer says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kfac_dist.service.store.job_rows import failure_row, find_attempt, move, te
 
 _ORDERS: dict[str, Order] = {JobState.PAUSING: "pause", JobState.CANCELLING: "cancel"}
 _NEWS = {JobState.RUNNING: Trigger.RUN, JobState.DEGRADED: Trigger.DEGRADE}
-# How an attempt ends; the controller draws the conclusion for its job.
+# How an attempt ends; the controller decides what follows for its job.
 ATTEMPT_ENDED = frozenset(
     {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
 )
@@ -34,18 +34,18 @@ ATTEMPT_ENDED = frozenset(
 def take_up(
     session: Session, row: JobRow, report: Report, now: float, *, heard: bool
 ) -> ReportAnswer:
-    """Take up a report of the job in `row`; `heard` is whether the driver itself told it."""
+    """Store a report of the job in `row`; `heard` says whether the driver itself sent it."""
     attempt = find_attempt(session, row)
     if attempt is None or attempt.number != report.attempt:
         return _answer(row, order="none", fenced=True)
     if heard:
         attempt.heard_at = now
     before = _known(row, attempt)
-    restarted = _take_events(session, row, attempt, report.events)
-    if not restarted:  # else they may lack the steps that are done again
-        _take_steps(session, row, report.steps)
+    restarted = _add_events(session, row, attempt, report.events)
+    if not restarted:  # after a restart the reader sends the steps again, from the first
+        _add_steps(session, row, report.steps)
     if report.state is not None and attempt.ended_at is None:
-        _take_state(session, row, attempt, report.state, now)
+        _apply_state(session, row, attempt, report.state, now)
     if _known(row, attempt) != before:
         touch(row, now)
     return _answer(row, order=_ORDERS.get(row.state, "none"), fenced=False)
@@ -61,16 +61,16 @@ def _answer(row: JobRow, *, order: Order, fenced: bool) -> ReportAnswer:
     )
 
 
-def _take_events(
+def _add_events(
     session: Session, row: JobRow, attempt: AttemptRow, events: Sequence[ReportedEvent]
 ) -> bool:
-    """Add new events and return whether one said that the attempt does steps again."""
+    """Add new events, and return whether one says that the attempt repeats steps."""
     restarted = False
-    for told in events:
-        if told.line <= row.events_known:
+    for reported in events:
+        if reported.line <= row.events_known:
             continue
-        event = told.event
-        row.events_known = told.line
+        event = reported.event
+        row.events_known = reported.line
         row.last_sequence += 1
         session.add(
             EventRow(
@@ -100,25 +100,27 @@ def _go_back(session: Session, row: JobRow, attempt: AttemptRow, step: int) -> N
         row.steps_known = step
 
 
-def _take_steps(session: Session, row: JobRow, steps: Sequence[StepValues]) -> None:
+def _add_steps(session: Session, row: JobRow, steps: Sequence[StepValues]) -> None:
     new = [step for step in steps if step.step > row.steps_known]
     if new:
         append_steps(session, row, new)
         row.steps_known = max(step.step for step in new)
 
 
-def _take_state(
-    session: Session, row: JobRow, attempt: AttemptRow, told: ReportedState, now: float
+def _apply_state(
+    session: Session, row: JobRow, attempt: AttemptRow, reported: ReportedState, now: float
 ) -> None:
-    attempt.state, attempt.reason = told.state, told.reason
-    attempt.message = text_of(told.message)
-    if told.state in _NEWS and row.state in ACTIVE:
+    attempt.state, attempt.reason = reported.state, reported.reason
+    attempt.message = text_of(reported.message)
+    if reported.state in _NEWS and row.state in ACTIVE:
         if row.started_at is None:
             row.started_at = now
-        orders = row.state in _ORDERS
-        reason, message = (row.reason, row.message) if orders else (told.reason, told.message)
-        move(session, row, _NEWS[told.state], now, reason=reason, message=message)
-    if told.state in ATTEMPT_ENDED:
+        # A job that is to pause or to be cancelled keeps the reason of that order.
+        ordered = row.state in _ORDERS
+        reason = row.reason if ordered else reported.reason
+        message = row.message if ordered else reported.message
+        move(session, row, _NEWS[reported.state], now, reason=reason, message=message)
+    if reported.state in ATTEMPT_ENDED:
         attempt.ended_at = now
-        row.first_failure = failure_row(told.first_failure)
-        row.summary = dict(told.summary) if told.summary is not None else row.summary
+        row.first_failure = failure_row(reported.first_failure)
+        row.summary = dict(reported.summary) if reported.summary is not None else row.summary

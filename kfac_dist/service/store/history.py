@@ -1,4 +1,4 @@
-"""The history of metrics: written step by step, read thinned out."""
+"""The history of a job's numbers: written step by step, read thinned out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from sqlalchemy.orm import Session
 
 from kfac_dist.config.wording import did_you_mean
 from kfac_dist.errors import NotFoundError
+from kfac_dist.runs.step_record import STEP_NUMBERS
 from kfac_dist.service.job_records import MetricPoint, MetricSeries, StepValues
 from kfac_dist.service.store import JobRow, PointRow, SeriesRow
 
 
 def append_steps(session: Session, row: JobRow, steps: Iterable[StepValues]) -> None:
-    """Add the values of steps that are not there yet."""
+    """Add the values of steps that the history does not have yet."""
     steps = list(steps)
     ids = _series_ids(session, row, {name for step in steps for name in step.values})
     points = [
@@ -42,7 +43,7 @@ def _series_ids(session: Session, row: JobRow, names: Iterable[str]) -> dict[str
 
 
 def forget_after(session: Session, row: JobRow, step: int) -> None:
-    """Remove the values of later steps, which a resumed attempt does again."""
+    """Remove the values after `step`: a resumed attempt repeats those steps."""
     series = select(SeriesRow.id).where(SeriesRow.job == row.number)
     session.execute(
         delete(PointRow).where(PointRow.series.in_(series), PointRow.step > step),
@@ -63,10 +64,10 @@ def read_series(
     last_step: int | None,
     max_points: int,
 ) -> list[MetricSeries]:
-    """Return the history of each of `names`, at most `max_points` points of it.
+    """Return the history of each of `names`, thinned out to at most `max_points` points each.
 
     Raises:
-        NotFoundError: the job has no such metric.
+        NotFoundError: the job has no metric of that name.
     """
     known = metric_names(session, row)
     for name in names:
@@ -109,8 +110,8 @@ def _read_one(
     every = 1 if count <= max_points else math.ceil((high - low + 1) / max_points)
     if every > 1:
         bucket = (points.c.step - low) // every
-        # A step above the bound of staleness is never averaged away.
-        combine = func.max if "staleness" in name else func.avg
+        number = STEP_NUMBERS.get(name.partition(".")[0])
+        combine = func.max if number and number.thinned_to_max else func.avg
         step, time, value = func.max(points.c.step), func.max(points.c.time), points.c.value
         query = select(step, time, combine(value)).group_by(bucket).order_by(bucket)
     else:

@@ -1,4 +1,4 @@
-"""Reports from a run folder, at whatever point the server has acknowledged."""
+"""Reports from a run folder, whatever the server has received so far."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from kfac_dist.config import parse_spec
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.runs import Event, FirstFailure, RunFolder, RunIdentity
+from kfac_dist.errors import FirstFailure
+from kfac_dist.runs import Event, RunFolder, RunIdentity
 from kfac_dist.service.job_records import ReportAnswer
 from kfac_dist.service.reporting.run_reader import MOST_IN_A_REPORT, DriverEnd, RunReader, write_end
 from tests.service.requests import spec
@@ -31,7 +32,7 @@ def known(events: int = 0, steps: int = 0) -> ReportAnswer:
     return ReportAnswer(order="none", events_known=events, steps_known=steps)
 
 
-def take_steps(folder: RunFolder, first: int, last: int) -> None:
+def append_steps(folder: RunFolder, first: int, last: int) -> None:
     for step in range(first, last + 1):
         folder.append_metrics(record(step, attempt=3))
 
@@ -40,9 +41,9 @@ def steps_of(run: RunReader) -> list[int]:
     return [step.step for step in run.read().steps]
 
 
-def test_what_was_not_acknowledged_comes_again(folder: RunFolder) -> None:
+def test_steps_and_events_are_reported_until_they_are_acknowledged(folder: RunFolder) -> None:
     run = reader(folder)
-    take_steps(folder, 1, 3)
+    append_steps(folder, 1, 3)
     folder.append_event(Event(kind="started", message="It trains.", step=0))
     report = run.read()
     assert report.state is not None
@@ -57,8 +58,8 @@ def test_what_was_not_acknowledged_comes_again(folder: RunFolder) -> None:
     assert run.read().is_empty
 
 
-def test_a_new_reader_goes_on_where_the_server_says(folder: RunFolder) -> None:
-    take_steps(folder, 1, 9)
+def test_a_new_reader_resumes_where_the_server_says(folder: RunFolder) -> None:
+    append_steps(folder, 1, 9)
     run = reader(folder)
     run.read()
     run.acknowledge(known(steps=7))
@@ -68,17 +69,17 @@ def test_a_new_reader_goes_on_where_the_server_says(folder: RunFolder) -> None:
 
 
 def test_steps_that_are_done_again_replace_those_before(folder: RunFolder) -> None:
-    take_steps(folder, 1, 6)
+    append_steps(folder, 1, 6)
     run = reader(folder)
     assert steps_of(run) == [1, 2, 3, 4, 5, 6]
     folder.truncate_metrics_after(4)
-    take_steps(folder, 5, 5)
+    append_steps(folder, 5, 5)
     run.acknowledge(known(steps=4))
     assert steps_of(run) == [5]
 
 
-def test_a_long_backlog_comes_in_parts(folder: RunFolder) -> None:
-    take_steps(folder, 1, 2 * MOST_IN_A_REPORT + 1)
+def test_a_long_backlog_is_reported_in_parts(folder: RunFolder) -> None:
+    append_steps(folder, 1, 2 * MOST_IN_A_REPORT + 1)
     run = reader(folder)
     seen: list[int] = []
     while steps := steps_of(run):
@@ -96,7 +97,7 @@ def test_the_state_is_that_of_this_attempt(folder: RunFolder) -> None:
     assert (state.state, state.step, state.reason) == (JobState.DEGRADED, 5, "inverse_worker_died")
 
 
-def test_the_drivers_own_end_counts_more_also_without_a_run(tmp_path: Path) -> None:
+def test_the_drivers_own_end_takes_precedence_also_without_a_run(tmp_path: Path) -> None:
     failure = FirstFailure(role="gradient_worker", rank=1, time_seconds=5.0, log_tail="x")
     end = DriverEnd(
         attempt=3, state=JobState.FAILED, reason="user_task", message="m", first_failure=failure

@@ -133,11 +133,11 @@ class Jobs:
 
     def checkpoint(self, step: int, run_dir: str = "run") -> Path:
         """Return the folder of the checkpoint of a step."""
-        return self.run_folder(run_dir).checkpoints_dir / f"step-{step:08d}"
+        return self.run_folder(run_dir).places.checkpoints / f"step-{step:08d}"
 
     def pid(self, role: str, run_dir: str = "run") -> int:
         """Return the process id of the newest actor of this role with rank 0."""
-        log = self.run_folder(run_dir).log_path(role, 0)
+        log = self.run_folder(run_dir).places.log(role, 0)
         return json.loads(log.read_text().splitlines()[-1])["pid"]
 
 

@@ -95,7 +95,7 @@ def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Job
     summary = jobs.run_folder().read_summary()
     assert summary is not None
     assert summary.message == caught.value.message
-    printed = jobs.run_folder().log_path("gradient_worker", 1).with_suffix(".out").read_text()
+    printed = jobs.run_folder().places.printed("gradient_worker", 1).read_text()
     assert "building the model" in printed
 
 

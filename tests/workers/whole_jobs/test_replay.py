@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from kfac_dist.config import JobSpec, WorkersSpec, parse_spec
 from kfac_dist.runs import StepRecord
-from kfac_dist.runs.json_lines import write_whole
 from kfac_dist.runs.replay_plan import ReplayPlan, plan_replay
+from kfac_dist.runs.writing import write_whole
 from tests.workers.whole_jobs.jobs import Jobs, line_spec
 from workers.checkpoint import load_newest, write_checkpoint
 from workers.cluster.cluster import local_room
@@ -66,7 +66,7 @@ def holding_an_inverse_worker(jobs: Jobs) -> Callable[[StepRecord], None]:
 def replay(jobs: Jobs, plan: ReplayPlan, run_dir: str = "again") -> ReplayResult:
     return run_replay(
         plan,
-        checkpoints_dir=jobs.run_folder().checkpoints_dir,
+        checkpoints_dir=jobs.run_folder().places.checkpoints,
         base_dir=jobs.folder,
         data_dir=None,
         home=jobs.folder / "home",
@@ -168,10 +168,10 @@ def test_a_first_order_job_is_replayed_and_a_changed_checkpoint_is_found(jobs: J
     result = replay(jobs, plan_replay(jobs.run_folder(), None))
     assert (result.num_steps, result.difference, result.checkpoint_step) == (6, None, 6)
 
-    whole = load_newest(jobs.run_folder().checkpoints_dir)
+    whole = load_newest(jobs.run_folder().places.checkpoints)
     assert whole is not None
     whole.roles["parameter_server"]["parameters"][0] += 1e-12
-    write_checkpoint(jobs.run_folder().checkpoints_dir, 6, whole.roles, whole.state, keep=1)
+    write_checkpoint(jobs.run_folder().places.checkpoints, 6, whole.roles, whole.state, keep=1)
     found = replay(jobs, plan_replay(jobs.run_folder(), None), "other").difference
     assert found is not None
     assert (found.step, found.field) == (6, "checkpoint parameter_server/parameters")

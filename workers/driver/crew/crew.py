@@ -224,7 +224,7 @@ class Crew:
 
     def _error(self, failed: Calls, pending: Calls) -> Exception:
         member, error = first_cause(failed, pending)
-        path = self._folder.log_path(member.role, member.rank, self._job.attempt)
+        path = self._folder.places.log(member.role, member.rank, self._job.attempt)
         return job_error(member, error, step=self.step, log_tail=log_tail(path))
 
     def kill(self) -> None:

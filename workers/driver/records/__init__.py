@@ -1,1 +1,1 @@
-"""What the driver writes down of a run, and the metrics it serves."""
+"""What the driver records of a run, and the metrics that it serves."""

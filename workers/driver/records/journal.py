@@ -1,4 +1,4 @@
-"""What the driver tells the world: records, events and the state of the job."""
+"""What the driver makes known: records of steps, events and the state of the job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ OnEvent = Callable[[Event], None]
 
 
 class JobJournal:
-    """Writes to the run folder, which the driver alone does, and calls whoever watches."""
+    """Writes to the run folder and passes records and events on to watchers.
+
+    No other process writes to the folder, except for the logs of the workers.
+    """
 
     def __init__(self, folder: RunFolder, attempt: int) -> None:
         self._folder = folder
@@ -27,13 +30,13 @@ class JobJournal:
         self.step = 0
 
     def watch(self, on_record: OnRecord | None, on_event: OnEvent | None) -> None:
-        """Call these from now on, after those that watch already."""
+        """Call these from now on, after the watchers there already are."""
         self._on_record += [on_record] if on_record else []
         self._on_event += [on_event] if on_event else []
 
     @contextmanager
     def served(self, server: MetricsServer | None, job: str) -> Iterator[None]:
-        """Let the metrics of `job` be served inside the block, if there is a server."""
+        """Serve the metrics of `job` inside the block, if there is a server."""
         if server is None:
             yield
             return
@@ -43,7 +46,7 @@ class JobJournal:
             yield
 
     def record(self, record: StepRecord) -> None:
-        """Write a step."""
+        """Write the record of a step."""
         self._folder.append_metrics(record)
         for on_record in self._on_record:
             on_record(record)
@@ -77,15 +80,17 @@ class JobJournal:
     def started(
         self, precondition_dtype: PreconditionDtype | None, arithmetic: Mapping[str, Any]
     ) -> None:
-        """Write that all members are there, and what was measured for `precondition_dtype`.
+        """Write that the attempt has started, with the settings that affect its numerics.
 
-        `arithmetic` has what may differ between attempts of a job and decides about its numbers.
+        Args:
+            precondition_dtype: the dtype in which the server preconditions; None without K-FAC.
+            arithmetic: settings that may differ between attempts and affect the numerics.
         """
         self.state("RUNNING")
         self.event("started", f"attempt {self._attempt} trains", **arithmetic)
         if precondition_dtype is not None:
-            text = str(precondition_dtype)
-            self.event("precondition_dtype", text, dtype=precondition_dtype.dtype)
+            dtype = precondition_dtype.dtype
+            self.event("precondition_dtype", str(precondition_dtype), dtype=dtype)
 
     def state(self, state: RunState, **changes: Any) -> None:
         """Write the state of the job."""

@@ -1,6 +1,6 @@
 """From the records and events of a job to the series that Prometheus scrapes.
 
-Every number is one that a record has, or a sum over records; nothing is measured here.
+`STEP_NUMBERS` says which number of a record belongs to which metric; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
@@ -21,19 +21,20 @@ from kfac_dist.coordination import metrics
 from kfac_dist.coordination.metrics import Metric
 from kfac_dist.runs import Event, StepRecord
 from kfac_dist.runs.records import InversionResult
+from kfac_dist.runs.step_record import STEP_NUMBERS, StepNumber
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 _Values = dict[tuple[str, ...], float]  # by the values of the labels
 
 
 class JobSeries(Collector):
-    """The series of one job: told by the driver's thread, collected in those of the server."""
+    """The series of one job: the driver's thread adds to them, the server's threads collect."""
 
     def __init__(self, job: str) -> None:
         self._job = job
         self._lock = threading.Lock()
         self._durations = _Distribution(metrics.INVERSION_DURATION.buckets)
-        # What is only counted up is there from the start, so that its first increase is one.
+        # Counters start at 0 and not at their first count: `increase` would miss that one.
         self._values: dict[Metric, _Values] = {
             metrics.BUILD_INFO: {(__version__,): 1},
             metrics.INVERSIONS: {(result,): 0 for result in get_args(InversionResult)},
@@ -42,49 +43,54 @@ class JobSeries(Collector):
         }
 
     def on_record(self, record: StepRecord) -> None:
-        """Take in a step."""
+        """Add the record of a step."""
         with self._lock:
-            self._take_step(record)
-            self._take_inverses(record)
+            self._date_new_inverses(record)  # before the versions of the last record are replaced
+            self._add_numbers(record)
+            self._add_inversions(record)
 
     def on_event(self, event: Event) -> None:
-        """Take in an event."""
+        """Add an event."""
         if event.kind == "inverse_worker_replaced" and event.role is not None:
             with self._lock:
                 self._values[metrics.WORKER_RESTARTS][(event.role,)] += 1
 
     def collect(self) -> list[Family]:
-        """Return all metrics that have a value by now."""
+        """Return all metrics that have a value so far."""
         with self._lock:
             return [*self._valued(), _histogram(metrics.INVERSION_DURATION, self._durations)]
 
-    def _take_step(self, record: StepRecord) -> None:
-        for metric, value in (
-            (metrics.STEP, record.step),
-            (metrics.LOSS, record.loss),
-            (metrics.DAMPING, record.damping),
-            (metrics.GAMMA, record.gamma),
-            (metrics.REDUCTION_RATIO, record.reduction_ratio),
-            (metrics.UPDATE_NORM, record.update_norm),
-            (metrics.STALE_APPLIED, record.stale_applied_total),
-        ):
-            if value is not None:
-                self._values[metric] = {(): value}
-        self._values[metrics.SAMPLES][()] += record.num_cases
-        phases = {"step": record.step_seconds, **record.phase_seconds}
-        self._values[metrics.STEP_DURATION] = {(phase,): s for phase, s in phases.items()}
-        events = record.numeric_events
-        self._values[metrics.NUMERIC_EVENTS] = {(rung,): n for rung, n in events.items()}
+    def _add_numbers(self, record: StepRecord) -> None:
+        latest: dict[Metric, _Values] = {}
+        for name, number in STEP_NUMBERS.items():
+            value = getattr(record, name)
+            if number.metric is None or value is None:
+                continue
+            values = self._by_labels(number, number.metric, value)
+            known = self._values.get(number.metric, {})
+            if number.over_steps == "sum":
+                values = {labels: known.get(labels, 0) + term for labels, term in values.items()}
+            if number.over_steps != "last":
+                values = known | values
+            latest.setdefault(number.metric, {}).update(values)
+        self._values |= latest
 
-    def _take_inverses(self, record: StepRecord) -> None:
-        versions = self._values.setdefault(metrics.INVERSE_VERSION_STEP, {})
+    def _by_labels(self, number: StepNumber, metric: Metric, value: Any) -> _Values:
+        if not isinstance(value, Mapping):
+            return {() if number.label is None else (number.label,): value}
+        # The label `job`, where a metric has it, comes first.
+        job = (self._job,) if "job" in metric.labels else ()
+        return {(*job, key): entry for key, entry in value.items()}
+
+    def _date_new_inverses(self, record: StepRecord) -> None:
+        versions = self._values.get(metrics.INVERSE_VERSION_STEP, {})
         refreshed = self._values.setdefault(metrics.INVERSE_REFRESH_TIMESTAMP, {})
-        for layer, version in record.inverse_version_step.items():  # none in a skipped step
+        for layer, version in record.inverse_version_step.items():
             labels = (self._job, layer)
             if versions.get(labels) != version:
-                versions[labels], refreshed[labels] = version, record.time
-        depths = record.inverse_queue_depth
-        self._values[metrics.INVERSE_QUEUE_DEPTH] = {(self._job, w): n for w, n in depths.items()}
+                refreshed[labels] = record.time
+
+    def _add_inversions(self, record: StepRecord) -> None:
         for inversion in record.inversions:
             self._values[metrics.INVERSIONS][(inversion.result,)] += 1
             self._durations.add(inversion.seconds)
@@ -100,7 +106,7 @@ class JobSeries(Collector):
 
 
 class _Distribution:
-    """Counts of values by bucket, the last of which has no bound, and their sum."""
+    """Counts of values by bucket, and their sum; the last bucket has no upper bound."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = (*bounds, math.inf)

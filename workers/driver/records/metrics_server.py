@@ -1,4 +1,4 @@
-"""The port on which Prometheus finds the metrics of the jobs of this process."""
+"""The port where Prometheus finds the metrics of this process's jobs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kfac_dist.coordination.checks import check_interval
 from kfac_dist.errors import ConflictError, InvalidSpecError
 from workers.driver.records.metric_series import JobSeries
 
-# There is no login, so nobody on another machine is let in.
+# The page asks for no login, so only this machine may reach it.
 HOST = "127.0.0.1"
 
 
 class MetricsServer:
-    """What is served at `url`: the series of each job, as long as it runs."""
+    """Serves, at `url`, the series of each job while it runs."""
 
     def __init__(self, registry: CollectorRegistry, port: int) -> None:
         self._registry = registry
@@ -25,7 +25,7 @@ class MetricsServer:
 
     @contextmanager
     def series(self, job: str) -> Iterator[JobSeries]:
-        """Serve the series of `job` inside the block; they end with it."""
+        """Serve the series of `job` inside the block, and remove them at its end."""
         series = JobSeries(job)
         self._registry.register(series)
         try:
@@ -36,11 +36,13 @@ class MetricsServer:
 
 @contextmanager
 def metrics_server(port: int | None) -> Iterator[MetricsServer | None]:
-    """Serve metrics on a port of the loopback inside the block; 0 takes a free one, None none.
+    """Serve metrics on a loopback port inside the block.
+
+    `port` 0 takes any free port; None serves nothing, and the block gets None.
 
     Raises:
         ConflictError: the port is in use.
-        InvalidSpecError: there is no such port, or it is not to be had.
+        InvalidSpecError: the port is out of range, or cannot be opened.
     """
     if port is None:
         yield None
@@ -50,7 +52,7 @@ def metrics_server(port: int | None) -> Iterator[MetricsServer | None]:
     try:
         server, thread = start_http_server(port, HOST, registry)
     except OSError as error:
-        raise _not_to_be_had(port, error) from error
+        raise _cannot_open(port, error) from error
     try:
         yield MetricsServer(registry, server.server_port)
     finally:
@@ -59,7 +61,7 @@ def metrics_server(port: int | None) -> Iterator[MetricsServer | None]:
         thread.join()
 
 
-def _not_to_be_had(port: int, error: OSError) -> ConflictError | InvalidSpecError:
+def _cannot_open(port: int, error: OSError) -> ConflictError | InvalidSpecError:
     if error.errno == errno.EADDRINUSE:
         return ConflictError(
             f"metrics port: {port} on {HOST} is in use; name another, or 0 for a free one"

@@ -1,18 +1,20 @@
-"""From the reports of the actors to the records of a run."""
+"""From the reports of the actors to the record of a step."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 
 from kfac_dist.runs import Inversion, StalenessSummary, StepRecord
 from kfac_dist.runs.records import InversionResult
 from workers.exchange.messages import InverseHeader, InverseStatus, ServerReport, WorkerReport
 
-# Where each phase of a record comes from: the slowest gradient worker, or the server. Waiting for
-# the other side is part of what the one that waits measures, and is left out, but for the workers'
-# wait for the direction: what of preconditioning is not beside their statistics.
+# Which phases of the actors make up a phase of the record: those of the slowest gradient worker, or
+# of the server. Both sides also measure how long they wait for each other, which is left out here.
+# The exception is `wait_direction`: the part of preconditioning that does not overlap with the
+# workers' statistics.
 _WORKER_PHASES = {
     "compute": ("read", "compute"),
     "statistics": ("statistics",),
@@ -28,8 +30,13 @@ _SERVER_PHASES = {
 }
 
 
+# What a record takes from the server's report as it is: the fields with the same names. The others
+# (inverse_gammas, numeric_events, phase_seconds) are replaced in `record`.
+_REPORTED = [field.name for field in fields(ServerReport) if field.name in StepRecord.model_fields]
+
+
 class StepRecords:
-    """Builds step records; keeps what is needed over the steps of a job."""
+    """Builds the records of a job's steps, and keeps what they need from earlier steps."""
 
     def __init__(self, earlier: Iterable[StepRecord] = ()) -> None:
         self._inversion_seconds: dict[int, float] = {}
@@ -48,42 +55,42 @@ class StepRecords:
         statuses: Mapping[int, InverseStatus],
         step_seconds: float,
     ) -> StepRecord:
-        """Return the record of a step."""
-        record = StepRecord(
-            step=report.step,
-            time=time.time(),
-            loss=report.loss,
-            objective=report.objective,
-            num_cases=report.num_cases,
-            update_norm=report.update_norm,
-            step_seconds=step_seconds,
-            phase_seconds=self._phases(report, workers, statuses, step_seconds),
-            damping=report.damping,
-            gamma=report.gamma,
-            lr=report.lr,
-            reduction_ratio=report.reduction_ratio,
-            alpha=report.alpha,
-            mu=report.mu,
-            predicted_change=report.predicted_change,
-            inverse_version_step=dict(report.inverse_version_step),
-            inverse_gammas={
-                name: list(report.inverse_gammas[name])
-                for name, version in report.inverse_version_step.items()
-                if self._versions.get(name) != version
+        """Return the record of a step that took `step_seconds`.
+
+        Args:
+            report: what the parameter server says of it.
+            workers: what the gradient workers say of it, at least one.
+            statuses: the health of the inverse workers by rank.
+            step_seconds: as the driver measured it.
+        """
+        reported = {name: getattr(report, name) for name in _REPORTED}
+        combined = {
+            "time": time.time(),
+            "step_seconds": step_seconds,
+            "phase_seconds": self._phases(report, workers, statuses),
+            "inverse_gammas": self._new_gammas(report),
+            "inverse_staleness_steps": _staleness(report),
+            "numeric_events": self._numeric_events(report, statuses),
+            "exchanged_bytes": max(
+                worker.traffic.sent_bytes + worker.traffic.received_bytes for worker in workers
+            ),
+            "num_messages": max(worker.traffic.num_messages for worker in workers),
+            "inverse_queue_depth": {
+                str(rank): status.queue_depth for rank, status in statuses.items()
             },
-            stale_layers=dict(report.stale_layers),
-            inverse_staleness_steps=_staleness(report),
-            parameter_version=report.parameter_version,
-            numeric_events=self._numeric_events(report, statuses),
-            stale_applied_total=report.stale_applied_total,
-            waited_seconds=report.waited_seconds,
-            exchanged_bytes=max(w.traffic.sent_bytes + w.traffic.received_bytes for w in workers),
-            num_messages=max(w.traffic.num_messages for w in workers),
-            inverse_queue_depth={str(rank): s.queue_depth for rank, s in statuses.items()},
-            inversions=[_inversion(header) for header in report.accepted],
-        )
+            "inversions": [_inversion(header) for header in report.accepted],
+        }
+        record = StepRecord.model_validate(reported | combined)
         self._remember(record)
         return record
+
+    def _new_gammas(self, report: ServerReport) -> dict[str, list[float]]:
+        """Return the gammas of the versions that no earlier step used."""
+        return {
+            name: list(report.inverse_gammas[name])
+            for name, version in report.inverse_version_step.items()
+            if self._versions.get(name) != version
+        }
 
     def _remember(self, record: StepRecord) -> None:
         if self.initial_objective is None and record.step == 1:
@@ -97,7 +104,6 @@ class StepRecords:
         report: ServerReport,
         workers: Sequence[WorkerReport],
         statuses: Mapping[int, InverseStatus],
-        step_seconds: float,
     ) -> dict[str, float]:
         phases = {
             phase: max(sum(w.phase_seconds.get(part, 0.0) for part in parts) for w in workers)
@@ -116,7 +122,7 @@ class StepRecords:
         total = 0.0
         for rank, status in statuses.items():
             before = self._inversion_seconds.get(rank, 0.0)
-            # A successor counts from zero.
+            # A worker that replaced another counts from zero.
             total += status.inversion_seconds - (
                 before if before <= status.inversion_seconds else 0
             )
@@ -144,12 +150,12 @@ class StepRecords:
         return {kind: number for kind, number in sorted(events.items()) if number}
 
     def staleness(self) -> StalenessSummary | None:
-        """Return mean and maximum over all steps; None without inverses."""
+        """Return the mean and maximum staleness over all steps; None without inverses."""
         if not self._staleness:
             return None
         return StalenessSummary(
-            mean=sum(one.mean for one in self._staleness) / len(self._staleness),
-            max=max(one.max for one in self._staleness),
+            mean=sum(step.mean for step in self._staleness) / len(self._staleness),
+            max=max(step.max for step in self._staleness),
         )
 
 

@@ -59,7 +59,8 @@ def series() -> JobSeries:
 
 
 def test_the_text_is_the_catalogue(series: JobSeries) -> None:
-    families = {one.name: one for one in text_string_to_metric_families(text_of(series))}
+    parsed = text_string_to_metric_families(text_of(series))
+    families = {family.name: family for family in parsed}
     assert families.keys() == {metric.name.removesuffix("_total") for metric in CATALOGUE}
     for metric in CATALOGUE:
         family = families[metric.name.removesuffix("_total")]
@@ -103,7 +104,7 @@ def test_a_refresh_is_dated_by_the_step_that_first_used_it(series: JobSeries) ->
     assert set(by_label(found, "kfac_inverse_version_step", "job")) == {JOB}
 
 
-def test_the_queue_of_a_worker_that_is_gone_is_no_more(series: JobSeries) -> None:
+def test_the_queue_of_a_worker_that_is_gone_is_no_longer_served(series: JobSeries) -> None:
     series.on_record(record(2, inverse_queue_depth={"1": 3}))
     found = samples(text_of(series))
     assert by_label(found, "kfac_inverse_queue_depth", "worker") == {"1": 3}
@@ -138,7 +139,7 @@ def test_a_baseline_has_no_series_of_kfac() -> None:
     assert not names & {"kfac_damping", "kfac_gamma", "kfac_inverse_version_step"}
 
 
-def test_promtool_finds_nothing_to_say(series: JobSeries) -> None:
+def test_promtool_has_no_complaint(series: JobSeries) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("needs Prometheus' promtool on the PATH")

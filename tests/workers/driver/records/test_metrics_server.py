@@ -1,4 +1,4 @@
-"""The port of a job's metrics: what is on it while the job runs, and that it is closed after."""
+"""The port of a job's metrics: what it serves while the job runs, and that it closes after."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_port_in_use_is_a_conflict() -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_there_are_only_so_many_ports(tmp_path: Path, port: int) -> None:
+def test_a_port_out_of_range_is_refused(tmp_path: Path, port: int) -> None:
     with pytest.raises(InvalidSpecError, match=f"metrics port .* 65535; got {port}"):
         train(line_spec(), run_dir=tmp_path / "run", metrics_port=port)
     assert not (tmp_path / "run").exists()

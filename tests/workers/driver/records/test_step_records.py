@@ -56,7 +56,7 @@ def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> Invers
         (header((None, 1.0), ("float64", "raised_damping")), "failed"),
     ],
 )
-def test_how_an_inversion_went(accepted: InverseHeader, result: str) -> None:
+def test_the_result_of_an_inversion(accepted: InverseHeader, result: str) -> None:
     traffic = Traffic(sent_bytes=70, received_bytes=30, num_messages=6)
     workers = [WorkerReport(phase_seconds={}, traffic=traffic)]
     record = StepRecords().record(report(accepted), workers, {}, step_seconds=0.5)
