@@ -124,10 +124,11 @@ class StatisticsPass:
     def _modules_without_cases(self, inputs: Tensor) -> frozenset[nn.Module]:
         """Return them as found once; only what looks up positions is expected to be one."""
         if self._without_cases is None:
-            has_embedding = any(isinstance(module, nn.Embedding) for module in self._modules)
+            sites = self._registration.sites
+            suspected = any(site.rule is not None and site.rule.may_lack_cases for site in sites)
             self._without_cases = (
                 modules_without_cases(self._model, inputs, self._modules)
-                if has_embedding
+                if suspected
                 else frozenset()
             )
         return self._without_cases

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.blocks.block import LayerBlock
-from kfac_dist.core.blocks.layer_rules import has_case_axis
 from kfac_dist.core.blocks.registration import Registration
+from kfac_dist.core.blocks.sites import Site
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
 from kfac_dist.core.passes.capture import Captures, Gradients
 from kfac_dist.core.statistics.site_sums import KroneckerSums, SiteCall, SiteSums
@@ -121,14 +121,7 @@ class StatisticsSums:
             InvalidSpecError: a call has no axis of cases, and the gradients of cases are needed.
         """
         for sums in self._sites:
-            sums.add_inputs(
-                [
-                    SiteCall(module, call.inputs, self._cases_of(owner, module, call.inputs, known))
-                    for owner, module in zip(sums.site.owners, sums.site.modules, strict=False)
-                    for known in [module not in without_cases]
-                    for call in captures[module]
-                ]
-            )
+            sums.add_inputs(list(self._calls(sums.site, captures, without_cases)))
         for name, next_name in self._links:
             left, right = self._kronecker(name), self._kronecker(next_name)
             rows, next_rows = left.averaged_inputs, right.averaged_inputs
@@ -137,11 +130,26 @@ class StatisticsSums:
                 cross = torch.cat(rows).T @ torch.cat(next_rows)
                 self.sums.crosses[name].A.add_(cross / positions)
 
-    def _cases_of(self, owner: str, module: nn.Module, inputs: Tensor, known: bool) -> int:
-        if known and has_case_axis(module, inputs, self._num_cases):
-            return self._num_cases
+    def _calls(
+        self, site: Site, captures: Captures, without_cases: frozenset[nn.Module]
+    ) -> Iterator[SiteCall]:
+        """Yield the calls of the modules of a site, in order; a diagonal site observes none."""
+        if site.rule is None:
+            return
+        for owner, module in zip(site.owners, site.modules, strict=True):
+            for call in captures[module]:
+                num_cases = self._num_cases
+                if module in without_cases or not site.rule.has_case_axis(
+                    module, call.inputs, num_cases
+                ):
+                    self._check_sampled(owner, call.inputs)
+                    num_cases = 1
+                yield SiteCall(site.rule, module, call.inputs, num_cases)
+
+    def _check_sampled(self, owner: str, inputs: Tensor) -> None:
+        """Refuse an input without an axis of cases unless the targets are sampled."""
         if self._fisher_type == "mc":
-            return 1
+            return
         raise InvalidSpecError(
             f"layer {owner}: its input {tuple(inputs.shape)} has no axis of the {self._num_cases} "
             f"cases, which fisher_type: {self._fisher_type} needs; expand it over the cases, such "

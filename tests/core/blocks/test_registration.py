@@ -135,7 +135,7 @@ def test_very_wide_layers_are_split_where_nobody_says_so(width, options, num_blo
 
 
 def test_outputs_that_are_no_equal_parts_are_refused():
-    with pytest.raises(InvalidSpecError, match=r"0 has 2 equal parts; it has 3 outputs"):
+    with pytest.raises(InvalidSpecError, match=r"0 has 2 equal parts, but its 3 outputs are not"):
         registered(net(), fused_outputs={"0": 2})
 
 
@@ -209,7 +209,7 @@ def test_what_attention_does_not_call_is_diagonal():
 
 
 def test_a_pattern_that_fits_nothing_is_refused():
-    with pytest.raises(InvalidSpecError, match="diagonal: nowhere fits no module"):
+    with pytest.raises(InvalidSpecError, match="diagonal: nowhere matches no module"):
         registered(net(), diagonal=["nowhere", "0"])
     assert sizes(registered(net(), diagonal=["0.bias"])) == {
         "0": ("kronecker", 4, 3),
