@@ -101,13 +101,13 @@ class StatisticsSender:
         trace: Trace | None,
         bases: Mapping[str, KroneckerPair],
     ) -> BatchStatistics | None:
-        statistics = self._computer.batch_statistics(
+        statistics = self._computer.statistics(
             rows.take(part.inputs),
             rows.take(part.targets),
             step=step,
             first_row=rows.first_row,
             links=self._links,
             bases=bases,
-            trace=trace and trace.take(rows.positions),
+            trace=trace and trace.rows_at(rows.positions),
         )
         return statistics if statistics.is_finite() else None

@@ -26,7 +26,7 @@ class UnitSums(SiteSums):
         self.factors = {block.name: UnitMoments(M=self._M)}
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
-        """Keep what each unit sees: [cases, positions, units, features]."""
+        """Keep the features that each unit sees, [cases, positions, units, features]."""
         self.calls = calls
         self._features = [self._seen(call) for call in calls] if self.site.has_weight else []
 
@@ -61,7 +61,7 @@ class UnitSums(SiteSums):
 
 
 class DiagonalSums(SiteSums):
-    """The diagonal of the Fisher, from squares of gradients that are computed elsewhere."""
+    """The diagonal of the Fisher, from squared gradients of cases (`CaseGradients`)."""
 
     def __init__(
         self, site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing
@@ -72,13 +72,13 @@ class DiagonalSums(SiteSums):
         self.factors = {block.name: UnitMoments(M=self._M)}
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
-        """No call is observed."""
+        """Do nothing: a diagonal site observes no calls."""
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """No call is observed."""
+        """Do nothing: a diagonal site observes no calls."""
 
     def add_squares(self, squares: Tensor) -> None:
-        """Add sums over cases, shaped like the parameter."""
+        """Add sums over cases of squared gradients, shaped like the parameter."""
         self._M.add_(squares.reshape(-1, 1, 1))
 
 
@@ -91,5 +91,5 @@ _SUMS: dict[BlockKind, type[SiteSums]] = {
 
 
 def sums_for(site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing) -> SiteSums:
-    """Return the sums of a site, zero, with the dtype and device of `like`."""
+    """Return sums for a site, all zero, with the dtype and the device of `like`."""
     return _SUMS[site.kind](site, num_cases, like, weight_sharing)

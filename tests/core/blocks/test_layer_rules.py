@@ -1,4 +1,4 @@
-"""Every row of the table: the rows that a rule reads are those that the layer multiplies."""
+"""For every type in the table, a layer multiplies the rows that its rule reads."""
 
 import pytest
 import torch

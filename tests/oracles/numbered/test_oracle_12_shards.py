@@ -1,7 +1,7 @@
-"""Oracle 12, serial part: the sums of the shards of a batch are the sums of the whole batch.
+"""Oracle 12, serial part: the sums over the parts of a batch add up to those of the whole batch.
 
-Equal, uneven and empty shards; loss, gradient, statistics of the three Fisher types (the sampled
-targets depend on the place of a case, not on its shard) and Fisher products.
+The parts are equal, uneven or empty. The sums are loss, gradient, Fisher products, and statistics
+of the three Fisher types, whose sampled targets depend on the place of a case and not on its part.
 """
 
 import pytest
@@ -27,7 +27,7 @@ CASES = tuple(
 )
 
 
-def shards(split):
+def slices(split):
     start = 0
     for size in split:
         yield slice(start, start + size)
@@ -44,11 +44,11 @@ def assert_close(actual, expected):
 def test_loss_and_gradient(case, split):
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for(case.distribution, model)
-    parts = [computer.gradient(inputs[at], targets[at]) for at in shards(split)]
+    parts = [computer.gradient(inputs[at], targets[at]) for at in slices(split)]
     whole = computer.gradient(inputs, targets)
     assert_close(sum(part.gradient for part in parts), whole.gradient)
     assert_close(sum(part.loss for part in parts), whole.loss)
-    assert_close(sum(computer.loss(inputs[at], targets[at]) for at in shards(split)), whole.loss)
+    assert_close(sum(computer.loss(inputs[at], targets[at]) for at in slices(split)), whole.loss)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.distribution)
@@ -66,10 +66,10 @@ def test_whole_is_the_sum_of_the_cases(case):
 def test_statistics(case, split, fisher_type):
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for(case.distribution, model, fisher_type)
-    whole = computer.statistics(inputs, targets, step=4)
+    whole = computer.statistics(inputs, targets, step=4).factors
     parts = [
-        computer.statistics(inputs[at], targets[at], step=4, first_row=at.start)
-        for at in shards(split)
+        computer.statistics(inputs[at], targets[at], step=4, first_row=at.start).factors
+        for at in slices(split)
     ]
     for name, pair in whole.items():
         assert_close(sum(part[name].A for part in parts), pair.A)
@@ -84,7 +84,7 @@ def test_fisher_products(case, split):
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(3, dense.num_parameters(model), generator=generator, dtype=torch.float64)
     whole = computer.fisher_sums(inputs, vectors).gram
-    assert_close(sum(computer.fisher_sums(inputs[at], vectors).gram for at in shards(split)), whole)
+    assert_close(sum(computer.fisher_sums(inputs[at], vectors).gram for at in slices(split)), whole)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
@@ -93,5 +93,5 @@ def test_sampled_noise_of_a_row_is_bitwise_that_of_the_whole(split, kind):
     like = torch.zeros((), dtype=torch.float64)
     arguments = {"seed": 5, "step": 9, "shape": (3, 2), "like": like}
     whole = keyed_noise(kind, rows=range(NUM_CASES), **arguments)
-    parts = [keyed_noise(kind, rows=range(at.start, at.stop), **arguments) for at in shards(split)]
+    parts = [keyed_noise(kind, rows=range(at.start, at.stop), **arguments) for at in slices(split)]
     assert torch.equal(torch.cat(parts), whole)
