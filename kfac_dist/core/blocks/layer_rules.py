@@ -31,8 +31,8 @@ class LayerRule(Generic[M]):
     """The rule for layers of one family; the layer itself is an argument of each method.
 
     Layers that are `is_linear` can be linked in a block-tridiagonal inverse and can have fused
-    outputs. A weight that is `transposed` has a column for each output instead of a row. If any
-    layer of a model `may_lack_cases`, the model is run to find inputs without an axis of cases.
+    outputs. A weight that is `transposed` has a column for each output instead of a row. If a model
+    has layers that `may_lack_cases`, two extra passes find inputs without an axis of cases.
     """
 
     is_linear: ClassVar[bool] = False
@@ -116,7 +116,7 @@ class ConvolutionRule(LayerRule[Conv]):
         return "unit-wise" if has_weight and depthwise else "kronecker"
 
     def num_groups(self, layer: Conv) -> int:
-        """Return the groups of channels."""
+        """Return the number of groups of channels."""
         return layer.groups
 
     def least_dims(self, layer: Conv) -> int:
@@ -146,6 +146,7 @@ def patches(layer: Conv, inputs: Tensor, first_channel: int, num_channels: int) 
     kernel = layer.weight.shape[2:]
     batched = _with_cases(layer, inputs)
     channels = batched[:, first_channel : first_channel + num_channels]
+    # torch keeps the padding as F.pad takes it: the last axis first, both of its ends.
     padding = list(layer._reversed_padding_repeated_twice)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     windows = F.pad(channels, padding, mode=mode) if any(padding) else channels
@@ -245,7 +246,7 @@ LAYER_RULES: dict[type[nn.Module], LayerRule[Any]] = {
 
 
 def rule_for(module: nn.Module) -> LayerRule[Any] | None:
-    """Return the rule of the table for a module, None if it has none.
+    """Return the rule in the table for a module, None if its type is not there.
 
     A subclass has the rule of its base only if it computes the same.
     """

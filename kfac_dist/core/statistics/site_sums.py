@@ -92,13 +92,13 @@ class KroneckerSums(SiteSums):
         self._like = like
         widths = {b.columns: b.dim_A for b in site.blocks}
         heights = {b.rows: b.dim_G for b in site.blocks}
-        self._A = {columns: self._empty_A(width) for columns, width in widths.items()}
+        self._A = {columns: self._zero_A(width) for columns, width in widths.items()}
         self._G = {rows: like.new_zeros((height, height)) for rows, height in heights.items()}
         self.factors = {
             b.name: KroneckerPair(A=self._A[b.columns], G=self._G[b.rows]) for b in site.blocks
         }
 
-    def _empty_A(self, width: int) -> Tensor:
+    def _zero_A(self, width: int) -> Tensor:
         return self._like.new_zeros((width, width))
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
@@ -116,13 +116,13 @@ class KroneckerSums(SiteSums):
             # A call without cases has one row here, which is added to those of all cases.
             mean = reduce(torch.add, sums) / positions
             self.averaged_inputs = [mean]
-            self._add_moments(mean, len(mean), 1)
+            self._add_to_A(mean, len(mean), 1)
             return
         self.averaged_inputs = self.inputs
         for rows, call in zip(self.inputs, calls, strict=True):
-            self._add_moments(rows, call.num_cases, positions)
+            self._add_to_A(rows, call.num_cases, positions)
 
-    def _add_moments(self, rows: Tensor, num_cases: int, positions: int) -> None:
+    def _add_to_A(self, rows: Tensor, num_cases: int, positions: int) -> None:
         divisor = positions * num_cases / self.num_cases
         for columns, A in self._A.items():
             add_second_moment(A, _columns(rows, columns), weight=1 / divisor)
@@ -174,7 +174,7 @@ class IndexSums(KroneckerSums):
         super().__init__(site, num_cases, like, weight_sharing)
         self._indices: list[Tensor] = []
 
-    def _empty_A(self, width: int) -> Tensor:
+    def _zero_A(self, width: int) -> Tensor:
         return self._like.new_zeros(width)
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:

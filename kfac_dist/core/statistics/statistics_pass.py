@@ -112,7 +112,7 @@ class StatisticsPass:
         collector = StatisticsSums(
             self._registration, self._fisher_type, len(inputs), self._like, links, bases
         )
-        if len(inputs) == 0:
+        if len(inputs) == 0:  # a worker without cases still sends sums, which are zero
             return collector.sums
         with torch.enable_grad(), running_statistics_kept(self._model):
             outputs, captures, back = self._observe(inputs, trace)
@@ -144,6 +144,7 @@ class StatisticsPass:
         """Return the modules without an axis of cases, which are searched for only once."""
         if self._without_cases is None:
             sites = self._registration.sites
+            # Two extra passes, which only models with such layers need to pay for.
             suspected = any(site.rule is not None and site.rule.may_lack_cases for site in sites)
             self._without_cases = (
                 modules_without_cases(self._model, inputs, self._modules)

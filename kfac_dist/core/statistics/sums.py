@@ -108,13 +108,13 @@ class StatisticsSums:
         }
         self.sums = BatchStatistics(
             factors={name: sums.factors[name] for name, (sums, _) in self._blocks.items()},
-            crosses={name: self._no_cross(name, following, like) for name, following in links},
+            crosses={name: self._zero_cross(name, following, like) for name, following in links},
             moments={
                 name: like.new_zeros((len(basis.G), len(basis.A))) for name, basis in bases.items()
             },
         )
 
-    def _no_cross(self, name: str, next_name: str, like: Tensor) -> KroneckerPair:
+    def _zero_cross(self, name: str, next_name: str, like: Tensor) -> KroneckerPair:
         left, right = self._blocks[name][1], self._blocks[next_name][1]
         return KroneckerPair(
             A=like.new_zeros((left.dim_A, right.dim_A)),

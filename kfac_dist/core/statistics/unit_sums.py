@@ -28,9 +28,9 @@ class UnitSums(SiteSums):
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
         """Keep the features that each unit sees, [cases, positions, units, features]."""
         self.calls = calls
-        self._features = [self._seen(call) for call in calls] if self.site.has_weight else []
+        self._features = [self._by_unit(call) for call in calls] if self.site.has_weight else []
 
-    def _seen(self, call: SiteCall) -> Tensor:
+    def _by_unit(self, call: SiteCall) -> Tensor:
         rows = call.rule.input_rows(call.module, call.inputs, None)
         units = len(self._M)
         return rows.reshape(call.num_cases, -1, units, rows.shape[-1] // units)
