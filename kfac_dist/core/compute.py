@@ -1,7 +1,8 @@
 """What a gradient worker computes from its part of a batch: sums over cases, never means.
 
-Sums add up over any split of a batch; whoever owns the result divides by the number of cases. So
-neither the reduction of a loss nor the number of workers can leave a factor 1/N in the statistics.
+Sums add up over any split of a batch, and the owner of the result divides by the number of cases.
+So neither the reduction of a loss nor the number of workers can leave a factor 1/N in the
+statistics (docs/algorithm.md#scale).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.blocks.registration import Registration
-from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
+from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.passes.capture import capturing
-from kfac_dist.core.passes.chain import Trace, chain_of
+from kfac_dist.core.passes.chain import Trace, find_chain
 from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.distributions import Distribution
 from kfac_dist.core.passes.fisher import FisherSums
@@ -29,8 +30,8 @@ from kfac_dist.core.vector import flatten, trainable_parameters
 class GradientSums(NamedTuple):
     """Sums over the cases of a part of a batch.
 
-    `loss` is float64, shape []; `gradient` [P] has the dtype of the parameters. `trace` is what
-    the pass has seen, where statistics and Fisher products can make use of it.
+    `loss` is float64, shape []; `gradient` [P] has the dtype of the parameters. If the model is a
+    chain, `trace` is what its pass has seen, for statistics and Fisher products to reuse.
     """
 
     loss: Tensor
@@ -41,8 +42,15 @@ class GradientSums(NamedTuple):
 class BatchComputer:
     """Loss, gradient, curvature statistics and Fisher products of a model on parts of batches.
 
-    Inputs have the cases along their first axis, [N, ...]; targets are what the distribution asks.
-    Empty parts (N = 0) give zeros.
+    Inputs have the cases along their first axis, [N, ...]; targets are as the distribution defines
+    them. Empty parts (N = 0) give zeros.
+
+    Args:
+        model: the model, whose parameters may change between calls but not be replaced.
+        distribution: the predictive distribution of the model's outputs.
+        seed: the seed of the sampled targets.
+        registration: the blocks of the model; only `statistics` needs it.
+        fisher_type: where the targets of the statistics come from.
     """
 
     def __init__(
@@ -56,12 +64,9 @@ class BatchComputer:
     ) -> None:
         self.model = model
         self.distribution = distribution
-        self.seed = seed
-        named = trainable_parameters(model)
-        self.parameter_names = tuple(named)
-        self.parameters = list(named.values())
+        self.parameters = list(trainable_parameters(model).values())
         self._products = JacobianProducts(model)
-        chain = chain_of(model)
+        chain = find_chain(model)
         self._chain = ChainProducts(model, chain) if chain else None
         self._statistics: StatisticsPass | None = None
         if registration is not None:
@@ -70,19 +75,19 @@ class BatchComputer:
             )
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the losses of the cases, float64, shape []."""
+        """Return the sum of the losses over the cases, float64, shape []."""
         with torch.no_grad(), running_statistics_kept(self.model):
             if len(inputs) == 0:
                 return self.parameters[0].new_zeros((), dtype=torch.float64)
             return self.distribution.loss(self.model(inputs), targets).double().sum()
 
     def gradient(self, inputs: Tensor, targets: Tensor, out: Tensor | None = None) -> GradientSums:
-        """Return the sums of loss and gradient over the cases (l2 is the owner's to add).
+        """Return the sums of loss and gradient over the cases; the owner adds the l2 term.
 
-        The gradient is a new vector, or `out` [P], which is overwritten.
+        The gradient is a new vector, or `out` [P], which is overwritten. It is zero for parameters
+        that the model does not use.
 
-        Running statistics of the model follow the batch in this pass, and in no other. The
-        gradient of a parameter that the model does not use is zero.
+        This is the only pass that updates running statistics of the model.
         """
         if len(inputs) == 0:
             zero = self.parameters[0].new_zeros((), dtype=torch.float64)
@@ -100,18 +105,9 @@ class BatchComputer:
             return self.model(inputs), None
         with capturing(self._chain.modules) as captures:
             outputs: Tensor = self.model(inputs)
-        return outputs, Trace.of(self._chain.modules, captures, outputs)
+        return outputs, Trace.from_captures(self._chain.modules, captures, outputs)
 
     def statistics(
-        self, inputs: Tensor, targets: Tensor, *, step: int, first_row: int = 0
-    ) -> dict[str, LayerFactors]:
-        """Return the sums of the batch factors of every block over the cases given.
-
-        See `StatisticsPass.run`.
-        """
-        return self.batch_statistics(inputs, targets, step=step, first_row=first_row).factors
-
-    def batch_statistics(
         self,
         inputs: Tensor,
         targets: Tensor | None,
@@ -122,9 +118,9 @@ class BatchComputer:
         bases: Mapping[str, KroneckerPair] | None = None,
         trace: Trace | None = None,
     ) -> BatchStatistics:
-        """Return the factors, the cross factors of `links` and moments in `bases`.
+        """Return the sums of the factors, the cross factors of `links` and moments in `bases`.
 
-        `trace` is of the same cases and the same parameters. See `StatisticsPass.run`.
+        See `StatisticsPass.run` for the arguments.
         """
         assert self._statistics is not None, "statistics need the registration of the model"
         return self._statistics.run(
@@ -142,9 +138,9 @@ class BatchComputer:
     ) -> FisherSums:
         """Return the sums over cases of `(B^T J u) . (B^T J v)` for all pairs of `vectors` [P].
 
-        The exact Fisher of the predictive distribution (algorithm.md section 8), by one
-        forward-mode pass a vector where the model permits it. `trace` is of the same cases and
-        the same parameters.
+        These are products with the exact Fisher of the predictive distribution (paper appendix C,
+        docs/algorithm.md#step-size-and-momentum), by one forward-mode pass for each vector if the
+        model permits it. A `trace` must come from the same cases and the same parameters.
         """
         if len(inputs) == 0:
             return FisherSums.zero(len(vectors), self.parameters[0])
@@ -156,13 +152,13 @@ class BatchComputer:
                     for derivative in derivatives
                 ]
             )
-        return FisherSums.of(roots)
+        return FisherSums.from_roots(roots)
 
     def _derivatives(
         self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs, and `J v` for each of `vectors`."""
+        """Return the outputs, and `J v` for each vector v."""
         if trace is None:
-            return self._products.of(inputs, torch.stack(tuple(vectors)))
+            return self._products.multiply(inputs, torch.stack(tuple(vectors)))
         assert self._chain is not None, "only a chain has a trace"
-        return trace.outputs, self._chain.of(trace, vectors)
+        return trace.outputs, self._chain.multiply(trace, vectors)

@@ -1,9 +1,10 @@
-"""Factors of curvature blocks and their running averages (algorithm.md sections 2 and 3).
+"""Factors of curvature blocks and their running averages (docs/algorithm.md#statistics).
 
-The curvature block of a layer with weight matrix W [dim_G, dim_A], the bias its last column, is
-`A (x) G`: A [dim_A, dim_A] the second moment of its homogeneous inputs, G [dim_G, dim_G] the
-second moment of the derivatives with respect to its outputs, both means over cases of per-case
-quantities. Layers whose units share no parameters have the Fisher of each unit instead.
+The weight matrix W [dim_G, dim_A] of a layer has the bias as its last column. The curvature block
+of the layer is `A (x) G`: A [dim_A, dim_A] is the second moment of its homogeneous inputs, and
+G [dim_G, dim_G] is the second moment of the derivatives with respect to its outputs. Both are
+means over cases of per-case quantities. If the units of a layer share no parameters, the layer has
+the Fisher of each unit instead.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from kfac_dist.core.vector import is_finite
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerPair:
-    """Two matrices that belong together: factors, their inverses, bases or cross factors.
+    """Two matrices that belong together: factors, their inverses, eigenbases or cross factors.
 
-    Symmetric but for bases and cross factors. Together they stand for `A (x) G`. A diagonal A is
-    the vector [dim_A] of its diagonal.
+    Together they stand for `A (x) G`. Factors and inverses are symmetric. A diagonal A is stored
+    as the vector [dim_A] of its diagonal.
     """
 
     A: Tensor
@@ -36,56 +37,56 @@ class KroneckerPair:
         return two_sided(self.G, matrix, self.A)
 
     def map_matrices(self, change: Callable[[Tensor], Tensor]) -> KroneckerPair:
-        """Return the pair of the changed matrices."""
+        """Return the pair of the matrices that `change` returns."""
         return KroneckerPair(A=change(self.A), G=change(self.G))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, not copied."""
+        """Return the tensors by name, without copying them."""
         return {"A": self.A, "G": self.G}
 
     def is_finite(self) -> bool:
-        """Tell whether no element is NaN or infinite."""
+        """Return whether no element is NaN or infinite."""
         return is_finite(self.A) and is_finite(self.G)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitMoments:
-    """One symmetric matrix for each unit of a layer: its Fisher, or the inverse of that.
+    """One symmetric matrix for each unit of a layer: its Fisher, or the inverse of it.
 
-    M [units, k, k] is about the k parameters that only that unit has, a mean over cases.
+    M [units, k, k] is a mean over cases; k is the number of parameters that belong to one unit.
     """
 
     M: Tensor
 
     def apply(self, matrix: Tensor) -> Tensor:
-        """Return `M_u v_u` for every unit's row of V [units, k]."""
+        """Return `M_u v_u` for the row v_u of V [units, k] of each unit u."""
         return (self.M @ matrix.unsqueeze(2)).squeeze(2)
 
     def map_matrices(self, change: Callable[[Tensor], Tensor]) -> UnitMoments:
-        """Return them unchanged: products with matrices this small gain nothing from rounding."""
+        """Return `self`: products with matrices this small gain nothing from rounding."""
         return self
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensor by its name, not copied."""
+        """Return the tensor by its name, without copying it."""
         return {"M": self.M}
 
     def is_finite(self) -> bool:
-        """Tell whether no element is NaN or infinite."""
+        """Return whether no element is NaN or infinite."""
         return is_finite(self.M)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFactors:
-    """The factors of a layer as they travel: its tensors, symmetric matrices packed (`packing`)."""
+    """The factors of a layer as they are sent: symmetric matrices are packed (see `packing`)."""
 
     packed: Mapping[str, Tensor]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the packed tensors by name, not copied."""
+        """Return the packed tensors by name, without copying them."""
         return dict(self.packed)
 
     def is_finite(self) -> bool:
-        """Tell whether no element is NaN or infinite."""
+        """Return whether no element is NaN or infinite."""
         return all(is_finite(tensor) for tensor in self.packed.values())
 
 
@@ -95,17 +96,17 @@ _KEYS = ("A", "G", "M", f"A{LOWER}", f"G{LOWER}")
 
 
 def factors_from_tensors(tensors: Mapping[str, Tensor]) -> LayerFactors:
-    """Return the factors, or inverses, that have these tensors: A and G, or M; they are kept."""
+    """Return the factors, or inverses, with these tensors, A and G or M, without copying them."""
     if "M" in tensors:
         return UnitMoments(M=tensors["M"])
     return KroneckerPair(A=tensors["A"], G=tensors["G"])
 
 
 class Link(NamedTuple):
-    """Two neighbours of a chain of layers: their cross factors are kept too.
+    """Two neighbours in a chain of layers, which have cross factors.
 
     The cross factors `A_{i-1,i} = E[abar_{i-1} abar_i^T]` [dim_A, next dim_A] and
-    `G_{i,i+1} = E[g_i g_{i+1}^T]` [dim_G, next dim_G] go by the name of the first of the two.
+    `G_{i,i+1} = E[g_i g_{i+1}^T]` [dim_G, next dim_G] are stored by the name of the first layer.
     """
 
     name: str
@@ -114,10 +115,10 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSnapshot:
-    """What the inverse of one layer is prepared from: means over one and the same set of cases.
+    """What the inverse of one layer is prepared from: averages over the same cases.
 
-    `step` is the step of the newest statistics in it. With a next layer in a chain, `next_pair`
-    and `cross` are averages of the same statistics with the same weights.
+    `step` is the step of the newest statistics in it. If the layer is linked to a next one,
+    `next_pair` and `cross` are averages of the same statistics with the same weights.
     """
 
     step: int
@@ -129,8 +130,8 @@ class LayerSnapshot:
 def old_weight(num_updates: int, decay: float) -> float:
     """Return the weight of the old value in a running average, `min(1 - 1/k, decay)`.
 
-    `num_updates` is k, which counts the updates from 1 and includes this one. The first update
-    replaces the old value, so no bias correction is needed.
+    `num_updates` is k: it counts the updates from 1, including this one. The first update replaces
+    the old value, so no bias correction is needed.
     """
     return min(1 - 1 / num_updates, decay)
 
@@ -138,11 +139,11 @@ def old_weight(num_updates: int, decay: float) -> float:
 class FactorAverages:
     """The running averages of the factors of some layers, and of the cross factors of `links`.
 
-    `S <- eps S + (1 - eps) S_batch`, `eps = min(1 - 1/k, factor_decay)`, k counting the updates of
-    the layer from 1, so that its first update needs no bias correction. Both ends of a link are
-    among `names`; they and their cross factors have the same k.
+    `S <- eps S + (1 - eps) S_batch`, `eps = min(1 - 1/k, factor_decay)` (paper 5), where k counts
+    the updates of the layer from 1. Both ends of a link are among `names`; they and their cross
+    factors have the same k.
 
-    `step` is the step of the newest statistics in the averages, 0 before the first.
+    `step` is the step of the newest statistics in the averages, and 0 before the first.
     """
 
     def __init__(
@@ -164,14 +165,19 @@ class FactorAverages:
         num_cases: int,
         crosses: Mapping[str, KroneckerPair] | None = None,
     ) -> None:
-        """Take in the sums over the `num_cases` statistics cases of one step.
+        """Update the averages with the sums of one step, which are not kept or changed.
 
-        `crosses` has those of every link. The sums are not kept and not changed. A layer's are
-        packed every time, or never. Layers that have one tensor in common in their first update
-        have an average in common from then on.
+        The sums of a layer must be packed in every update or in none. Layers whose first sums
+        share a tensor share its average from then on.
+
+        Args:
+            step: the step of the sums.
+            sums: the sums over the statistics cases of the step, by layer.
+            num_cases: the number of these cases.
+            crosses: the sums for the cross factors, by the first layer of every link.
         """
         self.step = step
-        done: dict[int, Tensor] = {}
+        done: dict[int, Tensor] = {}  # the averages of this update, by the id of their sum
         for name in self.names:
             self._num_updates[name] += 1
             keep = old_weight(self._num_updates[name], self.factor_decay)
@@ -184,8 +190,8 @@ class FactorAverages:
     def pair(self, name: str) -> LayerFactors:
         """Return the averaged factors of a layer, symmetrised, as new tensors.
 
-        A product X^T X is symmetric only to rounding; its lower triangle is taken to be the truth,
-        so that a matrix that travelled as a packed triangle is the same matrix.
+        A product X^T X is symmetric only up to rounding. The lower triangle is used, so that a
+        matrix is the same whether or not it was sent as a packed triangle.
         """
         tensors = unpack_symmetric(self._averages[name].tensors())
         return factors_from_tensors({key: _symmetric(value) for key, value in tensors.items()})
@@ -194,7 +200,7 @@ class FactorAverages:
         """Return what the inverse of a layer is prepared from, as new tensors.
 
         Raises:
-            ValueError: the two ends of a link have averaged different statistics.
+            ValueError: the layer and the next one have not averaged the same number of batches.
         """
         next_name = self._next_names.get(name)
         if next_name is None:
@@ -203,7 +209,7 @@ class FactorAverages:
         if counts[0] != counts[1]:
             raise ValueError(
                 f"layers {name!r} and {next_name!r} have averaged {counts[0]} and {counts[1]} "
-                "batches; a chain needs factors of one snapshot"
+                "batches; a chain needs factors of the same batches"
             )
         next_pair, cross = self.pair(next_name), _copied(self._crosses[name].tensors())
         assert isinstance(next_pair, KroneckerPair)
@@ -211,7 +217,7 @@ class FactorAverages:
         return LayerSnapshot(step=self.step, pair=self.pair(name), next_pair=next_pair, cross=cross)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the averages and counters, by flat names."""
+        """Return copies of the averages and the counters, by flat names."""
         state = {"step": torch.tensor(self.step)}
         for name in self._averages:
             state[f"{name}/num_updates"] = torch.tensor(self._num_updates[name])
@@ -223,10 +229,10 @@ class FactorAverages:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state: of this object's layers those it has; the others start anew.
+        """Load a state, in which layers of this object may be missing; these start anew.
 
-        So do layers that are linked with one that does. Symmetric matrices of the state may be
-        packed, and are if those of the next sums are.
+        A layer that is linked to one that starts anew does so too. Symmetric matrices are packed
+        in the state if they are in the next sums.
         """
         self.step = int(state["step"])
         known = self._restorable(state)
@@ -240,12 +246,13 @@ class FactorAverages:
         }
 
     def _restorable(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Return the layers of a state that, with all they are linked to, are of one snapshot."""
+        """Return the layers in a state whose whole chain has averaged the same batches."""
         counts = {
             name: int(state[f"{name}/num_updates"])
             for name in self.names
             if f"{name}/num_updates" in state
         }
+        # A layer that is removed takes its neighbours with it, until nothing changes.
         left = len(counts) + 1
         while left > len(counts):
             left = len(counts)
@@ -262,10 +269,10 @@ def _saved(state: Mapping[str, Tensor], prefix: str, keys: Iterable[str]) -> dic
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> AveragedFactors:
-    return _of_form({key: value.clone() for key, value in tensors.items()})
+    return _with_tensors({key: value.clone() for key, value in tensors.items()})
 
 
-def _of_form(tensors: Mapping[str, Tensor]) -> AveragedFactors:
+def _with_tensors(tensors: Mapping[str, Tensor]) -> AveragedFactors:
     is_packed = any(key.endswith(LOWER) for key in tensors)
     return PackedFactors(packed=tensors) if is_packed else factors_from_tensors(tensors)
 
@@ -282,14 +289,15 @@ def _average_in(
     weight: float,
     done: dict[int, Tensor],
 ) -> None:
-    """Take `new` into the average of a layer; `done` has what is new in this update, by identity.
+    """Update the average of a layer by `keep` times itself plus `weight` times `new`.
 
-    An average that layers share has the sums that they share: it is updated once.
+    `done` has the averages that this update has already dealt with, by the id of their sum:
+    layers that share a sum share its average, which is updated only once.
     """
     batch = new.tensors()
     if name not in averages:
         zeros = {key: done.get(id(value), torch.zeros_like(value)) for key, value in batch.items()}
-        averages[name] = _of_form(zeros)
+        averages[name] = _with_tensors(zeros)
     for key, average in averages[name].tensors().items():
         if done.get(id(batch[key])) is not average:
             average.mul_(keep).add_(batch[key], alpha=weight)

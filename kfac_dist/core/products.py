@@ -1,7 +1,7 @@
-"""Products with the matrices of an inverse, in the type that those have.
+"""Products with the matrices of an inverse, in the dtype of these matrices.
 
-An inverse can be applied with its matrices rounded to bfloat16. The direction is only a direction:
-step size and momentum are computed from the exact Fisher along it, or bounded.
+An inverse can be applied with its matrices rounded to bfloat16. That only changes the direction a
+little: step size and momentum are computed from the exact Fisher along it, or bounded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _ROW_BYTES = 64  # a cache line
 
 
 def two_sided(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
-    """Return `left V right` in the type of V, computed in the type of the two sides.
+    """Return `left V right` in the dtype of V, computed in the dtype of the two sides.
 
-    A diagonal `right` is a vector. With sides in bfloat16, V and the product that is between are
-    rounded to it; sums are accumulated in float32.
+    A diagonal `right` is a vector. With sides in bfloat16, V and the intermediate product are
+    rounded to bfloat16; sums are accumulated in float32.
     """
     product = aligned_product(left, matrix.to(left.dtype))
     both = product.mul_(right) if right.dim() == 1 else aligned_product(product, right)
@@ -27,24 +27,24 @@ def two_sided(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
 
 
 class HasMatrices(Protocol):
-    """Something that multiplies by matrices."""
+    """An inverse that is applied by multiplying with matrices."""
 
     def map_matrices(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return it with every matrix that it multiplies by changed."""
+        """Return a copy in which every matrix that it multiplies with is changed."""
 
 
 T = TypeVar("T", bound=HasMatrices)
 
 
 class RoundedCopies:
-    """The matrices of the inverses in use in bfloat16, each rounded once."""
+    """Copies in bfloat16 of the matrices of the inverses in use, each rounded only once."""
 
     def __init__(self) -> None:
-        # By the identity of the original, which is held so that no other tensor can take its place.
+        # The keys are ids of the originals. These are held too, so that no id can be reused.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def of(self, inverses: Sequence[Mapping[str, T]]) -> list[dict[str, T]]:
-        """Return the inverses with rounded matrices; copies of all others are forgotten."""
+    def round(self, inverses: Sequence[Mapping[str, T]]) -> list[dict[str, T]]:
+        """Return the inverses with rounded matrices, and forget all copies but theirs."""
         kept: dict[int, tuple[Tensor, Tensor]] = {}
 
         def rounded(matrix: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ class RoundedCopies:
 
 
 def aligned_empty(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Return a new matrix [rows, columns], of any content, whose rows begin at cache lines.
+    """Return a new uninitialised matrix [rows, columns] whose rows begin at cache lines.
 
-    A view of a wider one. Layers with a bias have odd orders such as 785; a product that is
-    written to rows of such a length takes a quarter to a half more time.
+    It is a view of a wider one. Layers with a bias have odd orders such as 785, and a product that
+    is written to rows of such a length takes a quarter to a half more time.
     """
     per_line = _ROW_BYTES // like.element_size()
     width = -(-columns // per_line) * per_line
@@ -77,6 +77,6 @@ def aligned_empty(like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def aligned_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product of two matrices, its rows aligned; no gradient goes through it."""
+    """Return the product of two matrices, its rows aligned; autograd does not record it."""
     with torch.no_grad():
         return torch.mm(left, right, out=aligned_empty(left, left.shape[0], right.shape[1]))

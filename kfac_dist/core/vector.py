@@ -2,7 +2,7 @@
 
 A vector of length P runs over the trainable parameters in the order of
 `model.named_parameters()`, each flattened by rows. Gradients, directions and updates have this
-form everywhere: it is what crosses the process group, and dot products over it are single calls.
+form everywhere. The process group sends it as it is, and a dot product is a single call.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name, each once, in the order of the vector."""
+    """Return the parameters to train by name, each once, in the order of the vector."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def flatten(tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """Concatenate `tensors` into a vector [P]: a new one, or `out`, which is overwritten.
 
-    Memory that is asked for anew costs more, page by page, than what is copied to it.
+    Reusing `out` is worthwhile: new memory costs more, page by page, than copying to it.
     """
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors], out=out)
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return views of `vector` [P] with the shapes of `like`, in order; no copy is made."""
+    """Return views of `vector` [P] with the shapes of `like`, in order, without a copy."""
     pieces = torch.split(vector, [tensor.numel() for tensor in like])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
@@ -47,16 +47,19 @@ def assign_parameters(parameters: Sequence[Tensor], values: Tensor) -> None:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Tell whether no element is NaN or infinite.
+    """Return whether no element is NaN or infinite.
 
-    The sum tells it in a twentieth of the time: it is finite only if all are. Where finite numbers
-    overflow in it, each is looked at.
+    A finite sum has finite terms, and it takes a twentieth of the time of testing each of them.
+    They are tested only if the sum is not finite, because finite numbers can overflow in it.
     """
     return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
 def rows_at(values: Tensor, positions: Sequence[int]) -> Tensor:
-    """Return the rows of `values` [n, ...] at `positions`; `values` itself when they are all."""
+    """Return the rows of `values` [n, ...] at `positions`, or `values` itself if that is all.
+
+    n positions are always taken to be all rows in order.
+    """
     if len(positions) == len(values):
         return values
     return values[torch.tensor(positions, dtype=torch.int64, device=values.device)]

@@ -216,13 +216,13 @@ class KFAC(torch.optim.Optimizer):
         if not plan.update_factors:
             return
         rows = subset_positions(len(inputs), self.settings.statistics_fraction)
-        statistics = self._computer.batch_statistics(
+        statistics = self._computer.statistics(
             rows_at(inputs, rows),
             rows_at(targets, rows),
             step=plan.step,
             links=self._curvature.structure.links,
             bases=self._curvature.shelf.bases(),
-            trace=trace and trace.take(rows),
+            trace=trace and trace.rows_at(rows),
         )
         self._curvature.update(plan.step, statistics, len(rows))
 
@@ -262,7 +262,7 @@ class KFAC(torch.optim.Optimizer):
             return None
         rows = subset_positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
-        traced = trace and trace.take(rows)
+        traced = trace and trace.rows_at(rows)
         return self._computer.fisher_sums(rows_at(inputs, rows), vectors, traced).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:

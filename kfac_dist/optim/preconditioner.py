@@ -187,7 +187,7 @@ class KFACPreconditioner:
         for part in inputs:
             rows = subset_positions(len(part), self.settings.statistics_fraction)
             parts.append(
-                self._computer.batch_statistics(
+                self._computer.statistics(
                     rows_at(part, rows),
                     None,
                     step=step,

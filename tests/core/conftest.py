@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
-    """Matrices of order 10 gain nothing from threads and lose much where cores are shared."""
+    """Use one thread: threads do not help small matrices, and hurt where cores are shared."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -19,7 +19,7 @@ def test_empty_parts_give_zeros(distribution):
     assert sums.loss == 0
     assert torch.equal(sums.gradient, torch.zeros(dense.num_parameters(model)).double())
     assert computer.loss(inputs[:0], targets[:0]) == 0
-    for pair in computer.statistics(inputs[:0], targets[:0], step=1).values():
+    for pair in computer.statistics(inputs[:0], targets[:0], step=1).factors.values():
         assert pair.A.abs().sum() == 0
         assert pair.G.abs().sum() == 0
     gram = computer.fisher_sums(
@@ -29,7 +29,7 @@ def test_empty_parts_give_zeros(distribution):
 
 
 @pytest.mark.parametrize("num_cases", [0, 4])
-def test_a_gradient_is_written_where_one_says(num_cases):
+def test_a_gradient_is_written_to_the_given_vector(num_cases):
     case = case_for("gaussian")
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for("gaussian", model, "mc")
@@ -67,19 +67,19 @@ def test_sampled_statistics_depend_on_seed_and_step():
     case = case_for("bernoulli", num_cases=50)
     model, (inputs, targets) = case.model(), case.data()
     first = computer_for("bernoulli", model, "mc", seed=1)
-    G = first.statistics(inputs, targets, step=1)["0"].G
-    assert torch.equal(first.statistics(inputs, targets, step=1)["0"].G, G)
-    assert not torch.equal(first.statistics(inputs, targets, step=2)["0"].G, G)
+    G = first.statistics(inputs, targets, step=1).factors["0"].G
+    assert torch.equal(first.statistics(inputs, targets, step=1).factors["0"].G, G)
+    assert not torch.equal(first.statistics(inputs, targets, step=2).factors["0"].G, G)
     other = computer_for("bernoulli", model, "mc", seed=2)
-    assert not torch.equal(other.statistics(inputs, targets, step=1)["0"].G, G)
+    assert not torch.equal(other.statistics(inputs, targets, step=1).factors["0"].G, G)
 
 
 def test_sampled_statistics_do_not_look_at_the_targets():
     case = case_for("bernoulli")
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for("bernoulli", model, "mc")
-    G = computer.statistics(inputs, targets, step=1)["0"].G
-    assert torch.equal(computer.statistics(inputs, 1 - targets, step=1)["0"].G, G)
+    G = computer.statistics(inputs, targets, step=1).factors["0"].G
+    assert torch.equal(computer.statistics(inputs, 1 - targets, step=1).factors["0"].G, G)
 
 
 def test_a_frozen_bias_is_in_no_sum():
@@ -87,7 +87,7 @@ def test_a_frozen_bias_is_in_no_sum():
     model, (inputs, targets) = case.model(), case.data()
     model.get_submodule("0").bias.requires_grad_(False)
     computer = computer_for("gaussian", model)
-    pair = computer.statistics(inputs, targets, step=1)["0"]
+    pair = computer.statistics(inputs, targets, step=1).factors["0"]
     torch.testing.assert_close(pair.A, inputs.T @ inputs)
     truth = dense.per_case_gradients("gaussian", model, inputs, targets).sum(dim=0)
     torch.testing.assert_close(computer.gradient(inputs, targets).gradient, truth)

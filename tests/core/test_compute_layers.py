@@ -1,4 +1,4 @@
-"""What the passes over a model may and may not do, with layers of every kind."""
+"""What the passes over a model may and may not change, with layers of every kind."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_what_the_model_does_not_use_has_zeros():
     assert not gradient[at["bare"]].any()
     assert not gradient[at["unused.weight"]].any()
     assert gradient[at["used.weight"]].any()
-    sums = computer.statistics(inputs, targets, step=1)
+    sums = computer.statistics(inputs, targets, step=1).factors
     for name in ("unused", "bare"):
         assert not any(value.any() for value in sums[name].tensors().values())
 
@@ -154,14 +154,14 @@ def test_an_input_without_cases_gives_unbiased_samples(sharing):
     inputs, targets = torch.randint(5, (4, 4)), batch(4, 4, 2)
     computer = computer_for("gaussian", model, "mc", weight_sharing=sharing)
     mean = sum(
-        computer.statistics(inputs, targets, step=step)["places"].G for step in range(1500)
+        computer.statistics(inputs, targets, step=step).factors["places"].G for step in range(1500)
     ) / (1500 * len(inputs))
 
     def expanded(x):
         places = model.places(torch.arange(4).expand(len(x), -1))
         return model.out(torch.tanh(model.tokens(x) + places))
 
-    A = computer.statistics(inputs, targets, step=0)["places"].A / len(inputs)
+    A = computer.statistics(inputs, targets, step=0).factors["places"].A / len(inputs)
     model.forward = expanded
     exact = mean_tensors("gaussian", model, inputs, targets, weight_sharing=sharing)["places"]
     torch.testing.assert_close(A, exact["A"], **CLOSE)
@@ -171,7 +171,7 @@ def test_an_input_without_cases_gives_unbiased_samples(sharing):
 @pytest.mark.parametrize("which", MODELS)
 def test_no_cases_give_zeros(which):
     model, inputs, targets = MODELS[which]()
-    sums = computer_for("categorical", model).statistics(inputs[:0], targets[:0], step=1)
+    sums = computer_for("categorical", model).statistics(inputs[:0], targets[:0], step=1).factors
     assert all(not v.any() for factors in sums.values() for v in factors.tensors().values())
 
 
@@ -180,19 +180,19 @@ def test_statistics_have_no_graph(which):
     model, inputs, targets = MODELS[which]()
     first = next(name for name, _ in model.named_parameters())
     computer = computer_for("categorical", model, diagonal=(first,))
-    sums = computer.statistics(inputs, targets, step=1)
+    sums = computer.statistics(inputs, targets, step=1).factors
     assert not any(v.requires_grad for f in sums.values() for v in f.tensors().values())
 
 
 def test_parts_of_a_fused_projection_share_one_factor():
     model, inputs, targets = MODELS["attention"]()
     computer = computer_for("categorical", model)
-    statistics = computer.batch_statistics(inputs, targets, step=1)
+    statistics = computer.statistics(inputs, targets, step=1)
     parts = [factors for name, factors in statistics.factors.items() if name.startswith("qkv[")]
     assert len(parts) == 3
     assert len({id(part.A) for part in parts}) == 1
     doubled = {name: 2 * factors.G for name, factors in statistics.factors.items() if "qkv" in name}
     expected = 2 * parts[0].A
-    statistics.add_(computer.batch_statistics(inputs, targets, step=1))
+    statistics.add_(computer.statistics(inputs, targets, step=1))
     torch.testing.assert_close(parts[0].A, expected)
     assert all(torch.allclose(statistics.factors[name].G, G) for name, G in doubled.items())

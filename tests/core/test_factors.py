@@ -9,6 +9,7 @@ from kfac_dist.core.factors import (
     Link,
     PackedFactors,
     UnitMoments,
+    old_weight,
 )
 from kfac_dist.core.packing import pack_symmetric
 
@@ -18,6 +19,15 @@ def pair_of(value, size_A=3, size_G=2):
     a = torch.randn(5, size_A, generator=generator, dtype=torch.float64)
     g = torch.randn(5, size_G, generator=generator, dtype=torch.float64)
     return KroneckerPair(A=a.T @ a, G=g.T @ g)
+
+
+def test_the_old_value_weighs_1_minus_1_over_k_until_it_reaches_the_decay():
+    weights = [old_weight(k, 0.75) for k in range(1, 7)]
+    assert weights == [0.0, 0.5, 1 - 1 / 3, 0.75, 0.75, 0.75]
+
+
+def test_without_decay_only_the_newest_value_counts():
+    assert [old_weight(k, 0.0) for k in (1, 2, 100)] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.6, 0.95])
@@ -94,7 +104,7 @@ def test_state_round_trip_gives_the_same_next_averages():
 
 @pytest.mark.parametrize("restored_after", [0, 3])
 def test_averages_of_packed_triangles_are_those_of_matrices_to_the_last_bit(restored_after):
-    """Sizes that fill vector registers, and leave some over."""
+    """The sizes include multiples of the width of vector registers, and others."""
     sums = [
         {
             "pair": KroneckerPair(A=gram(37, 2 * k), G=gram(64, 2 * k + 1)),
@@ -123,27 +133,27 @@ def gram(order, seed):
 
 def test_a_layer_without_a_state_starts_anew():
     """Its first update is a plain mean, however many updates the other layers have had."""
-    one = FactorAverages(["a"], 0.95)
+    alone = FactorAverages(["a"], 0.95)
     for k in range(1, 9):
-        one.update(step=k, sums={"a": pair_of(k)}, num_cases=1)
+        alone.update(step=k, sums={"a": pair_of(k)}, num_cases=1)
     both = FactorAverages(["a", "b"], 0.95)
-    both.load_state_dict(one.state_dict())
+    both.load_state_dict(alone.state_dict())
     both.update(step=9, sums={"a": pair_of(9), "b": pair_of(9)}, num_cases=1)
-    one.update(step=9, sums={"a": pair_of(9)}, num_cases=1)
+    alone.update(step=9, sums={"a": pair_of(9)}, num_cases=1)
     torch.testing.assert_close(both.pair("b").A, pair_of(9).A, rtol=1e-14, atol=1e-14)
-    assert torch.equal(both.pair("a").A, one.pair("a").A)
+    assert torch.equal(both.pair("a").A, alone.pair("a").A)
 
 
-def test_a_state_is_taken_only_for_the_layers_asked_for():
-    both, one = FactorAverages(["a", "b"], 0.95), FactorAverages(["b"], 0.95)
+def test_a_state_is_loaded_only_for_the_layers_asked_for():
+    both, alone = FactorAverages(["a", "b"], 0.95), FactorAverages(["b"], 0.95)
     both.update(step=1, sums={"a": pair_of(1), "b": pair_of(2)}, num_cases=1)
-    one.load_state_dict(both.state_dict())
-    assert torch.equal(one.pair("b").G, both.pair("b").G)
-    assert not [key for key in one.state_dict() if key.startswith("a/")]
+    alone.load_state_dict(both.state_dict())
+    assert torch.equal(alone.pair("b").G, both.pair("b").G)
+    assert not [key for key in alone.state_dict() if key.startswith("a/")]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_pair_tells_whether_it_is_finite(bad):
+def test_a_pair_knows_whether_it_is_finite(bad):
     pair = pair_of(1)
     assert pair.is_finite()
     pair.G[1, 0] = bad
@@ -209,7 +219,7 @@ def test_a_link_without_its_cross_factors_is_a_mistake():
 def test_a_chain_of_different_snapshots_is_refused():
     averages = chain_after(3)
     averages._num_updates["b"] += 1
-    with pytest.raises(ValueError, match="one snapshot"):
+    with pytest.raises(ValueError, match="of the same batches"):
         averages.snapshot("a")
     assert averages.snapshot("c").step == 3
 
@@ -221,16 +231,16 @@ def test_state_round_trip_of_a_chain():
         sums = {name: pair_of(50) for name in CHAIN}
         each.update(6, sums, 2, {"a": cross_of(1), "b": cross_of(2)})
     for name in CHAIN:
-        one, two = averages.snapshot(name), other.snapshot(name)
-        assert torch.equal(one.pair.A, two.pair.A)
+        expected, found = averages.snapshot(name), other.snapshot(name)
+        assert torch.equal(found.pair.A, expected.pair.A)
         if name != "c":
-            assert torch.equal(one.cross.A, two.cross.A)
-            assert torch.equal(one.cross.G, two.cross.G)
+            assert torch.equal(found.cross.A, expected.cross.A)
+            assert torch.equal(found.cross.G, expected.cross.G)
 
 
 @pytest.mark.parametrize("missing", ["a", "b", "c"])
 def test_a_chain_with_a_layer_that_starts_anew_starts_anew(missing):
-    """The others would keep old averages that no cross factor with the new layer belongs to."""
+    """Otherwise its neighbours would keep averages without a matching cross factor."""
     kept = {
         key: value
         for key, value in chain_after(5).state_dict().items()

@@ -113,7 +113,7 @@ def test_averaged_factors_are_symmetric_and_positive_semidefinite(
             num_cases=count,
             seed=seed + step,
         )
-        averages.update(step, computer.statistics(*case.data(), step=step), count)
+        averages.update(step, computer.statistics(*case.data(), step=step).factors, count)
     for name in averages.names:
         pair = averages.pair(name)
         for factor in (pair.A, pair.G):
@@ -150,7 +150,7 @@ def test_direction_is_linear_in_the_gradient(seed, gamma, scale):
 
 @st.composite
 def kfac_options(draw):
-    """Options that the state has to carry: structures, rules, adaptations, schedules, periods."""
+    """Draw options that the state must carry: structures, rules, schedules and periods."""
     period = st.none() | st.integers(1, 4)
     adapt_period = draw(period)
     falling = {"schedule": "exponential", "initial": 3.0, "final": 0.5, "steps": 6}

@@ -30,6 +30,12 @@ def test_the_lower_triangle_is_the_truth(dtype):
     assert torch.equal(unpack(pack(matrix)), mirrored)
 
 
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_sizes_that_are_not_triangles_are_refused(size):
+    with pytest.raises(ValueError, match=f"{size} elements are not a packed triangle"):
+        unpack(torch.ones(size))
+
+
 def test_packing_makes_a_copy():
     matrix = torch.eye(3)
     pack(matrix).zero_()

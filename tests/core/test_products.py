@@ -18,7 +18,7 @@ def as_vector(matrices):
     return torch.cat([matrix.reshape(-1) for matrix in matrices.values()])
 
 
-def test_the_product_is_in_the_type_of_the_matrix():
+def test_the_product_has_the_dtype_of_the_matrix():
     generator = torch.Generator().manual_seed(0)
     left, V, right = (torch.randn(8, 8, generator=generator) for _ in range(3))
     assert torch.equal(two_sided(left, V, right), left @ V @ right)
@@ -34,7 +34,7 @@ def test_directions_agree_to_the_precision_of_bfloat16_and_descend(inverse):
     structure = structure_of(inverse)
     inverses = at(prepared(structure, dtype=torch.float32), 0)
     matrices = gradients(dtype=torch.float32)
-    (rounded,) = RoundedCopies().of([inverses])
+    (rounded,) = RoundedCopies().round([inverses])
     expected, _ = structure.precondition(matrices, inverses, 0.3)
     directions, fallen = structure.precondition(matrices, rounded, 0.3)
     assert fallen == ()
@@ -47,28 +47,29 @@ def test_directions_agree_to_the_precision_of_bfloat16_and_descend(inverse):
 @pytest.mark.parametrize("inverse", STRUCTURES)
 def test_a_matrix_is_rounded_once_while_it_is_in_use(inverse):
     structure = structure_of(inverse)
-    inverted = {name: one[0] for name, one in prepared(structure, dtype=torch.float32).items()}
-    inverses = {name: one.inverse for name, one in inverted.items()}
+    inverses = at(prepared(structure, dtype=torch.float32), 0)
     copies = RoundedCopies()
-    (first,), (again,) = copies.of([inverses]), copies.of([inverses])
+    (first,), (again,) = copies.round([inverses]), copies.round([inverses])
     for name in inverses:
         before, after = first[name].tensors(), again[name].tensors()
         half = [key for key, tensor in before.items() if tensor.dtype == torch.bfloat16]
         assert half
         assert all(before[key] is after[key] for key in half)
-    copies.of([])
-    (anew,) = copies.of([inverses])
+    copies.round([])
+    (anew,) = copies.round([inverses])
     assert anew["third"].tensors()[half[0]] is not first["third"].tensors()[half[0]]
 
 
 def test_moments_that_are_observed_leave_the_rounded_basis():
     structure = structure_of("ekfac")
-    inverted = {name: one[0] for name, one in prepared(structure, dtype=torch.float32).items()}
-    moments = {name: torch.ones_like(one.inverse.moments) for name, one in inverted.items()}
+    made = prepared(structure, dtype=torch.float32)
+    inverted = {name: by_gamma[0] for name, by_gamma in made.items()}
+    inverses = at(made, 0)
+    moments = {name: torch.ones_like(inverse.moments) for name, inverse in inverses.items()}
     copies = RoundedCopies()
     later = structure.observe(inverted, moments, 10)
-    (before,) = copies.of([{name: one.inverse for name, one in inverted.items()}])
-    (after,) = copies.of([{name: one.inverse for name, one in later.items()}])
+    (before,) = copies.round([inverses])
+    (after,) = copies.round([{name: kept.inverse for name, kept in later.items()}])
     assert before["first"].basis.A is after["first"].basis.A
     assert after["first"].moments.dtype == torch.float32
 

@@ -5,6 +5,7 @@ from kfac_dist.core.vector import (
     add_to_parameters,
     assign_parameters,
     flatten,
+    rows_at,
     trainable_parameters,
     unflatten,
 )
@@ -51,3 +52,18 @@ def test_parameters_are_changed_in_place():
     assert torch.equal(flatten(parameters), before)
     assert [p.data_ptr() for p in parameters] == storage
     assert all(p.requires_grad for p in parameters)
+
+
+def test_rows_at_positions_are_copied_in_their_order():
+    values = torch.arange(12).reshape(4, 3)
+    assert rows_at(values, [3, 1]).tolist() == [[9, 10, 11], [3, 4, 5]]
+    assert rows_at(values, range(1, 3)).tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert rows_at(values, []).shape == (0, 3)
+    assert rows_at(torch.tensor([5.0, 6.0]), [1]).tolist() == [6.0]
+
+
+def test_all_rows_are_the_values_themselves():
+    values = torch.arange(12).reshape(4, 3)
+    assert rows_at(values, range(4)) is values
+    empty = torch.ones(0, 3)
+    assert rows_at(empty, []) is empty

@@ -8,7 +8,7 @@ from kfac_dist.core.vector import is_finite
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]])
-def test_one_element_that_is_not_finite_is_seen(bad, dtype):
+def test_a_single_element_that_is_not_finite_is_found(bad, dtype):
     values = torch.ones(3, 100, dtype=dtype)
     assert is_finite(values)
     values[1, 7 : 7 + len(bad)] = torch.tensor(bad, dtype=dtype)
@@ -19,5 +19,5 @@ def test_finite_numbers_whose_sum_overflows_are_finite():
     assert is_finite(torch.full((100,), torch.finfo(torch.float32).max))
 
 
-def test_nothing_is_finite():
+def test_an_empty_tensor_is_finite():
     assert is_finite(torch.ones(0))

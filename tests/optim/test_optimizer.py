@@ -221,7 +221,7 @@ def test_statistics_that_are_not_finite_are_refused_at_the_door(monkeypatch):
         }
         return BatchStatistics(factors=pairs, crosses={}, moments={})
 
-    monkeypatch.setattr(optimizer._computer, "batch_statistics", spoiled)
+    monkeypatch.setattr(optimizer._computer, "statistics", spoiled)
     result = optimizer.step(inputs, targets)
     assert result.applied
     assert optimizer.numeric_events["refused_statistics"] == 1

@@ -37,7 +37,7 @@ def optimizer(monkeypatch):
     made.next_factors = FACTORS["sound"]
     monkeypatch.setattr(
         made._computer,
-        "batch_statistics",
+        "statistics",
         lambda *_, **__: BatchStatistics(factors={"0": made.next_factors}, crosses={}, moments={}),
     )
     return made

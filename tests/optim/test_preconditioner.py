@@ -52,7 +52,7 @@ def test_the_direction_is_the_damped_inverse_of_the_factors_times_the_gradient()
         registration=register(model, kfac_settings({})),
         fisher_type="exact",
     )
-    sums = computer.statistics(inputs, targets, step=1)
+    sums = computer.statistics(inputs, targets, step=1).factors
     pair, gamma = sums["2"], 0.1**0.5
     A, G = pair.A / len(inputs), pair.G / len(inputs)
     pi = ((A.trace() / len(A)) / (G.trace() / len(G))) ** 0.5

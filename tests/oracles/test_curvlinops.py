@@ -1,8 +1,8 @@
-"""Comparison with curvlinops, an implementation by other people: factors and directions.
+"""Factors and directions compared with curvlinops, an independent implementation.
 
-Its type-2 Fisher is our `exact`. Its losses are torch's with `reduction="sum"`: a squared error
-there is twice the log-likelihood here, and its G is a sum over cases where ours is a mean. So its
-matrix is `scale` times ours, its damping gamma^2 times that.
+Its type-2 Fisher is our `exact`. Its losses are torch's with `reduction="sum"`: its squared error
+is twice our log-likelihood, and its G is a sum over cases where ours is a mean. So its matrix is
+`scale` times ours, and its damping is `scale * gamma^2`.
 """
 
 import pytest

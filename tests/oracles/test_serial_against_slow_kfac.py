@@ -89,7 +89,7 @@ def assert_same_step(result, expected, model, optimizer, rule):
         torch.testing.assert_close(averaged, expected.averaged, rtol=RELATIVE, atol=RELATIVE)
 
 
-# Each variant with one distribution, the paper's and a free step with all of them.
+# Each variant runs with one distribution; "paper" and "norm constraint, free" with all of them.
 RUNS = [
     (variant, distribution)
     for number, variant in enumerate(VARIANTS)
@@ -106,8 +106,8 @@ def test_every_step_is_the_slow_step(variant, distribution):
     assert_same_run(model, optimizer, slow, case.data())
 
 
-# EKFAC has no unique basis where a factor has equal eigenvalues, as a Gaussian's last G, or zeros
-# as from a fraction of these few cases.
+# EKFAC's basis is not unique if a factor has equal eigenvalues. The last G of a Gaussian has them,
+# and so have factors from a fraction of these few cases, as zeros.
 STRUCTURES = {
     "block_tridiagonal": (SlowChainKFAC, "gaussian"),
     "ekfac": (SlowEKFAC, "bernoulli"),

@@ -13,7 +13,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 class TwoReadings(nn.Module):
-    """Two layers, or one twice, of the same input: with one case, *reduce* is exact."""
+    """Two layers with the same input, or one used twice: for one case, *reduce* is exact."""
 
     def __init__(self, how):
         super().__init__()
@@ -94,8 +94,8 @@ def test_splits_have_the_sub_blocks_of_the_whole_factors(which, options, sharing
             continue
         num_split += 1
         rows, columns = ranges(name)
-        of = whole[name.partition("[")[0]]
-        A = of["A"][columns, columns] if of["A"].dim() == 2 else of["A"]
+        layer = whole[name.partition("[")[0]]
+        A = layer["A"][columns, columns] if layer["A"].dim() == 2 else layer["A"]
         torch.testing.assert_close(factors["A"], A, **CLOSE)
-        torch.testing.assert_close(factors["G"], of["G"][rows, rows], **CLOSE)
+        torch.testing.assert_close(factors["G"], layer["G"][rows, rows], **CLOSE)
     assert num_split > 3 or (which == "scaled" and "fused_outputs" in options)

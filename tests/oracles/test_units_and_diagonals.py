@@ -1,4 +1,4 @@
-"""Unit-wise blocks and diagonals are the dense Fisher's: exact, for any number of cases."""
+"""Unit-wise blocks and diagonals are exactly those of the dense Fisher, for any number of cases."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_any_module_or_parameter_may_be_diagonal(which):
 
 
 class Branching(nn.Module):
-    """Control flow on values: nothing that vmap could do."""
+    """Control flow on values, which vmap does not support."""
 
     def __init__(self):
         super().__init__()

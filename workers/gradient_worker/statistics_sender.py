@@ -102,13 +102,13 @@ class StatisticsSender:
         bases: Mapping[str, KroneckerPair],
     ) -> BatchStatistics | None:
         """Return the statistics of `rows`, None if a number is not finite."""
-        statistics = self._computer.batch_statistics(
+        statistics = self._computer.statistics(
             rows.select(part.inputs),
             rows.select(part.targets),
             step=step,
             first_row=rows.first_row,
             links=self._links,
             bases=bases,
-            trace=trace and trace.take(rows.positions),
+            trace=trace and trace.rows_at(rows.positions),
         )
         return statistics if statistics.is_finite() else None

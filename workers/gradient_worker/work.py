@@ -177,7 +177,7 @@ class GradientWork:
     ) -> None:
         with phases("fisher_products"):
             vectors = [*directions.vectors, self._previous_update]
-            traced = trace and trace.take(rows.positions)
+            traced = trace and trace.rows_at(rows.positions)
             with self._user_code("the Fisher products"):
                 sums = self._computer.fisher_sums(rows.select(part.inputs), vectors, traced)
             self._joined.side.send_fisher(sums)

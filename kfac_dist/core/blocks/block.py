@@ -1,7 +1,8 @@
-"""Curvature blocks: which rectangle of which parameters each has, as one matrix.
+"""Curvature blocks: the rectangles of parameters that each block has, as one matrix.
 
-The matrix of a Kronecker block is [dim_G, dim_A]: outputs by inputs, the bias as last column.
-That of a block without factors is [units, k]: the k parameters that only that unit has.
+The matrix of a Kronecker block is [dim_G, dim_A], outputs by inputs, with the bias as its last
+column. The matrix of a block without factors is [units, k]; the k parameters in a row belong to
+that unit alone.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A rectangle of one parameter, which lies at `offset` in the parameter vector.
+    """A rectangle of one parameter, which begins at `offset` in the parameter vector.
 
-    The parameter is read as a matrix of this `shape`; `rows` and `columns` are cut out of it, and
-    then it is `transposed`.
+    The parameter is read as a matrix of this `shape`. Then `rows` and `columns` are cut out of it,
+    and the result is transposed if it is `transposed`.
     """
 
     offset: int
@@ -31,7 +32,7 @@ class Part:
     transposed: bool = False
 
     def view(self, vector: Tensor) -> Tensor:
-        """Return this part of `vector` [P], not copied."""
+        """Return this part of `vector` [P] as a view."""
         height, width = self.shape
         whole = vector[self.offset : self.offset + height * width].view(height, width)
         cut = whole[slice(*self.rows), slice(*self.columns)]
@@ -39,16 +40,16 @@ class Part:
 
     @property
     def num_columns(self) -> int:
-        """Number of columns of the view."""
+        """The number of columns of the view."""
         first, end = self.rows if self.transposed else self.columns
         return end - first
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBlock:
-    """One block of the curvature; its matrix has the parts side by side.
+    """One block of the curvature, whose matrix has the parts side by side.
 
-    `rows` and `columns` are where it lies in the matrix of the whole layer.
+    `rows` and `columns` are its ranges in the matrix of the whole layer.
     """
 
     name: str
@@ -59,24 +60,24 @@ class LayerBlock:
 
     @property
     def dim_A(self) -> int:
-        """Order of A (columns of the matrix): inputs and 1 for the bias, or parameters a unit."""
+        """Order of A and columns of the matrix: inputs and the bias, or a unit's parameters."""
         return self.columns[1] - self.columns[0]
 
     @property
     def dim_G(self) -> int:
-        """Order of G (rows of the matrix): outputs, or units."""
+        """Order of G and rows of the matrix: outputs, or units."""
         return self.rows[1] - self.rows[0]
 
     @property
     def orders(self) -> tuple[int, ...]:
-        """Orders of the matrices that must be inverted, each on its own."""
+        """Orders of the matrices that are inverted one by one; none for blocks without factors."""
         if self.kind == "kronecker":
             return self.dim_A, self.dim_G
         return (self.dim_G,) if self.kind == "kronecker, diagonal A" else ()
 
     @property
     def cost(self) -> int:
-        """Multiplications of one refresh of the inverse, up to a constant."""
+        """Multiplications that one refresh of the inverse takes, up to a constant."""
         if self.kind in ("unit-wise", "diagonal"):
             return self.dim_G * self.dim_A**3
         linear = self.dim_A if self.kind == "kronecker, diagonal A" else 0

@@ -1,11 +1,11 @@
-"""Which parameters belong to which curvature block (algorithm.md section 12).
+"""Which parameters belong to which curvature block (docs/algorithm.md#layers).
 
-Every trainable parameter is in exactly one block or, where its matrix is split, in several parts.
+Every trainable parameter is in exactly one block, or in several if its matrix is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -13,8 +13,7 @@ from itertools import pairwise
 from torch import nn
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.blocks.block import BlockKind, LayerBlock
-from kfac_dist.core.blocks.layer_rules import is_convolution, is_norm
+from kfac_dist.core.blocks.block import LayerBlock, Range
 from kfac_dist.core.blocks.registration_report import ReportRow, report_rows
 from kfac_dist.core.blocks.sites import Shape, Site, WeightSharing, cut
 from kfac_dist.core.blocks.uses import Use, common_use, find_uses
@@ -25,7 +24,7 @@ from kfac_dist.errors import InvalidSpecError
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """All blocks of a model, in the order of its parameters, and the report on these."""
+    """All blocks of a model in the order of its parameters, and the report on them."""
 
     sites: tuple[Site, ...]
     weight_sharing: WeightSharing
@@ -44,22 +43,13 @@ class Registration:
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """The chain that a block-tridiagonal inverse treats the Linear layers as.
+        """The links of the chain that a block-tridiagonal inverse makes of the linear layers.
 
-        Layers of other kinds between them are passed over; those that are split or share their
-        weight are in no link.
+        The chain skips layers of other kinds, and linear layers that are split or share their
+        weight: their neighbours on both sides are linked with each other.
         """
-        chain = [site.blocks[0].name for site in self.sites if _is_whole_linear(site)]
+        chain = [site.blocks[0].name for site in self.sites if site.is_whole_linear_layer]
         return tuple(Link(*names) for names in pairwise(chain))
-
-
-def _is_whole_linear(site: Site) -> bool:
-    return (
-        site.kind == "kronecker"
-        and site.has_weight
-        and len(site.blocks) == len(site.modules) == 1
-        and isinstance(site.modules[0], nn.Linear)
-    )
 
 
 def register(model: nn.Module, settings: KFACSpec) -> Registration:
@@ -72,7 +62,7 @@ def register(model: nn.Module, settings: KFACSpec) -> Registration:
     if not parameters:
         raise InvalidSpecError("the model has no trainable parameters")
     finder = _SiteFinder(model, settings)
-    sites = tuple(site for name in parameters for site in finder.sites_of(name))
+    sites = tuple(site for name in parameters for site in finder.new_sites(name))
     return Registration(
         sites=sites,
         weight_sharing=settings.weight_sharing,
@@ -89,30 +79,33 @@ class _SiteFinder:
         self._parameters = trainable_parameters(model)
         self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._uses = find_uses(model, settings.diagonal)
-        self._taken: set[str] = set()
+        self._done: set[str] = set()
         self._offsets: dict[str, int] = {}
         total = 0
         for name, parameter in self._parameters.items():
             self._offsets[name] = total
             total += parameter.numel()
 
-    def sites_of(self, name: str) -> list[Site]:
-        """Return the sites of a parameter, with its partner's, unless an earlier one had them."""
-        if name in self._taken:
+    def new_sites(self, name: str) -> list[Site]:
+        """Return the sites of a parameter and its partner, unless its partner's had it already."""
+        if name in self._done:
             return []
         parameter = self._parameters[name]
         use = common_use(self._uses[parameter])
         if isinstance(use, str):
-            return [self._diagonal(name, use)]
+            return [self._diagonal_site(name, use)]
         partner = self._partner(parameter, use)
         roles = {use.role: name}
         if partner is not None:
             roles["bias" if use.role == "weight" else "weight"] = partner
-        self._taken.update(roles.values())
-        return list(self._observed(use, roles))
+        self._done.update(roles.values())
+        return list(self._observed_sites(use, roles))
 
     def _partner(self, parameter: nn.Parameter, use: Use) -> str | None:
-        """Return the bias of a weight, or its weight, if they have the same uses."""
+        """Return the bias of a weight, or the weight of a bias, if both have the same uses.
+
+        A weight whose uses have different biases has no homogeneous coordinate in common.
+        """
         other = getattr(use.module, "bias" if use.role == "weight" else "weight", None)
         if other not in self._names:
             return None
@@ -120,7 +113,7 @@ class _SiteFinder:
         own, others = ([u.owner for u in self._uses[p]] for p in (parameter, other))
         return self._names[other] if isinstance(alike, Use) and own == others else None
 
-    def _diagonal(self, name: str, why: str) -> Site:
+    def _diagonal_site(self, name: str, why: str) -> Site:
         parameter = self._parameters[name]
         shape = Shape(
             name=name,
@@ -135,55 +128,50 @@ class _SiteFinder:
             parameters=(name,),
             owners=tuple(use.owner for use in self._uses[parameter]),
             modules=(),
+            rule=None,
             has_weight=True,
             has_bias=False,
             blocks=(shape.block((0, shape.outputs), (0, 1), whole=True),),
             why=why,
         )
 
-    def _observed(self, use: Use, roles: dict[str, str]) -> Iterator[Site]:
+    def _observed_sites(self, use: Use, roles: dict[str, str]) -> Iterator[Site]:
+        """Yield the site of parameters that a rule covers, or one for each group of channels."""
         parameter = self._parameters[next(iter(roles.values()))]
         uses = self._uses[parameter]
         shape = self._shape(use, roles)
-        groups = getattr(use.module, "groups", 1)
-        grouped = groups > 1 and shape.kind == "kronecker" and "weight" in roles
-        for group, rows in enumerate(cut((0, shape.outputs), None, groups if grouped else 1)):
+        assert use.rule is not None
+        has_groups = shape.kind == "kronecker" and shape.weight is not None
+        num_groups = use.rule.num_groups(use.module) if has_groups else 1
+        for group, rows in enumerate(cut((0, shape.outputs), None, num_groups)):
             yield Site(
                 kind=shape.kind,
                 parameters=tuple(roles[role] for role in ("weight", "bias") if role in roles),
                 owners=tuple(u.owner for u in uses),
                 modules=tuple(u.module for u in uses),
+                rule=use.rule,
                 has_weight=shape.weight is not None,
                 has_bias=shape.bias is not None,
                 blocks=tuple(self._blocks(shape, rows, uses)),
-                group=group if grouped else None,
+                group=group if num_groups > 1 else None,
             )
 
     def _shape(self, use: Use, roles: dict[str, str]) -> Shape:
-        assert use.kind is not None
+        assert use.rule is not None
         weight, bias = (roles.get(role) for role in ("weight", "bias"))
-        embedding = issubclass(use.kind, nn.Embedding)
-        like = self._parameters[weight or bias or ""]
-        outputs = like.shape[1] if embedding else like.shape[0]
-        unit_wise = is_norm(use.module)
-        if unit_wise:
-            outputs = like.numel()
-        elif is_convolution(use.module) and weight is not None:
-            unit_wise = use.module.groups == outputs > 1
-        kind: BlockKind = (
-            "unit-wise" if unit_wise else "kronecker, diagonal A" if embedding else "kronecker"
-        )
+        parameter = self._parameters[weight or bias or ""]
+        outputs = use.rule.num_outputs(parameter)
         return Shape(
             name=(use.owner if weight is not None else bias) or "",
-            kind=kind,
+            kind=use.rule.block_kind(use.module, has_weight=weight is not None),
             outputs=outputs,
-            features=like.numel() // outputs,
+            features=parameter.numel() // outputs,
             weight=None if weight is None else self._offsets[weight],
             bias=None if bias is None else self._offsets[bias],
-            transposed=embedding,
+            transposed=use.rule.transposed,
         )
 
-    def _blocks(self, shape: Shape, rows: tuple[int, int], uses: list[Use]) -> Iterator[LayerBlock]:
+    def _blocks(self, shape: Shape, rows: Range, uses: Sequence[Use]) -> Iterator[LayerBlock]:
         """Cut the rows of one site into blocks: fused outputs apart, none wider than allowed."""
         columns = (0, shape.num_columns)
         if shape.kind == "unit-wise":
@@ -191,6 +179,7 @@ class _SiteFinder:
             return
         limit = self._settings.largest_factor
         all_rows = cut(rows, limit, self._num_fused(rows[1] - rows[0], uses))
+        # A diagonal A costs no inversion, so its width is no reason to split it.
         diagonal = shape.kind == "kronecker, diagonal A"
         all_columns = cut(columns, None if diagonal else limit)
         whole = all_rows == [(0, shape.outputs)] and len(all_columns) == 1
@@ -198,15 +187,17 @@ class _SiteFinder:
             for some_columns in all_columns:
                 yield shape.block(some_rows, some_columns, whole=whole)
 
-    def _num_fused(self, outputs: int, uses: list[Use]) -> int:
+    def _num_fused(self, outputs: int, uses: Sequence[Use]) -> int:
+        """Return the number of equal parts that `fused_outputs` gives to a linear layer."""
         for pattern, count in self._settings.fused_outputs.items():
             for use in uses:
-                if use.kind is not nn.Linear or not fnmatchcase(use.owner, pattern):
+                is_linear = use.rule is not None and use.rule.is_linear
+                if not is_linear or not fnmatchcase(use.owner, pattern):
                     continue
                 if outputs % count:
                     raise InvalidSpecError(
-                        f"fused_outputs: {pattern} says that {use.owner} has {count} equal parts; "
-                        f"it has {outputs} outputs, which is no multiple of {count}"
+                        f"fused_outputs: {pattern} says that {use.owner} has {count} equal parts, "
+                        f"but its {outputs} outputs are not a multiple of {count}"
                     )
                 return count
         return 1

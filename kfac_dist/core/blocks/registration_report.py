@@ -1,4 +1,4 @@
-"""The registration report: what became of each parameter of a model."""
+"""The registration report: which block each parameter of a model has, and at what cost."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from kfac_dist.core.blocks.sites import Site
 class ReportRow(NamedTuple):
     """One parameter in the registration report.
 
-    `module` is where it is used, several where it is shared, and `kind` the class of the first.
-    `block` is what kind of block it has, "frozen" without one; `why` the reason for a diagonal
-    one. `dim_A` and `dim_G` are those of the largest of its `num_blocks` blocks; for blocks
-    without factors, the parameters of a unit and the units. `cost` is the number of
-    multiplications of one refresh of the blocks' inverses, up to a constant; it stands at the
-    weight, the bias shares the blocks.
+    `module` names the modules that use it, and `kind` is the class of the first of them. `block`
+    is the kind of its blocks, or "frozen" if it is not trained; `why` is the reason for a diagonal
+    block.
+
+    `dim_A` and `dim_G` are the largest of its `num_blocks` blocks. For blocks without factors,
+    they are the number of parameters of a unit and the number of units.
+
+    `cost` is the number of multiplications that one refresh of the inverses takes, up to a
+    constant. A weight and its bias share their blocks, whose cost is in the row of the weight.
     """
 
     parameter: str
@@ -34,7 +37,7 @@ class ReportRow(NamedTuple):
 
 
 def report_rows(model: nn.Module, sites: Sequence[Site]) -> Iterator[ReportRow]:
-    """Yield a row for each parameter of `model`, in the order of its parameters."""
+    """Yield a row for each parameter of `model`, trained or frozen, in the model's order."""
     by_parameter: dict[str, list[Site]] = {}
     for site in sites:
         for name in site.parameters:

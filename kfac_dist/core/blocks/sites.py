@@ -2,35 +2,41 @@
 
 A site is a weight, a bias, or a weight with its bias, in all their uses: several modules that
 share a parameter, or several calls of one module, are one site. Its whole matrix is cut into
-blocks, most often one.
+blocks; most sites have just one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from kfac_dist.core.blocks.block import BlockKind, LayerBlock, Part, Range
+from kfac_dist.core.blocks.layer_rules import LayerRule
 
 WeightSharing = Literal["expand", "reduce"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Parameters with common statistics, and the blocks that they have.
+    """Parameters with common statistics, and their blocks.
 
-    `modules` are those whose calls are observed, none of a diagonal site: its statistics are the
-    gradients of single cases. `group` is the one of a grouped convolution, None for all channels.
-    `parameters` are names; `why` tells the reason for a diagonal block.
+    `parameters` are the names of the weight and the bias, or of one of them; `owners` are the
+    names of the modules that use them, each once for each use.
+
+    The calls of `modules` are observed and read by `rule`. A diagonal site has neither, because
+    its statistics are gradients of single cases; `why` is the reason for its being diagonal.
+
+    `group` is the site's group in a grouped convolution, None if it has all channels.
     """
 
     kind: BlockKind
     parameters: tuple[str, ...]
     owners: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    rule: LayerRule[Any] | None
     has_weight: bool
     has_bias: bool
     blocks: tuple[LayerBlock, ...]
@@ -39,16 +45,26 @@ class Site:
 
     @property
     def first_row(self) -> int:
-        """Where the rows of this site begin in the matrix of the whole layer."""
+        """The row in the matrix of the whole layer where this site begins."""
         return min(block.rows[0] for block in self.blocks)
+
+    @property
+    def is_whole_linear_layer(self) -> bool:
+        """Whether the site is one linear layer in one piece, with its weight, used only there."""
+        return (
+            self.rule is not None
+            and self.rule.is_linear
+            and self.has_weight
+            and len(self.blocks) == len(self.modules) == 1
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The parameters of a site as the matrix of a layer.
+    """The parameters of a site as the matrix of a layer, [outputs, features + 1 for the bias].
 
-    `weight` and `bias` are offsets in the parameter vector, None where there is none. The weight
-    is [outputs, features]; of an embedding [features, outputs], `transposed`.
+    `weight` and `bias` are offsets in the parameter vector, None if the site lacks them. The
+    weight itself is [outputs, features], or [features, outputs] if it is `transposed`.
     """
 
     name: str
@@ -70,7 +86,7 @@ class Shape:
         return 0 if self.weight is None else self.features
 
     def block(self, rows: Range, columns: Range, *, whole: bool) -> LayerBlock:
-        """Return the block of a rectangle, named by it unless it is the whole matrix."""
+        """Return the block of a rectangle; its name has the ranges unless it is the whole."""
         place = "" if whole else f"[{rows[0]}:{rows[1]},{columns[0]}:{columns[1]}]"
         return LayerBlock(
             name=self.name + place,
@@ -82,16 +98,15 @@ class Shape:
 
     def _parts(self, rows: Range, columns: Range) -> Iterator[Part]:
         if self.weight is not None and columns[0] < self.features:
-            cut = columns[0], min(columns[1], self.features)
+            features = columns[0], min(columns[1], self.features)
+            shape, height, width = (self.outputs, self.features), rows, features
             if self.transposed:
-                shape, rows_of_weight, columns_of_weight = (self.features, self.outputs), cut, rows
-            else:
-                shape, rows_of_weight, columns_of_weight = (self.outputs, self.features), rows, cut
+                shape, height, width = (self.features, self.outputs), features, rows
             yield Part(
                 offset=self.weight,
                 shape=shape,
-                rows=rows_of_weight,
-                columns=columns_of_weight,
+                rows=height,
+                columns=width,
                 transposed=self.transposed,
             )
         if self.bias is not None and columns[1] > self.num_features:
@@ -99,7 +114,10 @@ class Shape:
 
 
 def cut(whole: Range, limit: int | None, parts: int = 1) -> list[Range]:
-    """Cut a range into `parts` equal ranges, each into the fewest nearly equal ones of `limit`."""
+    """Cut a range into `parts` equal ranges, and each of these into nearly equal ones.
+
+    No range is longer than `limit`, and there are as few as that allows.
+    """
     length = (whole[1] - whole[0]) // parts
     starts = [whole[0] + part * length for part in range(parts)]
     num = 1 if limit is None else -(-length // limit)

@@ -14,10 +14,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its input, and its output's shape and place in the graph.
+    """One call of a module: its input, and the shape and the autograd edge of its output.
 
-    The place is taken at the call: what later overwrites the output in place does not change it.
-    It is None where the output needs no gradient.
+    The edge is recorded at the call, so operations that later overwrite the output in place do
+    not change it. It is None if the output needs no gradient.
     """
 
     inputs: Tensor
@@ -30,7 +30,7 @@ Captures = dict[nn.Module, list[Call]]
 
 @contextmanager
 def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
-    """Collect the calls of `modules` in the passes inside this context."""
+    """Collect the calls of `modules` in the passes inside this context, in order."""
     captures: Captures = {module: [] for module in modules}
 
     def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -50,9 +50,10 @@ Gradients = dict[nn.Module, list[Tensor]]
 
 
 def output_gradients(outputs: Tensor, captures: Captures, derivative: Tensor) -> Gradients:
-    """Return the derivatives with respect to the outputs of all calls, shaped like them.
+    """Return the derivatives with respect to the outputs of all calls, shaped like these.
 
-    `derivative` is that with respect to `outputs`. A call that they do not depend on has zeros.
+    `derivative` is the one with respect to `outputs`, the outputs of the model. Calls on which
+    these do not depend have zeros.
     """
     edges = [call.edge for calls in captures.values() for call in calls if call.edge is not None]
     values: Sequence[Tensor | None] = ()
@@ -74,14 +75,15 @@ def _or_zeros(gradient: Tensor | None, call: Call, like: Tensor) -> Tensor:
 def modules_without_cases(
     model: nn.Module, inputs: Tensor, modules: Iterable[nn.Module]
 ) -> frozenset[nn.Module]:
-    """Return the modules whose input is as long for two cases as for three.
+    """Return the modules whose input has no axis of cases: two passes of 2 and 3 cases show it.
 
-    A position embedding of arange(T) is one; its length alone does not tell when T is a multiple
-    of the number of cases.
+    A position embedding of arange(T) is such a module. The length of its input alone is not
+    enough to recognise it, because T can be a multiple of the number of cases.
     """
     lengths: list[Mapping[nn.Module, list[int]]] = []
-    cpu_and_device = [inputs.device] if inputs.is_cuda else []
-    with torch.random.fork_rng(cpu_and_device), torch.no_grad():
+    # Dropout draws random numbers in these passes; the draws of later passes must stay the same.
+    devices = [inputs.device] if inputs.is_cuda else []
+    with torch.random.fork_rng(devices), torch.no_grad():
         for num_cases in (2, 3):
             with capturing(modules) as captures:
                 model(inputs[:1].expand(num_cases, *inputs.shape[1:]))

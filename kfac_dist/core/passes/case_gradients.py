@@ -1,4 +1,4 @@
-"""Gradients of single cases for parameters that no layer's rule covers."""
+"""Gradients of single cases, for parameters that no layer rule covers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Squares = dict[str, Tensor]
 
 
 class CaseGradients:
-    """Sums over cases of the squares of the gradients of some parameters of a model.
+    """Sums over cases of the squared gradients of some parameters of a model.
 
-    A pass over single cases, vectorised where the model permits it and one by one where it does
-    not: the first attempt decides.
+    The passes over single cases are vectorised if the model permits it, and otherwise run one
+    after the other. The first attempt decides.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -30,10 +30,10 @@ class CaseGradients:
         self._vectorised = True
 
     def squares(self, inputs: Tensor, derivatives: Tensor) -> Squares:
-        """Return the sums by parameter, shaped like it.
+        """Return the sums by name of the parameter, shaped like it.
 
-        `inputs` [N, ...] are cases, `derivatives` [N, ...] those of each one's loss with respect
-        to the outputs of the model.
+        `derivatives` [N, ...] are those of the loss of each case with respect to the outputs of
+        the model for `inputs` [N, ...].
         """
         if not self._vectorised:
             return self._one_by_one(inputs, derivatives)
@@ -42,8 +42,8 @@ class CaseGradients:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError):
-            # What vmap cannot do (control flow on values, in-place changes) it refuses with any
-            # of these; a model that is itself wrong raises the same again below.
+            # vmap refuses what it cannot do (control flow on values, in-place changes) with any
+            # of these. An error of the model itself is raised again below.
             self._vectorised = False
             return self._one_by_one(inputs, derivatives)
 
@@ -62,7 +62,7 @@ class CaseGradients:
             return gradients
 
         per_case = torch.func.vmap(gradient, randomness="different")
-        # The other parameters of the model would make a graph of the sums, which averages keep.
+        # Without no_grad, the other parameters would give the sums a graph that averages keep.
         with torch.no_grad(), plain_kernels(self._model):
             return self._sums(per_case, inputs, derivatives)
 

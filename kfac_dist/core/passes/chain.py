@@ -1,6 +1,7 @@
-"""Models that are a chain of linear and elementwise modules, and what a pass over one has seen.
+"""Models that are a chain of known modules, and what a pass over such a model leaves behind.
 
-What is derived from the trace of the gradient's pass needs no forward pass of its own.
+Statistics and Fisher products that are derived from the trace of the gradient's pass need no
+forward pass of their own.
 """
 
 from __future__ import annotations
@@ -8,33 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.passes.capture import Captures
+from kfac_dist.core.passes.chain_rules import CHAIN_RULES
 from kfac_dist.core.vector import rows_at
-
-_ELEMENTWISE = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """The inputs of the modules of a chain, in order, and its outputs, each [N, ...].
 
-    Of the parameters that the pass was done with, and of them alone.
+    A trace is only valid for the parameters that its pass was run with.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: Tensor
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], captures: Captures, outputs: Tensor) -> Trace:
+    def from_captures(
+        cls, modules: Sequence[nn.Module], captures: Captures, outputs: Tensor
+    ) -> Trace:
         """Return the trace of a pass in which the modules of the chain were observed."""
         calls = [captures[module] for module in modules]
         return cls(inputs=tuple(call.inputs for (call,) in calls), outputs=outputs.detach())
 
-    def take(self, positions: Sequence[int]) -> Trace:
-        """Return the cases at these positions; the trace itself when they are all."""
+    def rows_at(self, positions: Sequence[int]) -> Trace:
+        """Return the trace of the cases at these positions, the trace itself if that is all."""
         if len(positions) == len(self.outputs):
             return self
         inputs = tuple(rows_at(values, positions) for values in self.inputs)
@@ -45,10 +46,11 @@ class Trace:
         yield from zip(self.inputs, (*self.inputs[1:], self.outputs), strict=True)
 
 
-def chain_of(model: nn.Module) -> tuple[nn.Module, ...] | None:
-    """Return the modules of which a model is a chain; None if it is none, or of other modules.
+def find_chain(model: nn.Module) -> tuple[nn.Module, ...] | None:
+    """Return the modules that a model applies one after another, None if it is no such chain.
 
-    Random modules are not among those: the trace would be of other draws.
+    All of them have a rule in `CHAIN_RULES` and occur once. Random modules have none, because
+    the trace would belong to other draws.
     """
     modules = tuple(_leaves(model))
     known = all(_is_known(module) for module in modules)
@@ -64,26 +66,10 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_known(module: nn.Module) -> bool:
-    kinds = (nn.Linear, nn.Flatten, *_ELEMENTWISE)
-    return type(module) in kinds and not (_has_hooks(module) or getattr(module, "inplace", False))
+    # A subclass may compute something else, and an in-place module overwrites the trace.
+    inplace = getattr(module, "inplace", False)
+    return type(module) in CHAIN_RULES and not (_has_hooks(module) or inplace)
 
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def slopes(module: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Return the derivative of an elementwise module at each element, [N, ...].
-
-    From the outputs where they tell it: a transcendental function costs as much as ten products.
-    """
-    if isinstance(module, nn.Tanh):
-        return torch.addcmul(outputs.new_ones(()), outputs, outputs, value=-1)
-    if isinstance(module, nn.Sigmoid):
-        return torch.addcmul(outputs, outputs, outputs, value=-1)
-    if isinstance(module, nn.ReLU):
-        return (outputs > 0).to(outputs.dtype)
-    with torch.enable_grad():
-        leaf = inputs.detach().requires_grad_()
-        (derivative,) = torch.autograd.grad(module(leaf).sum(), leaf)
-    return derivative

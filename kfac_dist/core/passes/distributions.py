@@ -1,10 +1,11 @@
-"""Predictive distributions r(y | z) over the outputs z of a model (algorithm.md section 2).
+"""Predictive distributions r(y | z) over the outputs z of a model (docs/algorithm.md#fisher).
 
-A case is one entry along the first axis. `z` has any number of further axes; for the categorical
-distribution the last one holds the logits of the classes. Every loss is -log r(y | z) of one
-case, summed over all its output positions, without constants that do not depend on z.
+The first axis of z is the cases, and any number of axes may follow. For the categorical
+distribution the last axis has the logits of the classes. Every loss is -log r(y | z) of one case,
+summed over all its output positions, without constants that do not depend on z.
 
-B is a root of the Fisher of the outputs of one case: E_y[dz dz^T] = B B^T.
+B is a root of the Fisher of the outputs of one case: `E_y[dz dz^T] = B B^T`, where dz is the
+derivative of the loss with respect to z.
 """
 
 from __future__ import annotations
@@ -24,20 +25,19 @@ def _sum_per_case(values: Tensor) -> Tensor:
 
 
 class Distribution(ABC):
-    """What the algorithm asks of a predictive distribution."""
+    """What the algorithm needs of a predictive distribution."""
 
     noise: ClassVar[Literal["uniform", "normal"]]
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return -log r(targets | outputs) of each case, [N], in nats."""
+        """Return -log r(targets | outputs) for each case, [N], in nats."""
 
     @abstractmethod
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Turn `noise` into targets drawn from r(. | outputs).
 
-        `noise` is independent standard noise of the kind `self.noise`, shaped
-        [N, *noise_shape(outputs)].
+        `noise` [N, *noise_shape(outputs)] is independent standard noise of the kind `self.noise`.
         """
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Distribution(ABC):
         """Return B^T z, shaped like `outputs`."""
 
     def noise_shape(self, outputs: Tensor) -> tuple[int, ...]:
-        """Return the shape of the noise that one case needs."""
+        """Return the shape of the noise that sampling the targets of one case needs."""
         return tuple(outputs.shape[1:])
 
 
@@ -94,7 +94,8 @@ class Categorical(Distribution):
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Invert the cumulative distribution at the noise."""
         cumulative = torch.softmax(outputs, dim=-1).cumsum(dim=-1)
-        # Rounding can leave the last sum below 1; a noise above it still means the last class.
+        # Rounding can leave the last sum below 1, so it is left out: noise above all the others
+        # means the last class.
         return (noise.unsqueeze(-1) >= cumulative[..., :-1]).sum(dim=-1)
 
     def root_product(self, outputs: Tensor, z: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class Categorical(Distribution):
         return root * (z - (probabilities * z).sum(dim=-1, keepdim=True))
 
     def noise_shape(self, outputs: Tensor) -> tuple[int, ...]:
-        """Return the shape without the axis of classes: one draw a position."""
+        """Return the shape without the axis of classes: one draw for each position."""
         return tuple(outputs.shape[1:-1])
 
 
@@ -147,7 +148,7 @@ def get_distribution(name: str) -> Distribution:
     """Return the distribution called `name`.
 
     Raises:
-        ValueError: there is no such distribution.
+        ValueError: the name is unknown.
     """
     if name not in _BY_NAME:
         raise ValueError(f"distribution must be one of {', '.join(_BY_NAME)}; got {name!r}")

@@ -12,9 +12,9 @@ from kfac_dist.errors import InvalidSpecError
 
 
 class JacobianProducts:
-    """`J v` by one forward-mode pass a vector, or by two reverse passes where there is no such.
+    """Computes `J v` by one forward-mode pass for each vector, or else by two reverse passes.
 
-    Some operations of torch have no forward mode, and some models cannot be vectorised: the first
+    Some operations of torch have no forward mode, and some models cannot be vectorised. The first
     attempt decides.
     """
 
@@ -25,11 +25,11 @@ class JacobianProducts:
         self._parameters = list(named.values())
         self._forward_mode = True
 
-    def of(self, inputs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs, and the products with `vectors` [m, P], [m, *outputs.shape].
+    def multiply(self, inputs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs, and the products `J v` with `vectors` [m, P], [m, *outputs.shape].
 
         Raises:
-            InvalidSpecError: an operation of the model has neither derivative.
+            InvalidSpecError: an operation of the model allows neither.
         """
         with running_statistics_kept(self._model), plain_kernels(self._model):
             if self._forward_mode:
@@ -38,19 +38,20 @@ class JacobianProducts:
                 except torch.OutOfMemoryError:
                     raise
                 except (RuntimeError, ValueError, TypeError):
-                    # As for single cases: what is wrong with the model itself is raised below.
+                    # Any of these can mean that forward mode or vmap cannot do it. An error of
+                    # the model itself is raised again below.
                     self._forward_mode = False
             try:
                 return self.by_reverse_mode(inputs, vectors)
             except NotImplementedError as error:
                 raise InvalidSpecError(
-                    "exact Fisher products need a forward-mode or a second derivative, and an "
+                    "exact Fisher products need a forward-mode or a second derivative, but an "
                     f"operation of the model has neither ({error}); use step_rule: norm_constraint "
                     "with damping.adapt_period: null"
                 ) from error
 
     def by_forward_mode(self, inputs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `of` does, vectorised over the vectors."""
+        """Return what `multiply` does, by forward mode, vectorised over the vectors."""
         primals = {
             name: parameter.detach()
             for name, parameter in zip(self._names, self._parameters, strict=True)
@@ -71,13 +72,14 @@ class JacobianProducts:
         return outputs[0], derivatives
 
     def by_reverse_mode(self, inputs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `of` does: `J v` is the derivative of `(J^T u) . v` with respect to u."""
+        """Return what `multiply` does: `J v` is the derivative of `(J^T u) . v` by u."""
         with torch.enable_grad():
             outputs = self._model(inputs)
             u = torch.zeros_like(outputs, requires_grad=True)
             gradients = torch.autograd.grad(
                 outputs, self._parameters, u, create_graph=True, materialize_grads=True
             )
+        # Parameters that the model does not use have a gradient that does not depend on u.
         used = [number for number, gradient in enumerate(gradients) if gradient.requires_grad]
         products = []
         for vector in vectors:

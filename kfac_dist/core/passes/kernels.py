@@ -1,4 +1,4 @@
-"""Kernels for passes that differentiate in ways for which the fused ones have no rule."""
+"""Plain kernels, for passes that need derivatives which fused kernels do not have."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Compute attention and recurrences of `model` from plain operations.
+    """Compute attention and recurrent layers of `model` from plain operations.
 
-    Their fused kernels know no vmap and no forward mode.
+    Their fused kernels support neither vmap nor forward mode.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with _no_fast_path(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        # Vmap loops over an operation that it has no rule for: slower, and nothing to act on.
+        # vmap warns when it loops over an operation that it has no rule for. That is slower, but
+        # there is nothing a user could do about it.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         if not recurrent:
             yield
@@ -40,7 +41,7 @@ def _no_fast_path() -> Iterator[None]:
 
 @contextmanager
 def _no_mkldnn() -> Iterator[None]:
-    # torch.backends.mkldnn.flags also sets what only Intel's GPUs have, and warns.
+    # torch.backends.mkldnn.flags would also set options of Intel GPUs, and warn about them.
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:

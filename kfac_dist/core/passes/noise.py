@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, not on who draws them.
+"""Random numbers that depend on their purpose and not on the process that draws them.
 
-Every draw is keyed by (seed, purpose, step or epoch, row), so any split of a batch over workers
-sees the same shuffled order and the same sampled targets.
+Every draw is keyed by (seed, purpose, step or epoch, row), so every split of a batch over workers
+gets the same shuffled order and the same sampled targets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Rows of noise are drawn in blocks under one key: a generator a row would cost more than the draw.
+# Rows of noise that are drawn under one key. A generator for each row would cost more than the
+# draws.
 _ROWS_PER_KEY = 64
 _MASK = (1 << 64) - 1
 
@@ -45,9 +46,16 @@ def keyed_noise(
     shape: tuple[int, ...],
     like: Tensor,
 ) -> Tensor:
-    """Return standard noise [len(rows), *shape] with the dtype and device of `like`.
+    """Return standard noise [len(rows), *shape].
 
-    The noise of a row depends on (seed, step, row) alone. `rows` are contiguous.
+    Args:
+        kind: uniform on [0, 1) or normal with mean 0 and variance 1.
+        seed: the seed of the run.
+        step: the step that the noise is for.
+        rows: contiguous places of cases in the whole batch of the step. The noise of a row depends
+            on (seed, step, row) alone.
+        shape: the shape of the noise of a row.
+        like: a tensor with the dtype and the device of the noise.
     """
     if len(rows) == 0:
         return like.new_empty((0, *shape))

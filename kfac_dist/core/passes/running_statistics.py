@@ -1,4 +1,4 @@
-"""Running statistics of normalisations: only the gradient's pass may change them."""
+"""Running statistics of normalisations, which only the gradient's pass may change."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def training_norms(model: nn.Module) -> list[_NormBase]:
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Hide running statistics from normalisations in training mode: they use the batch's anyway.
+    """Hide the running statistics from normalisations in training mode, which do not read them.
 
-    So passes do not change them; and forward mode under vmap, which could not, need not.
+    Extra passes leave them unchanged, and forward mode under vmap, which cannot update them, works.
     """
     with ExitStack() as stack:
         for module in training_norms(model):
@@ -48,7 +48,7 @@ def _hidden(module: _NormBase) -> Iterator[None]:
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the modules that normalise by the statistics of the batch, coupling its cases."""
+    """Return the modules that normalise by the statistics of the batch, which couples its cases."""
     return [
         module
         for module in model.modules()
@@ -58,10 +58,11 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def batch_statistics_fixed(model: nn.Module, captures: Captures) -> Iterator[None]:
-    """Let batch normalisations use the statistics of the calls captured, as constants.
+    """Let batch normalisations use the statistics of the captured calls as constants.
 
-    A pass of single cases then computes what each of them contributed to the pass of the batch.
-    The calls are taken in turns, so a pass must make the same number of them.
+    A pass over single cases then computes what each case contributed to the pass of the batch. If
+    a module was called several times, the calls use their statistics in turn, so every pass in
+    this context must make as many calls as the captured one.
     """
     with ExitStack() as stack:
         for module in batch_norms(model):
@@ -86,7 +87,7 @@ def _with_forward(module: _BatchNorm, moments: list[tuple[Tensor, Tensor]]) -> I
         turn += 1
         return F.batch_norm(inputs, mean, var, module.weight, module.bias, eps=module.eps)
 
-    # On the instance: `functional_call` and the module's hooks are as with its own forward.
+    # Set on the instance, so that `functional_call` and the module's hooks still work.
     module.__dict__["forward"] = forward
     try:
         yield

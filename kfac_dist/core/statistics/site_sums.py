@@ -1,11 +1,12 @@
 """Sums over cases of the factors of one site, from the calls of its modules.
 
 With cases n and positions r, the gradient of one case is the sum of `g_nr a_nr^T` over its
-positions; all calls of all modules of a site are positions of the same weight.
+positions. All calls of all modules of a site are positions of the same weight.
 
-A call whose input has no axis of cases has the derivatives of all cases summed. Where these are
-independent samples of mean zero (sampled targets), the square of the sum is an unbiased sample of
-the sum of squares: such a call counts as one case, its inputs as those of every case.
+In a call whose input has no axis of cases, autograd sums the derivatives of all cases. If these
+are independent samples of mean zero (sampled targets), the square of the sum is an unbiased
+estimate of the sum of squares. Such a call therefore counts as one case, and its inputs count for
+every case.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.blocks.block import Range
-from kfac_dist.core.blocks.layer_rules import (
-    input_rows,
-    output_rows,
-)
+from kfac_dist.core.blocks.layer_rules import LayerRule
 from kfac_dist.core.blocks.sites import Site, WeightSharing
 from kfac_dist.core.factors import KroneckerPair, LayerFactors
 
-# Columns computed at a time: narrower panels save more, and are multiplied less efficiently.
+# Columns of X^T X computed at a time. Narrower panels skip more of the upper triangle, but their
+# products are less efficient.
 _PANEL = 256
 
 
 class SiteCall(NamedTuple):
-    """The input of one call of a module; `num_cases` is 1 where it has no axis of cases."""
+    """The input of one call of a module, and the rule that reads it.
 
+    `num_cases` is 1 if the input has no axis of cases.
+    """
+
+    rule: LayerRule[Any]
     module: nn.Module
     inputs: Tensor
     num_cases: int
@@ -53,26 +56,29 @@ class SiteSums(ABC):
 
     @property
     def has_cases(self) -> bool:
-        """Tell whether the derivatives of single cases are known."""
+        """Whether the derivatives of single cases are known."""
         return all(call.num_cases == self.num_cases for call in self.calls)
 
     @abstractmethod
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
-        """Take in the inputs of all calls."""
+        """Add the inputs of all calls of the pass, before any gradients."""
 
     @abstractmethod
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Add derivatives with respect to the outputs of these calls."""
+        """Add derivatives with respect to the outputs of these calls, one tensor for each."""
 
 
 class KroneckerSums(SiteSums):
-    """A and G, of which blocks with the same columns, or rows, have one tensor in common.
+    """The sums A and G of a site with Kronecker factors.
 
-    *Expand*: A is the mean and G the sum over positions. *Reduce*: A is of the mean of a case's
-    inputs, G of the sum of its derivatives.
+    Blocks with the same columns share one tensor A, blocks with the same rows one tensor G.
 
-    `inputs` and `gradients` are the rows of each call, [rows, dim]; `averaged_inputs` and
-    `added_gradients` those that A and G are moments of, the same unless *reduced*.
+    *Expand*: A is a mean and G a sum over positions. *Reduce*: A is the second moment of the mean
+    of a case's inputs, and G that of the sum of its derivatives.
+
+    `inputs` and `gradients` have the rows of each call, [rows, dim]. `averaged_inputs` and
+    `added_gradients` are the rows whose second moments A and G are; unless the positions are
+    *reduced*, they are the same.
     """
 
     def __init__(
@@ -86,13 +92,13 @@ class KroneckerSums(SiteSums):
         self._like = like
         widths = {b.columns: b.dim_A for b in site.blocks}
         heights = {b.rows: b.dim_G for b in site.blocks}
-        self._A = {columns: self._empty_A(width) for columns, width in widths.items()}
+        self._A = {columns: self._zero_A(width) for columns, width in widths.items()}
         self._G = {rows: like.new_zeros((height, height)) for rows, height in heights.items()}
         self.factors = {
             b.name: KroneckerPair(A=self._A[b.columns], G=self._G[b.rows]) for b in site.blocks
         }
 
-    def _empty_A(self, width: int) -> Tensor:
+    def _zero_A(self, width: int) -> Tensor:
         return self._like.new_zeros((width, width))
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
@@ -107,15 +113,16 @@ class KroneckerSums(SiteSums):
                 rows.reshape(call.num_cases, -1, rows.shape[1]).sum(dim=1)
                 for rows, call in zip(self.inputs, calls, strict=True)
             ]
+            # A call without cases has one row here, which is added to those of all cases.
             mean = reduce(torch.add, sums) / positions
             self.averaged_inputs = [mean]
-            self._add_moments(mean, len(mean), 1)
+            self._add_to_A(mean, len(mean), 1)
             return
         self.averaged_inputs = self.inputs
         for rows, call in zip(self.inputs, calls, strict=True):
-            self._add_moments(rows, call.num_cases, positions)
+            self._add_to_A(rows, call.num_cases, positions)
 
-    def _add_moments(self, rows: Tensor, num_cases: int, positions: int) -> None:
+    def _add_to_A(self, rows: Tensor, num_cases: int, positions: int) -> None:
         divisor = positions * num_cases / self.num_cases
         for columns, A in self._A.items():
             add_second_moment(A, _columns(rows, columns), weight=1 / divisor)
@@ -123,7 +130,7 @@ class KroneckerSums(SiteSums):
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Add to G."""
         self.gradients = [
-            output_rows(call.module, gradient, self.site.group)
+            _flat(call.rule.output_rows(call.module, gradient, self.site.group))
             for call, gradient in zip(self.calls, gradients, strict=True)
         ]
         self.added_gradients = (
@@ -148,62 +155,66 @@ class KroneckerSums(SiteSums):
 
     def _homogeneous(self, call: SiteCall) -> Tensor:
         """Return the inputs of one call as rows, with a 1 for the bias, [rows, dim_A]."""
-        rows = input_rows(call.module, call.inputs, self.site.group)
+        rows = _flat(call.rule.input_rows(call.module, call.inputs, self.site.group))
         if not self.site.has_bias:
             return rows
         ones = rows.new_ones((len(rows), 1))
         return torch.cat([rows, ones], dim=1) if self.site.has_weight else ones
 
 
-class EmbeddingSums(KroneckerSums):
-    """A is diagonal: counts of the indices. Positions with the padding index count as zero."""
+class IndexSums(KroneckerSums):
+    """A and G of a site whose inputs are indices: A is diagonal, their counts.
 
-    def _empty_A(self, width: int) -> Tensor:
+    The rule gives an index below 0 to positions that have no gradient, which are left out.
+    """
+
+    def __init__(
+        self, site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing
+    ) -> None:
+        super().__init__(site, num_cases, like, weight_sharing)
+        self._indices: list[Tensor] = []
+
+    def _zero_A(self, width: int) -> Tensor:
         return self._like.new_zeros(width)
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
         """Add to the diagonal of A."""
         self.calls = calls
-        indices = [call.inputs.reshape(call.num_cases, -1) for call in calls]
-        positions = sum(call.shape[1] for call in indices)
+        self._indices = [
+            call.rule.input_rows(call.module, call.inputs, None).reshape(call.num_cases, -1)
+            for call in calls
+        ]
+        positions = sum(indices.shape[1] for indices in self._indices)
         for columns, A in self._A.items():
-            assert columns[0] == 0, "a diagonal is not split"
+            assert columns[0] == 0, "a diagonal A is not split"
             if self._reduces and positions > 1:
-                A.add_(self._reduced_counts(indices, len(A)) / positions**2)
+                A.add_(self._squared_counts(len(A)) / positions**2)
                 continue
-            for call, kept in zip(indices, map(self._kept, calls), strict=True):
-                counts = torch.bincount(call.flatten()[kept], minlength=len(A)).to(A.dtype)
-                A.add_(counts / (positions * len(call) / self.num_cases))
+            for indices in self._indices:
+                counts = torch.bincount(indices[indices >= 0], minlength=len(A)).to(A.dtype)
+                A.add_(counts / (positions * len(indices) / self.num_cases))
 
-    def _reduced_counts(self, indices: Sequence[Tensor], num_rows: int) -> Tensor:
-        """Return the sums over cases of the squares of each index's count."""
-        by_case = torch.cat([call.expand(self.num_cases, -1) for call in indices], dim=1)
+    def _squared_counts(self, num_indices: int) -> Tensor:
+        """Return, for each index, the sum over cases of the square of its count in the case."""
+        by_case = torch.cat([part.expand(self.num_cases, -1) for part in self._indices], dim=1)
         cases = torch.arange(self.num_cases, device=by_case.device).unsqueeze(1)
-        kept = torch.cat(
-            [
-                self._kept(call).view_as(ids).expand(self.num_cases, -1)
-                for call, ids in zip(self.calls, indices, strict=True)
-            ],
-            dim=1,
-        )
-        places, counts = torch.unique((cases * num_rows + by_case)[kept], return_counts=True)
+        places = (cases * num_indices + by_case)[by_case >= 0]
+        places, counts = torch.unique(places, return_counts=True)
         squares = counts.to(self._like.dtype).square()
-        return self._like.new_zeros(num_rows).index_add_(0, places % num_rows, squares)
+        return self._like.new_zeros(num_indices).index_add_(0, places % num_indices, squares)
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Add to G."""
         super().add_gradients(
             [
-                gradient.reshape(-1, gradient.shape[-1]) * self._kept(call).unsqueeze(1)
-                for call, gradient in zip(self.calls, gradients, strict=True)
+                gradient.reshape(-1, gradient.shape[-1]) * (indices.reshape(-1, 1) >= 0)
+                for indices, gradient in zip(self._indices, gradients, strict=True)
             ]
         )
 
-    @staticmethod
-    def _kept(call: SiteCall) -> Tensor:
-        assert isinstance(call.module, nn.Embedding)
-        indices, padding = call.inputs.reshape(-1), call.module.padding_idx
-        return torch.ones_like(indices, dtype=torch.bool) if padding is None else indices != padding
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def _columns(rows: Tensor, which: Range) -> Tensor:
@@ -213,8 +224,7 @@ def _columns(rows: Tensor, which: Range) -> Tensor:
 def add_second_moment(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
     """Add `weight X^T X` of `rows` X [n, d] to the symmetric `total` [d, d], in place.
 
-    Panel by panel of the lower triangle, which is all that needs to be computed; what is above the
-    panels is copied.
+    Only the lower triangle is computed, in panels of rows; the rest is copied from it.
     """
     order = len(total)
     for start in range(0, order, _PANEL):

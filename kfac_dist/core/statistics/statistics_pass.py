@@ -1,4 +1,4 @@
-"""The passes over a part of a batch that its curvature statistics come from."""
+"""The passes over a part of a batch that give its curvature statistics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from kfac_dist.errors import InvalidSpecError
 
 
 class _Observed(NamedTuple):
-    """The outputs of a pass, the calls in it, and how derivatives go back to those."""
+    """The outputs of a pass, its calls, and a function that takes derivatives back to these."""
 
     outputs: Tensor
     captures: Captures
@@ -42,7 +42,17 @@ class _Observed(NamedTuple):
 
 
 class StatisticsPass:
-    """Computes the statistics of all blocks of a model, which may be the `chain` given."""
+    """Computes the statistics of all blocks of a model.
+
+    Args:
+        model: the model to observe.
+        distribution: the predictive distribution of its outputs.
+        seed: the seed of the sampled targets.
+        registration: the blocks of the model.
+        fisher_type: where the targets come from; see `run`.
+        chain: the model as a chain of modules, None if it is not a chain. With a chain, `run` can
+            use a trace.
+    """
 
     def __init__(
         self,
@@ -78,22 +88,31 @@ class StatisticsPass:
     ) -> BatchStatistics:
         """Return the sums of the statistics over the cases given.
 
-        `trace` is what a pass over the same cases has seen; without it there is a pass.
+        The Fisher type decides which targets G is computed with. `mc` samples them from the
+        model's predictive distribution. `exact` sums over the columns of a root of the Fisher of
+        the outputs. `empirical` uses the training targets and is biased: it is not a Fisher, and
+        it vanishes where the data are fitted.
 
-        `first_row` is the place of the first case among the statistics cases of the whole batch:
-        the sampled targets of a case depend on (seed, step, place) alone. With `mc`, targets are
-        sampled from the model's predictive distribution; `exact` sums over the columns of a root
-        of the Fisher of the outputs; `empirical` uses the training targets, which is biased: it
-        is not a Fisher, and it vanishes where the data are fitted. Only `empirical` looks at the
-        targets. The moments in `bases` are of the same gradients that G is the second moment of.
+        Args:
+            inputs: the cases, [N, ...].
+            targets: their training targets, which only `empirical` uses.
+            step: the step, on which the sampled targets depend.
+            first_row: the place of the first case among the statistics cases of the whole batch.
+                The sampled targets of a case depend on (seed, step, place) alone.
+            links: the pairs of layers whose cross factors are wanted.
+            bases: the eigenbases of layers in which moments are wanted. The moments are of the
+                same gradients that G is the second moment of.
+            trace: what a pass over the same cases with the same parameters has seen. Without it,
+                the model is run.
 
         Raises:
-            InvalidSpecError: the model uses a layer's weight without calling the layer.
+            InvalidSpecError: the model uses a layer's weight without calling the layer, or a call
+                has no axis of cases although the Fisher type needs it.
         """
         collector = StatisticsSums(
             self._registration, self._fisher_type, len(inputs), self._like, links, bases
         )
-        if len(inputs) == 0:
+        if len(inputs) == 0:  # a worker without cases still sends sums, which are zero
             return collector.sums
         with torch.enable_grad(), running_statistics_kept(self._model):
             outputs, captures, back = self._observe(inputs, trace)
@@ -122,18 +141,23 @@ class StatisticsPass:
             yield from batch_norms(self._model)
 
     def _modules_without_cases(self, inputs: Tensor) -> frozenset[nn.Module]:
-        """Return them as found once; only what looks up positions is expected to be one."""
+        """Return the modules without an axis of cases, which are searched for only once."""
         if self._without_cases is None:
-            has_embedding = any(isinstance(module, nn.Embedding) for module in self._modules)
+            sites = self._registration.sites
+            # Two extra passes, which only models with such layers need to pay for.
+            suspected = any(site.rule is not None and site.rule.may_lack_cases for site in sites)
             self._without_cases = (
                 modules_without_cases(self._model, inputs, self._modules)
-                if has_embedding
+                if suspected
                 else frozenset()
             )
         return self._without_cases
 
     def _check_uncalled(self, outputs: Tensor, derivative: Tensor, captures: Captures) -> None:
-        """Check that layers that were not called have no gradient."""
+        """Check that layers that were not called have no gradient.
+
+        Their statistics would be zero although the model uses their weights.
+        """
         uncalled: list[Site] = [
             site
             for site in self._registration.sites
@@ -153,14 +177,17 @@ class StatisticsPass:
         used = [name for name, g in zip(names, gradients, strict=True) if g is not None]
         if used:
             raise InvalidSpecError(
-                f"the model uses {', '.join(used)} without calling the module, so that K-FAC "
-                f"cannot observe it; ask for a diagonal block by diagonal: [{used[0]}]"
+                f"the model uses {', '.join(used)} without calling the module, so K-FAC cannot "
+                f"observe it; ask for a diagonal block with diagonal: [{used[0]}]"
             )
 
     def _output_derivatives(
         self, outputs: Tensor, targets: Tensor | None, step: int, first_row: int
     ) -> Iterator[Tensor]:
-        """Yield derivatives of per-case losses with respect to the outputs, shaped like them."""
+        """Yield the derivatives of per-case losses with respect to the outputs, shaped like them.
+
+        Statistics of several derivatives add up, as those of the columns of a root do.
+        """
         detached = outputs.detach()
         if self._fisher_type == "exact":
             yield from _root_columns(self._distribution, detached)
@@ -175,14 +202,14 @@ class StatisticsPass:
                 like=detached,
             )
             targets = self._distribution.sample(detached, noise)
-        assert targets is not None, "the empirical Fisher is one of training targets"
+        assert targets is not None, "the empirical Fisher needs the training targets"
         leaf = detached.clone().requires_grad_()
         loss = self._distribution.loss(leaf, targets).sum()
         yield torch.autograd.grad(loss, leaf)[0]
 
 
 def _root_columns(distribution: Distribution, outputs: Tensor) -> Iterator[Tensor]:
-    """Yield B e_c for every output coordinate c of a case."""
+    """Yield B e_c for every output coordinate c, for all cases at once."""
     num_columns = outputs[0].numel()
     for column in range(num_columns):
         unit = outputs.new_zeros((len(outputs), num_columns))

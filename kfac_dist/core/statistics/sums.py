@@ -1,6 +1,7 @@
-"""Curvature statistics of a part of a batch, added up layer by layer (algorithm.md section 2).
+"""Curvature statistics of a part of a batch, added up layer by layer.
 
-Sums over cases of per-case quantities, as everything in `compute`.
+Like everything in `compute`, they are sums over cases of per-case quantities
+(docs/algorithm.md#fisher, docs/algorithm.md#scale).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.core.blocks.block import LayerBlock
-from kfac_dist.core.blocks.layer_rules import has_case_axis
 from kfac_dist.core.blocks.registration import Registration
+from kfac_dist.core.blocks.sites import Site
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
 from kfac_dist.core.passes.capture import Captures, Gradients
 from kfac_dist.core.statistics.site_sums import KroneckerSums, SiteCall, SiteSums
@@ -24,18 +25,17 @@ from kfac_dist.errors import InvalidSpecError
 
 FisherType = Literal["mc", "exact", "empirical"]
 
-# Elements of the per-case gradients [cases, dim_G, dim_A] of shared layers held at a time.
+# Elements of per-case gradients [cases, dim_G, dim_A] that are held at a time.
 _CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStatistics:
-    """Sums over the statistics cases of a part of a batch, by layer.
+    """Sums over the statistics cases of a part of a batch, by block.
 
-    `factors` has those of every block; blocks of one layer may have tensors in common. `crosses`
-    has, by the first layer of each link, the cross factors with the next. `moments` has, for each
-    layer whose basis was given, the squares of the gradient of each case in that basis, [dim_G,
-    dim_A].
+    `factors` has the factors of every block; blocks of one layer may share tensors. `crosses` has
+    the cross factors of each link, by the first of its layers. `moments` has the squared gradients
+    of cases in an eigenbasis, [dim_G, dim_A], for each layer whose basis was given.
     """
 
     factors: dict[str, LayerFactors]
@@ -43,7 +43,7 @@ class BatchStatistics:
     moments: dict[str, Tensor]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor once, not copied, in an order that depends on the layers alone."""
+        """Yield every tensor once, without a copy, in an order that only the layers determine."""
         by_layer = (*self.factors.values(), *self.crosses.values())
         tensors = [tensor for pair in by_layer for tensor in pair.tensors().values()]
         tensors += self.moments.values()
@@ -55,10 +55,10 @@ class BatchStatistics:
             own.add_(more)
 
     def is_finite(self) -> bool:
-        """Tell whether no element is NaN or infinite.
+        """Return whether no element is NaN or infinite.
 
-        Of factors the diagonals tell it, in a thousandth of the time: they are sums of squares,
-        and no element of a second moment is larger than the largest of them.
+        Factors are judged by their diagonals, which takes a thousandth of the time: no element of
+        a second moment is larger than the largest on its diagonal, which is a sum of squares.
         """
         factors = {id(t): t for pair in self.factors.values() for t in pair.tensors().values()}
         return (
@@ -73,10 +73,17 @@ def _diagonal(factor: Tensor) -> Tensor:
 
 
 class StatisticsSums:
-    """Adds up the statistics of `num_cases` cases: inputs once, then each derivative.
+    """Adds up the statistics of a pass in `sums`: inputs once, then each derivative.
 
     Linked layers that are applied at different numbers of positions are taken to be uncorrelated.
-    `like` has the dtype and the device of the parameters.
+
+    Args:
+        registration: the blocks of the model.
+        fisher_type: decides whether calls without an axis of cases are possible.
+        num_cases: the number of cases in the pass.
+        like: a tensor with the dtype and the device of the parameters.
+        links: the pairs of layers whose cross factors are wanted.
+        bases: the eigenbases of layers in which moments are wanted.
     """
 
     def __init__(
@@ -101,13 +108,13 @@ class StatisticsSums:
         }
         self.sums = BatchStatistics(
             factors={name: sums.factors[name] for name, (sums, _) in self._blocks.items()},
-            crosses={name: self._no_cross(name, following, like) for name, following in links},
+            crosses={name: self._zero_cross(name, following, like) for name, following in links},
             moments={
                 name: like.new_zeros((len(basis.G), len(basis.A))) for name, basis in bases.items()
             },
         )
 
-    def _no_cross(self, name: str, next_name: str, like: Tensor) -> KroneckerPair:
+    def _zero_cross(self, name: str, next_name: str, like: Tensor) -> KroneckerPair:
         left, right = self._blocks[name][1], self._blocks[next_name][1]
         return KroneckerPair(
             A=like.new_zeros((left.dim_A, right.dim_A)),
@@ -115,20 +122,15 @@ class StatisticsSums:
         )
 
     def add_inputs(self, captures: Captures, without_cases: frozenset[nn.Module]) -> None:
-        """Take in the calls of each module; those `without_cases` have no axis of cases.
+        """Add the inputs of the calls of each module.
+
+        The inputs of modules `without_cases` have no axis of cases, whatever their shape.
 
         Raises:
-            InvalidSpecError: a call has no axis of cases, and the gradients of cases are needed.
+            InvalidSpecError: a call has no axis of cases, but the gradients of cases are needed.
         """
         for sums in self._sites:
-            sums.add_inputs(
-                [
-                    SiteCall(module, call.inputs, self._cases_of(owner, module, call.inputs, known))
-                    for owner, module in zip(sums.site.owners, sums.site.modules, strict=False)
-                    for known in [module not in without_cases]
-                    for call in captures[module]
-                ]
-            )
+            sums.add_inputs(list(self._calls(sums.site, captures, without_cases)))
         for name, next_name in self._links:
             left, right = self._kronecker(name), self._kronecker(next_name)
             rows, next_rows = left.averaged_inputs, right.averaged_inputs
@@ -137,15 +139,30 @@ class StatisticsSums:
                 cross = torch.cat(rows).T @ torch.cat(next_rows)
                 self.sums.crosses[name].A.add_(cross / positions)
 
-    def _cases_of(self, owner: str, module: nn.Module, inputs: Tensor, known: bool) -> int:
-        if known and has_case_axis(module, inputs, self._num_cases):
-            return self._num_cases
+    def _calls(
+        self, site: Site, captures: Captures, without_cases: frozenset[nn.Module]
+    ) -> Iterator[SiteCall]:
+        """Yield the calls of the modules of a site, in order; a diagonal site observes none."""
+        if site.rule is None:
+            return
+        for owner, module in zip(site.owners, site.modules, strict=True):
+            for call in captures[module]:
+                num_cases = self._num_cases
+                if module in without_cases or not site.rule.has_case_axis(
+                    module, call.inputs, num_cases
+                ):
+                    self._check_sampled(owner, call.inputs)
+                    num_cases = 1
+                yield SiteCall(site.rule, module, call.inputs, num_cases)
+
+    def _check_sampled(self, owner: str, inputs: Tensor) -> None:
+        """Refuse an input without an axis of cases unless the targets are sampled."""
         if self._fisher_type == "mc":
-            return 1
+            return
         raise InvalidSpecError(
             f"layer {owner}: its input {tuple(inputs.shape)} has no axis of the {self._num_cases} "
-            f"cases, which fisher_type: {self._fisher_type} needs; expand it over the cases, such "
-            "as positions.expand(len(inputs), -1), or use fisher_type: mc"
+            f"cases, which fisher_type: {self._fisher_type} needs; expand it over the cases, as in "
+            "positions.expand(len(inputs), -1), or use fisher_type: mc"
         )
 
     def _kronecker(self, name: str) -> KroneckerSums:
@@ -157,13 +174,16 @@ class StatisticsSums:
     def _linked(
         left: KroneckerSums, rows: list[Tensor], right: KroneckerSums, next_rows: list[Tensor]
     ) -> bool:
-        """Tell whether two layers have rows that belong together, one to one."""
+        """Return whether the rows of two layers correspond one to one."""
         if not (rows and next_rows and left.has_cases and right.has_cases):
             return False
         return sum(map(len, rows)) == sum(map(len, next_rows))
 
     def add_gradients(self, gradients: Gradients) -> None:
-        """Add derivatives with respect to the outputs of the calls whose inputs were added."""
+        """Add derivatives with respect to the outputs of the calls whose inputs were added.
+
+        Sums of several derivatives, as for the columns of a root, are added by several calls.
+        """
         for sums in self._sites:
             sums.add_gradients([g for module in sums.site.modules for g in gradients[module]])
         for name, next_name in self._links:
@@ -178,25 +198,27 @@ class StatisticsSums:
         sums, block = self._kronecker(name), self._blocks[name][1]
         if not sums.calls:
             return
+        # The rows of a block count from those of the whole layer; a site may begin later.
         first = sums.site.first_row
         rows = slice(block.rows[0] - first, block.rows[1] - first)
         inputs = sums.case_inputs()[..., slice(*block.columns)]
         self.sums.moments[name].add_(case_moments(inputs, sums.case_gradients()[..., rows], basis))
 
     def add_squares(self, squares: Mapping[str, Tensor]) -> None:
-        """Add the squares of the gradients of cases, by parameter, of the diagonal blocks."""
+        """Add the sums over cases of squared gradients, by parameter, to the diagonal blocks."""
         for sums in self._sites:
             if isinstance(sums, DiagonalSums):
                 sums.add_squares(squares[sums.site.parameters[0]])
 
 
 def case_moments(inputs: Tensor, gradients: Tensor, basis: KroneckerPair) -> Tensor:
-    """Return the sum over cases of `(Q_G^T DW Q_A)^2`, [dim_G, dim_A].
+    """Return the sum over cases of `(Q_G^T DW Q_A)^2`, [dim_G, dim_A] (docs/algorithm.md#ekfac).
 
     DW is the gradient of one case: the sum of `g abar^T` over the positions of `inputs`
     [cases, positions, dim_A] and `gradients` [cases, positions, dim_G].
     """
     a, g = inputs @ basis.A, gradients @ basis.G
+    # With one position, the square of a product is the product of squares: one matrix product.
     if a.shape[1] == 1:
         return g.squeeze(1).square().T @ a.squeeze(1).square()
     size = max(1, _CHUNK_ELEMENTS // (a.shape[2] * g.shape[2]))

@@ -1,4 +1,4 @@
-"""Sums over cases for parameters of single units, and of single elements."""
+"""Sums over cases for blocks without factors: of single units, and of single elements."""
 
 from __future__ import annotations
 
@@ -8,21 +8,13 @@ import torch
 from torch import Tensor
 
 from kfac_dist.core.blocks.block import BlockKind
-from kfac_dist.core.blocks.layer_rules import (
-    by_unit,
-    channels_last,
-    is_convolution,
-    is_norm,
-    normalised,
-    patches,
-)
 from kfac_dist.core.blocks.sites import Site, WeightSharing
 from kfac_dist.core.factors import UnitMoments
-from kfac_dist.core.statistics.site_sums import EmbeddingSums, KroneckerSums, SiteCall, SiteSums
+from kfac_dist.core.statistics.site_sums import IndexSums, KroneckerSums, SiteCall, SiteSums
 
 
 class UnitSums(SiteSums):
-    """The Fisher of each unit's own parameters, exact: of the gradients of single cases."""
+    """The exact Fisher of each unit's own parameters, from the gradients of single cases."""
 
     def __init__(
         self, site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing
@@ -34,18 +26,14 @@ class UnitSums(SiteSums):
         self.factors = {block.name: UnitMoments(M=self._M)}
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
-        """Keep what each unit sees: [cases, positions, units, features]."""
+        """Keep the features that each unit sees, [cases, positions, units, features]."""
         self.calls = calls
-        self._features = [self._seen(call) for call in calls] if self.site.has_weight else []
+        self._features = [self._by_unit(call) for call in calls] if self.site.has_weight else []
 
-    def _seen(self, call: SiteCall) -> Tensor:
-        module, shape = call.module, (call.num_cases, -1, len(self._M))
-        if is_norm(module):
-            xhat = by_unit(module, normalised(module, call.inputs))
-            return xhat.reshape(*shape, 1)
-        assert is_convolution(module)
-        rows = patches(module, call.inputs, 0, module.in_channels)
-        return rows.reshape(*shape, rows.shape[-1] // len(self._M))
+    def _by_unit(self, call: SiteCall) -> Tensor:
+        rows = call.rule.input_rows(call.module, call.inputs, None)
+        units = len(self._M)
+        return rows.reshape(call.num_cases, -1, units, rows.shape[-1] // units)
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Add the outer products of the gradients of cases."""
@@ -62,13 +50,8 @@ class UnitSums(SiteSums):
 
     def _case_gradients(self, number: int, call: SiteCall, gradient: Tensor) -> Tensor:
         """Return the gradients at one call, [cases, units, k]."""
-        module = call.module
-        if is_norm(module):
-            by_position = by_unit(module, gradient)
-        else:
-            assert is_convolution(module)
-            by_position = channels_last(module, gradient)
-        g = by_position.reshape(call.num_cases, -1, len(self._M))
+        rows = call.rule.output_rows(call.module, gradient, None)
+        g = rows.reshape(call.num_cases, -1, len(self._M))
         parts = []
         if self.site.has_weight:
             parts.append(torch.einsum("nru,nruk->nuk", g, self._features[number]))
@@ -78,7 +61,7 @@ class UnitSums(SiteSums):
 
 
 class DiagonalSums(SiteSums):
-    """The diagonal of the Fisher, from squares of gradients that are computed elsewhere."""
+    """The diagonal of the Fisher, from squared gradients of cases (`CaseGradients`)."""
 
     def __init__(
         self, site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing
@@ -89,24 +72,24 @@ class DiagonalSums(SiteSums):
         self.factors = {block.name: UnitMoments(M=self._M)}
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
-        """No call is observed."""
+        """Do nothing: a diagonal site observes no calls."""
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """No call is observed."""
+        """Do nothing: a diagonal site observes no calls."""
 
     def add_squares(self, squares: Tensor) -> None:
-        """Add sums over cases, shaped like the parameter."""
+        """Add sums over cases of squared gradients, shaped like the parameter."""
         self._M.add_(squares.reshape(-1, 1, 1))
 
 
 _SUMS: dict[BlockKind, type[SiteSums]] = {
     "kronecker": KroneckerSums,
-    "kronecker, diagonal A": EmbeddingSums,
+    "kronecker, diagonal A": IndexSums,
     "unit-wise": UnitSums,
     "diagonal": DiagonalSums,
 }
 
 
 def sums_for(site: Site, num_cases: int, like: Tensor, weight_sharing: WeightSharing) -> SiteSums:
-    """Return the sums of a site, zero, with the dtype and device of `like`."""
+    """Return sums for a site, all zero, with the dtype and the device of `like`."""
     return _SUMS[site.kind](site, num_cases, like, weight_sharing)

@@ -117,7 +117,7 @@ class KFACUpdate:
         """
         matrices = matrices_of(gradient, self._blocks)
         if self._copies is not None:
-            inverses = self._copies.of(inverses)
+            inverses = self._copies.round(inverses)
         tried = [
             self._structure.precondition(matrices, by_layer, gamma)
             for by_layer, gamma in zip(inverses, gammas, strict=True)

@@ -49,7 +49,7 @@ def test_matrices_lie_where_the_dense_truth_has_them():
 
 
 class Everything(nn.Module):
-    """One layer for each rule, and what no rule covers."""
+    """A layer for each rule, and parameters that no rule covers."""
 
     def __init__(self):
         super().__init__()
@@ -125,17 +125,17 @@ def test_wide_layers_are_split_into_nearly_equal_ranges():
     [
         (700, {}, 2),
         (600, {}, 1),
-        (700, {"inverse": "block_tridiagonal"}, 1),  # its links are of whole layers
+        (700, {"inverse": "block_tridiagonal"}, 1),  # only whole layers can be linked
         (700, {"max_factor_dim": None}, 1),
         (700, {"inverse": "block_tridiagonal", "max_factor_dim": 640}, 2),
     ],
 )
-def test_very_wide_layers_are_split_where_nobody_says_so(width, options, num_blocks):
+def test_very_wide_layers_are_split_by_default(width, options, num_blocks):
     assert len(registered(nn.Linear(width, 3), **options).blocks) == num_blocks
 
 
-def test_outputs_that_are_no_equal_parts_are_refused():
-    with pytest.raises(InvalidSpecError, match=r"0 has 2 equal parts; it has 3 outputs"):
+def test_outputs_that_are_not_in_equal_parts_are_refused():
+    with pytest.raises(InvalidSpecError, match=r"0 has 2 equal parts, but its 3 outputs are not"):
         registered(net(), fused_outputs={"0": 2})
 
 
@@ -208,8 +208,8 @@ def test_what_attention_does_not_call_is_diagonal():
     assert found["norm1"] == ("unit-wise", 2, 4)
 
 
-def test_a_pattern_that_fits_nothing_is_refused():
-    with pytest.raises(InvalidSpecError, match="diagonal: nowhere fits no module"):
+def test_a_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(InvalidSpecError, match="diagonal: nowhere matches no module"):
         registered(net(), diagonal=["nowhere", "0"])
     assert sizes(registered(net(), diagonal=["0.bias"])) == {
         "0": ("kronecker", 4, 3),

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from kfac_dist.core.passes.capture import capturing, output_gradients
-from kfac_dist.core.passes.chain import Trace, chain_of
+from kfac_dist.core.passes.chain import Trace, find_chain
 from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.jacobian_products import JacobianProducts
 from tests.oracles.truth import dense
@@ -19,20 +19,20 @@ def chain(activation):
 
 
 def traced(model, inputs):
-    products = ChainProducts(model, chain_of(model))
+    products = ChainProducts(model, find_chain(model))
     with capturing(products.modules) as captures:
         outputs = model(inputs)
-    return products, Trace.of(products.modules, captures, outputs)
+    return products, Trace.from_captures(products.modules, captures, outputs)
 
 
 def assert_products(model, inputs):
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(3, dense.num_parameters(model), generator=generator).double()
     products, trace = traced(model, inputs)
-    outputs, expected = JacobianProducts(model).of(inputs, vectors)
+    outputs, expected = JacobianProducts(model).multiply(inputs, vectors)
     torch.testing.assert_close(trace.outputs, outputs)
-    torch.testing.assert_close(products.of(trace, list(vectors)), expected)
-    some = products.of(trace.take([1, 4]), list(vectors))
+    torch.testing.assert_close(products.multiply(trace, list(vectors)), expected)
+    some = products.multiply(trace.rows_at([1, 4]), list(vectors))
     torch.testing.assert_close(some, expected[:, [1, 4]])
 
 
@@ -76,18 +76,18 @@ def test_positions_of_a_case():
     assert_products(model, torch.randn(6, 5, 3, dtype=torch.float64))
 
 
-def test_what_is_no_chain_of_known_modules():
+def test_other_models_are_no_chain_of_known_modules():
     linear = nn.Linear(3, 3)
     hooked = nn.Linear(3, 3)
     hooked.register_forward_hook(lambda _module, _args, out: 2 * out)
     others = (
-        nn.Dropout(),  # the trace would be of another draw
+        nn.Dropout(),  # the trace would belong to another draw
         nn.ReLU(inplace=True),  # overwrites the trace
         nn.BatchNorm1d(3),
         hooked,
         nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
         linear,  # twice
     )
-    assert chain_of(nn.Sequential(linear)) == (linear,)
+    assert find_chain(nn.Sequential(linear)) == (linear,)
     for other in others:
-        assert chain_of(nn.Sequential(linear, other)) is None
+        assert find_chain(nn.Sequential(linear, other)) is None

@@ -14,7 +14,7 @@ def roots(num_vectors=3, num_cases=40):
 def test_sums_are_those_of_the_products_of_cases():
     u = roots().flatten(2)
     products = torch.einsum("ink,jnk->nij", u, u)
-    sums = FisherSums.of(roots())
+    sums = FisherSums.from_roots(roots())
     torch.testing.assert_close(sums.gram, products.sum(dim=0))
     diagonals = products.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(sums.squares, diagonals.square().sum(dim=0))
@@ -23,14 +23,14 @@ def test_sums_are_those_of_the_products_of_cases():
 
 
 def test_sums_of_parts_add_up_when_packed():
-    parts = [FisherSums.of(roots()[:, :13]), FisherSums.of(roots()[:, 13:])]
+    parts = [FisherSums.from_roots(roots()[:, :13]), FisherSums.from_roots(roots()[:, 13:])]
     parts.append(FisherSums.zero(3, torch.zeros(1)))
     total = FisherSums.unpacked(torch.stack([part.packed() for part in parts]).sum(dim=0))
-    torch.testing.assert_close(total.packed(), FisherSums.of(roots()).packed())
+    torch.testing.assert_close(total.packed(), FisherSums.from_roots(roots()).packed())
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_products_that_tell_nothing_have_infinite_noise(value):
+def test_products_without_information_have_infinite_noise(value):
     sums = FisherSums.unpacked(torch.full((2, 1), value, dtype=torch.float64))
     assert sums.mean(5).noise(0) == math.inf
 
@@ -44,10 +44,10 @@ def test_products_that_tell_nothing_have_infinite_noise(value):
         (2.9, 1000, 0.25),
         (11.0, 1000, 0.5),
         (12.0, 1000, 1.0),
-        (2.9, 4000, 0.0625),  # of a larger batch a smaller part
+        (2.9, 4000, 0.0625),  # a smaller part of a larger batch
         (0.0, 4000, 0.03125),
         (0.0, 60_000, 0.03125),
-        (0.0, 400, 0.25),  # a hundred cases at least
+        (0.0, 400, 0.25),  # at least a hundred cases
         (0.0, 64, 1.0),
     ],
 )

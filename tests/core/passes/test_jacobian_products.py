@@ -20,10 +20,10 @@ def test_both_modes_give_the_same_products(which, training):
     products = JacobianProducts(model)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, dense.num_parameters(model), generator=generator).double()
-    if which == "attention":  # the padding row has no gradient, though outputs depend on it
+    if which == "attention":  # the padding row has no gradient, but the outputs depend on it
         padding = dense_layers.places(model)["tokens.weight"][model.tokens.padding_idx]
         vectors[:, padding] = 0
-    outputs, expected = products.of(inputs, vectors)
+    outputs, expected = products.multiply(inputs, vectors)
     with running_statistics_kept(model), plain_kernels(model):
         again, actual = products.by_reverse_mode(inputs, vectors)
     torch.testing.assert_close(again, outputs)
@@ -31,7 +31,7 @@ def test_both_modes_give_the_same_products(which, training):
 
 
 class Unusual(nn.Module):
-    """What vmap or forward mode cannot do: control flow on values, in-place changes, norms."""
+    """Control flow on values and in-place changes, which vmap or forward mode cannot do."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def test_a_model_that_permits_neither_vmap_nor_forward_mode_is_trained():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_an_operation_without_any_such_derivative_is_told():
+def test_an_operation_without_such_derivatives_is_reported():
     torch.manual_seed(0)
     inputs = torch.randint(5, (6, 3))
     options = {"distribution": "gaussian", "damping": 0.1}

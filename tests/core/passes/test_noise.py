@@ -34,7 +34,7 @@ def test_noise_leaves_the_global_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_noise_is_shaped_and_typed_like_asked():
+def test_noise_has_the_shape_and_dtype_asked_for():
     drawn = noise(rows=range(5, 70), shape=(2, 4), like=torch.zeros(1))
     assert drawn.shape == (65, 2, 4)
     assert drawn.dtype == torch.float32

@@ -16,7 +16,7 @@ def test_panels_are_the_whole_product(order, weight):
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_rows_may_be_columns_of_others():
+def test_rows_may_be_a_view_of_some_columns():
     wide = torch.arange(24.0).reshape(4, 6)
     total = torch.zeros(3, 3)
     add_second_moment(total, wide[:, 1:4])

@@ -1,4 +1,4 @@
-"""Cross factors and moments in a basis; single factors are in the oracles."""
+"""Cross factors, and moments in a basis; the oracles test factors."""
 
 from itertools import pairwise
 
@@ -44,9 +44,7 @@ def links_of(model):
 
 def everything(computer, model, inputs, targets, **more):
     bases = {block.name: random_basis(block) for block in register(model, kfac_settings({})).blocks}
-    return computer.batch_statistics(
-        inputs, targets, step=2, links=links_of(model), bases=bases, **more
-    )
+    return computer.statistics(inputs, targets, step=2, links=links_of(model), bases=bases, **more)
 
 
 @pytest.mark.parametrize("shared", [(), (3,), (2, 2)], ids=str)
@@ -75,9 +73,9 @@ def test_statistics_from_a_trace_are_those_of_a_pass(distribution, fisher_type, 
     assert trace is not None
     some = [1, 2, 5]
     expected = everything(computer, model, inputs[some], targets[some])
-    found = everything(computer, model, inputs[some], targets[some], trace=trace.take(some))
-    for one, other in zip(found.tensors(), expected.tensors(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    found = everything(computer, model, inputs[some], targets[some], trace=trace.rows_at(some))
+    for actual, tensor in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(actual, tensor, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [(), (3,)], ids=str)
@@ -123,7 +121,7 @@ def test_a_module_that_is_called_twice_has_the_moments_of_its_whole_gradient():
         for gradient in gradients
     )
     torch.testing.assert_close(statistics.moments["again"], expected)
-    # Applied at other numbers of positions: taken to be uncorrelated.
+    # Layers that are applied at different numbers of positions are taken to be uncorrelated.
     assert not statistics.crosses["first"].A.any()
     assert not statistics.crosses["first"].G.any()
 
@@ -131,7 +129,7 @@ def test_a_module_that_is_called_twice_has_the_moments_of_its_whole_gradient():
 @pytest.mark.parametrize("fisher_type", ["mc", "exact", "empirical"])
 @pytest.mark.parametrize("shared", [(), (3,)], ids=str)
 @pytest.mark.parametrize("split", [(6, 6), (1, 0, 11)], ids=str)
-def test_sums_of_parts_are_the_sums_of_the_whole(fisher_type, shared, split):
+def test_sums_of_parts_add_up_to_the_sums_of_the_whole(fisher_type, shared, split):
     case = case_of("categorical", shared, num_cases=12)
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for("categorical", model, fisher_type)
@@ -153,13 +151,13 @@ def test_the_pairs_do_not_depend_on_what_else_is_asked_for():
     case = case_of("bernoulli", (2,))
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for("bernoulli", model, "mc")
-    alone = computer.statistics(inputs, targets, step=2)
+    alone = computer.statistics(inputs, targets, step=2).factors
     for name, pair in everything(computer, model, inputs, targets).factors.items():
         assert torch.equal(pair.A, alone[name].A)
         assert torch.equal(pair.G, alone[name].G)
 
 
-def test_shared_layers_are_worked_through_in_chunks(monkeypatch):
+def test_moments_of_shared_layers_are_the_same_in_chunks(monkeypatch):
     case = case_of("gaussian", (3,), num_cases=7)
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for("gaussian", model, "empirical")
@@ -170,7 +168,7 @@ def test_shared_layers_are_worked_through_in_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", ["factors", "crosses", "moments"])
-def test_statistics_tell_whether_they_are_finite(spoil):
+def test_statistics_know_whether_they_are_finite(spoil):
     case = case_of("gaussian")
     model, (inputs, targets) = case.model(), case.data()
     registration = register(model, kfac_settings({}))

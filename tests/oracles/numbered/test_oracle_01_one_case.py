@@ -1,4 +1,4 @@
-"""Oracle 1: one case, or N copies of it, any MLP, any loss.
+"""Oracle 1: one case, or N copies of it, with any MLP and any loss.
 
 The exact-type K-FAC block is the block of the generalised Gauss-Newton matrix, and the empirical
 K-FAC block is the block of the empirical Fisher, in both vec orders.

@@ -1,7 +1,8 @@
 """Oracle 2: a deep linear net with squared error, any number of cases.
 
-The exact-type K-FAC block is the Gauss-Newton block of every layer; sampled targets tend to it;
-the empirical block differs. For nets with nonlinearities the same is shown of the factors.
+The exact-type K-FAC block is the Gauss-Newton block of every layer. With sampled targets, K-FAC
+tends to it; the empirical block differs. For nets with nonlinearities, the tests show the same for
+the factors.
 """
 
 import pytest

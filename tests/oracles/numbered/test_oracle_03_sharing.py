@@ -1,7 +1,7 @@
 """Oracle 3: weights that are shared along a sequence.
 
-With a loss at each position, *expand* is exact for deep linear nets; with outputs that are summed
-or averaged over the sequence, *reduce* is exact (mean of inputs, sum of output derivatives).
+With a loss at each position, *expand* is exact for deep linear nets. If the outputs are summed or
+averaged over the sequence, *reduce* is exact (mean of inputs, sum of output derivatives).
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Oracle 4: a convolution is a linear layer on its patches (KFC).
 
-The last convolution before a spatial sum: *reduce* is exact.
+For the last convolution before a spatial sum, *reduce* is exact.
 """
 
 import pytest

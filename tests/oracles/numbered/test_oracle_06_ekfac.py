@@ -1,7 +1,7 @@
 """Oracle 6: EKFAC is no further from the exact block than K-FAC, in the Frobenius norm.
 
-Its moments are the diagonal of the exact block in the Kronecker eigenbasis; no other diagonal in
-that basis is nearer.
+Its moments are the diagonal of the exact block in the Kronecker eigenbasis, and no other diagonal
+matrix in that basis is closer to the block.
 """
 
 from dataclasses import replace
@@ -38,23 +38,23 @@ def exact_fisher(case, model, inputs, targets, fisher_type):
 
 
 def observed(case, model, inputs, targets, fisher_type):
-    """Return by layer the mean factors, and the library's inverse with the moments of the batch."""
+    """Return the mean factors of each layer, and its inverse with the moments of the batch."""
     computer = computer_for(case.distribution, model, fisher_type)
     n = len(inputs)
-    sums = computer.statistics(inputs, targets, step=1)
+    sums = computer.statistics(inputs, targets, step=1).factors
     pairs = {name: KroneckerPair(A=pair.A / n, G=pair.G / n) for name, pair in sums.items()}
     inverses = {name: eigen_inverse(pair, 0.1).inverse for name, pair in pairs.items()}
-    statistics = computer.batch_statistics(
-        inputs, targets, step=1, bases={name: one.basis for name, one in inverses.items()}
+    statistics = computer.statistics(
+        inputs, targets, step=1, bases={name: inverse.basis for name, inverse in inverses.items()}
     )
-    for name, one in inverses.items():
-        # Decay 0: the moments of this batch alone.
-        inverses[name] = one.updated(statistics.moments[name], n, decay=0.0)
+    for name, inverse in inverses.items():
+        # With a decay of 0, the moments are those of this batch alone.
+        inverses[name] = inverse.updated(statistics.moments[name], n, decay=0.0)
     return pairs, inverses
 
 
 def dense_curvature(inverse):
-    """The matrix that EKFAC stands for, undamped, vec by columns."""
+    """Return the undamped matrix that EKFAC stands for, vec by columns."""
     basis = dense.kron(inverse.basis.A, inverse.basis.G)
     return basis @ torch.diag(inverse.moments.T.flatten()) @ basis.T
 
@@ -96,7 +96,7 @@ def test_the_error_is_smaller_where_the_kronecker_product_is_not_exact():
 @pytest.mark.parametrize("order", ["rows", "columns"])
 @pytest.mark.parametrize("gamma", [0.05, 2.0])
 def test_applied_inverse_is_the_dense_solve(gamma, order):
-    """Damping gamma^2 is added to the moments, which is adding gamma^2 I to the block."""
+    """Adding gamma^2 to the moments means adding gamma^2 I to the block."""
     case = NONLINEAR_BATCH[0]
     model, (inputs, targets) = case.model(), case.data()
     _, inverses = observed(case, model, inputs, targets, "exact")
@@ -132,7 +132,7 @@ def test_without_observations_it_is_kfac_with_the_damping_added_to_the_product()
 
 
 def test_moments_carried_to_another_basis_are_its_diagonal():
-    """Of the matrix that is diagonal in the old basis; its trace stays."""
+    """The diagonal in the new basis of the matrix that was diagonal in the old; the trace stays."""
     generator = torch.Generator().manual_seed(1)
 
     def some_inverse():

@@ -1,9 +1,9 @@
 """Oracle 7: the block-tridiagonal inverse is that of a chain.
 
-With two layers it is the inverse of the whole damped matrix. With more, its inverse `Fhat` agrees
-with the approximated Fisher on the tridiagonal blocks, `Fhat Fhat^-1 = I`, layers that are no
-neighbours are independent given the others, and without cross factors nothing but the
-block-diagonal inverse is left.
+With two layers it is the inverse of the whole damped matrix. With more layers, its inverse `Fhat`
+agrees with the approximated Fisher on the tridiagonal blocks, `Fhat Fhat^-1 = I`, and layers that
+are not neighbours are independent given the others. If the cross factors are zero, it is the
+block-diagonal inverse.
 """
 
 from itertools import pairwise
@@ -65,7 +65,7 @@ class Chain:
         return prepared
 
     def apply(self, matrices, inverses=None):
-        """The library's direction, from and to a list of matrices."""
+        """Return the library's direction; gradients and direction are lists of matrices."""
         solved, fallen = precondition_chain(
             dict(zip(self.names, matrices, strict=True)),
             self.inverses() if inverses is None else inverses,
@@ -76,7 +76,7 @@ class Chain:
         return [solved[name] for name in self.names]
 
     def dense_inverse(self, inverses=None):
-        """The library's inverse as a matrix, column by column."""
+        """Return the library's inverse as a matrix, computed column by column."""
         size = sum(rows * columns for rows, columns in self.shapes)
         inverses = self.inverses() if inverses is None else inverses
         columns = [
@@ -86,7 +86,7 @@ class Chain:
         return torch.stack(columns, dim=1)
 
     def part(self, matrix, i, j):
-        """Block (i, j) of a matrix over all layers."""
+        """Return block (i, j) of a matrix over all layers."""
         sizes = [rows * columns for rows, columns in self.shapes]
         return matrix.split(sizes)[i].split(sizes, dim=1)[j]
 
@@ -142,7 +142,7 @@ def test_zero_cross_factors_give_the_block_diagonal_inverse(name):
 
 
 def test_few_cases_leave_it_positive():
-    """Factors of deficient rank, perfectly correlated: the damping alone keeps them apart."""
+    """With rank-deficient, perfectly correlated factors, only the damping keeps layers apart."""
     chain = Chain(CHAINS["four"], 1e-3, num_cases=2)
     inverse = chain.dense_inverse()
     assert torch.linalg.eigvalsh((inverse + inverse.T) / 2).min() > 0
@@ -151,7 +151,7 @@ def test_few_cases_leave_it_positive():
 
 
 def test_parts_of_other_gammas_stay_positive():
-    """Each layer's part is positive by itself: versions may be mixed between layers."""
+    """Each layer's part is positive by itself, so layers may have parts of different versions."""
     light, heavy = Chain(CHAINS["four"], 1e-3), Chain(CHAINS["four"], 2.0)
     mixed = light.inverses() | dict(list(heavy.inverses().items())[::2])
     inverse = light.dense_inverse(mixed)

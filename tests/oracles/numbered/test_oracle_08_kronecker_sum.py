@@ -1,4 +1,4 @@
-"""Oracle 8: Appendix B against a dense solve with `A (x) B +/- C (x) D`."""
+"""Oracle 8: paper appendix B against a dense solve with `A (x) B +/- C (x) D`."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def semidefinite(size, rank, seed):
 
 
 def scaled_below(C, A, largest):
-    """C times what makes the largest eigenvalue of A^-1 C `largest`."""
+    """Return C scaled so that the largest eigenvalue of A^-1 C is `largest`."""
     top = torch.linalg.eigvals(torch.linalg.solve(A, C)).real.max()
     return C * (largest / top) if top > 0 else C
 
@@ -40,7 +40,7 @@ def case_of(dim_A, dim_B, rank_C, rank_D, largest):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("dim_A", "dim_B"), SHAPES)
 def test_applied_inverse_is_the_dense_solve(dim_A, dim_B, sign, ranks):
-    # A difference needs eigenvalues below 1 to be positive; those of a sum may be of any size.
+    # A difference is positive only if the eigenvalues are below 1; for a sum they can be any.
     A, B, C, D = case_of(dim_A, dim_B, *ranks, largest=0.9 if sign < 0 else 30.0)
     prepared = invert_kronecker_sum(A, B, C, D, sign=sign)
     system = dense.kron(A, B) + sign * dense.kron(C, D)
@@ -77,7 +77,7 @@ def test_both_parts_are_symmetrised():
 
 
 def test_a_difference_that_rounding_made_indefinite_is_clipped():
-    """With C = A and D = B the difference is zero: its denominators are 1, not 0."""
+    """With C = A and D = B the difference is zero, and its denominators are set to 1."""
     A, B = positive(3, seed=1), positive(2, seed=2)
     V = torch.ones(2, 3, dtype=torch.float64)
     for factor in (1.0, 1.0 + 1e-9, 2.0):

@@ -24,7 +24,7 @@ NUM_CASES = 60
 
 
 class Between(nn.Module):
-    """What stands between two weight matrices: `Omega [phi(Phi s); 1]`."""
+    """The function between two weight matrices, `Omega [phi(Phi s); 1]`."""
 
     def __init__(self, Phi, Omega, phi=torch.tanh):
         super().__init__()
@@ -46,14 +46,14 @@ class Readout(nn.Module):
 
 
 def invertible(size, generator):
-    """Far from orthogonal, but not badly conditioned."""
+    """Return a matrix that is far from orthogonal but not badly conditioned."""
     noise = torch.randn(size, size, generator=generator, dtype=torch.float64)
     scales = torch.linspace(0.3, 2.0, size, dtype=torch.float64)
     return torch.linalg.qr(noise)[0] * scales + 0.1 * noise
 
 
 def net(weights, Phis, Omegas):
-    """Bias-free layers: the homogeneous coordinate is part of what lies between them."""
+    """Layers without biases: the homogeneous coordinate belongs to the function between them."""
     first = Between(torch.eye(WIDTHS[0], dtype=torch.float64), Omegas[0], phi=lambda s: s)
     modules = [first]
     for i, W in enumerate(weights):
@@ -92,7 +92,7 @@ def undamped_step(model, distribution, inputs, targets, inverse, gamma=0.0):
     names = registration.names
     structure = structure_for(kfac_settings({"inverse": inverse}), names, registration.links)
     computer = computer_for(distribution, model, "exact")
-    statistics = computer.batch_statistics(inputs, targets, step=1, links=structure.links)
+    statistics = computer.statistics(inputs, targets, step=1, links=structure.links)
     averages = FactorAverages(names, 0.95, structure.links)
     averages.update(1, statistics.factors, len(inputs), statistics.crosses)
     inverses = {}
@@ -135,7 +135,7 @@ def test_undamped_steps_coincide_through_the_linear_map(inverse, distribution, s
 
 @pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal"])
 def test_damping_breaks_the_invariance(inverse):
-    """The test above has teeth: it fails as soon as there is damping."""
+    """The test above has teeth: it fails as soon as factors are damped."""
     assert largest_mismatch("gaussian", inverse, 0, gamma=0.5) > 1e-2
 
 

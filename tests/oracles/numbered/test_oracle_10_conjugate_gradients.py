@@ -1,8 +1,8 @@
 """Oracle 10: on a fixed quadratic, the (alpha, mu) iterates are preconditioned conjugate gradients.
 
-First the 2x2 system alone with any preconditioner, then the whole optimizer: one linear layer
-with squared error is a quadratic, its exact-type factors do not change, and so neither does the
-preconditioner.
+First the 2x2 system alone, with any preconditioner. Then the whole optimizer on one linear layer
+with squared error: this is a quadratic whose exact-type factors, and with them the preconditioner,
+do not change.
 """
 
 import pytest

@@ -1,8 +1,8 @@
 """Oracle 11: the quadratic model.
 
-`M(delta) - M(0) = grad.delta / 2` at the chosen (alpha, mu); `u^T F v` by forward mode is the
-dense product; on one linear layer with squared error the reduction ratio is 1 for every damping
-when the damping is left out of the prediction.
+At the chosen (alpha, mu), `M(delta) - M(0) = grad.delta / 2`. `u^T F v` by forward mode is the
+dense product. On one linear layer with squared error, the reduction ratio is 1 for every damping
+if the prediction leaves out the damping.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Oracle 12 for layers of every kind: the sums of the parts are the sums of the whole batch."""
+"""Oracle 12 for layers of every kind: the sums over parts of a batch add up."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SPLITS = [(3, 3), (1, 0, 5)]
 
 
 def assert_close(actual, expected):
-    # Some are zero but for rounding: softmax does not see the bias of the keys.
+    # Some are zero up to rounding, because softmax does not depend on the bias of the keys.
     scale = expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12 * scale + 1e-25)
 
@@ -24,11 +24,11 @@ def assert_close(actual, expected):
 def test_statistics(which, split, fisher_type, options):
     model, inputs, targets = MODELS[which]()
     computer = computer_for("categorical", model, fisher_type, **options)
-    whole = computer.statistics(inputs, targets, step=4)
+    whole = computer.statistics(inputs, targets, step=4).factors
     parts, start = [], 0
     for size in split:
         at = slice(start, start + size)
-        parts.append(computer.statistics(inputs[at], targets[at], step=4, first_row=start))
+        parts.append(computer.statistics(inputs[at], targets[at], step=4, first_row=start).factors)
         start += size
     assert start == NUM_CASES
     for name, factors in whole.items():

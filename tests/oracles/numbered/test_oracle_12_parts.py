@@ -1,7 +1,7 @@
-"""Oracle 12, serial part: the sums of the parts of a batch are the sums of the whole batch.
+"""Oracle 12, serial part: the sums over the parts of a batch add up to those of the whole batch.
 
-Equal, uneven and empty parts; loss, gradient, statistics of the three Fisher types (the sampled
-targets depend on the place of a case, not on its part) and Fisher products.
+The parts are equal, uneven or empty. The sums are loss, gradient, Fisher products, and statistics
+of the three Fisher types, whose sampled targets depend on the place of a case and not on its part.
 """
 
 import pytest
@@ -66,9 +66,9 @@ def test_whole_is_the_sum_of_the_cases(case):
 def test_statistics(case, split, fisher_type):
     model, (inputs, targets) = case.model(), case.data()
     computer = computer_for(case.distribution, model, fisher_type)
-    whole = computer.statistics(inputs, targets, step=4)
+    whole = computer.statistics(inputs, targets, step=4).factors
     parts = [
-        computer.statistics(inputs[at], targets[at], step=4, first_row=at.start)
+        computer.statistics(inputs[at], targets[at], step=4, first_row=at.start).factors
         for at in slices(split)
     ]
     for name, pair in whole.items():

@@ -1,4 +1,4 @@
-"""Oracle 15: mean and sum reductions, repeated batches, 4-d outputs flattened: same factors."""
+"""Oracle 15: factors are the same for mean and sum reductions, repeated batches, flat outputs."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def assert_factors_equal(actual, expected):
 
 
 def torch_loss(distribution, outputs, targets, reduction):
-    """The loss of a batch under torch's own reduction (a mean over cases, or a sum)."""
+    """Return the loss of a batch under torch's own reduction (a mean over cases, or a sum)."""
     if distribution == "categorical":
         return nn.functional.cross_entropy(outputs, targets, reduction=reduction)
     if distribution == "bernoulli":
@@ -41,7 +41,7 @@ def torch_loss(distribution, outputs, targets, reduction):
 
 
 def hooked_factors(case, model, inputs, targets, reduction):
-    """Empirical factors as a library that trains with a reduced loss would capture them."""
+    """Return empirical factors as a library that trains with a reduced loss captures them."""
     captured = {}
     for name in layer_names(model):
         layer = model.get_submodule(name)
@@ -85,7 +85,7 @@ def test_a_repeated_batch_has_the_same_factors(case, fisher_type):
 @pytest.mark.parametrize("fisher_type", ["exact", "empirical", "mc"])
 @pytest.mark.parametrize("case", FOUR_DIMENSIONAL, ids=lambda case: case.id)
 def test_four_dimensional_outputs_flattened_per_case(case, fisher_type):
-    """Outputs [N, 2, 3, C] and [N, 6, C] are one model: also the sampled targets agree."""
+    """Outputs [N, 2, 3, C] and [N, 6, C] are the same model, and even sampled targets agree."""
     model, (inputs, targets) = case.model(), case.data()
     flat_inputs, flat_targets = inputs.flatten(1, 2), targets.flatten(1, 2)
     assert_factors_equal(
@@ -97,7 +97,7 @@ def test_four_dimensional_outputs_flattened_per_case(case, fisher_type):
 @pytest.mark.parametrize("fisher_type", ["exact", "empirical"])
 @pytest.mark.parametrize("case", FOUR_DIMENSIONAL, ids=lambda case: case.id)
 def test_positions_as_cases(case, fisher_type):
-    """With each position a case of its own, A is the same and G is the mean over positions."""
+    """If each position is a case of its own, A is the same and G is the mean over positions."""
     model, (inputs, targets) = case.model(), case.data()
     positions = inputs[0, ..., 0].numel()
     whole = mean_factors(case.distribution, model, inputs, targets, fisher_type)

@@ -1,4 +1,4 @@
-"""Small exact models as data: every oracle test runs over these."""
+"""Small exact models as data, over which every oracle test runs."""
 
 from dataclasses import dataclass
 

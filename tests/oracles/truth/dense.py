@@ -59,7 +59,7 @@ def output_jacobian(model: nn.Module, case: Tensor) -> Tensor:
     def outputs_of(parameters: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, parameters, (case,)).flatten()
 
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention does not support vmap
         jacobians = torch.func.jacrev(outputs_of)(values)
     return torch.cat([jacobians[k].flatten(start_dim=1) for k in values], dim=1)
 
@@ -110,7 +110,7 @@ def empirical_fisher(name: str, model: nn.Module, inputs: Tensor, targets: Tenso
 
 
 def objective(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, l2: float) -> float:
-    """Return h: the mean loss of a case plus l2 / 2 times the squared length of the parameters."""
+    """Return h: the mean loss of a case plus l2 / 2 times the squared norm of the parameters."""
     mean = batch_loss(name, model, inputs, targets).item() / len(inputs)
     return mean + 0.5 * l2 * parameter_vector(model).square().sum().item()
 
@@ -189,15 +189,16 @@ def empirical_output_factor(
 
 
 def homogeneous_matrix(vector: Tensor, model: nn.Module, layer: str) -> Tensor:
-    """Cut a Linear layer's part out of `vector` [P] as [dim_G, dim_A], the bias last."""
+    """Return a Linear layer's part of `vector` [P] as [dim_G, dim_A], the bias last."""
     at = layer_indices(model, layer, "rows").reshape(model.get_submodule(layer).out_features, -1)
     return vector[at]
 
 
 def layer_indices(model: nn.Module, layer: str, order: str) -> Tensor:
-    """Return where the elements of a layer's [W, b] lie in the vector, for a vec `order`.
+    """Return the places in the vector of the elements of a layer's [W, b], in a vec `order`.
 
-    `rows`: as `[W, b].flatten()` reads them; `columns`: as the paper's vec stacks them.
+    With `rows` they are in the order of `[W, b].flatten()`, with `columns` in that of the paper's
+    vec.
     """
     offsets, start = {}, 0
     for name, parameter in model.named_parameters():
@@ -238,7 +239,7 @@ def kronecker_block(A: Tensor, G: Tensor, order: str) -> Tensor:
 
 
 def split_damping(A: Tensor, G: Tensor, norm: str = "trace") -> float:
-    """Return pi of algorithm.md section 7 for two factors that are not zero."""
+    """Return pi (docs/algorithm.md#factored-damping) for two factors that are not zero."""
     if norm == "trace":
         of_A = sum(A[i, i].item() for i in range(len(A))) / len(A)
         of_G = sum(G[i, i].item() for i in range(len(G))) / len(G)

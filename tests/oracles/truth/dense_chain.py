@@ -1,7 +1,7 @@
 """The chain approximation written out densely in float64, apart from the library.
 
 Matrices over all layers stack the layers' `vec` by columns, as the paper does. Products are
-written with full matrices over elements; nothing here uses that they are Kronecker products.
+written with full matrices over elements, without using that they are Kronecker products.
 """
 
 import torch
@@ -27,7 +27,7 @@ def joint_factors(rows_per_layer: list[int], num_cases: int, seed: int) -> dict:
 
 
 def approximated_blocks(A: dict, G: dict, gamma: float, norm: str = "trace") -> dict:
-    """Return {(i, j): A_ij (x) G_ij}, diagonal factors damped, cross factors as they are."""
+    """Return {(i, j): A_ij (x) G_ij} with damped diagonal factors and undamped cross factors."""
     blocks = {}
     for i, j in A:
         if i == j:
@@ -38,9 +38,9 @@ def approximated_blocks(A: dict, G: dict, gamma: float, norm: str = "trace") -> 
 
 
 def chain_covariance(blocks: dict, num_layers: int) -> Tensor:
-    """Return Fhat: the covariance of the Markov chain with these tridiagonal blocks.
+    """Return Fhat, the covariance of the Markov chain with these tridiagonal blocks.
 
-    What lies further out follows from its neighbours: `F_ij = F_{i,i+1} F_{i+1,i+1}^-1 F_{i+1,j}`.
+    Blocks further out follow from their neighbours: `F_ij = F_{i,i+1} F_{i+1,i+1}^-1 F_{i+1,j}`.
     """
     full = {}
     for i in range(num_layers):
@@ -64,7 +64,7 @@ def stack(matrices: list[Tensor]) -> Tensor:
 
 
 def unstack(vector: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    """Return the matrices [rows, columns] that `stack` made the vector of."""
+    """Return the matrices [rows, columns] that `stack` has put into a vector."""
     pieces, start = [], 0
     for rows, columns in shapes:
         piece = vector[start : start + rows * columns]

@@ -7,7 +7,7 @@ from tests.oracles.truth import dense
 
 
 def places(model: nn.Module) -> dict[str, Tensor]:
-    """Return, for each trainable parameter, where its elements lie in the vector, shaped so."""
+    """Return the places in the vector of each trainable parameter's elements, shaped like it."""
     found, start = {}, 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -27,7 +27,7 @@ def matrix_places(model: nn.Module, weight: str | None, bias: str | None) -> Ten
 
 
 def block_at(matrix: Tensor, at: Tensor) -> Tensor:
-    """Return the block of `matrix` [P, P] at some places, in their order by rows."""
+    """Return the block of `matrix` [P, P] at some places, in the order of their rows."""
     flat = at.flatten()
     return matrix[flat][:, flat]
 
@@ -38,7 +38,7 @@ def unit_blocks(matrix: Tensor, at: Tensor) -> Tensor:
 
 
 def patches(conv: nn.Module, case: Tensor, group: int) -> Tensor:
-    """Return what the kernel sees, [positions, features]: outputs of kernels that pick one each."""
+    """Return what the kernel sees, [positions, features], by kernels that pick one input each."""
     width = conv.in_channels // conv.groups
     channels = case[:, group * width : (group + 1) * width]
     kernel = conv.weight.shape[2:]

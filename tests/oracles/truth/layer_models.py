@@ -7,7 +7,7 @@ NUM_CASES = 6
 
 
 class Scaled(nn.Module):
-    """A bare parameter, a transposed convolution and a depthwise one, norms between them."""
+    """A bare parameter, a transposed convolution and a depthwise one, with norms in between."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Attention(nn.Module):
 
 
 def randomised(model):
-    """Fill parameters and running statistics with numbers that are like no default."""
+    """Fill parameters and running statistics with random numbers, unlike any default."""
     generator = torch.Generator().manual_seed(3)
     model = model.double().eval()
     with torch.no_grad():

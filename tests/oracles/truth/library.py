@@ -28,9 +28,9 @@ def mean_tensors(
     fisher_type: str = "exact",
     **options,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the factors of every block by their names, means over the cases."""
+    """Return the tensors of every block's factors by name, means over the cases."""
     computer = computer_for(distribution, model, fisher_type, **options)
-    sums = computer.statistics(inputs, targets, step=1)
+    sums = computer.statistics(inputs, targets, step=1).factors
     return {
         name: {key: value / len(inputs) for key, value in factors.tensors().items()}
         for name, factors in sums.items()
@@ -49,5 +49,5 @@ def mean_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (A, G) of every layer, means over the cases."""
     computer = computer_for(distribution, model, fisher_type, seed)
-    sums = computer.statistics(inputs, targets, step=step)
+    sums = computer.statistics(inputs, targets, step=step).factors
     return {name: (p.A / len(inputs), p.G / len(inputs)) for name, p in sums.items()}

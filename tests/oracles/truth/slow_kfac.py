@@ -1,8 +1,8 @@
 """K-FAC in plain steps with dense matrices, to compare the library's optimizer with.
 
-The Fisher of the whole model is formed densely; every layer's damped Kronecker block is formed
-and inverted densely. Exact-type statistics, so that no sampling noise is in the way. Numbers in
-brackets are the sections of the paper, arXiv:1503.05671.
+The Fisher of the whole model is a dense matrix, and so is every layer's damped Kronecker block and
+its inverse. The statistics are exact-type, so that sampling adds no noise. Numbers in brackets are
+sections of the paper, arXiv:1503.05671.
 """
 
 import math
@@ -87,7 +87,7 @@ class SlowKFAC:
             h_after = dense.objective(self.name, self.model, inputs, targets, o.l2)
             ridge = o.l2 + self.damping if o.rho_includes_damping else o.l2
             predicted = self.model_change(grad, fisher, delta, ridge)
-            # No ratio where the model itself, led by fixed momentum, foresees a rise.
+            # There is no ratio if the model itself predicts a rise, as fixed momentum can cause.
             rho = (h_after - h_before) / predicted if predicted < 0 else None
             rose = not h_after < h_before
             self.adapt_damping(-1.0 if rho is None or rose else rho)
@@ -117,7 +117,7 @@ class SlowKFAC:
             self.factors[layer] = (A, G)
 
     def candidates(self) -> list[tuple[float, dict[str, Tensor]]]:
-        """[6.6, 8] Inverses now in force, or new ones, or new ones at three values of gamma."""
+        """[6.6, 8] The inverses in use, or new ones, or new ones at three values of gamma."""
         o, k = self.o, self.k
         search = bool(o.step_rule == "adaptive" and o.gamma_period and k % o.gamma_period == 0)
         if not (search or k <= 3 or k % o.inverse_period == 0):
@@ -171,7 +171,7 @@ class SlowKFAC:
         return (grad @ delta + 0.5 * quadratic).item()
 
     def adapt_damping(self, rho: float) -> None:
-        """[6.5] The Levenberg-Marquardt rule; gamma follows where it is not searched for."""
+        """[6.5] The Levenberg-Marquardt rule; gamma follows if it is not searched for."""
         w1 = (19 / 20) ** self.o.damping_period
         if rho > 3 / 4:
             self.damping *= w1
@@ -181,7 +181,7 @@ class SlowKFAC:
             self.gamma = math.sqrt(self.damping + self.o.l2)
 
     def average(self, theta: Tensor) -> None:
-        """[13] Iterate averaging from a step on."""
+        """[13] Iterate averaging, from a given step on."""
         j = self.k - self.o.averaging_start + 1
         if j == 1:
             self.averaged = theta
@@ -191,7 +191,7 @@ class SlowKFAC:
 
 
 def some_rows(values: Tensor, fraction: float) -> Tensor:
-    """Take ceil(fraction N) rows, spread evenly."""
+    """Return ceil(fraction N) rows, spread evenly."""
     count = math.ceil(fraction * len(values))
     return torch.stack([values[j * len(values) // count] for j in range(count)])
 

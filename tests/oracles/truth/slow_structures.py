@@ -13,7 +13,7 @@ def cross_input_factor(model, layers, inputs) -> Tensor:
     """Return the mean over cases of the mean over positions of abar abar'^T of two layers."""
     total = 0.0
     for n in range(len(inputs)):
-        rows, next_rows = (dense.layer_input(model, one, inputs[n : n + 1]) for one in layers)
+        rows, next_rows = (dense.layer_input(model, layer, inputs[n : n + 1]) for layer in layers)
         pairs = list(zip(rows, next_rows, strict=True))
         total = total + sum(torch.outer(a, b) for a, b in pairs) / len(pairs)
     return total / len(inputs)
@@ -25,7 +25,7 @@ def cross_output_factor(name, model, layers, inputs) -> Tensor:
     for n in range(len(inputs)):
         case = inputs[n : n + 1]
         H = dense.output_fisher(name, model(case)[0].detach())
-        J, next_J = (dense.layer_output_jacobian(model, one, case) for one in layers)
+        J, next_J = (dense.layer_output_jacobian(model, layer, case) for layer in layers)
         for position in range(J.shape[1]):
             total = total + J[:, position].T @ H @ next_J[:, position]
     return total / len(inputs)
@@ -71,7 +71,7 @@ class SlowChainKFAC(SlowKFAC):
 
 @dataclass(frozen=True, kw_only=True)
 class SlowEigen:
-    """One layer: a dense basis, its columns over `vec` by columns, and the moments in it."""
+    """The inverse of a layer: a dense basis over `vec` by columns, and the moments in it."""
 
     basis: Tensor
     moments: Tensor
@@ -113,8 +113,9 @@ class SlowEKFAC(SlowKFAC):
 
     def precondition(self, grad: Tensor, inverses: dict[str, SlowEigen]) -> Tensor:
         result = torch.zeros_like(grad)
-        for layer, one in inverses.items():
+        for layer, inverse in inverses.items():
             at = dense.layer_indices(self.model, layer, "columns")
-            damped = one.basis @ torch.diag(one.moments + one.gamma**2) @ one.basis.T
+            moments = torch.diag(inverse.moments + inverse.gamma**2)
+            damped = inverse.basis @ moments @ inverse.basis.T
             result[at] = torch.linalg.solve(damped, grad[at])
         return result
