@@ -1,4 +1,4 @@
-"""What `doctor` looks at; each check is quick and loads neither torch nor Ray."""
+"""The checks of `kfac-dist doctor`: each is quick and imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-_PACKAGES = ("torch", "ray", "numpy", "pydantic", "safetensors")
-_PYTHON = (3, 11)
+from kfac_dist.supported import OLDEST_PYTHON, RAY
+
+_PACKAGES = ("torch", "numpy", "pydantic", "safetensors")
 _GIB = 2**30
 _MIN_MEMORY_GIB = 4.0
 _MIN_SHARED_GIB = 1.0
@@ -24,7 +25,7 @@ _MNIST_FILES = (
 
 
 class Check(NamedTuple):
-    """One finding; `broken` is what no job can do without, `warning` what some job will miss."""
+    """One finding: `broken` stops every job, `warning` only jobs that need what is missing."""
 
     name: str
     status: Literal["ok", "warning", "broken"]
@@ -33,8 +34,9 @@ class Check(NamedTuple):
 
 
 def all_checks(home: Path, data_dir: Path | None) -> Iterator[Check]:
-    """Look at everything."""
+    """Run every check; the data sets are looked for in `data_dir` and below `home`."""
     yield _python()
+    yield _ray()
     for name in _PACKAGES:
         yield _package(name)
     yield Check("CPUs", "ok", str(len(os.sched_getaffinity(0))))
@@ -43,19 +45,31 @@ def all_checks(home: Path, data_dir: Path | None) -> Iterator[Check]:
     yield _gpus()
     yield _digits()
     yield _mnist([place for place in (data_dir, home / "data") if place is not None])
-    yield Check("data curves", "ok", "generated when it is used")
+    yield Check("data curves", "ok", "generated at each use")
     yield _writable(home)
 
 
 def _python() -> Check:
-    found = sys.version.split()[0]
-    if sys.version_info[:2] == _PYTHON:
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    found = f"{sys.version.split()[0]} (supported: {oldest} and newer)"
+    if sys.version_info >= OLDEST_PYTHON:
         return Check("python", "ok", found)
-    return Check("python", "broken", found, "kfac-dist needs Python 3.11")
+    return Check("python", "broken", found, f"kfac-dist needs Python {oldest} or newer")
+
+
+def _ray() -> Check:
+    check = _package("ray")
+    if check.status != "ok":
+        return check
+    found = f"{check.found} (supported: {RAY})"
+    if RAY.has(check.found):
+        return check._replace(found=found)
+    advice = f"install Ray {RAY}: pip install -c constraints.txt 'ray[default]'"
+    return Check("ray", "broken", found, advice)
 
 
 def _version(package: str) -> str | None:
-    """The installed version by the package's metadata; None when it is not installed."""
+    """Return the version in the package's metadata; None when it is not installed."""
     from importlib.metadata import PackageNotFoundError, version  # costs --help 50 ms
 
     try:
@@ -75,7 +89,7 @@ def _memory() -> Check:
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
     if gib >= _MIN_MEMORY_GIB:
         return Check("memory", "ok", f"{gib:.1f} GiB")
-    advice = f"Ray and a few workers want {_MIN_MEMORY_GIB:g} GiB"
+    advice = f"Ray and a few workers need {_MIN_MEMORY_GIB:g} GiB"
     return Check("memory", "warning", f"{gib:.1f} GiB", advice)
 
 
@@ -113,7 +127,7 @@ def _mnist(places: list[Path]) -> Check:
         "data mnist",
         "warning",
         f"not in {where}",
-        "downloaded when it is used, or give its folder by --data-dir",
+        "it is downloaded at its first use; or name its folder with --data-dir",
     )
 
 
