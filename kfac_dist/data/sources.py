@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 
-from kfac_dist.config.wording import did_you_mean
+from kfac_dist.config.problems import did_you_mean
 from kfac_dist.data.case_source import CaseSource
 from kfac_dist.data.places import Places
 from kfac_dist.data.sets.faces import FacesSource

@@ -247,7 +247,7 @@ def _replayed_spec(
         "workers": {key: had[name] for key, name in workers.items() if name in had},
         "staleness": {"delay_steps": {}},
         "checkpoint": {"keep": max(1, keep)},
-        "faults": {"max_restarts": 0, "min_gradient_workers": 1},
+        "faults": {"max_restarts": 0},
     }
     if "staleness_max_steps" in had:
         changes["staleness"]["max_steps"] = had["staleness_max_steps"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 
-from kfac_dist.config.wording import did_you_mean
+from kfac_dist.config.problems import did_you_mean
 from kfac_dist.errors import InvalidSpecError
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -10,7 +10,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from kfac_dist.config.wording import did_you_mean
+from kfac_dist.config.problems import did_you_mean
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks.blame import UserFiles, blame_user
 

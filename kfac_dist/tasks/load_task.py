@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kfac_dist.config import JobSpec
-from kfac_dist.config.wording import did_you_mean
+from kfac_dist.config.problems import did_you_mean
 from kfac_dist.data import Places, case_source, text_source
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks.arguments import check_arguments

@@ -22,7 +22,7 @@ from .conftest import KfacDist
         (["spec"], 2, "Missing command"),
         (["train", "{spec}", "--stes"], 2, "No such option: --stes"),
         (["validate", "{spec}", "-o", "xml"], 2, "'table', 'json', 'yaml'"),
-        (["validate", "{spec}", "--set", "steps"], 2, "--set steps: should look like key=value"),
+        (["validate", "{spec}", "--set", "steps"], 2, "--set steps: must have the form key=value"),
         (["validate", "nowhere.yaml"], 4, "nowhere.yaml: there is no such specification"),
         (["validate", "{spec}", "--set", "stpes=3"], 3, "stpes: unknown key. Did you mean steps?"),
         (["validate", "{spec}", "--set", "task=classifer"], 3, "Did you mean classifier?"),
