@@ -1,11 +1,13 @@
-# Two commands matter: `make demo` and `make test`. Both make the virtual environment when it is missing.
-PYTHON ?= python3.11
+# Two commands matter: `make demo` and `make test`. Both make the virtual environment if it is missing.
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench proto proto-lint proto-baseline
+.PHONY: demo test test-pythons lint format bench proto proto-lint proto-baseline
 
+# A new environment gets the newest Python on the PATH, or that of `make PYTHON=python3.12`; an
+# environment that is already there keeps its own.
 .venv: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@[ -x $(BIN)/python ] || { python=$(or $(PYTHON),$$(.ci/pythons newest)) && $$python -m venv .venv; }
+	@$(BIN)/python -c 'import sys; print("using python%d.%d (%d.%d.%d)" % (*sys.version_info[:2], *sys.version_info[:3]))'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch .venv
 
@@ -14,6 +16,10 @@ demo: .venv
 
 test: .venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+# On the other Pythons of this machine, what needs neither torch nor Ray.
+test-pythons: .venv
+	.ci/test-pythons
 
 lint: .venv
 	$(BIN)/ruff format --check .
@@ -25,7 +31,7 @@ format: .venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The stubs in kfac_dist/v1; a test fails when they are not of the proto files.
+# Generates the stubs in kfac_dist/v1; a test fails when they do not match the proto files.
 proto: .venv
 	proto/generate
 
@@ -34,11 +40,11 @@ BUF ?= .venv/node/node_modules/.bin/buf
 $(BUF): | .venv
 	npm install --silent --no-audit --no-fund --prefix .venv/node @bufbuild/buf@1.75.0
 
-# Breaking is told against the interface of the last release, kept as an image.
+# Compares the interface with that of the last release, which is kept as an image.
 proto-lint: $(BUF)
 	cd proto && ../$(BUF) lint && ../$(BUF) breaking --against baseline.binpb
 
-# With a release, and only then.
+# Renews that image; only a release does.
 proto-baseline: $(BUF)
 	cd proto && ../$(BUF) build --exclude-source-info -o baseline.binpb
 

@@ -1,7 +1,7 @@
 """Does K-FAC reach a lower training loss than tuned Adam in the same number of steps?
 
-Whole jobs on the project's own workers: the specification as it is, then the same with Adam over a
-grid of learning rates, of which the best counts. Objectives are over the whole training set, in
+Whole jobs on the project's own workers: first the specification as it is, then with Adam at each
+learning rate of a grid, of which the best counts. Objectives are over the whole training set, in
 nats a case, with the l2 term.
 
     python benchmarks/against_adam.py examples/cifar10_convnet.yaml --data-dir ../shared/data
@@ -26,7 +26,7 @@ LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def run(spec: JobSpec, data_dir: Path | None) -> dict[str, Any]:
-    """Run a job and return how it ended."""
+    """Run a job and return its summary."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         summary = train(spec, data_dir=data_dir, run_dir=Path(folder) / "run")
@@ -39,7 +39,7 @@ def run(spec: JobSpec, data_dir: Path | None) -> dict[str, Any]:
 
 
 def contest(path: Path, overrides: list[str], data_dir: Path | None) -> dict[str, Any]:
-    """Run one specification with K-FAC and with Adam at every learning rate, seed by seed."""
+    """Run a specification with K-FAC, and with Adam at every learning rate."""
     kfac = load_spec(path, overrides=overrides)
     specs = {"kfac": kfac} | {f"adam lr={lr:g}": with_adam(kfac, lr) for lr in LEARNING_RATES}
     results = {}
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("spec", type=Path, nargs="+")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--set", action="append", default=[], help="an override, as of the CLI")
+    parser.add_argument("--set", action="append", default=[], help="an override, as in the CLI")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     started = surroundings()

@@ -1,13 +1,14 @@
-"""What does a step cost distributed on one host, next to the serial optimizer on the same cores?
+"""How long does a distributed step on one host take, compared with a serial one on the same cores?
 
-One gradient worker, one inverse worker and the parameter server, against `kfac_dist.KFAC` in one
-process, in turns on the same batches, each turn a whole period of refresh and of the search for
-gamma. Wall seconds a step, with the driver's own work. Three ways to share the cores:
+One gradient worker, one inverse worker and the parameter server are compared with `kfac_dist.KFAC`
+in one process. They run in turns on the same batches; a turn is a whole period of refresh and of
+the search for gamma. The result is wall seconds a step, including the driver's work, for three ways
+to share the cores:
 
-`one core`: all roles on one core, against one thread.
-`all threads`: gradient worker and server with as many threads as there are cores, against as many.
-`own core`: gradient worker and server with one thread, the inverse worker on a core of its own,
-against one thread.
+`one core`: all roles on one core; serial with one thread.
+`all threads`: gradient worker and server with as many threads as there are cores; serial as well.
+`own core`: gradient worker and server with one thread, the inverse worker on another core; serial
+with one thread.
 
     python benchmarks/distributed_cost.py --data-dir ../shared/data --out benchmarks/results
     python benchmarks/distributed_cost.py --short
@@ -46,7 +47,7 @@ SERIAL_PHASES = {
 
 
 class Layout(NamedTuple):
-    """How roles share cores: how many there are, and threads of a gradient worker."""
+    """How roles share cores: the number of cores, and the threads of a gradient worker."""
 
     num_cores: int
     threads: int
@@ -81,7 +82,7 @@ class Serial:
         return run
 
     def take_turn(self, steps: range) -> None:
-        """Do these steps; those of the warm-up, which begins with step 1, count for nothing."""
+        """Run these steps; those of the warm-up, which begins with step 1, are not counted."""
         started = time.perf_counter()
         for _ in steps:
             self._optimizer.step(*next(self._batches))
@@ -153,10 +154,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"step, driver included, in turns of {PERIOD} steps with the serial optimizer on as many "
         "cores and threads.",
         table(header, rows),
-        "Phases, serial / distributed, as shares of a serial step. `precondition` of a "
-        "distributed run is beside `statistics`; `wait_direction` is what of it the gradient "
-        "worker waits for. `inversion` is the inverse worker's and beside the step. `reduce` and "
-        "`broadcast` are what sending takes, waiting for the other side left out.",
+        "Phases, serial / distributed, as shares of a serial step. In a distributed run "
+        "`precondition` runs in parallel with `statistics`; the gradient worker waits for the rest "
+        "of it in `wait_direction`. `inversion` runs in the inverse worker, in parallel with the "
+        "step. `reduce` and `broadcast` are the time of sending, without the time of waiting for "
+        "the other side.",
         table(["phase", *runs], cells),
         "CPU seconds by process, as shares of a serial step's wall time.",
         table(["process", *runs], _cpu_cells(runs)),
@@ -174,7 +176,7 @@ def main() -> None:
     add_output_options(parser)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--layout", choices=LAYOUTS, action="append")
-    parser.add_argument("--set", action="append", default=[], help="an override, as of the CLI")
+    parser.add_argument("--set", action="append", default=[], help="an override, as in the CLI")
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     turns = 1 if arguments.short else arguments.turns

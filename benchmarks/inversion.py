@@ -1,10 +1,11 @@
-"""How long does a refresh take by order of the factors, and how much of it is moving numbers?
+"""How long does a refresh take for factors of each order, and how much of it is moving data?
 
-Real inverse workers, fed as gradient workers feed them: statistics of some layers with two square
-factors of one order go out, an exact refresh is asked for, and the inverses come back to an actor
-that opens them as the parameter server does. `inverted` is the time of the worker with most to do,
-in its inversions alone; `moved` is the rest of the wall time until the last inverse is open: the
-store, the mailbox, adding up, averaging, packing and unpacking. Numbers of workers alternate.
+Real inverse workers get statistics as gradient workers send them, for layers with two square
+factors of one order. They are asked for an exact refresh, and send the inverses to an actor that
+unpacks them as the parameter server does. `inverted` is the time in the inversions of the worker
+that has most to do. `moved` is the rest of the wall time until the last inverse is unpacked: the
+object store, the mailbox, adding up, averaging, packing and unpacking. Numbers of workers take
+turns.
 
     python benchmarks/inversion.py --out benchmarks/results
     python benchmarks/inversion.py --short
@@ -50,7 +51,7 @@ GAMMA = 1.0
 
 
 class Opened(NamedTuple):
-    """When the last inverse was open, by the clock of this machine, and what was said of each."""
+    """When the last inverse was unpacked, by the monotonic clock, and the header of each."""
 
     monotonic_seconds: float
     headers: list[InverseHeader]
@@ -58,19 +59,19 @@ class Opened(NamedTuple):
 
 @ray.remote
 class Receiver:
-    """Opens inverses as the parameter server's store does."""
+    """Unpacks inverses as the parameter server's store does."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self._opened = Opened(0.0, [])
 
     def accept(self, message: InverseMessage) -> None:
-        """Take in the inverses of a layer."""
+        """Unpack the inverses of a layer."""
         list(unpack_inverses(message.parcel, torch.device("cpu")))
         self._opened = Opened(time.monotonic(), [*self._opened.headers, message.header])
 
-    def take(self) -> Opened:
-        """Return what has come in since the last call that found all layers."""
+    def collect_opened(self) -> Opened:
+        """Return what arrived since the last call that found all layers."""
         opened = self._opened
         if len(opened.headers) == NUM_LAYERS:
             self._opened = Opened(0.0, [])
@@ -85,7 +86,7 @@ class Refresh(NamedTuple):
 
 
 class Workers:
-    """Some inverse workers that own layers of one order between them."""
+    """Inverse workers that share the layers of one order."""
 
     def __init__(self, job: JobContext, order: int, num_workers: int) -> None:
         self._job = job
@@ -112,7 +113,7 @@ class Workers:
         return InverseWorkerActor.remote(self._job, setup, self._receiver, None)
 
     def refresh(self) -> Refresh:
-        """Send statistics, ask for a refresh, and wait until all inverses are open."""
+        """Send statistics, ask for a refresh, and wait until all inverses are unpacked."""
         self._step += 1
         started = time.monotonic()
         for rank, names in self._assignment.items():
@@ -138,7 +139,7 @@ class Workers:
 
     def _wait(self) -> Opened:
         while True:
-            opened: Opened = ray.get(self._receiver.take.remote())
+            opened: Opened = ray.get(self._receiver.collect_opened.remote())
             if len(opened.headers) == NUM_LAYERS:
                 return opened
             time.sleep(0.02)
@@ -170,9 +171,9 @@ def measure(
 
 
 def row(order: int, count: int, refreshes: Sequence[Refresh]) -> dict[str, Any]:
-    total = median(one.total for one in refreshes)
-    inverted = median(one.inverted for one in refreshes)
-    moved = median(one.total - one.inverted for one in refreshes)
+    total = median(refresh.total for refresh in refreshes)
+    inverted = median(refresh.inverted for refresh in refreshes)
+    moved = median(refresh.total - refresh.inverted for refresh in refreshes)
     print(order, count, total, inverted, file=sys.stderr)
     return {
         "order": order,
@@ -214,13 +215,14 @@ def markdown(result: dict[str, Any]) -> str:
     return document(
         "A refresh by order of the factors and number of inverse workers",
         "`python benchmarks/inversion.py --out benchmarks/results`: "
-        f"{NUM_LAYERS} layers with two factors of the order each, block-diagonal inverse, one "
-        "gamma, one thread a worker, float32, statistics of one gradient worker; median of "
-        f"{result['num_refreshes']} refreshes, numbers of workers in turns; torch "
+        f"{NUM_LAYERS} layers, each with two factors of the order given, block-diagonal inverse, "
+        "one gamma, one thread a worker, float32, statistics of one gradient worker. Median of "
+        f"{result['num_refreshes']} refreshes, with the numbers of workers in turns. torch "
         f"{result['versions']['torch']}, Ray {result['versions']['ray']}, "
-        f"{result['hardware']['cores']} cores. `inverted` is the time in the inversions of the "
-        "worker with most to do, `moved` everything else from sending the statistics to the last "
-        "inverse that the server has opened.",
+        f"{result['hardware']['cores']} cores.",
+        "`inverted` is the time in the inversions of the worker that has most to do. `moved` is "
+        "everything else, from sending the statistics to the last inverse that the server has "
+        "opened.",
         table([*header, "refresh over one worker's"], rows),
     )
 
@@ -240,7 +242,8 @@ def main() -> None:
             found = measure(job, order, arguments.workers, num_refreshes)
             first = found[0]["refresh_ms"]
             rows += [
-                one | {"over_one_worker": round(one["refresh_ms"] / first, 3)} for one in found
+                entry | {"over_one_worker": round(entry["refresh_ms"] / first, 3)}
+                for entry in found
             ]
     result = {
         "question": "wall time of a refresh, inverted and moved, by order and inverse workers",

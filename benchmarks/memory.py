@@ -1,16 +1,16 @@
-"""How much memory does each role need, and does the data set matter to the factors?
+"""How much memory does each role need, and do factors depend on the size of the data set?
 
-Jobs on nets of several sizes, on the project's workers. The private memory of each process (its
-anonymous pages; what it maps of the object store belongs to that) is sampled, and its peak over
-that of the same role with a net of almost nothing is explained as
+Jobs with nets of several sizes run on the project's workers. The private memory of each process is
+sampled: its anonymous pages, without what it maps from the object store. The peak above that of the
+same role with a minimal net is explained as
 
-    num_vectors * 4 P + num_factors * 4 F + num_largest * 4 L      (+ 4 B a gradient worker)
+    num_vectors * 4 P + num_factors * 4 F + num_largest * 4 L      (+ 4 B in a gradient worker)
 
-with P the parameters, F the elements of all factors, unpacked, L those of the largest one, which
-is what a transient costs, and B the elements of the activations of a batch. The three numbers are
-fitted over the nets, none below 0, and compared with the peaks, net by net. Cutting wide factors
-tells them apart: it changes F and L and not P. In the second part one net is trained on the first
-1,000, 10,000 and 60,000 cases.
+with P the parameters, F the elements of all factors, unpacked, L those of the largest factor, which
+a temporary needs, and B the elements of the activations of a batch. The three numbers are fitted
+over the nets, none below 0, and the result is compared with the peak of each net. Some nets are
+trained with split factors as well, which changes F and L but not P and so separates the three. In
+the second part a net is trained on the first 1,000, 10,000 and 60,000 cases.
 
     python benchmarks/memory.py --data-dir ../shared/data --out benchmarks/results
     python benchmarks/memory.py --short
@@ -42,23 +42,23 @@ from workers.cluster.cluster import ray_cluster
 ROLES = ("gradient_worker", "inverse_worker", "parameter_server")
 LIMITS = (1_000, 10_000, 60_000)
 SHORT_LIMITS = (200, 1_000)
-STEPS = 22  # with a refresh and a search for gamma, in step 20
+STEPS = 22  # with a refresh and a search for gamma in step 20
 BATCH_SIZE = 200
 SAMPLE_SECONDS = 0.01
-SAMPLES_A_SEARCH = 50  # for new processes
+SAMPLES_A_SEARCH = 50  # samples between two searches for new processes
 MEBIBYTE = 2**20
 COUNTS = ("num_vectors", "num_factors", "num_largest")
 
 
 class Net(NamedTuple):
-    """An autoencoder: its hidden layers, and above which order its factors are cut."""
+    """An autoencoder: its hidden layers, and the order above which its factors are split."""
 
     hidden: tuple[int, ...]
     max_factor_dim: int | None = None
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """Its name in tables."""
         cut = "" if self.max_factor_dim is None else f", cut at {self.max_factor_dim}"
         return "-".join(map(str, self.hidden)) + cut
 
@@ -76,7 +76,7 @@ SHORT_NETS = (Net((50, 20)), Net((100, 50)), Net((100, 50), 40))
 
 
 class Peaks:
-    """The largest private memory of each role while the block runs, by sampling."""
+    """Samples the private memory of each role inside the block; keeps the largest values."""
 
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}
@@ -84,7 +84,7 @@ class Peaks:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Peaks:
-        """Begin to sample."""
+        """Start sampling."""
         self._thread.start()
         return self
 
@@ -105,7 +105,7 @@ class Peaks:
 
 
 class Size(NamedTuple):
-    """What a net has: parameters, elements of its factors, of the largest, of its activations."""
+    """Numbers of parameters and of elements: of factors, of the largest, of activations."""
 
     num_parameters: int
     factor_elements: int
@@ -114,7 +114,7 @@ class Size(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What was seen of a job."""
+    """The measurements of one job."""
 
     size: Size
     peak_bytes: Mapping[str, int]
@@ -146,7 +146,7 @@ def size_of(spec: JobSpec, data_dir: Path | None) -> Size:
         num_parameters=registration.num_parameters,
         factor_elements=sum(squares),
         largest_elements=max(squares),
-        # Inputs and outputs of the linear modules; an activation keeps one more of each.
+        # Inputs and outputs of linear modules; the activation function keeps its outputs, too.
         activation_elements=BATCH_SIZE * sum(m.in_features + 2 * m.out_features for m in linear),
     )
 
@@ -157,7 +157,7 @@ def run(spec: JobSpec, data_dir: Path | None) -> Run:
     with Peaks() as peaks:
         run_turns(spec, data_dir, turns)
     by_step = [
-        sum(one.seconds for one in record.inversions)
+        sum(inversion.seconds for inversion in record.inversions)
         for record in turns.records
         if record.inversions
     ]
@@ -172,16 +172,16 @@ def run(spec: JobSpec, data_dir: Path | None) -> Run:
 
 
 def explain(idle: Run, runs: Sequence[Run], role: str) -> dict[str, Any]:
-    """Fit the peaks of a role over that of an idle one, and compare size by size."""
-    own = np.array([one.peak_bytes[role] - idle.peak_bytes[role] for one in runs], dtype=float)
-    sizes = [one.size for one in runs]
+    """Fit the peaks of a role above that of an idle one, and compare them net by net."""
+    own = np.array([run.peak_bytes[role] - idle.peak_bytes[role] for run in runs], dtype=float)
+    sizes = [run.size for run in runs]
     known = np.zeros(len(runs))
     if role == "gradient_worker":
         known = np.array([4.0 * size.activation_elements for size in sizes])
     matrix = 4.0 * np.array(
-        [(one.num_parameters, one.factor_elements, one.largest_elements) for one in sizes]
+        [(size.num_parameters, size.factor_elements, size.largest_elements) for size in sizes]
     )
-    # Relative residuals are what counts.
+    # Weighted, so that relative residuals are minimised.
     weights = 1 / own
     found, _ = nnls(matrix * weights[:, None], (own - known) * weights)
     explained = matrix @ found + known
@@ -198,18 +198,18 @@ def by_limit(runs: Mapping[int, Run]) -> list[dict[str, Any]]:
     return [
         {
             "cases": limit,
-            "factor_elements": one.size.factor_elements,
-            "inverse_worker_mib": round(one.peak_bytes["inverse_worker"] / MEBIBYTE, 1),
+            "factor_elements": measured.size.factor_elements,
+            "inverse_worker_mib": round(measured.peak_bytes["inverse_worker"] / MEBIBYTE, 1),
             "inverse_worker_mib_over_first": round(
-                one.peak_bytes["inverse_worker"] / first.peak_bytes["inverse_worker"], 3
+                measured.peak_bytes["inverse_worker"] / first.peak_bytes["inverse_worker"], 3
             ),
-            "parameter_server_mib": round(one.peak_bytes["parameter_server"] / MEBIBYTE, 1),
-            "gradient_worker_mib": round(one.peak_bytes["gradient_worker"] / MEBIBYTE, 1),
+            "parameter_server_mib": round(measured.peak_bytes["parameter_server"] / MEBIBYTE, 1),
+            "gradient_worker_mib": round(measured.peak_bytes["gradient_worker"] / MEBIBYTE, 1),
             "inverse_cpu_seconds_over_first": round(
-                one.inverse_cpu_seconds / first.inverse_cpu_seconds, 3
+                measured.inverse_cpu_seconds / first.inverse_cpu_seconds, 3
             ),
         }
-        for limit, one in runs.items()
+        for limit, measured in runs.items()
     ]
 
 
@@ -235,14 +235,14 @@ def markdown(result: dict[str, Any]) -> str:
         "`python benchmarks/memory.py --data-dir DIR --out benchmarks/results`: autoencoders on "
         f"MNIST, batch {result['batch_size']}, {STEPS} steps with a refresh for three gammas, one "
         f"gradient worker, one inverse worker; torch {result['versions']['torch']}, Ray "
-        f"{result['versions']['ray']}. Peak of private memory (anonymous pages, sampled every "
-        f"{1e3 * SAMPLE_SECONDS:g} ms) in MiB over that of the same role with a net of almost "
-        "nothing; in brackets what `vectors * 4 P + factors * 4 F + largest * 4 L` explains of it, "
-        "with P the parameters, F the elements of all factors, L those of the largest, and for a "
-        "gradient worker the activations of its batch. The three numbers of a role are fitted "
-        "over all nets.",
+        f"{result['versions']['ray']}.",
+        f"Peak of private memory (anonymous pages, sampled every {1e3 * SAMPLE_SECONDS:g} ms) in "
+        "MiB, above that of the same role with a minimal net. In brackets, the share of it that "
+        "`vectors * 4 P + factors * 4 F + largest * 4 L` explains, with P the parameters, F the "
+        "elements of all factors and L those of the largest; for a gradient worker the activations "
+        "of its batch are added. The three numbers of a role are fitted over all nets.",
         table(["role", "idle, MiB", "vectors", "factors", "largest", *nets], rows),
-        f"The number of cases, net {nets[0]}: factors and their inversion do not depend on it. A "
+        f"The number of cases, net {nets[0]}. Factors and their inversion do not depend on it; a "
         "gradient worker holds the data set.",
         table([name.replace("_", " ") for name in result["limits"][0]], limits),
     )
@@ -265,12 +265,12 @@ def main() -> None:
             limit: run(job(path, nets[0], [f"data.limit={limit}"]), data_dir) for limit in limits
         }
     result = {
-        "question": "peak memory by role from sizes, and the factors' cost by number of cases",
+        "question": "peak memory by role and net, and cost of the factors by number of cases",
         **conditions(spec),
         **started,
         "seed": spec.seed,
         "nets": [net.name for net in nets],
-        "sizes": [one.size._asdict() for one in runs],
+        "sizes": [measured.size._asdict() for measured in runs],
         "roles": {role: explain(idle, runs, role) for role in ROLES},
         "limits": by_limit(limited),
     }

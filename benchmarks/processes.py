@@ -1,4 +1,4 @@
-"""CPU seconds and memory of a job's processes by role, from /proc."""
+"""CPU seconds and memory of a job's processes, by role, read from /proc."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROLES = {
 
 
 def descendants() -> Iterator[int]:
-    """Yield this process and all that it has started, directly or not."""
+    """Yield this process and all its descendants."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))):
@@ -29,7 +29,7 @@ def descendants() -> Iterator[int]:
 
 
 def role_of(pid: int) -> str:
-    """Return the role of a process; Ray names its actors after their class."""
+    """Return the role of a process, which Ray names after the class of its actor."""
     if pid == os.getpid():
         return "driver"
     command = _read(pid, "cmdline")
@@ -55,7 +55,7 @@ def private_bytes(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name, from the state on; none if it is gone."""
+    """Return the fields of /proc/PID/stat that follow the name; an empty list if it is gone."""
     return _read(pid, "stat").rpartition(")")[2].split()
 
 

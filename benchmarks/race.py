@@ -1,8 +1,8 @@
-"""Optimizers side by side: the same initial parameters, the same batches, turns of a few steps.
+"""A race by steps: optimizers with the same initial parameters and batches, in turns.
 
-Turns make a machine that slows down slow all of them. CPU time counts the steps alone, not the
-evaluations. All contestants do the same number of steps here; in `timed_race.py` each has the same
-CPU time.
+A turn is a few steps, so a machine that slows down slows all of them. CPU time includes the steps
+but not the evaluations. All contestants do the same number of steps; in `timed_race.py` they have
+the same CPU time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Contestant:
 def race(
     spec: JobSpec, makers: Mapping[str, MakeStep], data_dir: Path | None, evaluate_every: int
 ) -> list[Contestant]:
-    """Run all contestants for the steps of `spec`; curves are over the whole training set."""
+    """Run all contestants for the steps of `spec`, evaluated on the whole training set."""
     task = load_task(spec, ROOT / "examples", data_dir=data_dir)
     data = task.train_data()
     contestants = []
@@ -67,7 +67,7 @@ def race(
 
 
 def take_turn(contestant: Contestant, turn: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Let a contestant do the steps of one turn."""
+    """Run the steps of one turn with a contestant."""
     start = time.process_time()
     for inputs, targets in turn:
         contestant.step(inputs, targets)
@@ -75,7 +75,7 @@ def take_turn(contestant: Contestant, turn: Sequence[tuple[Tensor, Tensor]]) -> 
 
 
 def batches(spec: JobSpec, data: MapDataset) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of a job, in its own order and of its own sizes."""
+    """Yield the batches of a job, with its order and its sizes."""
     cursor = SamplerCursor(epoch=0, offset=0)
     epoch, order = -1, torch.empty(0)
     for step in itertools.count(1):
@@ -102,7 +102,7 @@ def evaluate(model: nn.Module, task: Task, data: MapDataset) -> dict[str, float]
 
 
 def conditions(spec: JobSpec) -> dict[str, Any]:
-    """Return what a reader needs to repeat a run, beside `report.surroundings`."""
+    """Return what is needed to repeat a run, besides `report.surroundings`."""
     return {
         "job": spec.name,
         "batch_size": spec.model_dump()["batch_size"],

@@ -1,4 +1,4 @@
-"""What the benchmarks write: a JSON object with what is needed to repeat it, and a table."""
+"""The output of the benchmarks: a JSON object with what is needed to repeat it, and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def surroundings(packages: Sequence[str] = ("torch", "numpy", "ray")) -> dict[str, Any]:
-    """Return versions of Python and of what is measured, hardware, and how busy the machine is."""
+    """Return versions of Python and `packages`, the hardware, and the load of the machine."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -40,9 +40,9 @@ def _cpu_model() -> str:
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every benchmark of this kind takes."""
+    """Add the options of every benchmark that uses `deliver`."""
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--short", action="store_true", help="a small job, seconds to minutes")
+    parser.add_argument("--short", action="store_true", help="run a small job: seconds to minutes")
     parser.add_argument("--out", type=Path, help="write NAME.json and NAME.md into this folder")
 
 
@@ -57,7 +57,7 @@ def deliver(name: str, result: Mapping[str, Any], markdown: str, folder: Path | 
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table; floats as they are given, so round them before."""
+    """Return a Markdown table; round floats before, they are written as they are."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 

@@ -1,10 +1,10 @@
-"""Weak scaling over gradient workers: the same batch a worker, and what a step sends.
+"""Weak scaling over gradient workers: each has a batch of the same size. What does a step send?
 
-Whole jobs on the project's workers, with one gradient worker and with more, in rounds that
-alternate; a round measures one period of refresh and of the search for gamma. The efficiency is
-the step of one worker over the step of several. Beside it the ceiling of the machine: as many
-processes that compute gradients and Fisher products and exchange nothing. Cores that share the
-units of one physical core have a low ceiling.
+Whole jobs run on the project's workers, with one gradient worker and with more, in turns. A round
+is one period of refresh and of the search for gamma. The efficiency is the time of a step with one
+worker over that with several. The ceiling of the machine is measured next to it: the efficiency of
+the same number of processes that compute gradients and Fisher products without exchanging anything.
+Cores that are threads of one physical core have a low ceiling.
 
     python benchmarks/scaling.py --data-dir ../shared/data --out benchmarks/results
     python benchmarks/scaling.py --short
@@ -53,7 +53,7 @@ def job(path: Path, num_workers: int, batch_size: int, extra: Sequence[str]) -> 
 def compute_alone(
     spec: JobSpec, data_dir: Path | None, start: Barrier, seconds: multiprocessing.Queue[float]
 ) -> None:
-    """Do what a gradient worker computes in some steps, in a process of its own."""
+    """Compute some steps as a gradient worker does, in a separate process."""
     torch.set_num_threads(1)
     task = load_task(spec, ROOT / "examples", data_dir=data_dir)
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
@@ -73,7 +73,7 @@ def compute_alone(
 
 
 def seconds_alone(spec: JobSpec, data_dir: Path | None, num_processes: int) -> float:
-    """Return the seconds of a step of `num_processes` that compute at the same time."""
+    """Return the seconds of a step when `num_processes` compute at the same time."""
     context = multiprocessing.get_context("spawn")
     start, seconds = context.Barrier(num_processes, timeout=120), context.Queue()
     arguments = (spec, data_dir, start, seconds)
@@ -89,15 +89,15 @@ def seconds_alone(spec: JobSpec, data_dir: Path | None, num_processes: int) -> f
 
 
 class Measured:
-    """What was measured with one number of workers, over all rounds."""
+    """The measurements with one number of workers, over all rounds."""
 
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.turns: list[Turns] = []
         self.alone: list[float] = []
 
-    def take_round(self, alone_spec: JobSpec, data_dir: Path | None) -> None:
-        """Do one period of the job, then the same work without exchange."""
+    def run_round(self, alone_spec: JobSpec, data_dir: Path | None) -> None:
+        """Run one period of the job, then the same work without exchange."""
         turns = Turns(first=PERIOD, steps_a_turn=PERIOD)
         run_turns(self.spec, data_dir, turns)
         self.turns.append(turns)
@@ -110,11 +110,11 @@ class Measured:
 
     @property
     def alone_seconds(self) -> float:
-        """Wall seconds of a step that exchanges nothing."""
+        """Wall seconds of a step without exchange."""
         return mean(self.alone)
 
-    def report(self, one: Measured, num_parameters: int) -> dict[str, Any]:
-        """Return the result, against that of one worker."""
+    def report(self, single: Measured, num_parameters: int) -> dict[str, Any]:
+        """Return the result, compared with that of one worker, `single`."""
         records = [record for turns in self.turns for record in turns.records]
         vector_bytes = num_parameters * torch_dtype(self.spec.dtype).itemsize
         phases = [turns.phase_seconds() for turns in self.turns]
@@ -123,15 +123,15 @@ class Measured:
             "gradient_workers": self.spec.workers.gradient,
             "batch_size": self.spec.batch_size,
             "step_seconds": round(self.seconds, 4),
-            "efficiency": round(one.seconds / self.seconds, 3),
-            "ceiling": round(one.alone_seconds / self.alone_seconds, 3),
+            "efficiency": round(single.seconds / self.seconds, 3),
+            "ceiling": round(single.alone_seconds / self.alone_seconds, 3),
             "exchanged_bytes_a_step": round(mean(record.exchanged_bytes for record in records)),
             "messages_a_step": round(mean(record.num_messages for record in records), 1),
             "exchanged_over_parameters": {
                 "mean": round(mean(r.exchanged_bytes for r in records) / vector_bytes, 4),
                 "without_search": round(usual / vector_bytes, 4),
             },
-            "phase_seconds": {p: round(mean(of[p] for of in phases), 4) for p in phases[0]},
+            "phase_seconds": {p: round(mean(s[p] for s in phases), 4) for p in phases[0]},
         }
 
 
@@ -177,12 +177,13 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['job']}, {result['batch_size']} cases a worker, one thread a worker, one "
         f"asynchronous inverse worker, float32, torch {result['versions']['torch']}, Ray "
         f"{result['versions']['ray']}, {result['hardware']['cores']} cores, {result['rounds']} "
-        f"rounds of {PERIOD} steps. P is {result['num_parameters']}. Ceiling: the efficiency of as "
-        "many processes that compute and exchange nothing, on the same cores in the same run.",
+        f"rounds of {PERIOD} steps. P is {result['num_parameters']}. Ceiling: the efficiency of "
+        "the same number of processes that compute without exchanging anything, on the same cores "
+        "in the same run.",
         table(header, rows),
-        "Bytes are counted where they are handed to the process group: one vector of gradients "
-        "up, one of directions down, three in a step that decides a search for gamma (one in "
-        f"{PERIOD}). Factors go to the inverse workers through the object store: "
+        "Bytes are counted where they are passed to the process group: one vector of gradients "
+        "up, and one of directions down, or three in a step that decides a search for gamma (one "
+        f"in {PERIOD}). Factors go to the inverse workers through the object store: "
         f"{result['statistics_bytes'] / 1e6:.1f} MB a worker and step.",
         table(["phase, s", *names], phases),
     )
@@ -192,9 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_output_options(parser)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batch-size", type=int, help="cases a worker")
+    parser.add_argument("--batch-size", type=int, help="cases for each worker")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--set", action="append", default=[], help="an override, as of the CLI")
+    parser.add_argument("--set", action="append", default=[], help="an override, as in the CLI")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = ROOT / f"examples/{'mnist_5k' if arguments.short else 'mnist_autoencoder'}.yaml"
@@ -208,9 +209,10 @@ def main() -> None:
     measured = [Measured(job(path, count, size, arguments.set)) for count in arguments.workers]
     with ray_cluster(None):
         for _ in range(rounds):
-            for one in measured:
-                one.take_round(spec, arguments.data_dir)
-                print(one.spec.workers.gradient, one.seconds, one.alone_seconds, file=sys.stderr)
+            for measurement in measured:
+                measurement.run_round(spec, arguments.data_dir)
+                workers = measurement.spec.workers.gradient
+                print(workers, measurement.seconds, measurement.alone_seconds, file=sys.stderr)
     result = {
         "question": "step of one gradient worker over the step of several, same batch a worker",
         **conditions(spec),
@@ -219,7 +221,7 @@ def main() -> None:
         "rounds": rounds,
         "num_parameters": registration.num_parameters,
         "statistics_bytes": statistics_bytes(spec, registration),
-        "runs": [one.report(measured[0], registration.num_parameters) for one in measured],
+        "runs": [each.report(measured[0], registration.num_parameters) for each in measured],
     }
     deliver("scaling", result, markdown(result), arguments.out)
 

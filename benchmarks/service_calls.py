@@ -1,8 +1,8 @@
-"""How long does the control plane take to list a thousand jobs, next to an empty call to it?
+"""How long does the control plane take to list a thousand jobs, compared with an empty call?
 
-Server and client are one process on one CPU, over loopback and with a token, so a call's time is
-the work of both ends: the query in SQLite's file, the records, the messages, and the way back. The
-calls are made in turns. An empty call is one of the health service.
+Server and client are one process on one CPU, over loopback and with a token. The time of a call is
+therefore the work of both: the query in SQLite, the records and the messages, there and back. The
+calls are made in turns. The empty call is one to the health service.
 
     taskset -c 0 python benchmarks/service_calls.py --out benchmarks/results
     python benchmarks/service_calls.py --short
@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = asyncio.run(measure(Path(folder), options.jobs, num_repeats))
     result = {
-        "question": "wall time of a call that lists jobs, next to an empty call",
+        "question": "wall time of a call that lists jobs, compared with an empty call",
         **started,
         "num_jobs": options.jobs,
         "num_repeats": num_repeats,
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 async def measure(home: Path, num_jobs: int, num_repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each repeat of each call to a server with so many jobs."""
+    """Return the seconds of each repeat of each call to a server with `num_jobs` jobs."""
     store = open_store(f"sqlite:///{home}/store.db")
     jobs, tokens = Jobs(store, home), Tokens(store)
     for _ in range(num_jobs):
@@ -112,7 +112,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['num_jobs']} jobs in SQLite, {result['num_repeats']} repeats, the calls in "
         "turns. Server and client are one process, on "
         f"{result['hardware']['cores_used']} of {result['hardware']['cores']} CPUs, so a time is "
-        f"the work of both ends. gRPC {versions['grpcio']}, protobuf {versions['protobuf']}, "
+        f"the work of both. gRPC {versions['grpcio']}, protobuf {versions['protobuf']}, "
         f"SQLAlchemy {versions['sqlalchemy']}, Python {versions['python']}, "
         f"{result['hardware']['model']}, load average {result['load_average'][0]} at the start.",
         table(header, [list(call.values()) for call in result["calls"]]),

@@ -1,9 +1,9 @@
-"""What does the staleness of the inverses cost in progress, and what does a warm-up save?
+"""How much progress does staleness of the inverses cost, and how much of it does a warm-up save?
 
-Serial K-FAC with scripted delays, which takes the steps of a distributed run with the same
-`staleness.delay_steps` and `staleness.warmup_steps` to the last bit. All variants from the same
-initial parameters on the same batches, for several seeds; the baseline is the synchronous run. The
-job is the demo's net on the real MNIST, small enough for many runs.
+Serial K-FAC with scripted delays takes the steps of a distributed run with the same
+`staleness.delay_steps` and `staleness.warmup_steps`, to the last bit. All variants have the same
+initial parameters and batches, for several seeds; the baseline is the synchronous run. The job is
+the demo's net on the real MNIST, which is small enough for many runs.
 
     python benchmarks/staleness.py --data-dir ../shared/data --out benchmarks/results
     python benchmarks/staleness.py --short
@@ -34,14 +34,14 @@ REAL_MNIST = ["data.name=mnist", "batch_size=500", "optimizer.fisher_fraction=1.
 
 
 class Variant(NamedTuple):
-    """A scripted run; without delay it is the synchronous one."""
+    """A scripted run; without a delay it is the synchronous one."""
 
     delay_steps: int
     warmup_steps: int
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """Its name in tables."""
         if not self.delay_steps:
             return SYNCHRONOUS
         return f"delay {self.delay_steps}, warm-up {self.warmup_steps}"
@@ -86,10 +86,10 @@ def maker(spec: JobSpec, variant: Variant) -> MakeStep:
     return make
 
 
-def objective(spec: JobSpec, one: Contestant) -> float:
-    """Return the loss on the whole training set with its l2 term, at the end."""
-    theta = flatten(list(one.model.parameters()))
-    return one.curve[-1]["loss"] + 0.5 * spec.optimizer.l2 * float(theta @ theta)
+def objective(spec: JobSpec, contestant: Contestant) -> float:
+    """Return the loss on the whole training set at the end, with the l2 term."""
+    theta = flatten(list(contestant.model.parameters()))
+    return contestant.curve[-1]["loss"] + 0.5 * spec.optimizer.l2 * float(theta @ theta)
 
 
 def run_seed(
@@ -97,7 +97,7 @@ def run_seed(
 ) -> dict[str, Any]:
     makers = {variant.name: maker(spec, variant) for variant in variants}
     field = race(spec, makers, arguments.data_dir, max(1, spec.steps // 10))
-    objectives = {one.name: objective(spec, one) for one in field}
+    objectives = {contestant.name: objective(spec, contestant) for contestant in field}
     print(spec.seed, objectives, file=sys.stderr)
     return {
         "seed": spec.seed,
@@ -105,7 +105,7 @@ def run_seed(
         "over_synchronous": {
             name: round(value / objectives[SYNCHRONOUS], 4) for name, value in objectives.items()
         },
-        "curves": {one.name: one.curve for one in field},
+        "curves": {contestant.name: contestant.curve for contestant in field},
     }
 
 
@@ -151,9 +151,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['job']}, data {result['data']['name']}, batch {result['batch_size']}, "
         f"{result['steps']} steps, {len(result['runs'])} seeds, refresh every "
         f"{result['inverse_update_period']} steps, float32, torch {result['versions']['torch']}. "
-        "Objective on the whole training set, l2 term included, nats a case. Each refresh is used "
-        "exactly so many steps late, after the warm-up; a run without delay is synchronous. The "
-        "age of its inverses, 0 in the step of a refresh, counts as staleness too.",
+        "Objective on the whole training set, l2 term included, in nats a case.",
+        "After the warm-up, each refresh is used exactly this many steps late. A run without delay "
+        "is synchronous. Its inverses age between two refreshes as well, which counts as "
+        "staleness.",
         table(header, rows),
     )
 
@@ -163,7 +164,7 @@ def main() -> None:
     add_output_options(parser)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], help="an override, as of the CLI")
+    parser.add_argument("--set", action="append", default=[], help="an override, as in the CLI")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     steps, seeds = (40, 1) if arguments.short else (arguments.steps, arguments.seeds)
@@ -176,7 +177,7 @@ def main() -> None:
         runs.append(run_seed(spec, variants, arguments))
     assert isinstance(spec.optimizer, KFACSpec)
     result = {
-        "question": "objective after so many steps, by staleness and warm-up, over synchronous",
+        "question": "objective after `steps` steps, by staleness and warm-up, over synchronous",
         **conditions(spec),
         **started,
         "data": spec.data.model_dump(),

@@ -1,8 +1,8 @@
-"""What does a K-FAC step cost next to a step of SGD, and which phase is the cost?
+"""How much does a K-FAC step cost compared with a step of SGD, and in which phases?
 
-The paper's autoencoder on one thread, all optimizers in turns on the same batches. The steps
-measured are whole periods: a refresh of the inverses, a search for gamma and the measurements of
-the reduction ratio are in the mean as often as in a job. CPU seconds a step.
+All optimizers train the paper's autoencoder on one thread, in turns on the same batches. Whole
+periods are measured, so refreshes of the inverses, searches for gamma and measurements of the
+reduction ratio occur as often as in a job. The result is CPU seconds a step.
 
     python benchmarks/step_cost.py --data-dir ../shared/data
     python benchmarks/step_cost.py --short
@@ -61,20 +61,20 @@ class Cost:
     phase_seconds: Counter[str] = field(default_factory=Counter)
 
     def take_turn(self, turn: list[tuple[Tensor, Tensor]]) -> None:
-        """Do the steps of one turn."""
+        """Run the steps of one turn."""
         started = time.process_time()
         for inputs, targets in turn:
             self.step(inputs, targets)
         self.seconds += time.process_time() - started
 
     def reset(self) -> None:
-        """Forget the seconds so far."""
+        """Set the seconds back to 0."""
         self.seconds = 0.0
         self.phase_seconds.clear()
 
 
 def kfac(spec: JobSpec, task: Task, changes: dict[str, Any]) -> Cost:
-    """Return K-FAC with the options of `spec`, changed, and its phases timed."""
+    """Return K-FAC with the options of `spec` and some `changes`; its phases are timed."""
     options = spec.optimizer.model_dump(exclude={"name"}) | changes
     optimizer = KFAC(_model(spec, task), distribution=task.distribution, seed=spec.seed, **options)
     cost = Cost(optimizer.step)
@@ -141,10 +141,10 @@ def report(cost: Cost, num_steps: int, sgd_seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--batch-size", type=int, action="append", help="1000 and 4000")
-    parser.add_argument("--steps", type=int, default=40, help="a multiple of 20, the periods")
+    parser.add_argument("--batch-size", type=int, action="append", help="default: 1000 and 4000")
+    parser.add_argument("--steps", type=int, default=40, help="a multiple of 20, the period")
     parser.add_argument("--short", action="store_true", help="the demo's job, 20 steps of 500")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="one of several")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable")
     arguments = parser.parse_args()
     variants = {name: VARIANTS[name] for name in arguments.variant or VARIANTS}
     torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def main() -> None:
         spec = load_spec(path, overrides=[f"batch_size={size}"])
         runs.append(measure(spec, arguments.data_dir, num_steps, variants))
     result = {
-        "question": "CPU seconds of a step next to one of SGD, one thread, by phase",
+        "question": "CPU seconds of a step compared with one of SGD, one thread, by phase",
         **started,
         "runs": runs,
     }

@@ -1,8 +1,8 @@
 """Does the block-tridiagonal inverse make more progress a step than the block-diagonal one?
 
-Both on the paper's autoencoders, from the same initial parameters, with the same batches and
-options, for several seeds. `steps_saved` is the share of the block-diagonal run's steps that the
-other one needed less to reach the loss it ended with; the paper speaks of 25 to 40 %.
+Both train the paper's autoencoders from the same initial parameters, with the same batches and
+options, for several seeds. `steps_saved` is the share of steps that the block-tridiagonal run saves
+on the way to the higher of the two final losses; the paper reports 25 to 40 %.
 
     python benchmarks/structures.py --data-dir ../shared/data
     python benchmarks/structures.py --short
@@ -48,13 +48,13 @@ def contestants(spec: JobSpec) -> dict[str, MakeStep]:
 
 
 def steps_to(curve: list[dict[str, float]], loss: float) -> float:
-    """Return the step in which a falling curve reaches `loss`, between its points linearly."""
+    """Return the step at which a falling curve reaches `loss`, interpolated linearly."""
     losses = np.minimum.accumulate([point["loss"] for point in curve])
     return float(np.interp(-loss, -losses, [point["step"] for point in curve]))
 
 
 def compare(seed: int, field: list[Contestant]) -> dict[str, Any]:
-    diagonal, tridiagonal = (one.curve for one in field)
+    diagonal, tridiagonal = (contestant.curve for contestant in field)
     goal = max(diagonal[-1]["loss"], tridiagonal[-1]["loss"])
     saved = 1 - steps_to(tridiagonal, goal) / steps_to(diagonal, goal)
     return {
@@ -62,7 +62,7 @@ def compare(seed: int, field: list[Contestant]) -> dict[str, Any]:
         "goal": goal,
         "steps_saved": round(saved, 3),
         "step_over_block_diagonal": round(field[1].cpu_seconds / field[0].cpu_seconds, 3),
-        "curves": {one.name: one.curve for one in field},
+        "curves": {contestant.name: contestant.curve for contestant in field},
     }
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluate-every", type=int, default=10)
-    parser.add_argument("--set", action="append", default=[], help="an override, as of the CLI")
+    parser.add_argument("--set", action="append", default=[], help="an override, as in the CLI")
     parser.add_argument("--short", action="store_true", help="the demo's job, 40 steps, one seed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-r"""How much CPU time does each optimizer need to an objective on the paper's autoencoder?
+r"""How much CPU time does each optimizer need to reach an objective on the paper's autoencoder?
 
-The serial K-FAC against SGD, Adam, Muon, SOAP, Shampoo and kfac-jax: the same initial parameters,
-the same order of cases, one thread each, in turns, after a search over a grid for every peer. The
-objective is the cross-entropy over the whole training set. SGD runs along whoever is chosen, so
+The serial K-FAC against SGD, Adam, Muon, SOAP, Shampoo and kfac-jax. All have the same initial
+parameters, the same order of cases and one thread, and run in turns, after a search over a grid for
+every peer. The objective is the cross-entropy over the whole training set. SGD always runs too, so
 that a run can be done in parts: seconds of different runs are compared in steps of SGD.
 
     python benchmarks/time_to_objective.py --data-dir ../shared/data --results FILE.json
@@ -10,9 +10,9 @@ that a run can be done in parts: seconds of different runs are compared in steps
         --only kfac=120 --only kfac-jax=240
     python benchmarks/time_to_objective.py --short
 
-A whole run is the number of contestants times 180 CPU seconds and about half as much for
-evaluations; run it with OMP_NUM_THREADS=1 and on one core (`taskset -c 1`). SOAP, Shampoo and
-kfac-jax are in the extra `peers`.
+A whole run takes 180 CPU seconds for each contestant, and about half as much for evaluations. Run
+it with OMP_NUM_THREADS=1 and on one core (`taskset -c 1`). SOAP, Shampoo and kfac-jax are in the
+extra `peers`.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from timed_race import Entrant, Setting, enter, race_by_time, score
 from kfac_dist.config import load_spec
 
 BASELINE = "sgd"
-BASELINE_SHARE = 1 / 8  # of the largest budget, where SGD only runs along
+BASELINE_SHARE = 1 / 8  # of the largest budget, for SGD where it is not itself chosen
 NUM_TURNS, NUM_TUNING_TURNS = 45, 5
 PACKAGES = {"pytorch_optimizer": "pytorch-optimizer", "kfac_jax": "kfac-jax"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Who runs for how many CPU seconds, and how long each setting of a grid is tried for."""
+    """The CPU seconds of each contestant, and of each setting of a grid that is tried."""
 
     budgets: Mapping[str, float]
     tuning_seconds: float
 
 
 def tune(setting: Setting, name: str, seconds: float) -> dict[str, Any]:
-    """Try the grid of a contestant for some CPU seconds each, in turns; the lowest loss is best."""
+    """Try each setting of a contestant's grid for `seconds`, in turns; the lowest loss is best."""
     grid = FIELD[name].grid
     if seconds == 0 or len(grid) == 1:
         return {"seconds": 0, "tried": [], "best": grid[0]}
@@ -65,12 +65,12 @@ def tune(setting: Setting, name: str, seconds: float) -> dict[str, Any]:
         for options, entrant in zip(grid, entrants, strict=True)
     ]
     best = min(tried, key=score)["options"]
-    say(f"{name}: {[(one['options'], score(one)) for one in tried]}")
+    say(f"{name}: {[(trial['options'], score(trial)) for trial in tried]}")
     return {"seconds": seconds, "tried": tried, "best": best}
 
 
 def run(setting: Setting, plan: Plan, tuned: Mapping[str, Options]) -> dict[str, Any]:
-    """Race the contestants of a plan, and SGD with them."""
+    """Race the contestants of a plan together with SGD."""
     budgets = {BASELINE: max(plan.budgets.values()) * BASELINE_SHARE} | dict(plan.budgets)
     entrants = [
         enter(
@@ -83,12 +83,14 @@ def run(setting: Setting, plan: Plan, tuned: Mapping[str, Options]) -> dict[str,
         for name, budget in budgets.items()
     ]
     race_by_time(setting, entrants, NUM_TURNS)
-    (baseline,) = (one for one in entrants if one.name == BASELINE)
+    (baseline,) = (entrant for entrant in entrants if entrant.name == BASELINE)
     return {
         "load_average": os.getloadavg(),
         "sgd_step_seconds": round(baseline.seconds_a_step, 4),
         "entrants": {
-            one.name: outcome(one, tuned[one.name]) for one in entrants if one.name in plan.budgets
+            entrant.name: outcome(entrant, tuned[entrant.name])
+            for entrant in entrants
+            if entrant.name in plan.budgets
         },
     }
 
@@ -107,15 +109,15 @@ def outcome(entrant: Entrant, options: Options) -> dict[str, Any]:
 
 
 def measure(setting: Setting, plan: Plan, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the stored results with those of a plan added; a newer one replaces an older."""
+    """Return the stored results with those of a plan added; our own grids are searched anew."""
     tuning = dict(stored.get("tuning", {}))
     for name in {BASELINE: 0, **plan.budgets}:
         if name not in tuning or FIELD[name].ours:
             tuning[name] = tune(setting, name, plan.tuning_seconds)
     runs = list(stored.get("runs", []))
     if plan.budgets:
-        runs.append(run(setting, plan, {name: one["best"] for name, one in tuning.items()}))
-    names = {name for name, one in FIELD.items() if one.needs and one.installed}
+        runs.append(run(setting, plan, {name: found["best"] for name, found in tuning.items()}))
+    names = {name for name, member in FIELD.items() if member.needs and member.installed}
     return {
         **stored,
         "question": "CPU seconds to an objective: cross-entropy over the training set, nats a case",
@@ -130,7 +132,7 @@ def measure(setting: Setting, plan: Plan, stored: dict[str, Any]) -> dict[str, A
 
 
 def measure_jobs(setting: Setting, steps: int, data_dir: Path | None, tuning: Any) -> Any:
-    """Return the curves of whole jobs, K-FAC's and the baselines', and who is faster."""
+    """Return the curves of whole jobs, of K-FAC and the baselines, and compare them."""
     rates = {name: tuning[name]["best"]["lr"] for name in ("sgd", "adam")}
     curves = {}
     for name, spec in jobs(setting.spec, rates, steps).items():
@@ -140,7 +142,7 @@ def measure_jobs(setting: Setting, steps: int, data_dir: Path | None, tuning: An
         "load_average": os.getloadavg(),
         "learning_rates": rates,
         "jobs": curves,
-        "comparison": compare_jobs({name: one["curve"] for name, one in curves.items()}),
+        "comparison": compare_jobs({name: found["curve"] for name, found in curves.items()}),
     }
 
 
@@ -149,19 +151,20 @@ def say(text: str) -> None:
 
 
 def chosen(only: list[str], budget: float) -> dict[str, float]:
-    """Return the budgets of those named, NAME or NAME=SECONDS; of all that are installed if none.
+    """Return the budgets of the contestants in `only`, NAME or NAME=SECONDS.
 
-    SystemExit with what is wrong, and with the legal values, where a name or a number is.
+    Without any, return those of all installed contestants. A wrong name or number is a SystemExit
+    that names it and the legal values.
     """
     budgets = {}
     for text in only:
         name, _, seconds = text.partition("=")
         if name not in FIELD:
-            raise SystemExit(f"--only {text}: {name!r} is none of {', '.join(FIELD)}")
+            raise SystemExit(f"--only {text}: {name!r} is not one of {', '.join(FIELD)}")
         try:
             budgets[name] = float(seconds) if seconds else budget
         except ValueError:
-            raise SystemExit(f"--only {text}: {seconds!r} is no number of CPU seconds") from None
+            raise SystemExit(f"--only {text}: {seconds!r} is not a number of CPU seconds") from None
     for name in budgets or FIELD:
         if not FIELD[name].installed:
             say(f"{name}: {FIELD[name].needs} is not installed; pip install 'kfac-dist[peers]'")
@@ -175,14 +178,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spec", type=Path, default=ROOT / "examples/mnist_autoencoder.yaml")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--budget", type=float, help="CPU seconds a contestant, 180")
-    parser.add_argument("--tuning-seconds", type=float, help="a setting of a grid, 25; 0 is none")
+    parser.add_argument("--budget", type=float, help="CPU seconds of each contestant (180)")
+    parser.add_argument("--tuning-seconds", type=float, help="a setting of a grid (25); 0: none")
     parser.add_argument("--only", action="append", default=[], metavar="NAME[=SECONDS]")
     parser.add_argument("--tune-only", action="store_true", help="search the grids and stop")
-    parser.add_argument("--distributed", type=int, metavar="STEPS", help="jobs on workers instead")
+    parser.add_argument(
+        "--distributed", type=int, metavar="STEPS", help="run whole jobs on workers"
+    )
     parser.add_argument("--results", type=Path, help="add to the results in this file")
     parser.add_argument("--table", action="store_true", help="print the stored results as Markdown")
-    parser.add_argument("--short", action="store_true", help="the demo's net, 5 seconds each")
+    parser.add_argument("--short", action="store_true", help="run the demo's net, 5 seconds each")
     arguments = parser.parse_args()
     stored = {}
     if arguments.results and arguments.results.exists():
@@ -192,7 +197,7 @@ def main() -> None:
         return
     short = arguments.short
     path = ROOT / "examples/mnist_5k.yaml" if short else arguments.spec
-    setting = Setting.of(load_spec(path), path.parent, arguments.data_dir)
+    setting = Setting.load(load_spec(path), path.parent, arguments.data_dir)
     budgets = chosen(arguments.only, arguments.budget or (5 if short else 180))
     seconds = arguments.tuning_seconds
     plan = Plan(

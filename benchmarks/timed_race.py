@@ -1,7 +1,7 @@
 """A race by CPU time: every entrant spends its budget of CPU seconds, in turns with the others.
 
-Seconds count the steps alone: neither fetching a batch nor an evaluation, for nobody. A turn is the
-same share of the budget for all, so that entrants with different budgets end together.
+Only steps count, for every entrant: neither fetching a batch nor an evaluation. A turn is the same
+share of the budget for all, so entrants with different budgets finish together.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ Point = dict[str, float | None]
 
 
 class Runner(Protocol):
-    """An optimizer with parameters of its own, in this process or in another."""
+    """An optimizer with its own parameters, in this process or in another."""
 
     spec: JobSpec
-    """Its batches are those of this job."""
+    """The job that gives its batches."""
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
         """Do one step and return the CPU seconds it took."""
         ...
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return the parameter vectors [P] to judge: `loss` the last, `averaged_loss` the mean."""
+        """Return the vectors [P] to evaluate: `loss` the parameters, `averaged_loss` their mean."""
         ...
 
     def close(self) -> None:
-        """Let go of what the runner holds outside this process."""
+        """End what the runner has started outside this process."""
         ...
 
 
 class Setting:
-    """The task of a job: its data, its initial parameters, and the judge of other parameters."""
+    """The task of a job: its data, its initial parameters, and the loss of any parameters."""
 
     def __init__(self, spec: JobSpec, task: Task) -> None:
         self.spec = spec
         self.task = task
         self.data: MapDataset = task.train_data()
-        self._judged = self.model()
+        self._evaluated = self.model()
 
     @classmethod
-    def of(cls, spec: JobSpec, base_dir: Any, data_dir: Any) -> Setting:
-        """Load the task of `spec`, whose files are looked for in `base_dir`."""
+    def load(cls, spec: JobSpec, base_dir: Any, data_dir: Any) -> Setting:
+        """Load the task of `spec`; its files are looked for in `base_dir`."""
         return cls(spec, load_task(spec, base_dir, data_dir=data_dir))
 
     def model(self) -> nn.Module:
@@ -62,15 +62,15 @@ class Setting:
 
     def loss(self, vector: Tensor) -> float:
         """Return the mean loss of parameters [P] over the whole training set, in nats a case."""
-        assign_parameters(list(self._judged.parameters()), vector)
-        return evaluate(self._judged, self.task, self.data)["loss"]
+        assign_parameters(list(self._evaluated.parameters()), vector)
+        return evaluate(self._evaluated, self.task, self.data)["loss"]
 
 
 FIRST_MARK = 1 / 15  # of the budget
 
 
 def marks(budget: float, count: int) -> tuple[float, ...]:
-    """Return `count` CPU seconds to evaluate at, each the same factor later, the last `budget`."""
+    """Return the CPU seconds of `count` evaluations: a geometric series that ends at `budget`."""
     return tuple(
         budget * FIRST_MARK ** (back / (count - 1 or 1)) for back in reversed(range(count))
     )
@@ -78,7 +78,7 @@ def marks(budget: float, count: int) -> tuple[float, ...]:
 
 @dataclass
 class Entrant:
-    """A runner, what it has spent of its budget, and its curve."""
+    """A runner, the CPU seconds it has spent, and its curve."""
 
     name: str
     runner: Runner
@@ -93,11 +93,11 @@ class Entrant:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is spent, or more of it would be in vain."""
+        """Return whether the budget is spent or the loss has diverged."""
         return self.diverged or self.cpu_seconds >= self.budget
 
     def take_turn(self, share: float, setting: Setting) -> None:
-        """Spend a share of the budget."""
+        """Run steps for a share of the budget."""
         until = min(self.cpu_seconds + share * self.budget, self.budget)
         while self.cpu_seconds < until and not self.diverged:
             inputs, targets = next(self.source)
@@ -129,7 +129,7 @@ def enter(setting: Setting, name: str, runner: Runner, budget: float, num_marks:
 
 
 def race_by_time(setting: Setting, entrants: Sequence[Entrant], num_turns: int) -> None:
-    """Let all entrants spend their budgets in `num_turns` turns, and close their runners."""
+    """Run all entrants in `num_turns` turns until their budgets are spent; close their runners."""
     torch.set_num_threads(1)
     try:
         while running := [entrant for entrant in entrants if not entrant.finished]:
@@ -141,16 +141,16 @@ def race_by_time(setting: Setting, entrants: Sequence[Entrant], num_turns: int) 
 
 
 def score(point: Point) -> float:
-    """Return the lower loss of the last iterate and of the average; infinity where neither is."""
+    """Return the lower loss of parameters and average; infinity if neither is finite."""
     losses = [point.get("loss"), point.get("averaged_loss")]
     return min((loss for loss in losses if loss is not None), default=math.inf)
 
 
 def seconds_to(curve: Sequence[Point], loss: float, clock: str = "cpu_seconds") -> float | None:
-    """Return the seconds after which a curve is at `loss`; None if it does not get there.
+    """Return the seconds after which a curve reaches `loss`; None if it does not.
 
-    Between two points the loss is taken as linear in the logarithm of the seconds, which for a
-    curve that flattens is on the slow side.
+    Between two points the loss is interpolated linearly in the logarithm of the seconds. For a
+    curve that flattens, that overestimates the seconds.
     """
     before: tuple[float, float] | None = None
     for point in curve:

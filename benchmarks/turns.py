@@ -1,7 +1,7 @@
-"""A distributed job whose steps alternate with steps of something else, in one process's time.
+"""A distributed job whose turns alternate with those of a baseline.
 
-The job runs on the project's workers; between two turns of it all its members are idle, while the
-driver does a turn of the baseline on the same batches. So a machine that slows down slows both.
+The job runs on the project's workers. Between two of its turns all its processes are idle, and the
+driver does a turn of the baseline on the same batches. A machine that slows down then slows both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kfac_dist.config import JobSpec
 from kfac_dist.runs import StepRecord
 from workers.driver.launch import run_job
 
-SETTLE_SECONDS = 0.5  # for what an inverse worker still does after the last step of a turn
+SETTLE_SECONDS = 0.5  # an inverse worker may still be busy after the last step of a turn
 WITHOUT_EXTRAS = ("checkpoint.every_steps=null", "evaluation.every_steps=null")
 
 TakeTurn = Callable[[range], None]
@@ -32,7 +32,7 @@ TakeTurn = Callable[[range], None]
 
 @contextmanager
 def on_cores(cores: Set[int]) -> Iterator[None]:
-    """Let this process, and what it starts meanwhile, run on these cores alone."""
+    """Run this process, and those it starts inside the block, only on these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -43,9 +43,10 @@ def on_cores(cores: Set[int]) -> Iterator[None]:
 
 @dataclass
 class Turns:
-    """Records of the steps of a job after its warm-up, wall seconds between them, CPU by role.
+    """Measures the steps of a job from step `first` on: records, wall seconds, CPU by role.
 
-    A turn ends with step `first + k * steps_a_turn - 1`; then `between` gets the steps of the turn.
+    A turn ends with step `first + k * steps_a_turn - 1`. Then `between` is called with the steps of
+    the turn, for the baseline to do the same ones.
     """
 
     first: int
@@ -58,7 +59,7 @@ class Turns:
     _cpu_before: Counter[str] = field(default_factory=Counter)
 
     def on_record(self, record: StepRecord) -> None:
-        """Take in a step; called by the driver right after it."""
+        """Note a step; the driver calls this right after it."""
         now = time.perf_counter()
         if record.step >= self.first:
             self.records.append(record)
@@ -80,7 +81,7 @@ class Turns:
 
     @property
     def step_seconds(self) -> float:
-        """Wall seconds of a step, the mean over all turns."""
+        """Mean wall seconds of a step over all turns."""
         return mean(self.seconds)
 
     def phase_seconds(self) -> dict[str, float]:
@@ -90,7 +91,7 @@ class Turns:
 
 
 def run_turns(spec: JobSpec, data_dir: Path | None, turns: Turns) -> None:
-    """Run the job `spec` to its end; its run folder is thrown away."""
+    """Run the job `spec` to its end, in a run folder that is then deleted."""
     with tempfile.TemporaryDirectory() as folder:
         run_job(
             spec,

@@ -1,7 +1,7 @@
 """A task of your own: a model, its data, and the distribution of its outputs.
 
 Here a small network learns the height of a damped wave from place and time. Each worker process
-loads this file for itself, so what it computes must not depend on anything but its arguments.
+loads this file by itself, so its results must depend on nothing but the arguments.
 """
 
 import torch
@@ -15,8 +15,8 @@ class DampedWave:
     The constructor's arguments are the `task_args` of the specification.
     """
 
-    # The outputs are the mean of a Gaussian of unit variance. The others are "bernoulli" and
-    # "categorical", where the outputs are logits.
+    # The outputs are the mean of a Gaussian with unit variance. The other distributions are
+    # "bernoulli" and "categorical", for which the outputs are logits.
     distribution = "gaussian"
 
     def __init__(self, width=32, frequency=3.0, num_cases=2000):
@@ -25,7 +25,7 @@ class DampedWave:
         self.num_cases = num_cases
 
     def model(self):
-        """The network; its initial parameters are drawn after the job's seed was set."""
+        """Return the network; the job sets its seed before it calls this."""
         return nn.Sequential(
             nn.Linear(2, self.width),
             nn.Tanh(),
@@ -35,15 +35,15 @@ class DampedWave:
         )
 
     def train_data(self, data_dir):
-        """Pairs of one input and one target; `data_dir` is the folder of --data-dir, or None."""
+        """Return pairs (input, target); `data_dir` is the folder given as --data-dir, or None."""
         return self._waves(self.num_cases, seed=1)
 
     def test_data(self, data_dir):
-        """Cases the network is judged on."""
+        """Return the cases for evaluation."""
         return self._waves(500, seed=2)
 
     def metrics(self, outputs, targets):
-        """Optional: one number a case for each name; the job reports the means."""
+        """Optional: return one number a case for each name; the job reports the means."""
         return {"squared_error": (outputs - targets).square().sum(dim=1)}
 
     def _waves(self, num_cases, seed):

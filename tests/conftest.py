@@ -1,4 +1,4 @@
-"""What all tests share: where the real data is, and how properties are tried."""
+"""Shared by all tests: the folders of real data, the settings of hypothesis, groups of tests."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hypothesis import settings
 
 from tests.paths import ROOT
 
-# A shared machine is no reason for a property to fail, and CI tries the same examples each time.
+# No deadline, because machines are shared. Derandomized, so CI tries the same examples each time.
 settings.register_profile("kfac_dist", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("kfac_dist")
 
-# Where `make test` runs tests side by side, those of a group run one after the other: no more than
-# two start clusters of processes at once.
+# `make test` runs tests in parallel, but those of a group one after the other. So at most two tests
+# have clusters of processes at the same time.
 _GROUPS = {"benchmarks": "benchmarks", "end_to_end": "processes", "workers": "processes"}
 
 
@@ -27,15 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(_GROUPS[folder]))
 
 
-def _given() -> list[Path]:
-    """Where real data may be."""
+def _data_folders() -> list[Path]:
+    """Return the folders in which real data may be."""
     given = os.environ.get("KFAC_DIST_DATA")
     return [*([Path(given)] if given else []), ROOT.parent / "shared" / "data"]
 
 
 def _holding(what: str, *patterns: str) -> Path:
-    """The first place with a file that fits one of `patterns`, in it or one folder below."""
-    places = _given()
+    """Return the first folder with a file, in it or one level below, that fits a pattern."""
+    places = _data_folders()
     for place in places:
         if any(True for p in patterns for f in (p, f"*/{p}") for _ in place.glob(f)):
             return place
@@ -44,17 +44,17 @@ def _holding(what: str, *patterns: str) -> Path:
 
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
-    """A folder that holds the real MNIST, as one passes it to --data-dir; skips without one."""
+    """A folder with the real MNIST, for --data-dir; skips the test without one."""
     return _holding("MNIST", "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz")
 
 
 @pytest.fixture(scope="session")
 def cifar10_dir() -> Path:
-    """A folder with real CIFAR-10, or part of it, for --data-dir; skips without one."""
+    """A folder with real CIFAR-10, or part of it, for --data-dir; skips the test without one."""
     return _holding("CIFAR-10", "data_batch_1.bin", "data_batch_1.bin.gz")
 
 
 @pytest.fixture(scope="session")
 def text_dir() -> Path:
-    """A folder with the text of Tiny Shakespeare, for --data-dir; skips without one."""
+    """A folder with the text of Tiny Shakespeare, for --data-dir; skips the test without one."""
     return _holding("Tiny Shakespeare", "input.txt")

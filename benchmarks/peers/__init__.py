@@ -1,1 +1,1 @@
-"""Who is in the race of `time_to_objective.py`, and how each is run."""
+"""The contestants of `time_to_objective.py`, and how each is run."""

@@ -1,7 +1,6 @@
-"""What the curves of a race say: seconds to an objective, ours over a peer's.
+"""Compare the curves of a race: seconds to an objective, ours over a peer's.
 
-Seconds of one run are compared as they are, those of different runs in steps of the SGD that ran
-along with both.
+Within one run, seconds are compared directly; across runs, in steps of the SGD that ran in both.
 """
 
 from __future__ import annotations
@@ -17,17 +16,18 @@ Run = Mapping[str, Any]
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each of ours, each peer and each objective of the peer.
+    """Return a row for each of our entrants, each peer and each objective of the peer.
 
-    The objective of a peer is the lowest that it reaches; kfac-jax has two that are given.
-    `at_most` says that the peer's budget ended first: the ratio is a bound.
+    The objective of a peer is the lowest that it reaches; for kfac-jax there are two fixed ones.
+    `at_most` means that the peer's budget ended before it reached the objective, so the ratio is an
+    upper bound.
     """
     rows = []
-    for name, mine in _latest(runs, ours=True).items():
-        for peer, theirs in _latest(runs, ours=False).items():
-            for goal in _goals(peer, theirs):
-                own_run = theirs if name in theirs["entrants"] else mine
-                rows.append(_row(name, own_run, peer, theirs, goal))
+    for name, our_run in _latest(runs, ours=True).items():
+        for peer, peer_run in _latest(runs, ours=False).items():
+            for goal in _goals(peer, peer_run):
+                own_run = peer_run if name in peer_run["entrants"] else our_run
+                rows.append(_row(name, own_run, peer, peer_run, goal))
     return rows
 
 
@@ -36,7 +36,7 @@ def _goals(peer: str, run: Run) -> tuple[float, ...]:
 
 
 def _latest(runs: Sequence[Run], *, ours: bool) -> dict[str, Run]:
-    """Return the last run of each entrant; of a peer that ran more than once, its best."""
+    """Return the last run of each of our entrants, and the best run of each peer."""
     chosen: dict[str, Run] = {}
     for run in runs:
         for name, entrant in run["entrants"].items():
@@ -52,10 +52,10 @@ def _lowest(run: Run, name: str) -> float:
 
 
 def _row(name: str, own_run: Run, peer: str, peer_run: Run, goal: float) -> dict[str, Any]:
-    own, theirs = own_run["entrants"][name], peer_run["entrants"][peer]
+    own, other = own_run["entrants"][name], peer_run["entrants"][peer]
     own_seconds = seconds_to(own["curve"], goal)
-    reached = seconds_to(theirs["curve"], goal)
-    peer_seconds = theirs["curve"][-1]["cpu_seconds"] if reached is None else reached
+    reached = seconds_to(other["curve"], goal)
+    peer_seconds = other["curve"][-1]["cpu_seconds"] if reached is None else reached
     own_unit, peer_unit = own_run["sgd_step_seconds"], peer_run["sgd_step_seconds"]
     ratio = None if own_seconds is None else (own_seconds / own_unit) / (peer_seconds / peer_unit)
     return {
@@ -71,7 +71,7 @@ def _row(name: str, own_run: Run, peer: str, peer_run: Run, goal: float) -> dict
 
 
 def compare_jobs(curves: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return for each baseline its last objective, and the seconds K-FAC needs to it."""
+    """Return for each baseline its lowest objective and the seconds K-FAC needs to reach it."""
     rows = []
     for name, curve in curves.items():
         if name == "kfac":
@@ -124,13 +124,13 @@ def _race_lines(runs: Sequence[Run]) -> Iterator[str]:
     yield "| run | optimizer | options | steps | a step, in steps of SGD | objective at the end |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for number, run in enumerate(runs, start=1):
-        for name, one in run["entrants"].items():
-            told = {} if one["ours"] else one["options"]  # ours are long, and in the JSON
-            options = ", ".join(f"{key} {value}" for key, value in told.items())
-            cost = one["seconds_a_step"] / run["sgd_step_seconds"]
-            end = one["curve"][-1]
+        for name, entrant in run["entrants"].items():
+            shown = {} if entrant["ours"] else entrant["options"]  # ours are long; see the JSON
+            options = ", ".join(f"{key} {value}" for key, value in shown.items())
+            cost = entrant["seconds_a_step"] / run["sgd_step_seconds"]
+            end = entrant["curve"][-1]
             at = f"{score(end):.2f} after {end['cpu_seconds']:.0f} s"
-            yield f"| {number} | {name} | {options} | {one['steps']} | {cost:.2f} | {at} |"
+            yield f"| {number} | {name} | {options} | {entrant['steps']} | {cost:.2f} | {at} |"
 
 
 def _comparison_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Whole jobs on the project's workers: seconds of the clock, evaluations left out.
+"""Whole jobs on the project's workers: wall seconds, without evaluations.
 
-Jobs run one after the other, since each holds its processes; SGD and Adam are on the same workers.
+Jobs run one after the other, because each has its own processes. SGD and Adam use the same workers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ EVALUATIONS = 8
 
 
 def jobs(spec: JobSpec, learning_rates: Mapping[str, float], steps: int) -> dict[str, JobSpec]:
-    """Return K-FAC on one gradient and one inverse worker, and the baselines on two of the former.
+    """Return K-FAC on one gradient and one inverse worker, and baselines on two gradient workers.
 
-    `steps` are K-FAC's; the baselines, whose steps cost less, do three times as many.
+    `steps` are those of K-FAC. The baselines, whose steps cost less, do three times as many.
     """
     kfac = {"workers.gradient": 1, "workers.inverse": 1}
     return {"kfac": _job(spec, kfac, steps)} | {

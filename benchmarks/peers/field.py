@@ -1,4 +1,4 @@
-"""The contestants: what each needs to be installed, its grid, and how it is started."""
+"""The contestants: how each is started, its grid, and the package that it needs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Options = dict[str, Any]
 class Contestant:
     """One optimizer.
 
-    `grid` are the options tried before the race; the first are taken where nothing is tried.
-    `needs` is the module without which it stays away; `ours` tells this project's from the peers;
-    `evaluations` are those of the whole training set in a race.
+    `grid` holds the options to try before the race; without a trial, the first are used. `needs` is
+    the module that must be installed. `ours` marks the optimizers of this project. `evaluations` is
+    the number of evaluations in a race.
     """
 
     start: Callable[[Setting, Options], Runner]
@@ -34,7 +34,7 @@ class Contestant:
 
     @property
     def installed(self) -> bool:
-        """Whether it can take part."""
+        """Return whether it can take part."""
         return self.needs is None or find_spec(self.needs) is not None
 
 
@@ -54,8 +54,8 @@ def _ours(changes: Options) -> Contestant:
     return Contestant(start=SerialRunner, grid=(changes,), ours=True, evaluations=9)
 
 
-# Small batches and little damping early on, where noise matters less than the number of steps;
-# inverses twice as often as by default, for a few per cent of a step.
+# Small batches and little damping at the start, where noise matters less than the number of steps.
+# Inverses are refreshed twice as often as by default, which costs a few per cent of a step.
 _FAST: Options = {
     "batch_size": {"schedule": "exponential", "initial": 250, "full_at": 900},
     "optimizer.damping.initial": 0.1,

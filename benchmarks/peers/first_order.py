@@ -1,4 +1,4 @@
-"""Optimizers of torch, and of packages with torch's interface: one backward pass, one step."""
+"""Optimizers of torch and of packages with its interface: a backward pass, then a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.vector import flatten
 from kfac_dist.tasks import Task
 
-AVERAGING_DECAY = 0.99  # weight of the old average, at most; from the first step on
+AVERAGING_DECAY = 0.99  # upper limit of the weight of the old average
 
 Optimizers = Callable[[nn.Module], list[torch.optim.Optimizer]]
 
@@ -35,7 +35,7 @@ def gradient_step(
 
 
 class FirstOrderRunner:
-    """Optimizers of one model, and the average of its parameters."""
+    """The optimizers of a model, and the average of its parameters."""
 
     def __init__(self, setting: Setting, make: Optimizers) -> None:
         self.spec = setting.spec
@@ -60,7 +60,7 @@ class FirstOrderRunner:
         return {"loss": flatten(self._parameters), "averaged_loss": average}
 
     def close(self) -> None:
-        """Hold nothing outside this process."""
+        """Do nothing: the runner has started nothing outside this process."""
 
 
 def sgd(lr: float) -> Optimizers:
@@ -76,8 +76,8 @@ def adam(lr: float) -> Optimizers:
 def muon(lr: float) -> Optimizers:
     """Muon for the matrices, Adam with the learning rate 1e-3 for the biases.
 
-    torch orthogonalises in bfloat16, which on a CPU without instructions for it is some twenty
-    times slower than float32; so it is made to do it in float32.
+    Torch orthogonalises in bfloat16. On a CPU without instructions for it, that is some twenty
+    times slower than float32, so this function replaces it by a version in float32.
     """
     import torch.optim._muon as torch_muon
 
@@ -107,14 +107,14 @@ def orthogonalized(
 
 
 def soap(lr: float) -> Optimizers:
-    """SOAP: Adam in the eigenbases of Shampoo, which are refreshed every 10 steps."""
+    """SOAP: Adam in the eigenbases of Shampoo, refreshed every 10 steps."""
     from pytorch_optimizer import SOAP
 
     return lambda model: [SOAP(model.parameters(), lr=lr, weight_decay=0.0)]
 
 
 def shampoo(lr: float) -> Optimizers:
-    """Distributed Shampoo: blocks of at most 512, roots every 20 steps, RMSProp's step sizes."""
+    """Distributed Shampoo: blocks up to 512, roots every 20 steps, step sizes of RMSProp."""
     from pytorch_optimizer import ScalableShampoo
     from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 

@@ -1,7 +1,7 @@
-"""kfac-jax with its adaptive rules, in a process of its own that stops between two steps.
+"""kfac-jax with its adaptive rules, in a child process that is idle between two steps.
 
-The parent sends a batch and waits; the child answers with the CPU seconds of its step. Compiling is
-done on other parameters before the first step, and not counted.
+The parent sends a batch and waits; the child answers with the CPU seconds of its step. The code is
+compiled before the first step, with other parameters, and that time is not counted.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from torch import Tensor, nn
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 WARM_UP_STEPS = 6  # with and without damping adaptation, with and without new inverses
 AVERAGING_DECAY = 0.99
-L2 = 1e-5  # that of its own example for this net, and of ours
+L2 = 1e-5  # as in the examples for this net, both that of kfac-jax and ours
 
 Layers = list[dict[str, np.ndarray]]
 
 
 class KfacJaxRunner:
-    """The parent's side."""
+    """The side of the parent."""
 
     def __init__(self, setting: Setting, *, initial_damping: float, inverse_period: int) -> None:
         self.spec = setting.spec
         model = setting.model()
-        assert isinstance(model, nn.Sequential), "the net is written again as a chain of layers"
+        assert isinstance(model, nn.Sequential), "only a chain of layers can be rebuilt in jax"
         linear = [module for module in model if isinstance(module, nn.Linear)]
         activated = [
             isinstance(after, nn.Tanh)
             for module, after in zip(model, [*model[1:], None], strict=True)
             if isinstance(module, nn.Linear)
         ]
-        layers = [{"w": _array(one.weight).T, "b": _array(one.bias)} for one in linear]
+        layers = [{"w": _array(layer.weight).T, "b": _array(layer.bias)} for layer in linear]
         options = {"initial_damping": initial_damping, "inverse_update_period": inverse_period}
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
@@ -82,7 +82,7 @@ def serve(
     seed: int,
     batch_size: int,
 ) -> None:
-    """Do what comes through `pipe` until it closes: the child's side."""
+    """Answer the requests from `pipe` until it closes: the side of the child."""
     os.environ["XLA_FLAGS"] = ONE_THREAD
     training = Training(layers, activated, options, seed, batch_size)
     pipe.send("compiled")
@@ -162,7 +162,7 @@ class Training:
 
 
 def objective(activated: list[bool]) -> Callable[[Any, Any], Any]:
-    """Return the mean cross-entropy of a batch and the l2 term, told to kfac-jax."""
+    """Return the mean cross-entropy of a batch plus the l2 term, registered with kfac-jax."""
     import jax.numpy as jnp
     import kfac_jax
 

@@ -13,12 +13,12 @@ from kfac_dist import KFAC
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.core.vector import flatten
 
-# Options of a specification that differ from those of the job, by their keys in it.
+# Changes to a specification: new values by dotted key.
 Changes = dict[str, Any]
 
 
 def changed(spec: JobSpec, changes: Changes) -> JobSpec:
-    """Return a job with `changes`, whose keys may lead into sections: `optimizer.lr`."""
+    """Return a job with `changes`; keys such as `optimizer.lr` lead into sections."""
     content = spec.model_dump()
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -30,7 +30,7 @@ def changed(spec: JobSpec, changes: Changes) -> JobSpec:
 
 
 class SerialRunner:
-    """`KFAC` with the options of the job, changed."""
+    """`KFAC` with the options of the job and some changes."""
 
     def __init__(self, setting: Setting, changes: Changes) -> None:
         self.spec = changed(setting.spec, changes)
@@ -50,10 +50,10 @@ class SerialRunner:
         return time.process_time() - started
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return the parameters and, from where the job's averaging starts, their average."""
+        """Return the parameters and, once the job's averaging has started, their average."""
         vectors = {"loss": flatten(self._parameters)}
         average = self._optimizer.averaged_parameters
         return vectors if average is None else vectors | {"averaged_loss": average}
 
     def close(self) -> None:
-        """Hold nothing outside this process."""
+        """Do nothing: the runner has started nothing outside this process."""

@@ -1,4 +1,4 @@
-"""The checks of `kfac-dist doctor`. Each is quick and imports neither torch nor Ray."""
+"""The checks of `kfac-dist doctor`: each is quick and imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from kfac_dist._home import data_cache
+from kfac_dist.supported import OLDEST_PYTHON, RAY
 
-_PACKAGES = ("torch", "ray", "numpy", "pydantic", "safetensors")
-_PYTHON = (3, 11)
+_PACKAGES = ("torch", "numpy", "pydantic", "safetensors")
 _GIB = 2**30
 _MIN_MEMORY_GIB = 4.0
 _MIN_SHARED_GIB = 1.0
@@ -26,7 +26,7 @@ _MNIST_FILES = (
 
 
 class Check(NamedTuple):
-    """One finding. `broken` keeps every job from running, `warning` only some jobs."""
+    """One finding: `broken` stops every job, `warning` only jobs that need what is missing."""
 
     name: str
     status: Literal["ok", "warning", "broken"]
@@ -35,8 +35,9 @@ class Check(NamedTuple):
 
 
 def all_checks(home: Path, data_dir: Path | None) -> Iterator[Check]:
-    """Yield the result of every check."""
+    """Run every check; the data sets are looked for in `data_dir` and below `home`."""
     yield _python()
+    yield _ray()
     for name in _PACKAGES:
         yield _package(name)
     yield Check("CPUs", "ok", str(len(os.sched_getaffinity(0))))
@@ -50,10 +51,22 @@ def all_checks(home: Path, data_dir: Path | None) -> Iterator[Check]:
 
 
 def _python() -> Check:
-    found = sys.version.split()[0]
-    if sys.version_info[:2] == _PYTHON:
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    found = f"{sys.version.split()[0]} (supported: {oldest} and newer)"
+    if sys.version_info >= OLDEST_PYTHON:
         return Check("python", "ok", found)
-    return Check("python", "broken", found, "kfac-dist needs Python 3.11")
+    return Check("python", "broken", found, f"kfac-dist needs Python {oldest} or newer")
+
+
+def _ray() -> Check:
+    check = _package("ray")
+    if check.status != "ok":
+        return check
+    found = f"{check.found} (supported: {RAY})"
+    if RAY.has(check.found):
+        return check._replace(found=found)
+    advice = f"install Ray {RAY}: pip install -c constraints.txt 'ray[default]'"
+    return Check("ray", "broken", found, advice)
 
 
 def _version(package: str) -> str | None:

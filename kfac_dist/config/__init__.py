@@ -1,7 +1,7 @@
-"""The job specification: its sections, how it is read, and what is said when it is wrong.
+"""The job specification: its sections, how it is read, and the messages when it is wrong.
 
-`load_spec` is the door: a YAML or TOML file and `--set` overrides in, a frozen `JobSpec` out, or
-an InvalidSpecError that lists every problem at once.
+Start at `load_spec`: it takes a YAML or TOML file and `--set` overrides, and returns a frozen
+`JobSpec` or raises an InvalidSpecError that lists all problems.
 """
 
 from kfac_dist.config.job import (

@@ -1,4 +1,4 @@
-"""A job: what to train, on what, by which optimizer, on which workers."""
+"""The sections of a job: what to train, on which data, how, and on which workers."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from kfac_dist.config.optimizers import KFACSpec, OptimizerSpec
 from kfac_dist.config.section import Count, CountOrZero, Section, raise_problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-"""Names a folder, too."""
+"""A name that can also be that of a folder."""
 
 
 class DataSpec(Section):
     """The data set of a built-in task."""
 
     name: str | None = "mnist-5k"
-    """The data set; a task of your own brings its data and may say null."""
+    """The data set of a built-in task; your own task brings its data and ignores this."""
     limit: Count | None = None
-    """Only the first so many training and test cases; null is all."""
+    """Use only this many training and test cases, the first ones; null uses all."""
 
 
 class BatchSchedule(Section):
-    """A batch that grows to the whole training set (section 13)."""
+    """A batch that grows to the whole training set (paper 13)."""
 
     schedule: Literal["exponential", "cosine"]
-    """The kind of growth; the paper's is exponential."""
+    """How the batch grows; the paper uses exponential."""
     initial: Count
-    """Cases in the first step."""
+    """Cases in the batch of the first step."""
     full_at: Annotated[int, Field(ge=2)]
-    """The step from which the batch is the whole training set."""
+    """The first step whose batch is the whole training set."""
 
 
 class EvaluationSpec(Section):
-    """Evaluation on the whole training and test sets; it always happens at the end."""
+    """Evaluation on the whole training and test sets; there is always one at the end."""
 
     every_steps: Count | None = None
-    """Steps from one evaluation to the next; null is only at the end."""
+    """Steps between two evaluations; null evaluates only at the end."""
 
 
 class WorkersSpec(Section):
-    """How many processes of each role, and what each may use."""
+    """How many processes each role has, and what each may use."""
 
     gradient: Count = 1
-    """Gradient workers; the batch is split among them."""
+    """Number of gradient workers; the batch is split among them."""
     inverse: Count = 1
-    """Inverse workers; the layers are assigned to them."""
+    """Number of inverse workers; the layers are assigned to them."""
     parameter_server: Count = 1
-    """Parameter-server shards; only 1 so far."""
+    """Number of parameter-server shards; only 1 is supported."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where gradient workers and the parameter server compute; auto takes a GPU if there is one."""
+    """Where gradient workers and the parameter server compute; auto uses a GPU if there is one."""
     threads: Count | None = None
-    """Threads of a gradient worker on the CPU; null is 1."""
+    """CPU threads of each gradient worker; null means 1."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,38 +65,59 @@ class WorkersSpec(Section):
 
 
 class StalenessSpec(Section):
-    """How old an inverse may be, in steps, and what follows from it."""
+    """How many steps old an inverse may be, and what happens at that bound."""
 
     max_steps: CountOrZero = 40
-    """Oldest admissible inverse, in steps; 0 is synchronous."""
+    """Largest age of an inverse that a step may use, in steps; 0 is synchronous."""
     at_bound: Literal["wait", "damp"] = "wait"
-    """At the bound, wait for the inverse or use heavier damping for its layer."""
+    """At the bound: wait for a newer inverse, or damp the layer more heavily."""
     refresh_policy: Literal["largest_drift", "oldest_first", "round_robin"] = "largest_drift"
-    """Which layer an inverse worker refreshes next."""
+    """How an inverse worker chooses the layer to refresh next."""
     warmup_steps: CountOrZero = 0
-    """Steps at the start that are synchronous."""
+    """Number of synchronous steps at the start."""
     delay_steps: dict[str, CountOrZero] = Field(default_factory=dict)
-    """By layer name pattern: each refresh is used exactly so many steps late, reproducibly."""
+    """Use each new inverse exactly this many steps late, by pattern of layer name; reproducible."""
 
 
 class CheckpointSpec(Section):
-    """When checkpoints are written, and how many are kept."""
+    """When checkpoints are written, and how many stay on disk."""
 
     every_steps: Count | None = 100
-    """Steps from one checkpoint to the next; null is never."""
+    """Steps between two checkpoints; null writes none."""
     keep: Count = 3
-    """The newest so many stay on disk."""
+    """How many checkpoints stay on disk, the newest ones."""
+
+
+_REMOVED_KEY = "min_gradient_workers"
 
 
 class FaultSpec(Section):
-    """What a job survives."""
+    """How many failures a job survives."""
 
     max_restarts: CountOrZero = 3
-    """Restarts of inverse workers, and of a job of the service as a whole, before it fails."""
+    """Restarts before the job fails: of inverse workers, and with a server of the whole job."""
     max_bad_steps: CountOrZero = 10
     """Steps without a finite update before the job fails."""
-    min_gradient_workers: Count = 1
-    """Fewest gradient workers that the job goes on with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_key(cls, values: Any) -> Any:
+        """Accept the default of a key that was never read; refuse any other value of it.
+
+        Every specification that an earlier version resolved contains the default: those of run
+        folders, which are resumed and replayed, and those in the store.
+        """
+        if not isinstance(values, Mapping) or _REMOVED_KEY not in values:
+            return values
+        value = values[_REMOVED_KEY]
+        if value != 1:
+            raise_problems(
+                [
+                    f"{_REMOVED_KEY}: {value!r} has no effect: a job needs all its gradient "
+                    "workers; leave the key out"
+                ]
+            )
+        return {key: values[key] for key in values if key != _REMOVED_KEY}
 
 
 def _batch_size_kind(value: Any) -> str:
@@ -110,10 +131,10 @@ BatchSize = Annotated[
 
 
 class JobSpec(Section):
-    """A whole job."""
+    """A job specification."""
 
     name: Name
-    """Names the run folder: letters, digits, '.', '_' and '-'."""
+    """Name of the job and its run folder: letters, digits, '.', '_' and '-'."""
     task: Annotated[str, Field(min_length=1)]
     """A built-in task, package.module:Class, or file.py:Class relative to the specification."""
     task_args: dict[str, JsonValue] = Field(default_factory=dict)
@@ -121,25 +142,25 @@ class JobSpec(Section):
     data: DataSpec = DataSpec()
     """The data set of a built-in task."""
     steps: Count
-    """The job ends after this step; steps count from 1."""
+    """The last step of the job; the first is step 1."""
     batch_size: BatchSize
-    """Cases a step, over all gradient workers."""
+    """Cases in a step, summed over the gradient workers."""
     optimizer: OptimizerSpec = KFACSpec()
     """K-FAC or a baseline."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Type of parameters and statistics."""
+    """Type of the parameters and statistics."""
     seed: CountOrZero = 0
-    """Seeds initialisation, batches and sampled targets."""
+    """Seed of the initialisation, the batches and the sampled targets."""
     evaluation: EvaluationSpec = EvaluationSpec()
-    """When the whole training and test sets are evaluated."""
+    """When the training and test sets are evaluated."""
     workers: WorkersSpec = WorkersSpec()
-    """Processes of each role."""
+    """Number of processes of each role."""
     staleness: StalenessSpec = StalenessSpec()
     """How old an inverse may be."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """When checkpoints are written."""
     faults: FaultSpec = FaultSpec()
-    """What the job survives."""
+    """How many failures the job survives."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -154,20 +175,15 @@ class JobSpec(Section):
         ):
             yield (
                 f"staleness.max_steps: {bound} is below optimizer.inverse_update_period, "
-                f"{self.optimizer.inverse_update_period}, so no inverse could ever be young "
-                f"enough; use 0 (synchronous) or at least {self.optimizer.inverse_update_period}"
+                f"{self.optimizer.inverse_update_period}, so every inverse would be too old; "
+                f"use 0 (synchronous) or at least {self.optimizer.inverse_update_period}"
             )
         yield from self._delay_problems()
-        rounded = isinstance(self.optimizer, KFACSpec) and self.optimizer.precondition_dtype
-        if self.dtype == "float64" and rounded == "bfloat16":
+        inverse_dtype = isinstance(self.optimizer, KFACSpec) and self.optimizer.precondition_dtype
+        if self.dtype == "float64" and inverse_dtype == "bfloat16":
             yield (
                 "optimizer.precondition_dtype: bfloat16 rounds float32, and dtype is float64; use "
                 "float32 or auto, which then apply inverses in float64"
-            )
-        if self.faults.min_gradient_workers > self.workers.gradient:
-            yield (
-                f"faults.min_gradient_workers: {self.faults.min_gradient_workers} is above "
-                f"workers.gradient, {self.workers.gradient}"
             )
 
     def _delay_problems(self) -> Iterator[str]:
@@ -178,8 +194,7 @@ class JobSpec(Section):
             if delay + period > self.staleness.max_steps:
                 yield (
                     f"staleness.delay_steps.{pattern}: {delay} and "
-                    f"optimizer.inverse_update_period, {period}, make inverses up to "
-                    f"{delay + period - 1} steps old; "
-                    f"staleness.max_steps, {self.staleness.max_steps}, must be at least "
-                    f"{delay + period}"
+                    f"optimizer.inverse_update_period, {period}, let an inverse become "
+                    f"{delay + period - 1} steps old, so staleness.max_steps, "
+                    f"{self.staleness.max_steps}, must be at least {delay + period}"
                 )

@@ -1,4 +1,4 @@
-"""All keys of a specification, for a table of reference."""
+"""All keys of a specification, for the reference table of `kfac-dist spec schema`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from kfac_dist.config.job import JobSpec
+from kfac_dist.config.problems import expected, show
 from kfac_dist.config.schema import Place, Schema, SchemaMap
-from kfac_dist.config.wording import expected, show
 
 _NO_DEFAULT = "(required)"
 
 
 class Key(NamedTuple):
-    """One key: its path, what it may be, its default as JSON, and what it means.
+    """One key: its path, the values it accepts, its default as JSON, and what it means.
 
-    `choice` is what its section must be for the key to be there, such as `sgd`, or `sgd,
-    scheduled` for a key of a schedule in it, or "".
+    `choice` is the kind of section that has the key, such as `sgd`, or `sgd, scheduled` for a key
+    of a schedule inside; "" when there is only one kind.
     """
 
     path: str
@@ -27,7 +27,7 @@ class Key(NamedTuple):
 
 
 def job_keys() -> Iterator[Key]:
-    """Yield every key that holds a value and no section, in the order of the specification."""
+    """Yield every key with a value rather than a section, in the order of the specification."""
     schema = SchemaMap(JobSpec)
     yield from _below(schema, schema.locate(()), choice="")
 

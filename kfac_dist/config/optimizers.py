@@ -1,6 +1,6 @@
 """The `optimizer` section: K-FAC, and the first-order baselines that run on the same workers.
 
-Equation and section numbers are those of Martens and Grosse, arXiv:1503.05671.
+"Paper" is Martens and Grosse, arXiv:1503.05671.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def _outside(name: str, value: float | None, low: float, high: float) -> Iterato
 
 
 class ValueSchedule(Section):
-    """A value that goes from `initial` to `final` over the steps (section 13)."""
+    """A value that changes from `initial` to `final` over the steps (paper 13)."""
 
     schedule: Literal["constant", "cosine", "exponential"]
-    """How it goes; constant stays at `initial` and takes neither `final` nor `steps`."""
+    """How the value changes; constant keeps `initial` and accepts neither `final` nor `steps`."""
     initial: Positive
-    """The value before it begins to change."""
+    """The value at the start."""
     final: NonNegative | None = None
-    """The value that it ends at."""
+    """The value at the end."""
     steps: Annotated[int, Field(ge=2)] | None = None
-    """The step from which on the value is `final`."""
+    """The first step at which the value is `final`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -47,18 +47,18 @@ class ValueSchedule(Section):
     def _problems(self) -> Iterator[str]:
         for name, value in (("final", self.final), ("steps", self.steps)):
             if self.schedule == "constant" and value is not None:
-                yield f"{name}: {value:g} has no meaning for a constant schedule, leave it out"
+                yield f"{name}: {value:g} has no meaning for a constant schedule; leave it out"
             if self.schedule != "constant" and value is None:
-                yield f"{name}: is missing; a schedule that is {self.schedule} needs it"
+                yield f"{name}: is missing; the schedule {self.schedule} needs it"
         if self.schedule == "exponential" and self.final == 0:
-            yield "final: 0 is not above 0, which an exponential schedule never reaches; use cosine"
+            yield "final: 0 is not above 0, and an exponential schedule never reaches 0; use cosine"
 
 
 class LearningRateSchedule(ValueSchedule):
-    """A learning rate that goes from `initial` to `final`, after a warm-up."""
+    """A learning rate that changes from `initial` to `final`, after a warm-up."""
 
     warmup_steps: CountOrZero = 0
-    """The rate rises linearly from 0 to `initial` over so many steps, then goes its way."""
+    """Steps in which the rate first rises linearly from 0 to `initial`."""
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
@@ -92,24 +92,25 @@ FactorDim = Annotated[
     Annotated[Count, Tag("constant")] | Annotated[Literal["auto"], Tag("word")],
     Discriminator(_number_or_word),
 ]
-# Layers of about a thousand units are cut in two, which halves the products with the inverses and
-# costs two steps in a hundred; what is a little above 512, as with a bias, gains nothing from it.
+# `max_factor_dim: auto`. Splitting a layer of about a thousand units in two halves the cost of
+# products with its inverses and costs 2 % more steps. A factor of 513, which is 512 units and a
+# bias, would gain nothing, so the limit lies well above it.
 _AUTO_FACTOR_DIM = 640
 
 
 class DampingSpec(Section):
-    """Levenberg-Marquardt damping, lambda (section 6.5)."""
+    """Levenberg-Marquardt damping, lambda (paper 6.5)."""
 
     initial: Damping = 0.3
-    """lambda before the first step, or its schedule; the paper's autoencoders had 150."""
+    """lambda in the first step, or its schedule; the paper's autoencoders start with 150."""
     adapt_period: Count | None = 5
-    """Steps from one measurement of the reduction ratio to the next; null keeps lambda fixed."""
+    """Steps between two measurements of the reduction ratio; null keeps lambda fixed."""
     min: Positive = 1e-8
-    """lambda is never moved below this."""
+    """Lower limit of lambda."""
     max: Positive = 1e8
-    """lambda is never moved above this."""
+    """Upper limit of lambda."""
     rho_includes_damping: bool = False
-    """Whether the change that the reduction ratio compares with includes the lambda term."""
+    """Whether the predicted change in the reduction ratio includes the lambda term."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -124,28 +125,28 @@ class DampingSpec(Section):
         yield from _outside("initial.final", self.initial.final, self.min, self.max)
         if self.adapt_period is not None:
             yield (
-                f"adapt_period: {self.adapt_period} adapts lambda, which the schedule in initial "
-                "sets in each step; use null"
+                f"adapt_period: {self.adapt_period} adapts lambda, but the schedule in initial "
+                "sets it in each step; use null"
             )
 
     @property
     def first(self) -> float:
-        """The damping of the first step."""
+        """The damping in the first step."""
         initial = self.initial
         return initial.initial if isinstance(initial, ValueSchedule) else initial
 
 
 class GammaSpec(Section):
-    """Strength of the factored Tikhonov damping, gamma (section 6.6)."""
+    """Strength of the factored Tikhonov damping, gamma (paper 6.6)."""
 
     initial: Positive | None = None
-    """gamma before the first step; null is sqrt(lambda + l2)."""
+    """gamma in the first step; null means sqrt(lambda + l2)."""
     adapt_period: Count | None = 20
-    """Steps from one search for gamma to the next; null derives gamma from lambda instead."""
+    """Steps between two searches for gamma; null derives gamma from lambda instead."""
     min: Positive = 1e-6
-    """gamma is never moved below this."""
+    """Lower limit of gamma."""
     max: Positive = 1e6
-    """gamma is never moved above this."""
+    """Upper limit of gamma."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -154,12 +155,12 @@ class GammaSpec(Section):
 
 
 class AveragingSpec(Section):
-    """Polyak average of the parameters (section 13); running statistics of the model are not."""
+    """Polyak average of the parameters (paper 13); running statistics are not averaged."""
 
     decay: Decay = 0.99
-    """Weight of the old average, at most."""
+    """Upper limit of the weight of the old average."""
     start: CountOrZero = 200
-    """The step after which the average begins."""
+    """The average begins after this step."""
 
 
 class KFACSpec(Section):
@@ -168,52 +169,52 @@ class KFACSpec(Section):
     name: Literal["kfac"] = "kfac"
     """The optimizer."""
     step_rule: Literal["adaptive", "norm_constraint"] = "adaptive"
-    """`adaptive`: step and momentum from the exact Fisher; `norm_constraint`: lr and a bound."""
+    """`adaptive`: step size and momentum from exact Fisher; `norm_constraint`: lr and a bound."""
     inverse: Literal["block_diagonal", "block_tridiagonal", "ekfac"] = "block_diagonal"
-    """Structure of the approximate inverse: layers apart, a chain, or corrected eigenvalues."""
+    """Structure of the approximate inverse: single layers, a chain, or corrected eigenvalues."""
     fisher_type: Literal["mc", "exact", "empirical"] = "mc"
-    """Targets for G: sampled from the model, its exact Fisher, or the training labels (biased)."""
+    """Targets for G: sampled from the model, exact expectation, or the training labels (biased)."""
     damping: DampingSpec = DampingSpec()
     """Levenberg-Marquardt damping, lambda."""
     gamma: GammaSpec = GammaSpec()
     """Strength of the factored damping."""
     l2: NonNegative = 1e-5
-    """eta of the penalty (eta/2) ||theta||^2 in the objective."""
+    """eta in the penalty (eta/2) ||theta||^2 of the objective."""
     factor_decay: Decay = 0.95
-    """Weight of the old factors in their running average, at most."""
+    """Upper limit of the weight of the old factors in their running average."""
     factor_update_period: Count = 1
-    """Steps from one batch of statistics to the next."""
+    """Steps between two updates of the factors."""
     inverse_update_period: Count = 20
-    """Steps from one refresh of the inverses to the next."""
+    """Steps between two refreshes of the inverses."""
     statistics_fraction: Fraction = 0.125
-    """Fraction of a batch that the factors are estimated on, tau_1."""
+    """Fraction of a batch from which the factors are estimated, tau_1."""
     fisher_fraction: FisherFraction = "auto"
-    """Fraction of a batch for exact Fisher products, tau_2; auto follows their measured noise."""
+    """Fraction of a batch for exact Fisher products, tau_2; auto adapts it to their noise."""
     pi_norm: Literal["trace", "frobenius"] = "trace"
     """Norm that splits the damping between A and G."""
     precondition_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Inverses are applied in the type of the parameters, rounded, or rounded if that is faster."""
+    """Type in which inverses are applied: float32 means that of the parameters, auto the faster."""
     weight_sharing: Literal["expand", "reduce"] = "expand"
-    """Positions of one case: each counts for itself, or inputs averaged and gradients summed."""
+    """Positions of a case: each counts by itself, or inputs are averaged and gradients summed."""
     fused_outputs: dict[str, Count] = Field(default={"*qkv": 3, "*c_attn": 3, "*in_proj": 3})
-    """Linear layers, by pattern of name, whose outputs are so many equal parts, a block each."""
+    """Linear layers, by pattern of name, whose outputs form this many equal parts, a block each."""
     max_factor_dim: FactorDim | None = "auto"
-    """Factors of a larger order are split into diagonal sub-blocks; null is never, auto above 640,
-    but never for a block_tridiagonal inverse, whose links are of whole layers."""
+    """Factors of a larger order are split into diagonal sub-blocks. null never splits. auto splits
+    above 640, but never for a block_tridiagonal inverse, which links whole layers."""
     diagonal: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Modules or parameters, by pattern of the name, that get a diagonal block."""
+    """Modules or parameters, by pattern of name, that get a diagonal block."""
     averaging: AveragingSpec | None = AveragingSpec()
-    """Polyak average of the parameters; null is none."""
+    """Polyak average of the parameters; null keeps none."""
     lr: LearningRate = 0.1
-    """Largest step of `norm_constraint`, or its schedule."""
+    """Largest step size of `norm_constraint`, or its schedule."""
     momentum: Decay = 0.9
     """Heavy-ball momentum of `norm_constraint`."""
     norm_constraint: Positive = 1e-3
-    """Bound on direction . gradient * step^2, of `norm_constraint`."""
+    """Bound of `norm_constraint` on direction . gradient * step size^2."""
 
     @property
     def largest_factor(self) -> int | None:
-        """The order above which factors are split; None where none is."""
+        """The order above which factors are split; None if none is split."""
         if self.max_factor_dim != "auto":
             return self.max_factor_dim
         return None if self.inverse == "block_tridiagonal" else _AUTO_FACTOR_DIM
@@ -227,13 +228,13 @@ class SGDSpec(Section):
     lr: LearningRate = 0.01
     """Learning rate, or its schedule."""
     momentum: Decay = 0.9
-    """Weight of the last update in the next."""
+    """Weight of the previous update in the next one."""
     nesterov: bool = True
     """Nesterov's momentum instead of heavy-ball."""
     l2: NonNegative = 1e-5
-    """eta of the penalty (eta/2) ||theta||^2 in the objective."""
+    """eta in the penalty (eta/2) ||theta||^2 of the objective."""
     averaging: AveragingSpec | None = AveragingSpec()
-    """Polyak average of the parameters; null is none."""
+    """Polyak average of the parameters; null keeps none."""
 
 
 class AdamSpec(Section):
@@ -244,17 +245,17 @@ class AdamSpec(Section):
     lr: LearningRate = 1e-3
     """Learning rate, or its schedule."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
-    """Decay of the first and the second moment."""
+    """Decay of the first and of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
     l2: NonNegative = 1e-5
-    """eta of the penalty (eta/2) ||theta||^2 in the objective."""
+    """eta in the penalty (eta/2) ||theta||^2 of the objective."""
     averaging: AveragingSpec | None = AveragingSpec()
-    """Polyak average of the parameters; null is none."""
+    """Polyak average of the parameters; null keeps none."""
 
 
 def _optimizer_name(value: Any) -> str:
-    """The tag of the section; K-FAC where no name is given."""
+    """Return the tag of the section; K-FAC if it has no name."""
     if isinstance(value, Mapping):
         return str(value.get("name", "kfac"))
     return str(getattr(value, "name", "kfac"))

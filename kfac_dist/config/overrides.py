@@ -1,10 +1,10 @@
-"""`--set a.b=value`: change one key of a specification before it is checked."""
+"""Overrides, `--set a.b=value`: they change a key of a specification before it is checked."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kfac_dist.config.source import parse_value
+from kfac_dist.config.spec_text import parse_value
 from kfac_dist.errors import InvalidSpecError, UsageError
 
 
@@ -20,12 +20,12 @@ def parse_override(text: str) -> Override:
     """Parse `a.b=value`, the value as YAML.
 
     Raises:
-        UsageError: there is no `=`, a key is empty, or the value is not YAML.
+        UsageError: the `=` is missing, a key is empty, or the value is not YAML.
     """
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        raise UsageError(f"--set {text}: should look like key=value or section.key=value")
+        raise UsageError(f"--set {text}: must have the form key=value or section.key=value")
     try:
         return Override(path=path, value=parse_value(value), text=text)
     except ValueError as error:
@@ -33,10 +33,10 @@ def parse_override(text: str) -> Override:
 
 
 def apply_override(values: dict[str, Any], override: Override) -> None:
-    """Set the key in `values`, in place; sections that are not there are made.
+    """Set the key in `values`, in place, and create the sections on its path if missing.
 
     Raises:
-        InvalidSpecError: something on the path is not a section.
+        InvalidSpecError: the path leads through a value that is not a section.
     """
     section = values
     for depth, key in enumerate(override.path[:-1], start=1):
@@ -44,7 +44,7 @@ def apply_override(values: dict[str, Any], override: Override) -> None:
         if not isinstance(inner, dict):
             where = ".".join(override.path[:depth])
             raise InvalidSpecError(
-                f"--set {override.text}: {where} is {inner!r}, it has no keys to set"
+                f"--set {override.text}: {where} is {inner!r}, which has no keys to set"
             )
         section = inner
     section[override.path[-1]] = override.value

@@ -1,7 +1,6 @@
-"""The JSON Schema of a specification, and finding one's way in it.
+"""The JSON Schema of a specification, and how to look up a key in it.
 
-The schema also words the messages: what a key may be is read from it, so that no message can
-disagree with the check.
+Messages take what a key accepts from the schema, so they always agree with the check.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ def job_schema() -> Schema:
 class Place(NamedTuple):
     """A place in a specification.
 
-    `path` are its keys, `options` the schemas of what may stand there (several where there is a
-    choice), `siblings` the names of all keys beside it.
+    `path` is the keys that lead there, `options` the schemas of what it may hold (several where
+    there is a choice), `siblings` the names of all keys in the same section.
     """
 
     path: tuple[str, ...]
@@ -35,20 +34,20 @@ class Place(NamedTuple):
 
 
 class SchemaMap:
-    """The schema of `model`, to be walked by pydantic's error locations."""
+    """The schema of `model`, addressed by the locations in pydantic's errors."""
 
     def __init__(self, model: type[BaseModel]) -> None:
         self._root = model.model_json_schema()
 
     def locate(self, location: Sequence[str | int]) -> Place:
-        """Follow `location`; the tags that pydantic puts there for a choice are left out."""
+        """Follow `location` and drop the tags by which pydantic marks a choice."""
         place = Place(path=(), options=(self._root,), siblings=())
         for key in location:
             place = self._step(place, key)
         return place
 
     def paths(self) -> Iterator[tuple[str, ...]]:
-        """Every key of the specification, as a path."""
+        """Yield every key of the specification, as a path."""
         return self._below((), self._root)
 
     def _step(self, place: Place, key: str | int) -> Place:
@@ -61,7 +60,7 @@ class SchemaMap:
         if chosen and key not in keys:
             return place._replace(options=tuple(chosen))
         inner = [option["properties"][key] for option in options if key in _properties(option)]
-        # A mapping of names that the user chooses has one schema for all its values.
+        # Where the user chooses the keys, one schema holds for all values.
         inner += [
             values
             for option in options
@@ -84,11 +83,11 @@ class SchemaMap:
                 yield from self._below((*path, name), inner)
 
     def options(self, place: Place) -> list[Schema]:
-        """The schemas at `place` without references and nested choices."""
+        """Return the schemas at `place`, with references and nested choices resolved."""
         return [deep for option in place.options for deep in self._resolve(option)]
 
     def tag(self, schema: Schema) -> str:
-        """Name a choice by its constant, such as `kfac`; "" when it has none."""
+        """Return the constant that names a choice, such as `kfac`; "" when it has none."""
         return next((tag for tag in _tags(schema) if "properties" in schema), "")
 
 
@@ -98,13 +97,17 @@ def _properties(schema: Schema) -> dict[str, Schema]:
 
 
 def _items(schema: Schema, index: int) -> list[Schema]:
-    """The schema of an element of a list: its own, or that of all."""
+    """Return the schema of a list's element: its own, or the one that all share."""
     own: list[Schema] = schema.get("prefixItems", [])[index:][:1]
     return own or [schema["items"]] if "items" in schema else own
 
 
 def _tags(schema: Schema) -> list[str]:
-    """What pydantic calls this choice: the constant in its properties, or one of these words."""
+    """Return the tags by which pydantic may call this choice.
+
+    A section is named by a constant among its properties; the others by the `Tag` in job.py and
+    optimizers.py.
+    """
     if "properties" not in schema:
         return ["constant", "word"]
     if "schedule" in schema["properties"]:

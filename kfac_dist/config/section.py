@@ -1,7 +1,8 @@
-"""What all sections of the specification have in common, and the intervals they draw from.
+"""The base class of all sections of a specification, and the intervals of their numbers.
 
-A section checks itself when it is made. Relations between its keys are checked by a method that
-returns problems as `key: text`; `raise_problems` hands them on, the key relative to the section.
+A section is checked when it is created. Where keys depend on each other, the section has a
+validator that collects problems as `key: text`, the key relative to the section, and passes them
+to `raise_problems`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A frozen section; unknown keys, wrong types and non-finite numbers are refused.
 
-    Types are strict: "100", 100.0 and true are three ways of not writing 100.
+    Types are strict: where 100 is expected, "100", 100.0 and true are all refused.
     """
 
     model_config = ConfigDict(
@@ -35,7 +36,7 @@ class Section(BaseModel):
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """Raise one ValueError with all `problems`, a line each, if there are any."""
+    """Raise one ValueError that lists all `problems`, one a line; do nothing without any."""
     text = "\n".join(problems)
     if text:
         raise ValueError(text)

@@ -1,9 +1,8 @@
-"""Data sets: readers, the generated ones, and the one way cases reach a worker.
+"""Data sets: the named ones, the formats of their files, and `fetch`, which makes batches.
 
-Nothing here reads the environment: the folders to look in are arguments.
+Nothing here reads the environment: the folders to search are arguments.
 """
 
-from kfac_dist.data.case_source import CaseSource
 from kfac_dist.data.dataset import (
     ArrayDataset,
     BatchedDataset,
@@ -16,7 +15,7 @@ from kfac_dist.data.dataset import (
 )
 from kfac_dist.data.places import Places
 from kfac_dist.data.sets.text import TextSource
-from kfac_dist.data.sources import DATA_NAMES, case_source, text_source
+from kfac_dist.data.sources import DATA_NAMES, CaseSource, find_case_source, find_text_source
 
 __all__ = [
     "DATA_NAMES",
@@ -28,9 +27,9 @@ __all__ = [
     "Places",
     "Split",
     "TextSource",
-    "case_source",
     "check_finite",
     "fetch",
+    "find_case_source",
+    "find_text_source",
     "limit_cases",
-    "text_source",
 ]

@@ -1,6 +1,7 @@
-"""Data sets in memory, and the two things a worker does with any data set: fetch and check.
+"""Data sets in memory, and the two things that a worker does with any data set: fetch and check.
 
-A data set is map-style: `len(dataset)` cases, `dataset[i]` the pair `(input, target)` of case i.
+A data set is map-style: it has `len(dataset)` cases, and `dataset[i]` is the pair `(input, target)`
+of case i.
 """
 
 from __future__ import annotations
@@ -18,42 +19,43 @@ from kfac_dist.errors import DataError, InvalidSpecError
 Split = Literal["train", "test"]
 
 _WHITE = 255  # the largest value in an 8-bit image
-_CHECK_CHUNK = 4096  # cases looked at together by `check_finite`: memory against calls
+_CHECK_CHUNK = 4096  # cases that `check_finite` fetches at once: more memory, fewer calls
 
 
 class MapDataset(Protocol):
-    """What a task hands out: a map-style data set of `(input, target)` pairs."""
+    """What a task returns: a map-style data set of `(input, target)` pairs."""
 
     def __len__(self) -> int:
-        """The number of cases."""
+        """Return the number of cases."""
         ...
 
     def __getitem__(self, index: int, /) -> Any:
-        """The pair `(input, target)` of one case."""
+        """Return the pair `(input, target)` of one case."""
         ...
 
 
 class BatchedDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """A data set that gathers many cases at once.
 
-    A base class and not a protocol: data sets of other libraries have a `take` of another meaning.
+    This is a base class rather than a protocol, so that a data set of another library never counts
+    as one by the names of its methods.
     """
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of cases."""
+        """Return the number of cases."""
 
     @abstractmethod
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the cases `indices` (int64 `[n]`), stacked in that order."""
+    def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the cases `indices` (int64 `[n]`), stacked in that order."""
 
 
 class ArrayDataset(BatchedDataset):
-    """Cases held in two tensors `[N, ...]`; both are kept as they are, not copied."""
+    """Cases in two tensors `[N, ...]`, which are kept, not copied."""
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) != len(targets):
-            raise DataError(f"{len(inputs)} inputs but {len(targets)} targets: one each is needed")
+            raise DataError(f"{len(inputs)} inputs but {len(targets)} targets; one each is needed")
         self.inputs = inputs
         self.targets = targets
 
@@ -63,28 +65,31 @@ class ArrayDataset(BatchedDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.inputs[index], self.targets[index]
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the chosen rows, in the order of `indices`."""
+    def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the chosen rows, in the order of `indices`."""
         return self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelScale:
-    """Mean and standard deviation of each channel, of pixel values in [0, 1]."""
+    """Mean and standard deviation of the pixels of each channel, scaled to [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 class ImageDataset(BatchedDataset):
-    """Images kept as 8-bit values, scaled to [0, 1] in `dtype` when they are fetched.
+    """Images kept as 8-bit values and scaled to [0, 1] in `dtype` when they are fetched.
 
-    Eight bits because each worker process holds the whole set: MNIST is 47 MB this way, 376 MB
-    in float64, and scaling a batch costs under a millisecond.
+    They stay 8-bit because each worker process holds the whole set: MNIST takes 47 MB, against
+    376 MB in float64, and scaling a batch takes less than a millisecond.
 
-    `pixels` is uint8 `[N, ...]`; `labels` int64 `[N]`, or None when the image is its own target.
-    In that case input and target of `take` are the same tensor. With `scale`, images are
-    `[N, channels, height, width]` and each channel is standardised after the scaling to [0, 1].
+    Args:
+        pixels: uint8 `[N, ...]`; with `scale`, `[N, channels, height, width]`.
+        labels: int64 `[N]`, or None if the image is its own target; then `gather_cases` returns
+            the same tensor twice.
+        dtype: of the images that are fetched.
+        scale: standardises each channel, after the scaling to [0, 1].
     """
 
     def __init__(
@@ -95,7 +100,7 @@ class ImageDataset(BatchedDataset):
         scale: ChannelScale | None = None,
     ) -> None:
         if labels is not None and len(pixels) != len(labels):
-            raise DataError(f"{len(pixels)} images but {len(labels)} labels: one each is needed")
+            raise DataError(f"{len(pixels)} images but {len(labels)} labels; one each is needed")
         self.pixels = pixels
         self.labels = labels
         self.dtype = dtype
@@ -108,8 +113,8 @@ class ImageDataset(BatchedDataset):
         inputs = self._scaled(self.pixels[index])
         return inputs, inputs if self.labels is None else self.labels[index]
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled images `[n, ...]` and their targets, in the order of `indices`."""
+    def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scaled images `[n, ...]` and their targets, in the order of `indices`."""
         inputs = self._scaled(self.pixels.index_select(0, indices))
         return inputs, inputs if self.labels is None else self.labels.index_select(0, indices)
 
@@ -125,13 +130,13 @@ class ImageDataset(BatchedDataset):
 
 
 def fetch(dataset: MapDataset, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of the cases `indices` (int64 `[n]`), stacked in that order.
+    """Return inputs and targets of the cases `indices` (int64 `[n]`), stacked in that order.
 
-    Data sets of tensors are gathered at once, all others case by case. Raises DataError when the
-    cases are not pairs that can be stacked.
+    Data sets of tensors are gathered at once, all others case by case. Raises DataError if the
+    cases are not pairs, or cannot be stacked.
     """
     if isinstance(dataset, BatchedDataset):
-        return dataset.take(indices)
+        return dataset.gather_cases(indices)
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
         inputs, targets = dataset.tensors
         return inputs.index_select(0, indices), targets.index_select(0, indices)
@@ -161,9 +166,9 @@ def _describe(value: object) -> str:
 
 
 def check_finite(dataset: MapDataset, split: Split) -> None:
-    """Look at every value of `dataset` once; raise DataError at the first NaN or infinity.
+    """Raise DataError at the first NaN or infinity in `dataset`.
 
-    The message names the split, the case, where in the case and the value.
+    The message names the split, the case, the position in the case and the value.
     """
     num_cases = len(dataset)
     for start in range(0, num_cases, _CHECK_CHUNK):
@@ -187,10 +192,10 @@ def _check_part(values: Tensor, first_case: int, what: str) -> None:
 
 
 def num_limited(split: Split, num_cases: int, limit: int | None, name: str) -> int:
-    """How many of `num_cases` cases `limit` leaves in `split`.
+    """Return how many of `num_cases` cases `limit` leaves in `split`.
 
-    The limit is measured against the training cases; a smaller test set is used whole. Raises
-    InvalidSpecError when there are fewer training cases than the limit, or it is below 1.
+    A test set that is smaller than the limit is used whole. Raises InvalidSpecError if the limit
+    is below 1 or above the number of training cases.
     """
     if limit is None:
         return num_cases
@@ -204,7 +209,7 @@ def num_limited(split: Split, num_cases: int, limit: int | None, name: str) -> i
 
 
 def limit_cases(dataset: MapDataset, split: Split, limit: int | None, name: str) -> MapDataset:
-    """The first `limit` cases of `dataset` (see `num_limited`)."""
+    """Return the first `limit` cases of `dataset` (see `num_limited`)."""
     kept = num_limited(split, len(dataset), limit, name)
     if kept == len(dataset):
         return dataset

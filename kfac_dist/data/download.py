@@ -1,4 +1,4 @@
-"""Download one file into the cache: checked first, then put in place in one move."""
+"""Download a file into the cache: it is checked first, then moved into place."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from urllib.request import urlopen
 
 from kfac_dist.errors import DataError, DataNotFoundError
 
-_SILENCE_SECONDS = 20.0  # give a mirror up when it sends nothing for this long
-_MAX_BYTES = 512 * 1024 * 1024  # several times the largest file: an endless answer ends
+_SILENCE_SECONDS = 20.0  # a mirror that sends nothing for this long is given up
+_MAX_BYTES = 512 * 1024 * 1024  # several times the largest file; stops an endless answer
 
 
 def download(urls: Iterable[str], target: Path, check: Callable[[bytes, str], None]) -> None:
-    """Fetch the first of `urls` that answers with the right content into `target`.
+    """Write the content of the first of `urls` that answers correctly to `target`.
 
-    `check(content, url)` raises DataError when the content is not what it should be; then the
-    next address is tried. Other processes see `target` whole or not at all. Raises
-    DataNotFoundError with what went wrong at each address, or with the cache folder.
+    `check(content, url)` raises DataError if the content is wrong; then the next address is tried.
+    Other processes see the whole file or none. Raises DataNotFoundError with the problem of each
+    address, or that of the cache folder.
     """
     problems: list[str] = []
     for url in urls:
@@ -34,7 +34,7 @@ def download(urls: Iterable[str], target: Path, check: Callable[[bytes, str], No
         else:
             _put(content, target)
             return
-    raise DataNotFoundError("; ".join(problems) or "there is no address to download from")
+    raise DataNotFoundError("; ".join(problems) or "no address to download from")
 
 
 def _get(url: str) -> bytes:
@@ -45,7 +45,7 @@ def _get(url: str) -> bytes:
         raise DataError(f"{url}: the answer has more than {_MAX_BYTES} bytes")
     # A sized read does not notice by itself that the connection closed early.
     if announced is not None and len(content) != int(announced):
-        raise DataError(f"{url}: cut off: {len(content)} of {announced} bytes came")
+        raise DataError(f"{url}: cut off after {len(content)} of {announced} bytes")
     return content
 
 

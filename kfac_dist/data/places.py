@@ -1,4 +1,4 @@
-"""Where the files of data sets are looked for."""
+"""The folders in which the files of data sets are looked for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kfac_dist.errors import DataNotFoundError
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """`data_dir` is what the user gave, `cache_dir` comes after it and takes downloads."""
+    """The folders of one job: `data_dir`, which the user names, then `cache_dir`, for downloads."""
 
     data_dir: Path | None
     cache_dir: Path
 
     def folders(self, *patterns: str) -> list[Path]:
-        """Both places, and after each one its subfolders that match `patterns`, in that order.
+        """Return both folders, each followed by its subfolders that match `patterns`.
 
-        Raises DataNotFoundError when `data_dir` is not a folder.
+        Raises DataNotFoundError if `data_dir` is not a folder.
         """
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise DataNotFoundError(
@@ -35,9 +35,16 @@ class Places:
     def find(
         self, data: str, *, folders: Sequence[str], names: Sequence[str], patterns: Sequence[str]
     ) -> Path:
-        """The file of the data set `data`: one of `names`, or the only one that fits `patterns`.
+        """Return the file of the data set `data`.
 
-        Raises DataNotFoundError when there is none, or when several fit in one folder.
+        Args:
+            data: the name of the data set, for messages.
+            folders: patterns of subfolders to look in, too.
+            names: of the file, the preferred first.
+            patterns: of a file of another name, if it is the only one that fits in its folder.
+
+        Raises:
+            DataNotFoundError: no file fits, or several in one folder do.
         """
         places = self.folders(*folders)
         for folder in places:
@@ -49,17 +56,17 @@ class Places:
             if len(fitting) > 1:
                 found = ", ".join(path.name for path in fitting)
                 raise DataNotFoundError(
-                    f"{data}: which file of {folder} is meant: {found}? Call it {names[0]}, or "
-                    "give a folder with only one of them"
+                    f"{data}: several files in {folder} fit: {found}. Rename the right one to "
+                    f"{names[0]}, or name a folder with only one of them"
                 )
             if fitting:
                 return fitting[0]
         wanted = " or ".join([*names, *patterns])
-        raise DataNotFoundError(self.ways(data, wanted, folders[0]))
+        raise DataNotFoundError(self.explain_missing(data, wanted, folders[0]))
 
-    def ways(self, data: str, wanted: str, folder: str) -> str:
-        """Say how the files `wanted` of `data` can be provided; no line feed at the end."""
-        given = "not given" if self.data_dir is None else f"{self.data_dir}: not there"
+    def explain_missing(self, data: str, wanted: str, folder: str) -> str:
+        """Return a message that says how to provide the files `wanted` of `data`."""
+        given = "not given" if self.data_dir is None else f"not in {self.data_dir}"
         return (
             f"{data}: {wanted} was not found. Ways to provide it:\n"
             f"  1. --data-dir DIR with it in DIR or DIR/{folder} ({given})\n"

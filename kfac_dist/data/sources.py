@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 import torch
 
-from kfac_dist.config.wording import did_you_mean
-from kfac_dist.data.case_source import CaseSource
+from kfac_dist.config.problems import did_you_mean
+from kfac_dist.data.dataset import BatchedDataset, Split
 from kfac_dist.data.places import Places
 from kfac_dist.data.sets.faces import FacesSource
 from kfac_dist.data.sets.images import IMAGE_NAMES, ImageSource
@@ -19,10 +20,48 @@ CASE_NAMES = (*IMAGE_NAMES, FacesSource.name, NpzSource.name)
 DATA_NAMES = (*CASE_NAMES, TextSource.name)
 
 
-def case_source(
+class CaseSource(Protocol):
+    """A named data set of vectors or images, as tasks see it.
+
+    Files are read when a method needs them, not before.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its name in a specification."""
+        ...
+
+    def case_shape(self) -> tuple[int, ...]:
+        """Return the shape of one input: (channels, height, width) or (features,)."""
+        ...
+
+    def num_classes(self) -> int:
+        """Return the number of classes; InvalidSpecError if the set has no labels."""
+        ...
+
+    def reconstruction(self, split: Split) -> BatchedDataset:
+        """Return cases `[N, features]` that are their own targets.
+
+        Images are flattened, with 8-bit pixels scaled to [0, 1].
+        """
+        ...
+
+    def classification(self, split: Split) -> BatchedDataset:
+        """Return cases `[N, *case_shape]` with int64 labels; InvalidSpecError without labels."""
+        ...
+
+
+def find_case_source(
     name: str | None, *, limit: int | None, places: Places, dtype: torch.dtype
 ) -> CaseSource:
-    """The set of vectors or images called `name`; InvalidSpecError when there is none."""
+    """Return the set of vectors or images called `name`; InvalidSpecError if unknown.
+
+    Args:
+        name: `data.name` of the specification.
+        limit: how many training cases, and at most how many test cases, to keep; None for all.
+        places: where files are looked for.
+        dtype: of the inputs.
+    """
     known = _known(name, CASE_NAMES)
     if known == FacesSource.name:
         return FacesSource(limit=limit, places=places, dtype=dtype)
@@ -31,10 +70,14 @@ def case_source(
     return ImageSource(name=known, limit=limit, places=places, dtype=dtype)
 
 
-def text_source(
+def find_text_source(
     name: str | None, *, limit: int | None, places: Places, dtype: torch.dtype
 ) -> TextSource:
-    """The text called `name`; InvalidSpecError when it is none. Its cases have no `dtype`."""
+    """Return the text called `name`; InvalidSpecError if it is not a text.
+
+    Characters are integers, so `dtype` is not used; it is there because built-in tasks find their
+    data in one way.
+    """
     _known(name, (TextSource.name,))
     return TextSource(limit=limit, places=places)
 

@@ -1,11 +1,11 @@
-"""Check `task_args` before they are used: names against a signature, values of built-in tasks."""
+"""Check `task_args`: the names against a signature, and the values of built-in tasks."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
 
-from kfac_dist.config.wording import did_you_mean
+from kfac_dist.config.problems import did_you_mean
 from kfac_dist.errors import InvalidSpecError
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -20,7 +20,7 @@ def check_arguments(
     """Raise InvalidSpecError unless `function` can be called with `arguments` as keywords.
 
     `owner` is the task's name in messages, `supplied` the parameters that do not come from
-    `task_args`. A function whose signature cannot be read is not checked.
+    `task_args`. A function without a readable signature is not checked.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -38,11 +38,11 @@ def check_arguments(
             )
     for parameter in accepted:
         if parameter.default is inspect.Parameter.empty and parameter.name not in arguments:
-            raise InvalidSpecError(f"task_args.{parameter.name}: {owner} cannot do without it")
+            raise InvalidSpecError(f"task_args.{parameter.name}: is missing; {owner} needs it")
 
 
 def one_of(key: str, value: object, choices: Collection[str]) -> str:
-    """`value` when it is one of `choices`; InvalidSpecError otherwise."""
+    """Return `value` if it is one of `choices`; raise InvalidSpecError otherwise."""
     if isinstance(value, str) and value in choices:
         return value
     hint = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -50,7 +50,7 @@ def one_of(key: str, value: object, choices: Collection[str]) -> str:
 
 
 def layer_sizes(key: str, value: object) -> tuple[int, ...]:
-    """`value` as the sizes of one or more layers; InvalidSpecError otherwise."""
+    """Return `value` as sizes of one or more layers; raise InvalidSpecError if it is not."""
     if not isinstance(value, list | tuple) or not value:
         raise InvalidSpecError(
             f"task_args.{key}: {value!r} is not a list of sizes such as [250, 30]"
@@ -64,14 +64,14 @@ def layer_sizes(key: str, value: object) -> tuple[int, ...]:
 
 
 def whole_number(key: str, value: object) -> int:
-    """`value` when it is a whole number above 0; InvalidSpecError otherwise."""
+    """Return `value` if it is a whole number above 0; raise InvalidSpecError otherwise."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     raise InvalidSpecError(f"task_args.{key}: {value!r} is not a whole number above 0")
 
 
 def true_or_false(key: str, value: object) -> bool:
-    """`value` when it is a truth value; InvalidSpecError otherwise."""
+    """Return `value` if it is true or false; raise InvalidSpecError otherwise."""
     if isinstance(value, bool):
         return value
     raise InvalidSpecError(f"task_args.{key}: {value!r} is not true or false")

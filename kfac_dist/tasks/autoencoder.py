@@ -1,4 +1,4 @@
-"""Built-in task `autoencoder`: the deep autoencoders of the K-FAC paper (section 13)."""
+"""Built-in task `autoencoder`: the deep autoencoders of paper 13."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Distribution = Literal["bernoulli", "gaussian"]
 
 @dataclass(frozen=True, kw_only=True)
 class PaperNet:
-    """An encoder of the paper: its input, its layers and what its output parametrises."""
+    """An encoder of the paper: its input, its layers, and what the net's outputs parametrise."""
 
     num_inputs: int
     hidden: tuple[int, ...]
@@ -38,7 +38,7 @@ _NET_OF_DATA = {"mnist-5k": "mnist"}
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder:
-    """Reconstruct a case, mostly an image, from its code.
+    """Reconstructs a case, usually an image, from its code.
 
     The outputs are logits (`bernoulli`) or values (`gaussian`), `[N, features]`.
     """
@@ -50,21 +50,21 @@ class Autoencoder:
     distribution: _Distribution
 
     def model(self) -> nn.Module:
-        """The network, float32, from torch's global generator."""
+        """Return a new network, float32, drawn from torch's global generator."""
         return autoencoder_network(
             prod(self.source.case_shape()), self.hidden, self.activation, self.initialization
         )
 
     def train_data(self) -> MapDataset:
-        """Training cases, each its own target."""
+        """Return the training cases, each its own target."""
         return self.source.reconstruction("train")
 
     def test_data(self) -> MapDataset:
-        """Test cases, each its own target."""
+        """Return the test cases, each its own target."""
         return self.source.reconstruction("test")
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """`squared_error`, the paper's reconstruction error: a sum over pixels, `[N]`."""
+        """Return `squared_error`, the paper's reconstruction error: a sum over pixels, `[N]`."""
         pixels = torch.sigmoid(outputs) if self.distribution == "bernoulli" else outputs
         return {"squared_error": (pixels - targets).square().sum(dim=1)}
 
@@ -77,17 +77,22 @@ def autoencoder(
     initialization: object = "truncated_normal",
     distribution: object = None,
 ) -> Autoencoder:
-    """The task from its `task_args`; `hidden` and `distribution` default to the paper's net.
+    """Build the task from its `task_args`; raise InvalidSpecError for a value that is not allowed.
 
-    `hidden` are the encoder's layers, the code last. Data without a net of the paper need
-    `hidden`; their distribution is Gaussian unless it is given. Raises InvalidSpecError for a
-    value that is not allowed.
+    Args:
+        source: the data set.
+        hidden: sizes of the encoder's layers, the code last; by default those of the paper's net.
+            Data sets that the paper does not have need it.
+        activation: a name in `ACTIVATIONS`.
+        initialization: a name in `INITIALIZATIONS`.
+        distribution: what the outputs parametrise, bernoulli or gaussian; by default that of the
+            paper's net, or gaussian.
     """
     paper = PAPER_NETS.get(_NET_OF_DATA.get(source.name, source.name))
     if paper is None and hidden is None:
         raise InvalidSpecError(
-            f"task_args.hidden: is missing; the paper has no net for {source.name} "
-            f"(only for {', '.join(PAPER_NETS)}), so give the encoder's sizes, the code last"
+            f"task_args.hidden: is missing; the paper has nets only for {', '.join(PAPER_NETS)}, "
+            f"so for {source.name} give the sizes of the encoder's layers, the code last"
         )
     if distribution is None:
         distribution = paper.distribution if paper else "gaussian"

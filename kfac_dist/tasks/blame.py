@@ -1,4 +1,4 @@
-"""Turn what the user's code raises into one message: the exception, and the user's line."""
+"""Turn an exception of the user's code into a message with the user's line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kfac_dist.errors import KfacDistError, UserTaskError
 
 @dataclass(frozen=True, kw_only=True)
 class UserFiles:
-    """Which files are the user's: those right in `folder`, or all below it for a package.
+    """Which files are the user's: those directly in `folder`, or, of a package, all below it.
 
-    Paths are shown relative to `base_dir` where that is shorter. `label` is the task's name in
-    the job specification.
+    Paths below `base_dir` are shown relative to it. `label` is the task's name in the job
+    specification.
     """
 
     label: str
@@ -25,7 +25,7 @@ class UserFiles:
     base_dir: Path
 
     def location(self, error: BaseException) -> str | None:
-        """`file:line` of the innermost frame in the user's files, None when there is none."""
+        """Return `file:line` of the innermost frame in the user's files; None without one."""
         if isinstance(error, SyntaxError) and error.filename and self._owns(error.filename):
             return self._show(error.filename, error.lineno)
         found = None
@@ -46,10 +46,10 @@ class UserFiles:
 
 @contextmanager
 def blame_user(files: UserFiles, doing: str, *, always: bool) -> Iterator[None]:
-    """Raise UserTaskError for what is raised inside, naming the task, `doing` and the place.
+    """Turn an exception in the block into a UserTaskError that names task, `doing` and place.
 
-    The project's own errors pass through. So does, unless `always`, an error that did not come
-    through the user's files.
+    The project's own errors pass unchanged. So do exceptions that did not pass through the user's
+    files, unless `always` is set.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def blame_user(files: UserFiles, doing: str, *, always: bool) -> Iterator[None]:
 
 
 def describe(doing: str, error: BaseException, place: str | None) -> str:
-    """What was being done, the exception's type and text, and the user's `file:line` if known."""
-    # A SyntaxError's own text repeats its place in another form.
+    """Return a message: what was done, the exception's type and text, and `place` if known."""
+    # The text of a SyntaxError repeats the place, in another form.
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return f"{doing} raised {type(error).__name__}: {text}" + (f" ({place})" if place else "")

@@ -1,4 +1,4 @@
-"""Build a task's model from a seed, and check that model, data and distribution fit together."""
+"""Build a task's model from a seed, and check that model, data and distribution fit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NUM_PROBE_CASES = 2
 
 
 def build_model(task: Task, seed: int, dtype: torch.dtype) -> nn.Module:
-    """The task's model on the CPU, in `dtype`; the same parameters for the same seed.
+    """Return the task's model on the CPU, in `dtype`; a seed always gives the same parameters.
 
-    torch's global generator is left as it was. Parameters are drawn in float32 whatever `dtype`
-    is, so that runs of both types start from the same point.
+    Torch's global generator keeps its state. Parameters are drawn in float32 for every `dtype`, so
+    that runs in both types start from the same point.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -28,11 +28,11 @@ def build_model(task: Task, seed: int, dtype: torch.dtype) -> nn.Module:
 
 
 def check_model(task: Task, model: nn.Module, dataset: MapDataset) -> None:
-    """Run `model` on the first two cases and compare what comes out with the distribution.
+    """Run `model` on the first two cases and check that its outputs fit the distribution.
 
-    Outputs and targets must have the same shape, or for `categorical` differ by the last
-    dimension, with integer targets below its size. Raises UserTaskError with what does not fit.
-    The model is run in evaluation mode, and left in the mode it was in.
+    Outputs and targets must have the same shape. For `categorical`, outputs have one more
+    dimension, and targets are integers below its size. The model runs in evaluation mode, and is
+    then set back to its mode. Raises UserTaskError that says what does not fit.
     """
     name = task.files.label if isinstance(task, UserTask) else type(task).__name__
     indices = torch.arange(min(_NUM_PROBE_CASES, len(dataset)))
@@ -57,7 +57,7 @@ def check_model(task: Task, model: nn.Module, dataset: MapDataset) -> None:
 
 def _misfit(distribution: str, outputs: object, targets: Tensor) -> str | None:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        return f"the model returned {_kind(outputs)}, it must return one tensor of floats"
+        return f"the model returned {_kind(outputs)}; it must return one tensor of floats"
     shapes = f"outputs have shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
     if distribution != "categorical":
         if outputs.shape != targets.shape:
@@ -66,7 +66,7 @@ def _misfit(distribution: str, outputs: object, targets: Tensor) -> str | None:
             return "targets of a bernoulli distribution must lie in [0, 1]"
         return None
     if outputs.dim() < 2 or outputs.shape[:-1] != targets.shape:
-        return f"{shapes}: for categorical, outputs have one more dimension, the classes"
+        return f"{shapes}: for categorical, outputs must have one more dimension, the classes"
     if targets.is_floating_point() or targets.dtype == torch.bool:
         return f"targets of a categorical distribution must be integers, not {targets.dtype}"
     num_classes = outputs.shape[-1]
@@ -77,12 +77,12 @@ def _misfit(distribution: str, outputs: object, targets: Tensor) -> str | None:
 
 def _bad_metrics(metrics: object, num_cases: int) -> str | None:
     if not isinstance(metrics, Mapping):
-        return f"metrics() returned {_kind(metrics)}, it must return a dict"
+        return f"metrics() returned {_kind(metrics)}; it must return a dict"
     for name, values in metrics.items():
         shape = tuple(values.shape) if isinstance(values, Tensor) else _kind(values)
         if shape != (num_cases,):
             return (
-                f"metrics() returned {shape} for {name!r}, it must return one number a case, "
+                f"metrics() returned {shape} for {name!r}; it must return one number a case, "
                 f"a tensor of shape ({num_cases},)"
             )
     return None

@@ -1,4 +1,4 @@
-"""Built-in task `char_transformer`: predict each next character of a text."""
+"""Built-in task `char_transformer`: predict the next character at each position of a text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kfac_dist.tasks.transformer import CharTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class CharTransformerTask:
-    """A case is a window of `context` characters, its targets the characters one further on.
+    """A case is a window of `context` characters; each target is the character after it.
 
-    The loss of a case is the sum over its characters, so the scale of damping grows with
-    `context`. Training windows begin `stride` characters apart; test windows do not overlap.
+    The loss of a case is the sum over its characters, so suitable damping grows with `context`.
+    Training windows begin `stride` characters apart; test windows do not overlap.
     """
 
     source: TextSource
@@ -32,11 +32,11 @@ class CharTransformerTask:
 
     @property
     def distribution(self) -> Literal["categorical"]:
-        """One character a place."""
+        """One character at each position."""
         return "categorical"
 
     def model(self) -> nn.Module:
-        """The network for the characters of the text."""
+        """Return a new network for the characters of the text."""
         return CharTransformer(
             len(self.source.vocabulary()),
             context=self.context,
@@ -47,15 +47,15 @@ class CharTransformerTask:
         )
 
     def train_data(self) -> MapDataset:
-        """Windows of the first nine tenths of the text."""
+        """Return the windows in the first nine tenths of the text."""
         return self.source.windows("train", context=self.context, stride=self.stride)
 
     def test_data(self) -> MapDataset:
-        """Windows of the last tenth of the text."""
+        """Return the windows in the last tenth of the text."""
         return self.source.windows("test", context=self.context, stride=self.context)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """`nats_per_character` and `accuracy`, means over the characters of a case, `[N]`."""
+        """Return `nats_per_character` and `accuracy`, means over a case's characters, `[N]`."""
         nats = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         correct = (outputs.argmax(dim=-1) == targets).to(outputs.dtype)
         return {
@@ -74,16 +74,21 @@ def char_transformer(
     num_blocks: object = 2,
     tie_weights: object = False,
 ) -> CharTransformerTask:
-    """The task from its `task_args`; `stride` is by default the context.
+    """Build the task from its `task_args`; raise InvalidSpecError for a value that is not allowed.
 
-    Raises InvalidSpecError for a value that is not allowed.
+    Args:
+        source: the text.
+        context: characters in a window.
+        stride: characters from the start of a training window to the next; by default `context`.
+        width: features at each position.
+        num_heads: attention heads, among which `width` is divided.
+        num_blocks: blocks of attention and MLP.
+        tie_weights: whether the output layer shares the matrix of the token embedding.
     """
     length = whole_number("context", context)
     size, heads = whole_number("width", width), whole_number("num_heads", num_heads)
     if size % heads:
-        raise InvalidSpecError(
-            f"task_args.width: {size} cannot be divided among num_heads, {heads}"
-        )
+        raise InvalidSpecError(f"task_args.width: {size} cannot be divided by num_heads, {heads}")
     return CharTransformerTask(
         source=source,
         context=length,

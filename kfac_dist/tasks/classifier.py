@@ -1,4 +1,4 @@
-"""Built-in task `classifier`: one of several classes for a vector or an image."""
+"""Built-in task `classifier`: assign one of several classes to a vector or an image."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from kfac_dist.tasks.networks import ACTIVATIONS, INITIALIZATIONS, classifier_ne
 
 _HIDDEN = (256, 128)
 _CHANNELS = (16, 32, 64)
-# Not batch normalisation, which would make a case's output depend on the others in its part of
-# the batch, and so on the number of gradient workers.
+# With batch normalisation, the output of a case would depend on the other cases in its part of the
+# batch, and so on the number of gradient workers.
 _NORMALIZATION = "group"
 
 
@@ -30,7 +30,10 @@ class Network(Protocol):
     """A kind of network with its options, before the shape of the data is known."""
 
     def build(self, case_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A new network for inputs `[N, *case_shape]`, float32, from torch's global generator."""
+        """Return a new network for inputs `[N, *case_shape]`, float32.
+
+        Its parameters are drawn from torch's global generator.
+        """
         ...
 
 
@@ -43,7 +46,7 @@ class MLP:
     initialization: str
 
     def build(self, case_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """Layers `hidden1`, ..., `output`."""
+        """Return a network with the layers `hidden1`, ..., `output`."""
         return classifier_network(
             case_shape, self.hidden, num_classes, self.activation, self.initialization
         )
@@ -51,20 +54,23 @@ class MLP:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNet:
-    """A few convolutions, each of which halves the image."""
+    """A few convolutions, each of which halves the size of the image."""
 
     channels: tuple[int, ...]
     activation: str
     normalization: str
 
     def build(self, case_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """Layers `conv1`, ..., `output`; InvalidSpecError when the image is too small."""
+        """Return a network with the layers `conv1`, ..., `output`.
+
+        Raises InvalidSpecError if the image is too small.
+        """
         num_channels, height, width = _image("convnet", case_shape)
         depth = len(self.channels)
         if min(height, width) < 2**depth:
             raise InvalidSpecError(
-                f"task_args.channels: each of the {depth} convolutions halves the image, which is "
-                f"only {height}x{width}; use at most {min(height, width).bit_length() - 1}"
+                f"task_args.channels: each of the {depth} convolutions halves the image, which has "
+                f"only {height}x{width} pixels; use at most {min(height, width).bit_length() - 1}"
             )
         activation = ACTIVATIONS[self.activation]
         return small_convolutional_network(
@@ -80,7 +86,7 @@ class ResNet:
     shortcut: str
 
     def build(self, case_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """Layers `conv`, `blocks.0.conv1`, ..., `output`."""
+        """Return a network with the layers `conv`, `blocks.0.conv1`, ..., `output`."""
         num_channels, _, _ = _image("resnet20", case_shape)
         return ResNet20(
             num_channels, num_classes, normalization=self.normalization, shortcut=self.shortcut
@@ -90,8 +96,8 @@ class ResNet:
 def _image(network: str, case_shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(case_shape) != 3:
         raise InvalidSpecError(
-            f"task_args.network: {network} takes images, the data set has inputs of shape "
-            f"{case_shape}; use mlp"
+            f"task_args.network: {network} needs images, but the inputs of the data set have "
+            f"shape {case_shape}; use mlp"
         )
     num_channels, height, width = case_shape
     return num_channels, height, width
@@ -99,30 +105,30 @@ def _image(network: str, case_shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """The outputs are logits of the classes, `[N, num_classes]`."""
+    """Assigns classes; the outputs are their logits, `[N, num_classes]`."""
 
     source: CaseSource
     network: Network
 
     @property
     def distribution(self) -> Literal["categorical"]:
-        """One class a case."""
+        """One class for each case."""
         return "categorical"
 
     def model(self) -> nn.Module:
-        """The network for the data set's inputs and classes."""
+        """Return a new network for the data set's inputs and classes."""
         return self.network.build(self.source.case_shape(), self.source.num_classes())
 
     def train_data(self) -> MapDataset:
-        """Training cases and their classes."""
+        """Return the training cases and their classes."""
         return self.source.classification("train")
 
     def test_data(self) -> MapDataset:
-        """Test cases and their classes."""
+        """Return the test cases and their classes."""
         return self.source.classification("test")
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """`accuracy`: 1 where the most likely class is the right one, else 0, `[N]`."""
+        """Return `accuracy`: 1 where the most likely class is the right one, else 0, `[N]`."""
         return {"accuracy": (outputs.argmax(dim=1) == targets).to(outputs.dtype)}
 
 
@@ -167,7 +173,7 @@ _NETWORKS: Mapping[str, Callable[..., Network]] = {
 
 
 def classifier(source: CaseSource, *, network: object = "mlp", **options: object) -> Classifier:
-    """The task from its `task_args`: `network`, and the options of that network.
+    """Build the task from its `task_args`: `network`, and the options of that network.
 
     Raises InvalidSpecError for a value that is not allowed.
     """

@@ -1,7 +1,7 @@
 """Convolutional networks of the task `classifier`: a small one, and ResNet-20.
 
-Images are `[N, channels, height, width]`, outputs class logits `[N, num_classes]`. Weights are
-drawn as He et al. (2015) do for ReLU, N(0, 2 / fan_in); biases are zero.
+Images are `[N, channels, height, width]`, outputs are class logits `[N, num_classes]`. Weights are
+drawn from N(0, 2 / fan_in), as in He et al. (2015) for ReLU; biases are zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_MAX_GROUPS = 8  # of a GroupNorm; two channels a group in ResNet-20's first stage
+_MAX_GROUPS = 8  # of a GroupNorm; the first stage of ResNet-20 then has two channels a group
 
 _STAGES = (16, 32, 64)  # channels of ResNet-20 (He et al. 2016, section 4.2)
 _BLOCKS_A_STAGE = 3
@@ -38,10 +38,10 @@ SHORTCUTS = ("pad", "conv")
 
 
 def convolution(fan_in: int, fan_out: int, kernel: int, *, stride: int, bias: bool) -> nn.Conv2d:
-    """A square convolution that keeps the size but for its stride."""
+    """Return a square convolution, padded so that only its stride changes the size."""
     layer = nn.Conv2d(
         fan_in, fan_out, kernel, stride=stride, padding=kernel // 2, bias=bias, device="meta"
-    ).to_empty(device="cpu")  # made without values: they would use up random numbers
+    ).to_empty(device="cpu")  # made without values: drawing them twice would use up random numbers
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -62,10 +62,17 @@ def small_convolutional_network(
     activation: Callable[[], nn.Module],
     normalization: str,
 ) -> nn.Sequential:
-    """3x3 convolutions `conv1`, `conv2`, ..., each halving the image, and a linear `output`.
+    """Return 3x3 convolutions `conv1`, `conv2`, ... and a linear layer `output`.
 
-    A convolution is followed by its normalisation, the activation and max-pooling; the output
-    layer sees the mean over the places that are left.
+    Each convolution is followed by normalisation, activation, and max-pooling that halves the
+    image. The output layer receives the mean over the remaining positions.
+
+    Args:
+        num_channels: of the images.
+        channels: of each convolution.
+        num_classes: number of outputs.
+        activation: makes an activation module.
+        normalization: a name in `NORMALIZATIONS`.
     """
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     fan_in = num_channels
@@ -84,7 +91,7 @@ def small_convolutional_network(
 
 
 class PadShortcut(nn.Module):
-    """The shortcut without parameters ("option A"): every other pixel, zeros for new channels."""
+    """The shortcut without parameters ("option A"): fewer pixels, and zeros as new channels."""
 
     def __init__(self, num_new: int, stride: int) -> None:
         super().__init__()
@@ -92,7 +99,7 @@ class PadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[N, C, H, W]` to `[N, C + num_new, H / stride, W / stride]`, rounded up."""
+        """Map `[N, C, H, W]` to `[N, C + num_new, H / stride, W / stride]`, sizes rounded up."""
         thinned = inputs[:, :, :: self.stride, :: self.stride]
         before = self.num_new // 2
         return F.pad(thinned, (0, 0, 0, 0, before, self.num_new - before))
@@ -120,7 +127,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[N, fan_in, H, W]` to `[N, fan_out, H / stride, W / stride]`, rounded up."""
+        """Map `[N, fan_in, H, W]` to `[N, fan_out, H / stride, W / stride]`, sizes rounded up."""
         hidden = F.relu(self.norm1(self.conv1(inputs)))
         return F.relu(self.norm2(self.conv2(hidden)) + self.shortcut(inputs))
 
@@ -128,8 +135,9 @@ class ResidualBlock(nn.Module):
 class ResNet20(nn.Module):
     """The 20-layer residual network for small images of He et al. (2016), section 4.2.
 
-    Without normalisation, the last convolution of each branch starts smaller by the root of the
-    number of branches: their sum would else double the signal's variance nine times over.
+    Without normalisation, the weights of the last convolution in each branch are divided by the
+    square root of the number of branches. Otherwise each of the nine branches would double the
+    variance of the signal.
     """
 
     def __init__(
@@ -159,7 +167,7 @@ class ResNet20(nn.Module):
                     block.conv2.weight.mul_(len(blocks) ** -0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[N, channels, H, W]` to logits `[N, num_classes]`."""
+        """Map `[N, channels, H, W]` to logits `[N, num_classes]`."""
         hidden = self.blocks(F.relu(self.norm(self.conv(images))))
         logits: Tensor = self.output(hidden.mean(dim=(2, 3)))
         return logits

@@ -1,4 +1,4 @@
-"""From a job specification to a task; every process that needs the task loads it so."""
+"""Load the task that a specification names; every process that needs it does so itself."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import torch
 
 from kfac_dist._home import data_cache, default_home
 from kfac_dist.config import JobSpec
-from kfac_dist.config.wording import did_you_mean
-from kfac_dist.data import Places, case_source, text_source
+from kfac_dist.config.problems import did_you_mean
+from kfac_dist.data import Places, find_case_source, find_text_source
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks.arguments import check_arguments
 from kfac_dist.tasks.autoencoder import autoencoder
 from kfac_dist.tasks.blame import blame_user
 from kfac_dist.tasks.char_transformer import char_transformer
 from kfac_dist.tasks.classifier import classifier
-from kfac_dist.tasks.find import find_class
+from kfac_dist.tasks.find_class import find_class
 from kfac_dist.tasks.task import Task
 from kfac_dist.tasks.user import UserTask, check_user_task
 
 
 class BuiltIn(NamedTuple):
-    """A task of ours: `make` takes its data set, which `source` finds by name, and task_args."""
+    """A built-in task: `make` builds it from task_args and the data set that `source` finds."""
 
     make: Callable[..., Task]
     source: Callable[..., object]
 
 
 BUILT_IN: Mapping[str, BuiltIn] = {
-    "autoencoder": BuiltIn(autoencoder, case_source),
-    "classifier": BuiltIn(classifier, case_source),
-    "char_transformer": BuiltIn(char_transformer, text_source),
+    "autoencoder": BuiltIn(autoencoder, find_case_source),
+    "classifier": BuiltIn(classifier, find_case_source),
+    "char_transformer": BuiltIn(char_transformer, find_text_source),
 }
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of `dtype: float32` or `float64`; InvalidSpecError for any other."""
+    """Return the torch type for `dtype: float32` or `float64`; InvalidSpecError for another."""
     if name not in _DTYPES:
         raise InvalidSpecError(f"dtype: {name!r} is not one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -48,20 +48,26 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_task(
     spec: JobSpec, base_dir: Path, *, data_dir: Path | None = None, cache_dir: Path | None = None
 ) -> Task:
-    """The task `spec` names, with its `task_args` and, if built in, its data set.
+    """Return the task that `spec` names, with its `task_args` and, if built in, its data set.
 
-    `base_dir` is the folder of the specification, where the user's files are looked for.
-    `data_dir` is where the data may be, `cache_dir` where data sets are kept, by default
-    `~/.kfac_dist/data`; reading or downloading begins only with `model`, `train_data` and
-    `test_data`. Raises InvalidSpecError when the specification does not fit the task,
-    UserTaskError when the user's code raises.
+    Data is read or downloaded later, by `model`, `train_data` and `test_data`.
+
+    Args:
+        spec: the job specification.
+        base_dir: the folder of the specification, in which the user's files are looked for.
+        data_dir: the folder with the user's data, if any.
+        cache_dir: where downloaded data sets are kept; by default `~/.kfac_dist/data`.
+
+    Raises:
+        InvalidSpecError: the specification does not fit the task.
+        UserTaskError: the user's code raises.
     """
     if ":" in spec.task or spec.task.endswith(".py"):
         return _user_task(spec, base_dir, data_dir)
     if spec.task not in BUILT_IN:
         raise InvalidSpecError(
-            f"task: there is no built-in task {spec.task!r} ({', '.join(BUILT_IN)}). A task of "
-            f"your own is file.py:Class or package.module:Class.{did_you_mean(spec.task, BUILT_IN)}"
+            f"task: there is no built-in task {spec.task!r} ({', '.join(BUILT_IN)}). Your "
+            f"own task is file.py:Class or package.module:Class.{did_you_mean(spec.task, BUILT_IN)}"
         )
     built_in = BUILT_IN[spec.task]
     check_arguments(built_in.make, spec.task_args, f"task {spec.task}", supplied=("source",))

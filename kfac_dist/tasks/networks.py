@@ -15,23 +15,23 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
 }
 
-_SPARSE_FAN_IN = 15  # incoming weights a unit keeps (Martens 2010)
+_SPARSE_FAN_IN = 15  # incoming weights that are not zero, for each unit (Martens 2010)
 
 
 def truncated_normal(weight: Tensor) -> None:
-    """Fill `[fan_out, fan_in]` from N(0, 1/fan_in) cut off at two of its standard deviations.
+    """Fill `[fan_out, fan_in]` from N(0, 1/fan_in), truncated at two standard deviations.
 
-    1/sqrt(fan_in) is the standard deviation *before* the cut, as in Haiku and kfac-jax; after it
-    the weights have 0.88 times that.
+    As in Haiku and kfac-jax, 1/sqrt(fan_in) is the standard deviation *before* truncation. That of
+    the weights is 0.88 times as large.
     """
     std = weight.shape[1] ** -0.5
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def sparse(weight: Tensor) -> None:
-    """Fill `[fan_out, fan_in]` with N(0, 1) at 15 random inputs a unit and zero elsewhere.
+    """Fill `[fan_out, fan_in]` from N(0, 1) at 15 random inputs of each unit, zero elsewhere.
 
-    A unit with fewer inputs is connected to all of them. (Martens 2010, section 5.)
+    A unit with fewer inputs is connected to all of them (Martens 2010, section 5).
     """
     fan_out, fan_in = weight.shape
     num_kept = min(_SPARSE_FAN_IN, fan_in)
@@ -54,13 +54,18 @@ def feed_forward(
     activation: str,
     initialization: str,
 ) -> nn.Sequential:
-    """Linear layers between consecutive `sizes`, called `names`, biases zero.
+    """Return linear layers between consecutive `sizes`, with zero biases.
 
-    Every layer is followed by the activation except those named in `linear`.
+    Args:
+        sizes: of the input and of each layer.
+        names: of the layers.
+        linear: names of the layers that no activation follows.
+        activation: a name in `ACTIVATIONS`.
+        initialization: a name in `INITIALIZATIONS`.
     """
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for name, fan_in, fan_out in zip(names, sizes[:-1], sizes[1:], strict=True):
-        # Made without values: torch's own initialisation would use up random numbers.
+        # Made without values, because torch's own initialisation would use up random numbers.
         layer = nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")
         INITIALIZATIONS[initialization](layer.weight)
         nn.init.zeros_(layer.bias)
@@ -73,10 +78,10 @@ def feed_forward(
 def autoencoder_network(
     num_inputs: int, hidden: Sequence[int], activation: str, initialization: str
 ) -> nn.Sequential:
-    """Encoder of sizes `hidden`, the last one the code, and a decoder that mirrors it.
+    """Return an encoder with layers of sizes `hidden`, the code last, and a mirrored decoder.
 
-    Code and output layer are linear. Layers are named `encoder1`, ..., `code`, `decoder1`, ...,
-    `output`.
+    The code and the output layer are linear. The layers are named `encoder1`, ..., `code`,
+    `decoder1`, ..., `output`.
     """
     depth = len(hidden)
     sizes = [num_inputs, *hidden, *reversed(hidden[:-1]), num_inputs]
@@ -96,7 +101,7 @@ def classifier_network(
     activation: str,
     initialization: str,
 ) -> nn.Sequential:
-    """Hidden layers `hidden1`, `hidden2`, ..., and a linear layer `output` of class logits.
+    """Return hidden layers `hidden1`, `hidden2`, ... and a linear layer `output` of class logits.
 
     Inputs are `[N, *case_shape]`; images are flattened first.
     """

@@ -1,4 +1,4 @@
-"""What a task is: everything a job needs to know beyond its optimizer and its workers."""
+"""What a task is: the model, the data and the metrics of a job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DISTRIBUTIONS: tuple[str, ...] = get_args(DistributionName)
 
 
 class Task(Protocol):
-    """A loaded task. Each worker loads its own, so a task never crosses a process boundary.
+    """A loaded task. Each worker loads its own, so a task is never sent to another process.
 
-    It knows where its data is: `load_task` was told. A model may be shaped by the data.
+    `load_task` has given it the folders of its data. The model's shape may depend on the data.
 
     `distribution` is what the model's outputs parametrise: logits of independent Bernoulli
-    variables, logits of one categorical variable (last dimension), or the mean of a Gaussian of
+    variables, logits of a categorical variable (last dimension), or the mean of a Gaussian with
     unit variance.
     """
 
@@ -29,17 +29,17 @@ class Task(Protocol):
         ...
 
     def model(self) -> nn.Module:
-        """A new network; its random numbers come from torch's global generator."""
+        """Return a new network, with parameters drawn from torch's global generator."""
         ...
 
     def train_data(self) -> MapDataset:
-        """The training cases, pairs of one input and one target."""
+        """Return the training cases, pairs `(input, target)`."""
         ...
 
     def test_data(self) -> MapDataset:
-        """The cases the job is judged on, never trained on."""
+        """Return the cases for evaluation only, pairs `(input, target)`."""
         ...
 
     def metrics(self, outputs: Tensor, targets: Tensor, /) -> Mapping[str, Tensor]:
-        """One number a case, `[N]`, for each metric; the job reports their means."""
+        """Return for each metric a number a case, `[N]`; the job reports the mean."""
         ...

@@ -1,7 +1,7 @@
-"""The network of the task `char_transformer`: a decoder with normalisation before each branch.
+"""The network of the task `char_transformer`: a decoder that normalises before each branch.
 
-Built of modules that curvature blocks know: `Linear`, `Embedding` and `LayerNorm`. A sequence is
-`[N, T]` or, embedded, `[N, T, width]`.
+Its parameters are in `Linear`, `Embedding` and `LayerNorm` modules, for which there are curvature
+blocks. A sequence is `[N, T]` or, embedded, `[N, T, width]`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MLP_RATIO = 4  # hidden units of the fully connected branch, in widths
 
 
 def _linear(fan_in: int, fan_out: int, *, scale: float = 1.0) -> nn.Linear:
-    # Made without values: torch's own initialisation would use up random numbers.
+    # Made without values, because torch's own initialisation would use up random numbers.
     layer = nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")
     truncated_normal(layer.weight)
     with torch.no_grad():
@@ -26,9 +26,9 @@ def _linear(fan_in: int, fan_out: int, *, scale: float = 1.0) -> nn.Linear:
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention to the places up to one's own.
+    """Multi-head attention of each position to itself and those before it.
 
-    Queries, keys and values come from one layer `qkv`, in this order along its outputs.
+    Queries, keys and values come, in this order, from the outputs of one layer, `qkv`.
     """
 
     def __init__(self, width: int, num_heads: int, branch_scale: float) -> None:
@@ -38,12 +38,12 @@ class CausalAttention(nn.Module):
         self.projection = _linear(width, width, scale=branch_scale)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[N, T, width]` to the same shape."""
+        """Map `[N, T, width]` to the same shape."""
         queries, keys, values = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in self.qkv(inputs).chunk(3, dim=-1)
         )
-        # Written out: torch's fused attention has no forward mode, which Fisher products need.
+        # Written out, because torch's fused attention lacks the forward mode of Fisher products.
         scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
         length = inputs.shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
@@ -65,19 +65,19 @@ class Block(nn.Module):
         self.contract = _linear(_MLP_RATIO * width, width, scale=branch_scale)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[N, T, width]` to the same shape."""
+        """Map `[N, T, width]` to the same shape."""
         attended = inputs + self.attention(self.attention_norm(inputs))
         output: Tensor = attended + self.contract(F.gelu(self.expand(self.mlp_norm(attended))))
         return output
 
 
 class CharTransformer(nn.Module):
-    """Logits of the next character at each place of `[N, T]` codes, T at most `context`.
+    """Logits of the next character at each position of `[N, T]` codes, T at most `context`.
 
-    Weights have the standard deviation 1/sqrt(fan_in), embeddings 1/sqrt(width), so that rows
-    have about unit norm; the last layer of each of the 2 * num_blocks branches is divided by the
-    root of their number, which keeps the variance of their sum. With `tie_weights` the output
-    layer shares the matrix of the token embedding.
+    Weights have standard deviation 1/sqrt(fan_in). Embeddings have 1/sqrt(width), so that their
+    rows have about unit norm. The last layer of each of the 2 * num_blocks branches is divided by
+    the square root of their number, so that the variance of their sum does not grow with it. With
+    `tie_weights` the output layer shares the matrix of the token embedding.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class CharTransformer(nn.Module):
             self.output.weight = self.token_embedding.weight
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Int64 codes `[N, T]` to logits `[N, T, num_characters]`."""
-        # Indices for every case, though they are the same: a layer's input has one row a case.
-        places = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
-        embedded = self.token_embedding(codes) + self.position_embedding(places)
+        """Map int64 codes `[N, T]` to logits `[N, T, num_characters]`."""
+        # Repeated for every case, because statistics need a row of each layer's input a case.
+        positions = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
+        embedded = self.token_embedding(codes) + self.position_embedding(positions)
         logits: Tensor = self.output(self.norm(self.blocks(embedded)))
         return logits

@@ -1,4 +1,4 @@
-"""A task written by the user, wrapped so that the rest of the program sees a `Task`."""
+"""A task that the user wrote, wrapped so that the rest of the program sees a `Task`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from kfac_dist.errors import DataError, InvalidSpecError, UserTaskError
 from kfac_dist.tasks.blame import UserFiles, blame_user
 from kfac_dist.tasks.task import DISTRIBUTIONS, DistributionName, Task
 
-# Arguments each method is called with.
+# The arguments that each method is called with.
 _METHODS = {"model": (), "train_data": ("data_dir",), "test_data": ("data_dir",)}
 _OPTIONAL_METHODS = {"metrics": ("outputs", "targets")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserTask:
-    """The user's `instance`; what it raises becomes UserTaskError.
+    """The user's `instance`; whatever it raises becomes UserTaskError.
 
-    Its data methods are called with `data_dir`. Floating-point values of its data are cast to
-    `dtype`, and `limit` keeps the first cases.
+    Its data methods get `data_dir`. Floating-point values of its data are cast to `dtype`, and
+    `limit` keeps the first cases.
     """
 
     files: UserFiles
@@ -38,34 +38,34 @@ class UserTask:
 
     @property
     def distribution(self) -> DistributionName:
-        """What `check_user_task` found to be one of the known distributions."""
+        """The user's distribution; `check_user_task` has checked it."""
         return cast("DistributionName", self.instance.distribution)
 
     def model(self) -> nn.Module:
-        """A new model of the user's; UserTaskError when it is not a torch module."""
+        """Return a new model of the user; UserTaskError if it is not a torch module."""
         with self._blame("model()"):
             model = self.instance.model()
         if not isinstance(model, nn.Module):
             raise UserTaskError(
-                f"task {self.files.label}: model() returned {type(model).__name__}, "
+                f"task {self.files.label}: model() returned {type(model).__name__}; "
                 "it must return a torch.nn.Module"
             )
         return model
 
     def train_data(self) -> MapDataset:
-        """The user's training cases."""
+        """Return the user's training cases."""
         with self._blame("train_data()"):
             dataset = self.instance.train_data(self.data_dir)
         return self._wrap(dataset, "train")
 
     def test_data(self) -> MapDataset:
-        """The user's test cases."""
+        """Return the user's test cases."""
         with self._blame("test_data()"):
             dataset = self.instance.test_data(self.data_dir)
         return self._wrap(dataset, "test")
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        """The user's metrics; none when the class has no such method."""
+        """Return the user's metrics, an empty dict if the class has no method `metrics`."""
         if not hasattr(self.instance, "metrics"):
             return {}
         with self._blame("metrics()"):
@@ -76,7 +76,7 @@ class UserTask:
         name = f"{self.files.label}, {split}_data()"
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise UserTaskError(
-                f"task {name}: returned {type(dataset).__name__}, it must return a map-style "
+                f"task {name}: returned {type(dataset).__name__}; it must return a map-style "
                 "data set with __len__ and __getitem__"
             )
         with self._blame(f"len of {split}_data()"):
@@ -91,7 +91,7 @@ class UserTask:
 
 
 class UserDataset(BatchedDataset):
-    """The user's data set; what it raises becomes UserTaskError, floats are cast."""
+    """The user's data set: whatever it raises becomes UserTaskError, and floats are cast."""
 
     def __init__(self, dataset: MapDataset, split: Split, task: UserTask) -> None:
         self._dataset = dataset
@@ -102,11 +102,11 @@ class UserDataset(BatchedDataset):
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = self.take(torch.tensor([index]))
+        inputs, targets = self.gather_cases(torch.tensor([index]))
         return inputs[0], targets[0]
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Stacked cases with floating-point values in the job's dtype."""
+    def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return stacked cases, with floating-point values in the job's dtype."""
         files = self._task.files
         doing = f"reading the {self._split} data"
         try:
@@ -122,10 +122,10 @@ class UserDataset(BatchedDataset):
 
 @contextmanager
 def user_code(task: Task, doing: str) -> Iterator[None]:
-    """Run the forward or backward pass of `task`'s model, or its metrics, inside.
+    """Wrap a forward or backward pass of `task`'s model, or its metrics.
 
-    Raises UserTaskError for an exception that came through the user's files; everything else
-    passes unchanged, as it does for a built-in task.
+    An exception that passed through the user's files becomes UserTaskError. All others pass
+    unchanged, as do those of a built-in task.
     """
     if isinstance(task, UserTask):
         with blame_user(task.files, doing, always=False):
@@ -135,7 +135,7 @@ def user_code(task: Task, doing: str) -> Iterator[None]:
 
 
 def check_user_task(instance: object, files: UserFiles) -> None:
-    """Raise InvalidSpecError unless `instance` has what a task needs."""
+    """Raise InvalidSpecError unless `instance` has the methods and attributes of a task."""
     owner = type(instance).__name__
     for name, arguments in (_METHODS | _OPTIONAL_METHODS).items():
         if hasattr(instance, name):
@@ -149,7 +149,7 @@ def check_user_task(instance: object, files: UserFiles) -> None:
     if distribution not in DISTRIBUTIONS:
         found = "is missing" if distribution is None else f"is {distribution!r}"
         raise InvalidSpecError(
-            f"task {files.label}: {owner}.distribution {found}, "
+            f"task {files.label}: {owner}.distribution {found}; "
             f"it must be one of {', '.join(DISTRIBUTIONS)}"
         )
 

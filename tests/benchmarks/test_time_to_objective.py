@@ -85,9 +85,9 @@ def test_a_grid_is_searched_once(tmp_path: Path, job: str) -> None:
     done = command(*common, "--tune-only")
     assert done.returncode == 0, done.stderr
     tuning = json.loads(results.read_text())["tuning"]["adam"]
-    losses = [one["loss"] for one in tuning["tried"]]
+    losses = [trial["loss"] for trial in tuning["tried"]]
     assert len(losses) == 3
-    best = min(tuning["tried"], key=lambda one: min(one["loss"], one["averaged_loss"]))
+    best = min(tuning["tried"], key=lambda t: min(t["loss"], t["averaged_loss"]))
     assert tuning["best"] == best["options"]
 
     assert command(*common, "--budget", "0.2").returncode == 0
@@ -96,7 +96,10 @@ def test_a_grid_is_searched_once(tmp_path: Path, job: str) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("kfca", "'kfca' is none of sgd, adam"), ("kfac=soon", "'soon' is no number of CPU seconds")],
+    [
+        ("kfca", "'kfca' is not one of sgd, adam"),
+        ("kfac=soon", "'soon' is not a number of CPU seconds"),
+    ],
 )
 def test_a_wrong_contestant_is_named(argument: str, message: str) -> None:
     done = command("--short", "--only", argument)
@@ -141,10 +144,10 @@ def test_a_slow_hour_of_the_machine_cancels() -> None:
     from peers.comparison import compare
 
     def ratio(slowness: float) -> float:
-        mine = curve((10 * slowness, 100), (40 * slowness, 80))
+        own_curve = curve((10 * slowness, 100), (40 * slowness, 80))
         runs = [
             run_of(0.1, "adam", False, curve((100, 90), (200, 80))),
-            run_of(0.1 * slowness, "kfac", True, mine),
+            run_of(0.1 * slowness, "kfac", True, own_curve),
         ]
         (row,) = compare(runs)
         return float(row["ratio"])
@@ -155,10 +158,10 @@ def test_a_slow_hour_of_the_machine_cancels() -> None:
 def test_a_peer_is_judged_by_its_best_run_and_ours_beside_it() -> None:
     from peers.comparison import compare
 
-    mine = {"ours": True, "curve": curve((30, 80))}
+    own_run = {"ours": True, "curve": curve((30, 80))}
     best = {"ours": False, "curve": curve((100, 80))}
     runs = [
-        {"sgd_step_seconds": 0.1, "entrants": {"kfac": mine, "muon": best}},
+        {"sgd_step_seconds": 0.1, "entrants": {"kfac": own_run, "muon": best}},
         run_of(0.1, "muon", False, curve((100, 95))),
         run_of(0.1, "kfac", True, curve((10, 80))),
     ]
@@ -226,7 +229,7 @@ def test_kfac_jax_starts_where_we_do_and_takes_a_step(job: str) -> None:
     from kfac_dist.config import load_spec
 
     spec = load_spec(Path(job))
-    setting = Setting.of(spec, Path(job).parent, None)
+    setting = Setting.load(spec, Path(job).parent, None)
     runner = KfacJaxRunner(setting, initial_damping=3.0, inverse_period=5)
     try:
         start = torch.nn.utils.parameters_to_vector(setting.model().parameters()).detach()

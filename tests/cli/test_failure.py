@@ -21,8 +21,8 @@ from tests.cli.conftest import KfacDist
         (["spec"], 2, "Missing command"),
         (["train", "{spec}", "--stes"], 2, "No such option: --stes"),
         (["validate", "{spec}", "-o", "xml"], 2, "'table', 'json', 'yaml'"),
-        (["validate", "{spec}", "--set", "steps"], 2, "--set steps: should look like key=value"),
-        (["validate", "nowhere.yaml"], 4, "nowhere.yaml: there is no such specification"),
+        (["validate", "{spec}", "--set", "steps"], 2, "--set steps: must have the form key=value"),
+        (["validate", "nowhere.yaml"], 4, "nowhere.yaml: the specification does not exist"),
         (["validate", "{spec}", "--set", "stpes=3"], 3, "stpes: unknown key. Did you mean steps?"),
         (["validate", "{spec}", "--set", "task=classifer"], 3, "Did you mean classifier?"),
         (["validate", "{spec}", "--set", "task_args.hiden=[3]"], 3, "Did you mean hidden?"),
@@ -73,7 +73,7 @@ def test_with_json_the_error_is_an_object_on_stderr(kfac_dist: KfacDist, option:
     assert json.loads(done.err) == {
         "error": {
             "type": "NotFoundError",
-            "message": "nowhere.yaml: there is no such specification",
+            "message": "nowhere.yaml: the specification does not exist",
             "exit_code": 4,
         }
     }

@@ -68,6 +68,12 @@ def test_the_example_of_the_contract_is_valid_and_its_values_are_the_defaults(
     assert changed == plain.model_dump(exclude={"workers", "task_args", "data"})
 
 
+def test_the_default_of_the_removed_key_is_still_accepted() -> None:
+    spec = parse_spec(SMALL | {"faults": {"max_restarts": 1, "min_gradient_workers": 1}})
+    assert spec == parse_spec(SMALL | {"faults": {"max_restarts": 1}})
+    assert "min_gradient_workers" not in dump_spec(spec)
+
+
 def test_what_is_dumped_loads_to_the_same(tmp_path: Path) -> None:
     for optimizer in ({"name": "kfac"}, {"name": "sgd"}, {"name": "adam", "betas": [0.8, 0.9]}):
         spec = parse_spec(SMALL | {"optimizer": optimizer, "task_args": {"x": None, "y": "no"}})
@@ -142,7 +148,7 @@ def test_what_does_not_look_like_an_override_is_a_usage_error(text: str) -> None
 
 
 def test_an_override_below_a_value_is_refused() -> None:
-    with pytest.raises(InvalidSpecError, match="batch_size is 10, it has no keys to set"):
+    with pytest.raises(InvalidSpecError, match="batch_size is 10, which has no keys to set"):
         parse_spec(SMALL, overrides=["batch_size.initial=3"])
 
 
@@ -169,7 +175,7 @@ def test_yaml_has_the_types_of_yaml_1_2(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("name: [a\nsteps: 3\n", "job.yaml:2:6: expected ',' or ']'"),
-        ("name: a\nname: b\n", "job.yaml:2:1: the key 'name' stands here twice"),
+        ("name: a\nname: b\n", "job.yaml:2:1: the key 'name' occurs twice"),
         ("a: b: c\n", "job.yaml:1:5: mapping values are not allowed here"),
         ("name: a\n\tsteps: 3\n", "job.yaml:2:1: found character"),
         ("name: \x00\n", "job.yaml: "),

@@ -72,7 +72,7 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
         ({"steps": None}, "steps: null is not a whole number of at least 1"),
         (
             {"steps": "3"},
-            'steps: "3" is not a whole number of at least 1; it is in quotes, which make it text',
+            'steps: "3" is not a whole number of at least 1; the quotes make it text',
         ),
         ({"name": 3}, "name: 3 is not text of letters, digits, '.', '_' and '-', starting with"),
         ({"name": "../up"}, 'name: "../up" is not text of letters'),
@@ -137,7 +137,7 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
         ),
         (
             {"optimizer": {"name": "sgd", "lr": {"schedule": "cosine", "initial": 1, "steps": 9}}},
-            "optimizer.lr.final: is missing; a schedule that is cosine needs it",
+            "optimizer.lr.final: is missing; the schedule cosine needs it",
         ),
         (
             {
@@ -146,11 +146,11 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
                     "lr": {"schedule": "constant", "initial": 1, "final": 2},
                 }
             },
-            "optimizer.lr.final: 2 has no meaning for a constant schedule, leave it out",
+            "optimizer.lr.final: 2 has no meaning for a constant schedule; leave it out",
         ),
         (
             {"optimizer": {"lr": {**COSINE, "schedule": "exponential"}}},
-            "optimizer.lr.final: 0 is not above 0, which an exponential schedule never reaches",
+            "optimizer.lr.final: 0 is not above 0, and an exponential schedule never reaches 0",
         ),
         (
             {"optimizer": {"lr": COSINE | {"warmup_steps": 9}}},
@@ -166,8 +166,8 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
         ),
         (
             {"optimizer": {"damping": {"initial": COSINE | {"final": 1}}}},
-            "optimizer.damping.adapt_period: 5 adapts lambda, which the schedule in initial sets "
-            "in each step; use null",
+            "optimizer.damping.adapt_period: 5 adapts lambda, but the schedule in initial sets "
+            "it in each step; use null",
         ),
         (
             {"optimizer": {"damping": {"initial": COSINE, "adapt_period": None}}},
@@ -176,12 +176,13 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
         ({"batch_size": "many"}, 'batch_size: "many" is not a whole number of at least 1'),
         (
             {"staleness": {"max_steps": 10}},
-            "staleness.max_steps: 10 is below optimizer.inverse_update_period, 20, so no inverse "
-            "could ever be young enough; use 0 (synchronous) or at least 20",
+            "staleness.max_steps: 10 is below optimizer.inverse_update_period, 20, so every "
+            "inverse would be too old; use 0 (synchronous) or at least 20",
         ),
         (
             {"faults": {"min_gradient_workers": 2}},
-            "faults.min_gradient_workers: 2 is above workers.gradient, 1",
+            "faults.min_gradient_workers: 2 has no effect: a job needs all its gradient workers; "
+            "leave the key out",
         ),
     ],
 )
@@ -193,7 +194,11 @@ def test_one_problem_is_one_line(values: dict[str, Any], message: str) -> None:
 def test_all_problems_are_told_at_once() -> None:
     lines = _messages({"steps": 0, "seed": -1, "optimizer": {"l2": "x", "lr": 0}})
     assert len(lines) == 4
-    related = {"staleness": {"max_steps": 3}, "faults": {"min_gradient_workers": 3}}
+    related = {
+        "staleness": {"max_steps": 3},
+        "dtype": "float64",
+        "optimizer": {"precondition_dtype": "bfloat16"},
+    }
     assert len(_messages(related)) == 2
 
 

@@ -58,7 +58,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_kept(tmp_path):
     ("answers", "cut", "problem"),
     [
         ({}, False, "HTTP Error 404"),
-        ({f"/{IMAGES}.gz": b"\x1f\x8bnot gzip"}, False, "not a whole gzip file"),
+        ({f"/{IMAGES}.gz": b"\x1f\x8bnot gzip"}, False, "a damaged gzip file"),
         ({f"/{IMAGES}.gz": b"x" * 1000}, True, "500"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.ndimage import label
 
-from kfac_dist.data import Places, case_source, fetch
+from kfac_dist.data import Places, fetch, find_case_source
 from kfac_dist.data.sets.curves import NUM_CASES, SIDE, control_points, load_curves
 from kfac_dist.data.sets.digits import load_digits
 from kfac_dist.errors import InvalidSpecError
@@ -16,7 +16,7 @@ from kfac_dist.errors import InvalidSpecError
 
 def source(name, limit=None, dtype=torch.float32):
     places = Places(data_dir=None, cache_dir=Path("absent"))
-    return case_source(name, limit=limit, places=places, dtype=dtype)
+    return find_case_source(name, limit=limit, places=places, dtype=dtype)
 
 
 def test_digits_are_split_evenly_and_take_turns():

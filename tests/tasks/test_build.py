@@ -85,7 +85,7 @@ def test_what_does_not_fit_together(distribution, model, targets, message):
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ({"error": torch.tensor(1.0)}, r"returned \(\) for 'error', it must return one number a"),
+        ({"error": torch.tensor(1.0)}, r"returned \(\) for 'error'; it must return one number a"),
         ({"error": 1.0}, "returned float for 'error'"),
         ([1, 2], r"metrics\(\) returned list"),
     ],

@@ -133,9 +133,13 @@ def test_the_faces_net_of_the_paper_takes_the_faces_that_are_there(tmp_path):
 @pytest.mark.parametrize(
     ("args", "shape", "message"),
     [
-        ({"network": "convnet"}, (4, 30), r"task_args\.network: convnet takes images, .* \(30,\)"),
-        ({"network": "resnet20"}, (4, 30), "resnet20 takes images"),
-        ({"network": "convnet"}, (4, 5, 9), r"channels: each of the 3 .* only 5x9; use at most 2"),
+        ({"network": "convnet"}, (4, 30), r"task_args\.network: convnet needs images, .* \(30,\)"),
+        ({"network": "resnet20"}, (4, 30), "resnet20 needs images"),
+        (
+            {"network": "convnet"},
+            (4, 5, 9),
+            r"channels: each of the 3 .* only 5x9 pixels; use at most 2",
+        ),
     ],
 )
 def test_a_network_that_does_not_fit_the_data(args, shape, message, tmp_path):
@@ -189,7 +193,7 @@ def test_a_network_that_does_not_fit_the_data(args, shape, message, tmp_path):
         ),
         (
             {"data": {"name": "cifar10"}},
-            r"task_args\.hidden: is missing; the paper has no net for cifar10",
+            r"task_args\.hidden: is missing; the paper has nets only for .* for cifar10 give",
         ),
         ({"data": {"name": None}}, r"data\.name: null is not a data set"),
         ({"data": {"name": "text"}}, r"data\.name: text does not fit this task"),

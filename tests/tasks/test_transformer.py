@@ -173,7 +173,7 @@ def test_metrics_are_means_over_the_characters(tmp_path):
     [
         ({"context": 0}, r"task_args\.context: 0 is not a whole number above 0"),
         ({"stride": 1.5}, r"task_args\.stride: 1\.5 is not a whole number"),
-        ({"width": 9}, r"task_args\.width: 9 cannot be divided among num_heads, 2"),
+        ({"width": 9}, r"task_args\.width: 9 cannot be divided by num_heads, 2"),
         ({"num_blocks": True}, r"task_args\.num_blocks: True is not"),
         ({"tie_weights": "yes"}, r"task_args\.tie_weights: 'yes' is not true or false"),
         ({"heads": 2}, r"task_args\.heads: task char_transformer has no such argument"),

@@ -90,11 +90,11 @@ def test_limit_keeps_the_first_cases(tmp_path):
     ("task", "message"),
     [
         ("absent.py:Line", r"task: the file .*absent\.py does not exist"),
-        ("mine.py:Lin", r"Lin is not there; classes there: Line\. Did you mean Line\?"),
-        ("mine.py:torch", "torch is not a class; classes there: Line"),
-        ("mine.py", r"'mine\.py' should look like file\.py:Class"),
-        ("mine.py:", "should look like"),
-        (":Line", "should look like"),
+        ("mine.py:Lin", r"Lin does not exist; classes in the module: Line\. Did you mean Line\?"),
+        ("mine.py:torch", "torch is not a class; classes in the module: Line"),
+        ("mine.py", r"'mine\.py' must have the form file\.py:Class"),
+        ("mine.py:", "must have the form"),
+        (":Line", "must have the form"),
         ("their_absent:Line", "there is no module 'their_absent'"),
         ("their_package.absent:Line", r"there is no module 'their_package\.absent'"),
         ("sys:Line", "there is no module 'sys'"),
@@ -115,12 +115,12 @@ def test_a_class_that_is_not_there(task, message, tmp_path):
         ([], {"slop": 1}, r"task_args\.slop: task mine\.py:Line has no such argument; it accepts "
                           r"num_cases, slope\. Did you mean slope\?"),
         ([("num_cases=12, slope=2.0", "num_cases, slope")], {},
-         r"task_args\.num_cases: task .* cannot do without it"),
+         r"task_args\.num_cases: is missing; task .* needs it"),
         ([("def model(self)", "def net(self)")], {}, r"Line has no method model\(\)"),
         ([("def test_data(self, data_dir)", "def test_data(self)")], {},
          r"Line\.test_data must be callable as test_data\(data_dir\): too many positional"),
         ([("def model(self):", "model = 3\n\n    def net(self):")], {}, r"Line\.model is not a me"),
-        ([('"gaussian"', '"gausian"')], {}, r"distribution is 'gausian', it must be one of bern"),
+        ([('"gaussian"', '"gausian"')], {}, r"distribution is 'gausian'; it must be one of bern"),
         ([('distribution = "gaussian"', "")], {}, r"Line\.distribution is missing"),
         ([('distribution = "gaussian"', "distribution = []")], {}, r"distribution is \[\]"),
     ],
@@ -194,7 +194,7 @@ def test_the_line_is_the_users_even_when_torch_raises(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("return nn.Linear(1, 1)", "return 3"), r"model\(\) returned int, it must return a torch"),
+        (("return nn.Linear(1, 1)", "return 3"), r"model\(\) returned int; it must return a torch"),
         (("return TensorDataset(x, self.slope * x)", "return 3"), r"train_data\(\): returned int"),
     ],
 )

@@ -1,107 +1,235 @@
-"""What Ray 2.60 has no setting for; the version is pinned for such reasons."""
+"""The internals of Ray that are replaced or called, because Ray has no setting for what they do.
+
+Internals change without notice. So each `RayPatch` says what it needs inside Ray and which
+guarantee depends on it. Before a patch is used, the version of Ray is compared with the supported
+range, and what the patch needs is looked up, with the parameters it must have. Where that fails,
+a patch that keeps strangers out raises; one that makes Ray more comfortable is left out, with a
+warning in the log.
+"""
 
 from __future__ import annotations
 
+import inspect
+import logging
+import pkgutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 from os import environ
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest import mock
 
-from ray import _raylet
-from ray._private import ray_constants, services
-from ray._private import worker as ray_worker
-from ray._private.parameter import RayParams
+import ray
 
+from kfac_dist.errors import UnreachableError
+from kfac_dist.supported import RAY
 from workers.interrupts import deferred
+
+_log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 
 
+@dataclass(frozen=True, kw_only=True)
+class RayPatch:
+    """One patch, and what is lost without it.
+
+    `needs` maps the dotted name of each internal to the parameters it must have; no parameters
+    for what is not called. `loss` completes "..., so " in a message. A patch that `protects` keeps
+    other people away from the cluster.
+    """
+
+    needs: dict[str, tuple[str, ...]]
+    loss: str
+    protects: bool
+
+    def problem(self) -> str | None:
+        """Return why this Ray cannot be patched; None when it can."""
+        if not RAY.has(ray.__version__):
+            return f"its internals are known for Ray {RAY} only"
+        for name, parameters in self.needs.items():
+            try:
+                internal = pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                return f"{name} is missing"
+            if missing := [p for p in parameters if p not in _parameters(internal)]:
+                return f"{name} does not take {', '.join(missing)}"
+        return None
+
+    def is_usable(self) -> bool:
+        """Return whether the patch can be used; warn once where it is left out.
+
+        Raises:
+            UnreachableError: it cannot be used, and it protects the cluster.
+        """
+        problem = self.problem()
+        if problem is None:
+            return True
+        message = f"Ray {ray.__version__}: {problem}, so {self.loss}. Install Ray {RAY}"
+        if self.protects:
+            raise UnreachableError(message)
+        _warn_once(message)
+        return False
+
+
+def _parameters(internal: Any) -> set[str]:
+    try:
+        return set(inspect.signature(internal).parameters)
+    except (TypeError, ValueError):  # not a function, or compiled without a signature
+        return set()
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+_LOOPBACK_DEFAULT = "ray._private.ray_constants.ENABLE_RAY_CLUSTER"
+_LOOPBACK_VARIABLE = "ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR"
+_CONFIG = "ray._raylet.Config.initialize"
+_TOKEN_LOADER = "ray._raylet.AuthenticationTokenLoader.instance"
+_TOKEN_RESET = "ray._raylet.AuthenticationTokenLoader.reset_cache"
+_GET_NODE = "ray._private.services.get_node"
+_RAY_PARAMS = "ray._private.parameter.RayParams.__init__"
+_PRINT = "ray._private.worker.print_to_stdstream"
+_CONNECT = "ray._private.worker.connect"
+
+PATCHES = {
+    "on_loopback": RayPatch(
+        needs={_LOOPBACK_DEFAULT: (), _LOOPBACK_VARIABLE: ()},
+        loss="the cluster would listen on all network interfaces, where anybody could run code",
+        protects=True,
+    ),
+    "use_token": RayPatch(
+        needs={_CONFIG: ("config_list",), _TOKEN_LOADER: (), _TOKEN_RESET: ()},
+        loss="the cluster would not ask for a token, and every user of this machine could run code",
+        protects=True,
+    ),
+    "patient_start": RayPatch(
+        needs={_GET_NODE: ("gcs_address", "node_id")},
+        loss=f"a node has 30 s to start instead of {_START_SECONDS:g} s",
+        protects=False,
+    ),
+    "free_agent_port": RayPatch(
+        needs={_RAY_PARAMS: ("dashboard_agent_listen_port",)},
+        loss="a second cluster on this machine has no Jobs API",
+        protects=False,
+    ),
+    "quiet_stdout": RayPatch(
+        needs={_PRINT: ("data", "ignore_prefix")},
+        loss="Ray writes the deaths of workers to standard output, between the results",
+        protects=False,
+    ),
+    "whole_connection": RayPatch(
+        needs={_CONNECT: ("node",)},
+        loss="Ctrl-C while connecting to the cluster may crash the process",
+        protects=False,
+    ),
+}
+"""The patches, by the name of the function that uses each."""
+
+
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Keep a cluster that is started inside off the network.
+    """Keep a cluster that is started inside the block off the network.
 
-    Ray replaces 127.0.0.1 by the machine's address and then listens on all interfaces, where
-    anybody could run code. It does not on the systems it calls local only; its other processes,
-    and drivers that they start, take that from the environment.
+    Ray replaces 127.0.0.1 by the machine's address and then listens on all interfaces. It stays on
+    the loopback only on the systems where it runs no clusters of several machines; it is made to
+    believe that this is one. Ray's other processes, and drivers that they start, read that from
+    the environment.
+
+    Raises:
+        UnreachableError: this Ray cannot be kept on the loopback.
     """
-    local_only = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
-    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False), patch.dict(environ, local_only):
+    PATCHES["on_loopback"].is_usable()
+    variable = pkgutil.resolve_name(_LOOPBACK_VARIABLE)
+    with mock.patch(_LOOPBACK_DEFAULT, False), mock.patch.dict(environ, {variable: "0"}):
         yield
 
 
 def use_token(path: Path) -> None:
-    """Let this process, and those it starts, show the secret in `path` to Ray, and ask for it.
+    """Make this process, and those it starts, show Ray the secret in `path` and ask for it.
 
-    Ray has read its environment when it was imported, so it is made to read it again.
+    Ray read its environment when it was imported, so it is made to read it again.
+
+    Raises:
+        UnreachableError: this Ray cannot be made to.
     """
+    PATCHES["use_token"].is_usable()
     environ["RAY_AUTH_MODE"] = "token"
     environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    internals: Any = _raylet  # compiled, and without stubs for these
-    internals.Config.initialize("")
-    internals.AuthenticationTokenLoader.instance().reset_cache()
+    pkgutil.resolve_name(_CONFIG)("")
+    pkgutil.resolve_name(_TOKEN_LOADER)().reset_cache()
 
 
-@contextmanager
-def patient_start() -> Iterator[None]:
-    """Give a node that is started inside the time that a busy machine needs; Ray gives it 30 s."""
-    get_node: Any = services.get_node
+def patient_start() -> AbstractContextManager[Any]:
+    """Give a node that is started inside the block the time that a busy machine needs."""
+    return _replaced("patient_start", _GET_NODE, _retried)
 
-    def get_node_patiently(gcs_address: str, node_id: str) -> Any:
+
+def free_agent_port() -> AbstractContextManager[Any]:
+    """Let the agent of a cluster, which runs the drivers, take a free port.
+
+    With Ray's fixed port, a second cluster on the machine would have no Jobs API.
+    """
+    return _replaced("free_agent_port", _RAY_PARAMS, _with_free_port)
+
+
+def quiet_stdout() -> AbstractContextManager[Any]:
+    """Keep Ray from writing to standard output that a worker died: events already say so."""
+    return _replaced("quiet_stdout", _PRINT, _without_effect)
+
+
+def whole_connection() -> AbstractContextManager[Any]:
+    """Defer interrupts that arrive while Ray connects to a cluster.
+
+    Interrupted in the middle, Ray would forget the half of the connection that is already there,
+    and crash at the end of the process.
+    """
+    return _replaced("whole_connection", _CONNECT, _uninterrupted)
+
+
+def _replaced(
+    patch_name: str, internal: str, wrap: Callable[[Any], Any]
+) -> AbstractContextManager[Any]:
+    """Replace `internal` by `wrap(internal)` inside the block, where this Ray allows it."""
+    if not PATCHES[patch_name].is_usable():
+        return nullcontext()
+    return mock.patch(internal, wrap(pkgutil.resolve_name(internal)))
+
+
+def _retried(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    def get_node_patiently(*arguments: Any, **options: Any) -> Any:
         deadline = time.monotonic() + _START_SECONDS
         while True:
             try:
-                return get_node(gcs_address, node_id)
-            except RuntimeError:  # it is not there yet
+                return get_node(*arguments, **options)
+            except RuntimeError:  # the node is not registered yet
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_POLL_SECONDS)
 
-    with patch.object(services, "get_node", get_node_patiently):
-        yield
+    return get_node_patiently
 
 
-@contextmanager
-def free_agent_port() -> Iterator[None]:
-    """Let a cluster's agent, which runs the drivers, take a free port instead of a fixed one.
+def _with_free_port(initialise: Callable[..., None]) -> Callable[..., None]:
+    def initialise_with_free_port(*arguments: Any, **options: Any) -> None:
+        initialise(*arguments, **({"dashboard_agent_listen_port": 0} | options))
 
-    A second cluster on the machine would have no Jobs API.
-    """
-    make = RayParams.__init__
-
-    def make_with_free_port(self: RayParams, *arguments: Any, **options: Any) -> None:
-        make(self, *arguments, **({"dashboard_agent_listen_port": 0} | options))
-
-    with patch.object(RayParams, "__init__", make_with_free_port):
-        yield
+    return initialise_with_free_port
 
 
-@contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Keep Ray from writing to standard output that a worker died: the events say it, too."""
-
-    def swallow(_data: dict[str, Any], ignore_prefix: bool) -> None:
-        return None
-
-    with patch.object(ray_worker, "print_to_stdstream", swallow):
-        yield
+def _without_effect(_print_to_stdstream: Callable[..., None]) -> Callable[..., None]:
+    return lambda *_arguments, **_options: None
 
 
-@contextmanager
-def whole_connection() -> Iterator[None]:
-    """Keep an interrupt from falling into the middle of connecting to a cluster.
-
-    Ray would forget the half of the connection that is there, and crash at the end of the process.
-    """
-    connect = ray_worker.connect
-
+def _uninterrupted(connect: Callable[..., None]) -> Callable[..., None]:
     def connect_whole(*arguments: Any, **options: Any) -> None:
         with deferred():
             connect(*arguments, **options)
 
-    with patch.object(ray_worker, "connect", connect_whole):
-        yield
+    return connect_whole

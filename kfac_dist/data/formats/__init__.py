@@ -1,1 +1,1 @@
-"""Formats of files, and checks of what is read from them."""
+"""File formats: how they are read, and checked."""

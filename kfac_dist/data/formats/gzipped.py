@@ -12,20 +12,20 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def unpack(content: bytes, origin: object) -> bytes:
-    """`content`, decompressed if it is gzip; `origin` names it in errors.
+    """Return `content`, decompressed if it is gzip; `origin` names it in messages.
 
-    Raises DataError when the gzip stream is cut off or damaged.
+    Raises DataError if the gzip stream is cut off or damaged.
     """
     if not content.startswith(_GZIP_MAGIC):
         return content
     try:
         return gzip.decompress(content)
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{origin}: not a whole gzip file: {error}") from error
+        raise DataError(f"{origin}: a damaged gzip file: {error}") from error
 
 
 def read_unpacked(path: Path) -> bytes:
-    """The decompressed content of `path`; DataNotFoundError when it cannot be read."""
+    """Return the decompressed content of `path`; DataNotFoundError if it cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:

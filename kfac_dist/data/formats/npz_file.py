@@ -1,4 +1,4 @@
-"""The arrays of an npz file: never unpickled, and mapped from the file where it is possible."""
+"""The arrays of an npz file: never unpickled, and mapped from the file where possible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry; its end: lengths of n
 
 
 class Header(NamedTuple):
-    """Shape and type of an array; `data_offset` is where its values begin in its npy stream."""
+    """Shape and type of an array, and `data_offset`, where its values begin in its npy stream."""
 
     shape: tuple[int, ...]
     is_fortran: bool
@@ -30,17 +30,17 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NpzFile:
-    """The npz file at `path`. Raises DataError when it cannot be read as one."""
+    """The npz file at `path`. Its methods raise DataError if it cannot be read."""
 
     path: Path
 
     def names(self) -> list[str]:
-        """The names of the arrays, in the order of the file."""
+        """Return the names of the arrays, in the order of the file."""
         with self._open() as archive:
             return [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
 
     def header(self, name: str) -> Header:
-        """Shape and type of the array `name`, without reading its values."""
+        """Return shape and type of the array `name`, without reading its values."""
         try:
             with self._open() as archive, archive.open(f"{name}.npy") as stream:
                 version = npy.read_magic(stream)
@@ -57,10 +57,10 @@ class NpzFile:
         return Header(shape, is_fortran, dtype, offset)
 
     def array(self, name: str) -> NDArray[Any]:
-        """The array `name`, writable without changing the file.
+        """Return the array `name`, writable without changing the file.
 
-        What `numpy.savez` wrote is mapped, so that the processes of a job share its memory;
-        `numpy.savez_compressed` makes each of them unpack a copy.
+        A file that `numpy.savez` wrote is mapped, so that the processes of a job share its memory.
+        One from `numpy.savez_compressed` is unpacked in each process.
         """
         header = self.header(name)
         with self._open() as archive:

@@ -1,1 +1,1 @@
-"""The data sets by name, one a file."""
+"""The named data sets, one in each file."""

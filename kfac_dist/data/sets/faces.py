@@ -1,12 +1,15 @@
-"""`faces`: patches of the Olivetti faces, real-valued pixels for Gaussian outputs.
+"""`faces`: patches of the Olivetti faces, with real-valued pixels for Gaussian outputs.
 
-Two files are in use. `newfaces_rot_single.mat` holds the 165,600 patches of 25x25 pixels of
-Hinton and Salakhutdinov (2006), variable `newfaces_single`, already standardised; its values are
-taken as they are and the split is that of Martens (2010), which the K-FAC paper follows: the
-first 103,500 train, the last 41,400 test. Any other array of 25x25 patches or 64x64 faces, such
-as `olivettifaces.mat`, has its last quarter (ten of forty people) as the test cases. It is
-standardised as Hinton and Salakhutdinov did: each pixel is shifted to zero mean, and all are
-divided by one number so that the mean variance of a pixel is 1; both come from the training cases.
+Two files are common:
+
+- `newfaces_rot_single.mat`, variable `newfaces_single`: the 165,600 patches of 25x25 pixels of
+  Hinton and Salakhutdinov (2006), already standardised. The values are used as they are. The split
+  is that of Martens (2010), which the K-FAC paper follows: the first 103,500 patches are training
+  cases, the last 41,400 test cases.
+- `olivettifaces.mat`, or any other array of 25x25 patches or 64x64 faces. The last quarter (ten of
+  forty people) are test cases. The values are standardised as Hinton and Salakhutdinov did: each
+  pixel is shifted to zero mean, and all are divided by one number that makes the mean variance of
+  a pixel 1. Mean and variance are those of the training cases.
 """
 
 from __future__ import annotations
@@ -46,16 +49,16 @@ class FacesSource:
     name = "faces"
 
     def case_shape(self) -> tuple[int, ...]:
-        """(625,) or (4096,)."""
+        """Return (625,) or (4096,)."""
         path = self._path()
         return (_num_pixels(_largest(path)[1], path),)
 
     def num_classes(self) -> int:
-        """InvalidSpecError: the files do not say whose face it is."""
+        """Raise InvalidSpecError: the files do not say whose face it is."""
         raise InvalidSpecError("data.name: faces has no labels to classify")
 
     def reconstruction(self, split: Split) -> ArrayDataset:
-        """Faces `[N, num_pixels]` that are their own targets."""
+        """Return faces `[N, num_pixels]` that are their own targets."""
         path = self._path()
         name, shape = _largest(path)
         faces = _load(path, name)
@@ -72,7 +75,7 @@ class FacesSource:
         return ArrayDataset(cases, cases)
 
     def classification(self, split: Split) -> ArrayDataset:
-        """InvalidSpecError: there are no labels."""
+        """Raise InvalidSpecError: the files have no labels."""
         raise InvalidSpecError("data.name: faces has no labels to classify")
 
     def _path(self) -> Path:
@@ -82,7 +85,7 @@ class FacesSource:
 
 
 def _split(faces: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Training and test cases of `[N, num_pixels]`; the faces of a person follow each other."""
+    """Split `[N, num_pixels]` into training and test cases; faces of a person are neighbours."""
     num_test = len(faces) * _TEST_PEOPLE // _PEOPLE
     is_martens = name == _STANDARDISED
     num_train = len(faces) * _TRAIN_PEOPLE // _PEOPLE if is_martens else len(faces) - num_test
@@ -93,17 +96,17 @@ def _scale(train: NDArray[Any], path: Path) -> tuple[NDArray[np.float64], float]
     mean = train.mean(axis=0, dtype=np.float64)
     variance = float(train.var(axis=0, dtype=np.float64).mean())
     if variance == 0:
-        raise DataError(f"{path}: all training faces are the same, they cannot be standardised")
+        raise DataError(f"{path}: all training faces are the same, so they cannot be standardised")
     return mean, variance**0.5
 
 
 def _largest(path: Path) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the largest two-dimensional array of numbers."""
+    """Return name and shape of the largest two-dimensional array of numbers."""
     arrays = _npz_arrays(path) if path.suffix == ".npz" else _mat_arrays(path)
     tables = {name: shape for name, shape in arrays.items() if len(shape) == 2}
     if not tables:
         found = ", ".join(f"{name} {shape}" for name, shape in arrays.items()) or "none"
-        raise DataError(f"{path}: no two-dimensional array of numbers in it; arrays: {found}")
+        raise DataError(f"{path}: it has no two-dimensional array of numbers; its arrays: {found}")
     return max(tables.items(), key=lambda item: item[1][0] * item[1][1])
 
 
@@ -125,7 +128,7 @@ def _mat_arrays(path: Path) -> dict[str, tuple[int, ...]]:
             f"{path}: MATLAB's version 7.3 cannot be read; save it with -v7, or as npz"
         ) from error
     except _DAMAGED as error:
-        raise DataError(f"{path}: not a whole .mat file: {error}") from error
+        raise DataError(f"{path}: a damaged .mat file: {error}") from error
 
 
 def _load(path: Path, name: str) -> NDArray[Any]:

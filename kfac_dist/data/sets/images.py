@@ -1,4 +1,4 @@
-"""The sets of 8-bit images of a fixed shape: MNIST, its small version, CURVES and CIFAR-10."""
+"""The sets of 8-bit images of one shape: MNIST, its small version, curves and CIFAR-10."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNLABELLED = ("curves",)
 _GRAY = (1, 28, 28)
 _NUM_CLASSES = 10
 
-# Of all training images; the numbers that published CIFAR-10 results are computed with.
+# Of all training images; published results on CIFAR-10 use these numbers.
 _CIFAR10_SCALE = ChannelScale(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
 
@@ -36,24 +36,24 @@ class ImageSource:
     dtype: torch.dtype
 
     def case_shape(self) -> tuple[int, ...]:
-        """(channels, height, width)."""
+        """Return (channels, height, width)."""
         return SHAPE if self.name == "cifar10" else _GRAY
 
     def num_classes(self) -> int:
-        """Ten; InvalidSpecError when the set has no labels."""
+        """Return 10; InvalidSpecError if the set has no labels."""
         if self.name in _UNLABELLED:
             raise InvalidSpecError(f"data.name: {self.name} has no labels to classify")
         return _NUM_CLASSES
 
     def reconstruction(self, split: Split) -> ImageDataset:
-        """Flat images that are their own targets, in [0, 1]."""
+        """Return flat images in [0, 1] that are their own targets."""
         images = self._images(split)
         kept = num_limited(split, len(images), self.limit, self.name)
         pixels = torch.from_numpy(images[:kept]).view(kept, prod(self.case_shape()))
         return ImageDataset(pixels, None, self.dtype)
 
     def classification(self, split: Split) -> ImageDataset:
-        """Images with int64 labels: gray ones in [0, 1], CIFAR-10's standardised by channel."""
+        """Return images with int64 labels; gray ones in [0, 1], those of CIFAR-10 standardised."""
         self.num_classes()
         images, labels = self._labelled(split)
         kept = num_limited(split, len(images), self.limit, self.name)

@@ -23,7 +23,7 @@ _PREFIX: Mapping[Split, str] = {"train": "train", "test": "t10k"}
 
 @dataclass(frozen=True, kw_only=True)
 class MnistArchive:
-    """Where the four files can be downloaded, and the md5 of each one *unpacked*."""
+    """Where the four files can be downloaded, and the md5 of each when *unpacked*."""
 
     mirrors: tuple[str, ...]
     md5: Mapping[str, str]
@@ -45,27 +45,27 @@ MNIST = MnistArchive(
 
 @dataclass(frozen=True, kw_only=True)
 class MnistReader:
-    """Finds the files in `places`, and else downloads them to the cache.
+    """Finds the files in `places`; otherwise downloads them to the cache.
 
-    Each place may hold the files itself or in a subfolder `mnist/`, gzipped or plain. Raises
-    DataNotFoundError when a file is nowhere to be had, DataError when it is not MNIST's.
+    Each place may hold the files directly or in a subfolder `mnist/`, gzipped or not. Raises
+    DataNotFoundError if a file cannot be found or downloaded, DataError if it is not one of MNIST.
     """
 
     places: Places
     archive: MnistArchive = MNIST
 
     def images(self, split: Split) -> NDArray[np.uint8]:
-        """Images `[N, 784]`, uint8, rows of the image one after the other."""
+        """Return images `[N, 784]`, uint8, row by row."""
         return self._read(f"{_PREFIX[split]}-images-idx3-ubyte", (_SIDE, _SIDE))
 
     def labels(self, split: Split) -> NDArray[np.uint8]:
-        """Digits `[N]`, uint8, 0 to 9."""
+        """Return digits `[N]`, uint8, 0 to 9."""
         return self._read(f"{_PREFIX[split]}-labels-idx1-ubyte", ())[:, 0]
 
     def _read(self, name: str, case_shape: tuple[int, ...]) -> NDArray[np.uint8]:
         path = self._find(name)
         content = read_unpacked(path)
-        # Shape and length before the checksum: they say more about what is wrong.
+        # Before the checksum, because shape and length say more about what is wrong.
         array = parse_idx(content, path, case_shape)
         self._check_md5(name, content, path)
         return array.reshape(len(array), -1)
@@ -86,7 +86,7 @@ class MnistReader:
         try:
             download([f"{base}/{name}.gz" for base in self.archive.mirrors], target, check)
         except DataNotFoundError as error:
-            ways = self.places.ways("mnist", f"the file {name} (or {name}.gz)", "mnist")
+            ways = self.places.explain_missing("mnist", f"the file {name} (or {name}.gz)", "mnist")
             raise DataNotFoundError(
                 f"{ways}\n  3. a download, which failed: {error.message}\n"
                 "The data set mnist-5k needs no files."
@@ -94,11 +94,11 @@ class MnistReader:
         return target
 
     def _check_md5(self, name: str, content: bytes, origin: object) -> None:
-        # A checksum against damage, not against an attacker: md5 is what MNIST is known by.
+        # Detects damage, not an attack: md5 is the checksum that MNIST is published with.
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         expected = self.archive.md5[name]
         if found != expected:
             raise DataError(
-                f"{origin}: not MNIST's {name}: its md5 unpacked is {found}, "
-                f"it should be {expected}; put the right file there"
+                f"{origin}: not MNIST's {name}: its md5 unpacked is {found} instead of "
+                f"{expected}; put the right file there"
             )

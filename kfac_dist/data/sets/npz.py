@@ -1,8 +1,8 @@
 """`npz`: the user's own arrays `x_train`, `y_train`, `x_test`, `y_test` in one npz file.
 
 `x` is `[N, features]`, `[N, height, width]`, `[N, channels, height, width]` or, with one, three
-or four channels, `[N, height, width, channels]`. 8-bit values are scaled to [0, 1], others are
-taken as they are. `y` holds class indices `[N]`; without it the cases can be reconstructed.
+or four channels, `[N, height, width, channels]`. 8-bit values are scaled to [0, 1]; other values
+are used as they are. `y` holds class indices `[N]`; only a classifier needs it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kfac_dist.data.formats.npz_file import NpzFile
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, InvalidSpecError
 
-_CHANNELS = (1, 3, 4)  # gray, colours, colours and opacity
+_CHANNELS = (1, 3, 4)  # gray; red, green, blue; the same with opacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,16 @@ class NpzSource:
     name = "npz"
 
     def case_shape(self) -> tuple[int, ...]:
-        """(features,) or (channels, height, width), of `x_train`."""
+        """Return (features,) or (channels, height, width), the shape of a case of `x_train`."""
         path = self._path()
         return _case_shape(_header(path, "x_train").shape, f"{path}: x_train")
 
     def num_classes(self) -> int:
-        """One more than the largest label of `y_train`."""
+        """Return one more than the largest label in `y_train`."""
         return int(self._labels(self._path(), "train").max()) + 1
 
     def reconstruction(self, split: Split) -> BatchedDataset:
-        """Cases `[N, features]` that are their own targets."""
+        """Return cases `[N, features]` that are their own targets."""
         inputs = self._inputs(self._path(), split)
         inputs = inputs.reshape(len(inputs), prod(inputs.shape[1:]))
         if inputs.dtype == torch.uint8:
@@ -54,14 +54,14 @@ class NpzSource:
         return ArrayDataset(values, values)
 
     def classification(self, split: Split) -> BatchedDataset:
-        """Cases `[N, *case_shape]` and their labels."""
+        """Return cases `[N, *case_shape]` and their labels."""
         path = self._path()
         inputs, labels = self._inputs(path, split), self._labels(path, split)
         num_cases = _header(path, f"x_{split}").shape[0]
         if len(labels) != num_cases:
             raise DataError(
-                f"{path}: x_{split} has {num_cases} cases, y_{split} has {len(labels)}: "
-                "they must be the same"
+                f"{path}: x_{split} has {num_cases} cases but y_{split} has {len(labels)}; "
+                "the numbers must be the same"
             )
         if split == "test" and (num_classes := self.num_classes()) <= labels.max():
             raise DataError(
@@ -76,7 +76,7 @@ class NpzSource:
         return self.places.find("npz", folders=["npz"], names=["data.npz"], patterns=["*.npz"])
 
     def _inputs(self, path: Path, split: Split) -> Tensor:
-        """The first cases, in the file's type, channels first."""
+        """Return the first cases, channels first, in the type that the file has them in."""
         name, shape = f"x_{split}", _header(path, f"x_{split}").shape
         expected, found = self.case_shape(), _case_shape(shape, f"{path}: {name}")
         if found != expected:
@@ -84,7 +84,7 @@ class NpzSource:
         kept = num_limited(split, shape[0], self.limit, str(path))
         array = NpzFile(path=path).array(name)[:kept]
         if array.dtype.kind not in "fiub":
-            raise DataError(f"{path}: {name} holds {array.dtype}, it must hold numbers")
+            raise DataError(f"{path}: {name} holds {array.dtype}; it must hold numbers")
         if array.ndim == 4 and array.shape[1:] != expected:
             array = np.moveaxis(array, 3, 1)
         return torch.from_numpy(_readable(array).reshape(kept, *expected))
@@ -94,18 +94,18 @@ class NpzSource:
         if name not in file.names():
             raise InvalidSpecError(
                 f"task: {path} has no {name}, and a classifier needs labels; "
-                "task: autoencoder does without"
+                "task: autoencoder needs none"
             )
         labels = file.array(name)
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.ndim != 1 or len(labels) == 0 or labels.dtype.kind not in "iu":
             raise DataError(
-                f"{path}: {name} is an array of {labels.dtype} with shape {labels.shape}, "
-                "it must be class indices, integers of shape (N,)"
+                f"{path}: {name} is an array of {labels.dtype} with shape {labels.shape}; "
+                "it must hold class indices, integers of shape (N,)"
             )
         if labels.min() < 0:
-            raise DataError(f"{path}: {name} has the label {labels.min()}, classes count from 0")
+            raise DataError(f"{path}: {name} has the label {labels.min()}; classes count from 0")
         return labels
 
 
@@ -114,8 +114,8 @@ def _header(path: Path, name: str) -> Any:
     names = file.names()
     if name not in names:
         raise DataError(
-            f"{path}: there is no array {name} (only {', '.join(names) or 'nothing'}); "
-            "it must hold x_train and x_test, and y_train and y_test for a classifier"
+            f"{path}: the array {name} is missing (it has {', '.join(names) or 'nothing'}); "
+            "x_train and x_test are needed, and y_train and y_test for a classifier"
         )
     return file.header(name)
 
@@ -123,8 +123,8 @@ def _header(path: Path, name: str) -> Any:
 def _case_shape(shape: tuple[int, ...], what: str) -> tuple[int, ...]:
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise DataError(
-            f"{what} has shape {shape}, it must be (N, features), (N, height, width) or "
-            "(N, channels, height, width), none of them 0"
+            f"{what} has shape {shape}; it must be (N, features), (N, height, width) or "
+            "(N, channels, height, width), with no dimension 0"
         )
     if len(shape) == 3:
         return (1, *shape[1:])
@@ -134,7 +134,7 @@ def _case_shape(shape: tuple[int, ...], what: str) -> tuple[int, ...]:
 
 
 def _readable(array: NDArray[Any]) -> NDArray[Any]:
-    """`array` in an element type that torch has, in the machine's byte order."""
+    """Return `array` in an element type that torch has, in the byte order of this machine."""
     is_wide_unsigned = array.dtype.kind == "u" and array.dtype.itemsize > 1
     if is_wide_unsigned or array.dtype.itemsize > 8:
         return array.astype(np.float64)

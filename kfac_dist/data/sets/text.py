@@ -1,4 +1,4 @@
-"""`text`: one plain text file as characters; the last tenth of it is the test split."""
+"""`text`: a plain text file as characters; its last tenth is the test split."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kfac_dist.data.dataset import BatchedDataset, Split, num_limited
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, DataNotFoundError, InvalidSpecError
 
-_TEST_FRACTION = 10  # one character of so many is a test character
+_TEST_FRACTION = 10  # one in this many characters is a test character
 
 
 class WindowDataset(BatchedDataset):
-    """Windows of a sequence: input `[context]`, target the same places one further on.
+    """Windows of a sequence: the input is `[context]`, the target the same window shifted by one.
 
     `codes` is int64 `[length]`; window i begins at `i * stride`.
     """
@@ -34,19 +34,21 @@ class WindowDataset(BatchedDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < self._num_windows:
-            raise IndexError(index)  # ends an iteration, as in any sequence
-        inputs, targets = self.take(torch.tensor([index]))
+            raise IndexError(index)  # ends an iteration over the data set
+        inputs, targets = self.gather_cases(torch.tensor([index]))
         return inputs[0], targets[0]
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets `[n, context]`, int64."""
+    def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets `[n, context]`, int64."""
         windows = self._codes[(indices * self._stride)[:, None] + self._offsets]
         return windows[:, :-1], windows[:, 1:]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource:
-    """`input.txt`, or the only .txt file, in `places`, `text/` or `tinyshakespeare/`, in UTF-8.
+    """The UTF-8 file `input.txt`, or the only .txt file, in `places`.
+
+    Subfolders `text/` and `tinyshakespeare/` are searched, too.
 
     `limit` keeps the first windows of each split.
     """
@@ -57,13 +59,13 @@ class TextSource:
     name = "text"
 
     def vocabulary(self) -> str:
-        """The characters of the whole file in the order of their code points, which is theirs."""
+        """Return the distinct characters of the file; the code of each is its position here."""
         return "".join(map(chr, self._encode()[0]))
 
     def windows(self, split: Split, *, context: int, stride: int) -> WindowDataset:
-        """Windows of `context` characters that begin `stride` apart, within the split.
+        """Return the windows of `context` characters in the split; they begin `stride` apart.
 
-        Raises InvalidSpecError when the split is too short for one.
+        Raises InvalidSpecError if the split is too short for a window.
         """
         codes = self._encode()[1]
         num_test = len(codes) // _TEST_FRACTION
@@ -72,7 +74,7 @@ class TextSource:
         if len(part) <= context:
             raise InvalidSpecError(
                 f"task_args.context: {context} characters and the next one are more than the "
-                f"{split} split has, {len(part)} of the {len(codes)} characters of {self._path()}; "
+                f"{split} split has: {len(part)} of the {len(codes)} characters of {self._path()}; "
                 "use a smaller context or a longer text"
             )
         num_windows = (len(part) - context - 1) // stride + 1
@@ -82,7 +84,7 @@ class TextSource:
         )
 
     def _encode(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """The distinct code points, ascending, and the place of each character among them."""
+        """Return the distinct code points, ascending, and the index of each character in them."""
         points = np.frombuffer(_read(self._path()).encode("utf-32-le"), np.uint32)
         vocabulary, codes = np.unique(points, return_inverse=True)
         return vocabulary, codes.astype(np.int64)
@@ -103,7 +105,7 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 text: the byte {content[error.start]:#04x} at offset "
-            f"{error.start}; convert it, or remove what is no text"
+            f"{error.start}; convert the file, or remove what is not text"
         ) from error
     if not text:
         raise DataError(f"{path}: the file is empty")

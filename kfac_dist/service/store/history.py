@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import Select, delete, func, insert, select
 from sqlalchemy.orm import Session
 
-from kfac_dist.config.wording import did_you_mean
+from kfac_dist.config.problems import did_you_mean
 from kfac_dist.errors import NotFoundError
 from kfac_dist.runs.step_record import STEP_NUMBERS
 from kfac_dist.service.job_records import MetricPoint, MetricSeries, StepValues

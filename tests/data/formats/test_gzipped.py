@@ -25,7 +25,7 @@ def test_refuses_a_damaged_gzip(damage):
     else:
         del content[2:]
 
-    with pytest.raises(DataError, match=r"images\.gz: not a whole gzip file"):
+    with pytest.raises(DataError, match=r"images\.gz: a damaged gzip file"):
         unpack(bytes(content), "images.gz")
 
 

@@ -24,13 +24,13 @@ def test_labels_have_no_dimensions_but_the_number_of_cases():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cut off: 0 bytes, the IDX header alone has 16"),
+        (b"", "cut off: 0 bytes, but the IDX header alone has 16"),
         (idx_bytes(IMAGES)[:10], "cut off: 10 bytes"),
-        (idx_bytes(IMAGES)[:-1], "cut off: 39 bytes unpacked, its header says 40"),
-        (idx_bytes(IMAGES) + b"x", "too long: 41 bytes unpacked, its header says 40"),
+        (idx_bytes(IMAGES)[:-1], "cut off: 39 bytes unpacked; its header says 40"),
+        (idx_bytes(IMAGES) + b"x", "too long: 41 bytes unpacked; its header says 40"),
         (b"<html>not found</html>", "not an IDX file of 3-dimensional bytes"),
         (b"\0\0\x0d\3" + idx_bytes(IMAGES)[4:], "starts with 00000d03"),
-        (idx_bytes(IMAGES.reshape(2, 4, 3)), r"shape \(4, 3\), it should be \(3, 4\)"),
+        (idx_bytes(IMAGES.reshape(2, 4, 3)), r"shape \(4, 3\) instead of \(3, 4\)"),
     ],
 )
 def test_refuses_what_is_not_exactly_right(content, message):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kfac_dist.data import Places, case_source, check_finite, fetch
+from kfac_dist.data import Places, check_finite, fetch, find_case_source
 from kfac_dist.data.sets.cifar10 import CIFAR10, Cifar10Archive, Cifar10Reader
 from kfac_dist.errors import DataError, DataNotFoundError
 from tests.data.serving import serving
@@ -111,7 +111,7 @@ def test_without_files_the_message_names_the_ways(tmp_path):
 
     message = caught.value.message
     assert "data_batch_*.bin with test_batch.bin (or .gz)" in message
-    assert f"DIR/{FOLDER} ({tmp_path / 'data'}: not there)" in message
+    assert f"DIR/{FOLDER} (not in {tmp_path / 'data'})" in message
     assert "KFAC_DIST_DATA" in message
 
 
@@ -120,7 +120,7 @@ def test_without_files_the_message_names_the_ways(tmp_path):
     [
         (b"", "0 bytes unpacked, not a multiple of 3073"),
         (records([1, 2]).tobytes()[:-1], "6145 bytes unpacked, not a multiple of 3073"),
-        (records([1, 10]).tobytes(), "record 1 has the label 10, it should be 0 to 9"),
+        (records([1, 10]).tobytes(), "record 1 has the label 10, not one of 0 to 9"),
     ],
 )
 def test_a_file_that_is_not_right(content, message, tmp_path):
@@ -135,7 +135,7 @@ def test_a_file_that_is_not_right(content, message, tmp_path):
 def test_images_are_standardised_by_channel_for_a_classifier_only(dtype, tmp_path):
     write(tmp_path)
     places = Places(data_dir=tmp_path, cache_dir=tmp_path)
-    source = case_source("cifar10", limit=2, places=places, dtype=dtype)
+    source = find_case_source("cifar10", limit=2, places=places, dtype=dtype)
 
     inputs, labels = fetch(source.classification("train"), torch.arange(2))
     plain, _ = fetch(source.reconstruction("train"), torch.arange(2))
@@ -150,7 +150,7 @@ def test_images_are_standardised_by_channel_for_a_classifier_only(dtype, tmp_pat
 
 def test_real_cifar10(cifar10_dir, tmp_path):
     places = Places(data_dir=cifar10_dir, cache_dir=tmp_path)
-    source = case_source("cifar10", limit=None, places=places, dtype=torch.float32)
+    source = find_case_source("cifar10", limit=None, places=places, dtype=torch.float32)
 
     train, test = source.classification("train"), source.classification("test")
 

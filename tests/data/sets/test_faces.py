@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from kfac_dist.data import Places, case_source, fetch
+from kfac_dist.data import Places, fetch, find_case_source
 from kfac_dist.errors import DataError, DataNotFoundError, InvalidSpecError
 
 GENERATOR = np.random.default_rng(0)
@@ -12,7 +12,7 @@ PATCHES = 3 + 2 * GENERATOR.normal(size=(80, 625))
 
 def source(folder, limit=None, dtype=torch.float64):
     places = Places(data_dir=folder, cache_dir=folder / "cache")
-    return case_source("faces", limit=limit, places=places, dtype=dtype)
+    return find_case_source("faces", limit=limit, places=places, dtype=dtype)
 
 
 def cases(dataset):
@@ -82,7 +82,10 @@ def test_nothing_to_classify(tmp_path):
     [
         ({"faces": np.zeros((10, 100))}, r"shape \(10, 100\): exactly one side must be 625"),
         ({"faces": np.zeros((625, 4096))}, r"shape \(625, 4096\): exactly one side"),
-        ({"faces": np.zeros((3, 25, 25))}, r"no two-dimensional array .*; arrays: faces \(3, 25"),
+        (
+            {"faces": np.zeros((3, 25, 25))},
+            r"no two-dimensional .*; its arrays: faces \(3, 25",
+        ),
         ({"faces": np.ones((40, 625))}, "all training faces are the same"),
         ({}, "arrays: none"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kfac_dist.data import Places, case_source, check_finite, fetch
+from kfac_dist.data import Places, check_finite, fetch, find_case_source
 from kfac_dist.data.sets.mnist import MnistReader
 from kfac_dist.errors import DataError, DataNotFoundError
 from tests.data.formats.idx_files import describe, small_archive, write
@@ -55,10 +55,10 @@ def test_without_files_the_message_names_the_three_ways(tmp_path):
 
     message = caught.value.message
     assert "train-images-idx3-ubyte" in message
-    assert f"--data-dir DIR with it in DIR or DIR/mnist ({tmp_path / 'data'}" in message
+    assert f"--data-dir DIR with it in DIR or DIR/mnist (not in {tmp_path / 'data'}" in message
     assert "KFAC_DIST_DATA" in message
     assert str(tmp_path / "cache" / "mnist") in message
-    assert "a download, which failed: there is no address" in message
+    assert "a download, which failed: no address" in message
     assert caught.value.exit_code == 4
 
 
@@ -84,13 +84,13 @@ def test_a_file_cut_off_says_so(tmp_path):
     path = tmp_path / "data" / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(files["train-images-idx3-ubyte"][:-100]))
 
-    with pytest.raises(DataError, match=r"cut off: 15596 bytes unpacked, its header says 15696"):
+    with pytest.raises(DataError, match=r"cut off: 15596 bytes unpacked; its header says 15696"):
         reader(files, tmp_path, tmp_path / "data").images("train")
 
 
 def test_real_mnist(mnist_dir, tmp_path):
     places = Places(data_dir=mnist_dir, cache_dir=tmp_path)
-    source = case_source("mnist", limit=None, places=places, dtype=torch.float32)
+    source = find_case_source("mnist", limit=None, places=places, dtype=torch.float32)
 
     train = source.classification("train")
     test = source.reconstruction("test")

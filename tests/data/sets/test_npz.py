@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kfac_dist.data import Places, case_source, check_finite, fetch
+from kfac_dist.data import Places, check_finite, fetch, find_case_source
 from kfac_dist.data.formats.npz_file import NpzFile
 from kfac_dist.errors import DataError, DataNotFoundError, InvalidSpecError
 
@@ -28,7 +28,7 @@ def vectors(**changes):
 
 def source(folder, limit=None, dtype=torch.float64):
     places = Places(data_dir=folder, cache_dir=folder / "cache")
-    return case_source("npz", limit=limit, places=places, dtype=dtype)
+    return find_case_source("npz", limit=limit, places=places, dtype=dtype)
 
 
 @pytest.mark.parametrize("save_with", [np.savez, np.savez_compressed])
@@ -115,16 +115,16 @@ def test_limit_and_cases_without_labels(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_train": None}, r"no array x_train \(only y_train, x_test, y_test\)"),
-        ({"x_test": None}, "no array x_test"),
-        ({"x_train": np.zeros(3)}, r"x_train has shape \(3,\), it must be"),
-        ({"x_train": np.zeros((0, 4))}, r"x_train has shape \(0, 4\), it must be"),
+        ({"x_train": None}, r"the array x_train is missing \(it has y_train, x_test, y_test\)"),
+        ({"x_test": None}, "the array x_test is missing"),
+        ({"x_train": np.zeros(3)}, r"x_train has shape \(3,\); it must be"),
+        ({"x_train": np.zeros((0, 4))}, r"x_train has shape \(0, 4\); it must be"),
         ({"x_test": np.zeros((2, 5))}, r"a case of x_test has shape \(5,\), of x_train \(4,\)"),
-        ({"x_train": np.array([["a", "b"]])}, "x_train holds <U1, it must hold numbers"),
+        ({"x_train": np.array([["a", "b"]])}, "x_train holds <U1; it must hold numbers"),
         ({"x_train": np.array([[None]])}, "x_train holds Python objects, which are never unpick"),
-        ({"y_train": LABELS[:5]}, "x_train has 6 cases, y_train has 5"),
-        ({"y_train": LABELS - 1}, "y_train has the label -1, classes count from 0"),
-        ({"y_train": LABELS / 2}, "y_train is an array of float64 .* must be class indices"),
+        ({"y_train": LABELS[:5]}, "x_train has 6 cases but y_train has 5"),
+        ({"y_train": LABELS - 1}, "y_train has the label -1; classes count from 0"),
+        ({"y_train": LABELS / 2}, "y_train is an array of float64 .* must hold class indices"),
         ({"y_train": np.zeros((6, 2), int)}, r"y_train is an array of int64 with shape \(6, 2\)"),
         ({"y_test": np.array([0, 3])}, "y_test has the label 3, y_train only 0 to 2"),
     ],

@@ -83,14 +83,16 @@ def test_several_texts_are_not_guessed_among(tmp_path):
     write(tmp_path, name="b.txt")
     write(tmp_path, name="a.txt")
 
-    with pytest.raises(DataNotFoundError, match=r"is meant: a\.txt, b\.txt\? Call it input\.txt"):
+    with pytest.raises(
+        DataNotFoundError, match=r"fit: a\.txt, b\.txt\. Rename the right one to input\.txt"
+    ):
         source(tmp_path).vocabulary()
 
 
 def test_no_text_at_all(tmp_path):
     with pytest.raises(DataNotFoundError, match=r"text: input\.txt or \*\.txt was not found") as e:
         source(tmp_path).vocabulary()
-    assert f"DIR or DIR/text ({tmp_path}: not there)" in e.value.message
+    assert f"DIR or DIR/text (not in {tmp_path})" in e.value.message
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_file_that_is_no_text(content, message, tmp_path):
 def test_a_text_shorter_than_a_window(split, context, has, tmp_path):
     write(tmp_path)
 
-    message = rf"task_args\.context: {context} .* {split} split has, {has} of the 130 characters"
+    message = rf"task_args\.context: {context} .* {split} split has: {has} of the 130 characters"
     with pytest.raises(InvalidSpecError, match=message):
         source(tmp_path).windows(split, context=context, stride=1)
 

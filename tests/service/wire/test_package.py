@@ -28,7 +28,8 @@ def zipped(*entries: tuple[str | zipfile.ZipInfo, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in entries:
-            archive.writestr(name, content)
+            # Without the time of day, so that the ids of tests are the same in every process.
+            archive.writestr(zipfile.ZipInfo(name) if isinstance(name, str) else name, content)
     return buffer.getvalue()
 
 

@@ -1,7 +1,7 @@
-"""Reading the text of a specification: YAML with the types of YAML 1.2, or TOML.
+"""Read the text of a specification: YAML with the types of YAML 1.2, or TOML.
 
-YAML 1.1, which PyYAML speaks, reads `1e-5` as text, `no` as false and `1:30` as 90; none of that
-is meant in a specification. A key that stands twice in a mapping is refused.
+PyYAML implements YAML 1.1, which reads `1e-5` as text, `no` as false and `1:30` as 90. In a
+specification these are a number and two texts. A key that occurs twice in a mapping is refused.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # the constructor says what is wrong with it
+                continue  # the constructor below raises for it
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands here twice", key.start_mark
+                    None, None, f"the key {key.value!r} occurs twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
@@ -52,7 +52,7 @@ for _tag, _pattern, _first in (
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
-    return int(text, 16 if "x" in text else 10)  # 010 is ten, as in YAML 1.2
+    return int(text, 16 if "x" in text else 10)  # in YAML 1.2, 010 is ten
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
@@ -74,8 +74,8 @@ def read_spec_text(path: Path) -> SpecText:
     """Read a .yaml, .yml, .json or .toml file.
 
     Raises:
-        NotFoundError: there is no such file.
-        InvalidSpecError: it cannot be read, or its syntax is wrong; with line and column.
+        NotFoundError: the file does not exist.
+        InvalidSpecError: the file cannot be read, or its syntax is wrong; names line and column.
     """
     text = _read(path)
     if path.suffix == ".toml":
@@ -83,7 +83,7 @@ def read_spec_text(path: Path) -> SpecText:
     values, lines = _parse_yaml(path.name, text)
     if not isinstance(values, dict):
         found = "is empty" if values is None else f"holds {type(values).__name__}"
-        raise InvalidSpecError(f"{path.name}: {found}, a specification is a mapping of keys")
+        raise InvalidSpecError(f"{path.name}: {found}, but a specification is a mapping of keys")
     return SpecText(label=path.name, values=values, lines=lines)
 
 
@@ -105,7 +105,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: there is no such specification") from error
+        raise NotFoundError(f"{path}: the specification does not exist") from error
     except UnicodeDecodeError as error:
         raise InvalidSpecError(f"{path}: byte {error.start} is not UTF-8 text") from error
     except OSError as error:

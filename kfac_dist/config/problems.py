@@ -1,4 +1,4 @@
-"""From a pydantic error to a sentence: the path, the value, and what would be right."""
+"""Turn pydantic's errors into sentences: the path, the value, and what would be right."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ _LONGEST_VALUE = 60
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong in a specification: where (keys), and what."""
+    """One problem of a specification: the keys that lead to it, and the message."""
 
     path: tuple[str, ...]
     text: str
 
     def __str__(self) -> str:
-        """The path and the text."""
+        """Write the path, if any, and the text."""
         return f"{'.'.join(self.path)}: {self.text}" if self.path else self.text
 
 
-def problems_of(model: type[BaseModel], error: ValidationError) -> list[Problem]:
-    """Return every problem in `error`, which validating `model` raised."""
+def list_problems(model: type[BaseModel], error: ValidationError) -> list[Problem]:
+    """Return every problem in `error`, which was raised when `model` was validated."""
     schema = SchemaMap(model)
     return [problem for details in error.errors() for problem in _problems(schema, details)]
 
 
 def show(value: object) -> str:
-    """Write a value as in JSON, shortened to 60 characters."""
+    """Return a value as JSON, shortened to 60 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
 def did_you_mean(word: object, known: Collection[str]) -> str:
-    """Return a sentence, starting with a space, that suggests the nearest of `known`, or ""."""
+    """Return " Did you mean ...?" with the nearest of `known`; "" when none is near."""
     close = get_close_matches(str(word), known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -64,7 +64,7 @@ def _problems(schema: SchemaMap, details: ErrorDetails) -> Iterator[Problem]:
 
 
 def _related(section: tuple[str, ...], text: str) -> Iterator[Problem]:
-    """Split what a section's own check raised: `key: text`, one a line."""
+    """Split the lines `key: text` that a section's own validator raised."""
     for line in text.splitlines():
         key, _, rest = line.partition(": ")
         yield Problem((*section, *key.split(".")), rest)
@@ -89,7 +89,7 @@ def _wrong_value(schema: SchemaMap, place: Place, value: object) -> str:
         return f"{text}.{did_you_mean(value, words)}" if did_you_mean(value, words) else text
     types = {option.get("type") for option in schema.options(place)}
     if isinstance(value, str) and types & {"integer", "number"} and _is_number(value):
-        return f"{text}; it is in quotes, which make it text"
+        return f"{text}; the quotes make it text"
     return text
 
 
@@ -106,14 +106,14 @@ def _names(schema: SchemaMap, place: Place) -> list[str]:
 
 
 def expected(schema: SchemaMap, place: Place) -> str:
-    """Say what a value at `place` must be, as a noun with its interval or its choices."""
+    """Return what a value at `place` must be: a noun with its interval or its choices."""
     options = schema.options(place)
     only = ", the only choice" if len(options) == 1 and "const" in options[0] else ""
     return " or ".join(dict.fromkeys(_describe(option) for option in options)) + only
 
 
 def _describe(schema: Schema) -> str:
-    """What a value must be to satisfy `schema`, as a noun."""
+    """Return what a value must be to satisfy `schema`, as a noun."""
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:

@@ -1,4 +1,4 @@
-"""Find the class that `file.py:Class` or `package.module:Class` names, and run its module."""
+"""Load the class that `file.py:Class` or `package.module:Class` names."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from kfac_dist.config.wording import did_you_mean
+from kfac_dist.config.problems import did_you_mean
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks.blame import UserFiles, blame_user
 
 
 def find_class(label: str, base_dir: Path) -> tuple[type, UserFiles]:
-    """The class `label` names, and which files are the user's.
+    """Run the module that `label` names; return the class and which files are the user's.
 
-    Files are relative to `base_dir`. The class is found the same way in every process, so it is
-    never pickled. Raises InvalidSpecError when it is not there, UserTaskError when its module
+    Files are relative to `base_dir`. Every process finds the class in this way, so it is never
+    pickled. Raises InvalidSpecError if the class does not exist, UserTaskError if its module
     raises.
     """
     source, _, class_name = label.rpartition(":")
     if not source or not class_name.isidentifier():
         raise InvalidSpecError(
-            f"task: {label!r} should look like file.py:Class or package.module:Class"
+            f"task: {label!r} must have the form file.py:Class or package.module:Class"
         )
     if source.endswith(".py"):
         module, files = _run_file(label, (base_dir / source).resolve(), base_dir)
@@ -49,7 +49,7 @@ def _run_file(label: str, path: Path, base_dir: Path) -> tuple[ModuleType, UserF
     if spec is None or spec.loader is None:
         raise InvalidSpecError(f"task: {path} cannot be loaded as a Python module")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
+    sys.modules[name] = module  # dataclasses and pickle look up the module of a class by name
     with blame_user(files, "loading the module", always=True):
         spec.loader.exec_module(module)
     return module, files
@@ -70,8 +70,8 @@ def _import_existing(label: str, name: str, base_dir: Path) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        # A module that `name` goes through is the specification's mistake; any other one is
-        # missing in the user's code.
+        # If the missing module is part of `name`, the specification is wrong. Any other module is
+        # one that the user's code imports.
         if name == missing or name.startswith(f"{missing}."):
             raise _no_module(label, missing, base_dir) from error
         raise
@@ -101,13 +101,13 @@ def _files_of(label: str, spec: ModuleSpec | None, base_dir: Path) -> UserFiles 
 
 def _no_module(label: str, name: str, base_dir: Path) -> InvalidSpecError:
     return InvalidSpecError(
-        f"task: there is no module {name!r} (task {label}; looked in {base_dir} and in what is "
-        "installed). A file is named as file.py:Class"
+        f"task: there is no module {name!r} (task {label}; looked in {base_dir} and in installed "
+        "packages). To name a file, use file.py:Class"
     )
 
 
 def _let_import_from(folder: Path) -> None:
-    # As when a script is run, but last: a user's file must not hide an installed module.
+    # As Python does for a script, but last: a user's file must not hide an installed module.
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
@@ -121,8 +121,8 @@ def _pick(module: ModuleType, class_name: str, label: str) -> type:
         for name, value in vars(module).items()
         if isinstance(value, type) and value.__module__ == module.__name__
     ]
-    what = "is not a class" if hasattr(module, class_name) else "is not there"
-    classes = f"classes there: {', '.join(own)}." if own else "there are no classes there."
+    what = "is not a class" if hasattr(module, class_name) else "does not exist"
+    classes = f"classes in the module: {', '.join(own)}." if own else "the module has no classes."
     raise InvalidSpecError(
         f"task {label}: {class_name} {what}; {classes}{did_you_mean(class_name, own)}"
     )
