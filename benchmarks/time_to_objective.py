@@ -109,7 +109,7 @@ def outcome(entrant: Entrant, options: Options) -> dict[str, Any]:
 
 
 def measure(setting: Setting, plan: Plan, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the stored results with those of a plan added; our own grids are searched anew."""
+    """Return the stored results with those of a plan added; our own grids are searched again."""
     tuning = dict(stored.get("tuning", {}))
     for name in {BASELINE: 0, **plan.budgets}:
         if name not in tuning or FIELD[name].ours:

@@ -1,7 +1,7 @@
 """A task of your own: a model, its data, and the distribution of its outputs.
 
 Here a small network learns the height of a damped wave from place and time. Each worker process
-loads this file by itself, so its results must depend on nothing but the arguments.
+loads this file by itself, so its results must depend only on the arguments.
 """
 
 import torch

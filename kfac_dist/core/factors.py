@@ -229,9 +229,9 @@ class FactorAverages:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load a state, in which layers of this object may be missing; these start anew.
+        """Load a state. Layers of this object that it lacks start from zero.
 
-        A layer that is linked to one that starts anew does so too. Symmetric matrices are packed
+        So does a layer that is linked to one of these. Symmetric matrices are packed
         in the state if they are in the next sums.
         """
         self.step = int(state["step"])

@@ -1,4 +1,4 @@
-"""How K-FAC observes a training loop of the user's: it keeps the inputs of the forward passes."""
+"""What K-FAC sees of a user's training loop: the inputs of the model's forward passes."""
 
 from __future__ import annotations
 

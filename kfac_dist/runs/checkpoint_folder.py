@@ -1,6 +1,6 @@
 """The folder of checkpoints: their names, and writing one that a kill cannot leave half done.
 
-    checkpoints/step-00000100/      files of the caller's, such as workers/checkpoint.py writes
+    checkpoints/step-00000100/      the files that the caller gives, see workers/checkpoint.py
 
 A checkpoint is written under a temporary name, made durable with fsync, and renamed. So it appears
 whole or not at all, whenever the process or the machine dies.

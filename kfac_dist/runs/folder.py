@@ -47,7 +47,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, spec: JobSpec, identity: RunIdentity | None = None) -> RunFolder:
-        """Begin a new run in `path`, a folder that need not exist yet.
+        """Begin a new run in `path`, which is created if it does not exist.
 
         Without `identity` the run gets a new job id, and this is its first attempt.
 

@@ -129,7 +129,7 @@ class RayJobRunner:
         return RunnerStatus(state=RunnerState.UNKNOWN) if details is None else _status(details)
 
     def list(self) -> Mapping[AttemptKey, RunnerStatus]:
-        """Return all attempts in Ray's table, without submissions that are no attempts."""
+        """Return all attempts in Ray's table, without the submissions of other programs."""
         with self._reached():
             jobs = self._client.list_jobs()
         found = {}

@@ -25,7 +25,7 @@ from workers.exchange.messages import Rendezvous, Traffic
 class PeerLostError(RuntimeError):
     """A collective failed because another member is gone or late.
 
-    It is seldom the cause of a failure, mostly an echo of another member's.
+    It is seldom the cause of a failure, mostly an echo of a failure in another member.
     """
 
 

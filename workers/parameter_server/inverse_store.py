@@ -135,7 +135,7 @@ class InverseStore:
         self._newest_statistics = step
 
     def is_ready(self, step: int) -> bool:
-        """Return whether `step` need not wait for inverses, nor for its own statistics."""
+        """Return whether `step` can start without waiting for inverses or its own statistics."""
         with self._changed:
             return all(
                 (version or 0) >= self.bound.oldest_admissible(step, name)
@@ -191,7 +191,7 @@ class InverseStore:
         )
 
     def _failed(self, step: int) -> set[str]:
-        """Return the layers whose last inversion failed, so that `step` need not wait for them.
+        """Return the layers whose last inversion failed, so that `step` does not wait for them.
 
         A step that uses exact versions still waits for a refresh that came after the failed one.
         """

@@ -27,7 +27,7 @@ class StalenessBound:
     """The largest staleness that is admitted; 0 makes the run synchronous. A synchronous step uses
     the versions of the last scheduled refresh, of that step itself if a refresh is due in it."""
     warmup_steps: int
-    """So many steps at the start are synchronous."""
+    """How many steps at the start are synchronous."""
     schedule: StepSchedule
     delay_steps: Mapping[str, int] = field(default_factory=dict)
     """Scripts an asynchronous run: by pattern of layer names, how many steps late a refresh is

@@ -179,7 +179,7 @@ class _SiteFinder:
             return
         limit = self._settings.largest_factor
         all_rows = cut(rows, limit, self._num_fused(rows[1] - rows[0], uses))
-        # A diagonal A costs no inversion, so its width is no reason to split it.
+        # A diagonal A needs no inversion, so a wide one is not split.
         diagonal = shape.kind == "kronecker, diagonal A"
         all_columns = cut(columns, None if diagonal else limit)
         whole = all_rows == [(0, shape.outputs)] and len(all_columns) == 1

@@ -38,7 +38,7 @@ class InverseVersion:
         return self.by_gamma[self._nearest_gamma(gamma)]
 
     def keep_nearest(self, gamma: float) -> InverseVersion:
-        """Return a version with nothing but the inverse nearest to `gamma`."""
+        """Return a version with only the inverse nearest to `gamma`."""
         nearest = self._nearest_gamma(gamma)
         return replace(self, by_gamma={nearest: self.by_gamma[nearest]})
 

@@ -175,7 +175,7 @@ def _times_inverse(matrix: Tensor, factor: Tensor) -> Tensor:
 def redamp_conditional(inverted: Inverted[ChainInverse], gamma: float) -> Inverted[ChainInverse]:
     """Return a layer's part at a larger `gamma`, from the part alone.
 
-    The conditional covariance cannot be damped anew without the factors. But `K1 K1^T` and
+    The conditional covariance cannot be damped again without the factors. But `K1 K1^T` and
     `K2 K2^T` are the inverses of the layer's own damped factors, so the layer becomes
     block-diagonal: it is no longer linked with the next.
     """
