@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,24 @@ def test_the_table_of_changes_covers_what_is_asked_most() -> None:
         "data set", "task", "key of the job specification", "field of a message",
     ):  # fmt: skip
         assert asked in subjects
+
+
+def test_what_one_step_reads_is_where_the_page_says() -> None:
+    """docs/read_one_step.md: each `Class.method` beside a link is in the file that it links to."""
+    page = (DOCS / "read_one_step.md").read_text()
+    named = re.findall(r"\]\(\.\./([\w/]+\.py)\), `(\w+)\.(\w+)`", page)
+    assert len(named) >= 5
+    for path, owner, method in named:
+        text = (ROOT / path).read_text()
+        assert f"class {owner}" in text, f"{path} has no class {owner}"
+        assert f"def {method}(" in text, f"{path} has no {owner}.{method}"
+
+
+def test_five_files_at_most_lie_between_a_step_and_a_factor() -> None:
+    page = (DOCS / "read_one_step.md").read_text()
+    walk = page.partition("**From `KFAC.step` to `X^T X`**")[2].partition("## ")[0]
+    files = re.findall(r"^\d\. \[`([\w/]+\.py)`\]", walk, re.M)
+    assert 1 <= len(files) <= 5
+    for caller, called in pairwise(files):
+        module = called.removesuffix(".py").replace("/", ".")
+        assert f"from {module} import" in (ROOT / caller).read_text(), f"{caller}, {called}"
