@@ -34,7 +34,7 @@ def _data_folders() -> list[Path]:
 
 
 def _holding(what: str, *patterns: str) -> Path:
-    """Return the first folder with a file, in it or one level below, that fits one of `patterns`."""
+    """Return the first folder with a file, there or one level below, that fits a pattern."""
     places = _data_folders()
     for place in places:
         if any(True for p in patterns for f in (p, f"*/{p}") for _ in place.glob(f)):
