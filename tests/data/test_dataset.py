@@ -23,8 +23,8 @@ class Items(Dataset):
     def __getitem__(self, index):
         return self.items[index]
 
-    def take(self, count):
-        raise AssertionError("not our take: other libraries mean something else by it")
+    def gather_cases(self, count):
+        raise AssertionError("only a BatchedDataset has our gather_cases, whatever its name")
 
 
 def arrays(num_cases=6):
