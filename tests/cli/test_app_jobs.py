@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kfac_dist.cli.output import local_time
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import Event
@@ -85,7 +86,7 @@ def test_list_in_three_formats(server: Serving, kfac_dist: KfacDist, job: str) -
     assert job in table
     assert "0/5" in table
     for options in (["--state", "running"], ["--owner", "eve"], ["--name", "other"]):
-        assert json.loads(kfac_dist("list", *options, "-o", "json").out) == {"jobs": []}
+        assert json.loads(kfac_dist("list", *options, "-o", "json").out)["jobs"] == []
     assert len(json.loads(kfac_dist("list", "--active", "-o", "json").out)["jobs"]) == 1
 
 
@@ -167,7 +168,7 @@ def test_logs(server: Serving, kfac_dist: KfacDist, job: str) -> None:
     out = kfac_dist("logs", job, "-f").out.splitlines()
     assert out == [
         "driver-0.a2 printed",
-        "00:00:01 gradient_worker-0 [warning] a step step=3",
+        f"{local_time(1767225601.0)} gradient_worker-0 [warning] a step step=3",
         "gradient_worker-0 plain",
     ]
     rows = [json.loads(row) for row in kfac_dist("logs", job, "-o", "json").out.splitlines()]

@@ -17,6 +17,7 @@ from kfac_dist.cli.options import CaOption, DataDirOption, OutputOption, ServerO
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.cli.progress import make_progress
 from kfac_dist.cli.signals import terminate_is_interrupt
+from kfac_dist.cli.terminal import plain
 from kfac_dist.errors import ConflictError, JobFailedError, NotFoundError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def replay(
     target = _target(source.run_dir, run_dir)
     result = _run(plan, folder.places.checkpoints, source, target, output)
     for message in result.refused:
-        typer.echo(f"warning: {message}", err=True)
+        typer.echo(plain(f"warning: {message}"), err=True)
     write_result(_facts(plan, result), output)
     if result.difference is not None:
         raise JobFailedError(str(result.difference), reason=REASON)

@@ -14,6 +14,7 @@ from kfac_dist.cli.environment import absolute, home
 from kfac_dist.cli.options import OutputOption, StoreOption
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.cli.signals import terminate_is_interrupt
+from kfac_dist.cli.terminal import plain
 from kfac_dist.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
@@ -264,10 +265,15 @@ def _log_to(path: Path) -> None:
     import logging
     from logging.handlers import RotatingFileHandler
 
+    class PlainFormatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return plain(super().format(record))  # the log is read on a terminal
+
     handler = RotatingFileHandler(
         path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8"
     )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    form = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    handler.setFormatter(PlainFormatter(form, datefmt="%Y-%m-%d %H:%M:%S%z"))
     logger = logging.getLogger("kfac_dist")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

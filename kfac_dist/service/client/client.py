@@ -156,6 +156,22 @@ class Client(AbstractContextManager["Client"]):
                 return
             request.page_token = page.next_page_token
 
+    def count(
+        self,
+        *,
+        states: Iterable[JobState] = (),
+        owner: str | None = None,
+        name: str | None = None,
+    ) -> int:
+        """Return how many jobs `jobs` yields with these filters."""
+        request = pb.ListJobsRequest(
+            states=[to_state(state) for state in states],
+            owner=owner or "",
+            name=name or "",
+            page_size=1,
+        )
+        return int(self._call(self._stub.ListJobs, request).total_size)
+
     def cancel(self, job_id: str, *, now: bool = False) -> Job:
         """End a job at a checkpoint; with `now`, kill it at once."""
         request = pb.CancelJobRequest(job_id=job_id, now=now)
