@@ -1,4 +1,4 @@
-"""Text that is safe to show on a terminal, whoever wrote it."""
+"""Makes text safe to show on a terminal, also text of other people."""
 
 from __future__ import annotations
 
