@@ -89,6 +89,12 @@ def write_text(text: str) -> None:
     _write(plain(text))
 
 
+def say(text: str) -> None:
+    """Write a line for people to stderr."""
+    sys.stderr.write(plain(text) + "\n")
+    sys.stderr.flush()
+
+
 def make_table(
     columns: Iterable[str],
     rows: Iterable[Sequence[Any]],

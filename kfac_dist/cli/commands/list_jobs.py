@@ -10,7 +10,7 @@ import typer
 from kfac_dist.cli.connection import connect
 from kfac_dist.cli.job_view import job_row, jobs_table
 from kfac_dist.cli.options import CaOption, OutputOption, ServerOption
-from kfac_dist.cli.output import Format, write_result
+from kfac_dist.cli.output import Format, say, write_result
 from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 
 _PAGE_SIZE = 1000  # the largest that a server accepts
@@ -60,4 +60,4 @@ def list_jobs(
     facts = {"jobs": [job_row(job) for job in jobs], "total": total}
     write_result(facts, output, jobs_table(jobs))
     if output is Format.table and total > len(jobs):
-        typer.echo(f"{len(jobs)} of {total} shown; --limit N or --all shows more", err=True)
+        say(f"{len(jobs)} of {total} shown; --limit N or --all shows more")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kfac_dist.cli.connection import quiet_grpc
-from kfac_dist.cli.environment import absolute, home
+from kfac_dist.cli.environment import absolute, only_this_user, ready_home
 from kfac_dist.cli.options import OutputOption, StoreOption
-from kfac_dist.cli.output import Format, write_result
+from kfac_dist.cli.output import Format, say, write_result
 from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.cli.terminal import plain
 from kfac_dist.errors import ConflictError, UsageError
@@ -106,9 +106,9 @@ def serve(
     """
     quiet_grpc()
     tls = _tls(tls_cert, tls_key, tls_ca, client_ca, driver_cert, driver_key)
-    folder = home()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with terminate_is_interrupt(), ExitStack() as stack:
+        stack.enter_context(only_this_user())
+        folder = ready_home(say)
         stack.enter_context(_only_server(folder))
         options = _options(listen, tls, insecure)
         jobs = _compose(stack, folder, store, ray_address)

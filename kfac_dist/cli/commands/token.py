@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfac_dist.cli.environment import home
+from kfac_dist.cli.environment import ready_home
 from kfac_dist.cli.options import OutputOption, StoreOption
-from kfac_dist.cli.output import Format, make_table, moment, write_result
+from kfac_dist.cli.output import Format, make_table, moment, say, write_result
 
 if TYPE_CHECKING:
     from kfac_dist.service.access.tokens import Token, Tokens
@@ -92,7 +92,7 @@ def _tokens(store_url: str | None) -> Iterator[Tokens]:
     from kfac_dist.cli.store import open_home_store
     from kfac_dist.service.access.tokens import Tokens
 
-    store = open_home_store(home(), store_url)
+    store = open_home_store(ready_home(say), store_url)
     try:
         yield Tokens(store)
     finally:
