@@ -20,6 +20,7 @@ from pathlib import Path
 import typer
 
 from kfac_dist.cli.environment import home
+from kfac_dist.cli.terminal import plain
 from kfac_dist.errors import KfacDistError
 
 INTERRUPTED = 130
@@ -94,5 +95,5 @@ def _wants_json(arguments: Sequence[str]) -> bool:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(plain(line) + "\n")
     sys.stderr.flush()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from kfac_dist.cli.output import Format, make_table, write_result
+from kfac_dist.cli.output import Format, make_table, moment, write_result
 from kfac_dist.errors import CancelledError, JobFailedError
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ _SUMMARY = (
     "inverse_staleness_steps",
     "workers",
 )
+
+# Keys that stand before a line already or say nothing new.
+_IN_PREFIX = frozenset({"timestamp", "event", "level", "role", "rank", "attempt", "job"})
 
 
 def write_state(job: Job, output: Format) -> None:
@@ -52,7 +55,7 @@ def job_row(job: Job) -> dict[str, Any]:
         "attempt": job.attempt,
         "owner": job.owner,
         "priority": job.priority,
-        "created_at": iso_time(job.created_at),
+        "created_at": moment(job.created_at),
         "reason": job.reason,
         "message": job.message,
     }
@@ -74,7 +77,7 @@ def jobs_table(jobs: Iterable[Job]) -> Table:
         for job in jobs
     ]
     columns = ("job", "state", "step", "attempt", "owner", "age", "message")
-    return make_table(columns, rows, right=("step", "attempt", "age"))
+    return make_table(columns, rows, right=("step", "attempt", "age"), cut="message")
 
 
 def described(job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
@@ -97,12 +100,12 @@ def described(job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
         "num_steps": job.num_steps,
         "attempt": job.attempt,
         "num_restarts": job.num_restarts,
-        "created_at": iso_time(job.created_at),
-        "started_at": iso_time(job.started_at),
-        "ended_at": iso_time(job.ended_at),
+        "created_at": moment(job.created_at),
+        "started_at": moment(job.started_at),
+        "ended_at": moment(job.ended_at),
         "data_dir": job.data_dir,
         "package_sha256": job.package,
-        "attempts": [_attempt(attempt) for attempt in attempts],
+        "attempts": [attempt_facts(attempt) for attempt in attempts],
         "spec": dict(job.spec),
     }
 
@@ -111,7 +114,7 @@ def event_facts(event: JobEvent) -> dict[str, Any]:
     """Return the facts of an event."""
     return {
         "sequence": event.sequence,
-        "time": iso_time(event.time),
+        "time": moment(event.time),
         "severity": event.severity,
         "kind": event.kind,
         "step": event.step,
@@ -137,13 +140,6 @@ def raise_for_end(job: Job) -> None:
         raise CancelledError(f"job {job.id} was cancelled: {why}")
 
 
-def iso_time(seconds: float | None) -> str | None:
-    """Return Unix seconds as ISO 8601 in UTC, None for None."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-
-
 def age(seconds: float) -> str:
     """Return a duration rounded down in one unit, such as 35s, 12m, 5h or 3d."""
     for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "m"), (172_800, 3600, "h")):
@@ -152,14 +148,37 @@ def age(seconds: float) -> str:
     return f"{int(seconds) // 86_400}d"
 
 
-def _attempt(attempt: Attempt) -> dict[str, Any]:
+def attempt_facts(attempt: Attempt) -> dict[str, Any]:
+    """Return the facts of an attempt."""
     return {
         "number": attempt.number,
         "state": str(attempt.state),
         "reason": attempt.reason,
         "message": attempt.message,
-        "started_at": iso_time(attempt.started_at),
-        "ended_at": iso_time(attempt.ended_at),
-        "heard_at": iso_time(attempt.heard_at),
+        "started_at": moment(attempt.started_at),
+        "ended_at": moment(attempt.ended_at),
+        "heard_at": moment(attempt.heard_at),
         "resumed_from_step": attempt.resumed_from_step,
     }
+
+
+def readable_line(text: str) -> str:
+    """Return a line of kfac_dist's own logs as words, any other line unchanged.
+
+    A traceback follows on lines of its own.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):  # a task may print anything
+        return text
+    if not isinstance(values, dict) or "event" not in values:
+        return text
+    traceback = values.pop("exception", None)
+    rest = [f"{key}={_value(value)}" for key, value in values.items() if key not in _IN_PREFIX]
+    level = values.get("level", "info")
+    words = ([] if level == "info" else [f"[{level}]"]) + [str(values["event"]), *rest]
+    return " ".join(words) + (f"\n{traceback}" if traceback else "")
+
+
+def _value(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

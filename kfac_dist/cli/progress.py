@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import IO, Protocol, Self
 
+from kfac_dist.cli.terminal import indented, one_line
+
 _PLAIN_INTERVAL_SECONDS = 10.0
 _WINDOW = 20  # steps over which the rate is taken
 
@@ -115,7 +117,7 @@ class PlainProgress:
 
     def _write(self, line: str) -> None:
         if self._stream is not None:
-            self._stream.write(line + "\n")
+            self._stream.write(indented(line) + "\n")
             self._stream.flush()
 
 
@@ -159,12 +161,12 @@ class LiveProgress:
         """Print a warning or an error above the bar."""
         if event.severity != "info":
             style = "red" if event.severity == "error" else "yellow"
-            text = f"step {event.step}: {event.message}"
-            self._bar.console.print(text, style=style, markup=False)
+            text = indented(f"step {event.step}: {event.message}")
+            self._bar.console.print(text, style=style, markup=False, emoji=False)
 
     def on_state(self, state: str, message: str | None) -> None:
         """Show the state in the place of the step."""
-        self._bar.update(self._task, description=state.lower(), facts=message or "")
+        self._bar.update(self._task, description=state.lower(), facts=one_line(message or ""))
 
 
 def describe(step: Step, rate: float | None) -> str:

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 def open_home_store(home: Path, url: str | None) -> Store:
     """Open the store at `url`, else at `$KFAC_DIST_STORE`, else in the file `store.db` of `home`.
 
+    `home` must exist.
+
     Raises:
         UsageError: the URL is malformed or names an unsupported database.
         UnreachableError: the database does not answer.
     """
     from kfac_dist.service.store import open_store
 
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
     return open_store(url or os.environ.get("KFAC_DIST_STORE") or f"sqlite:///{home}/store.db")

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from kfac_dist.cli.job_view import age
+from kfac_dist.cli.output import local_time
 from kfac_dist.cli.progress import STALENESS, number_facts
+from kfac_dist.cli.terminal import indented, plain
 from kfac_dist.coordination.jobs.lifecycle import ENDED
 from kfac_dist.runs.step_record import STEP_NUMBERS
 
@@ -66,13 +68,15 @@ class WatchView:
         job = self._job
         until = job.ended_at or time.time()
         text = Text.assemble(
-            (job.id, "bold"),
+            (plain(job.id), "bold"),
             f"  {job.state}",
             f"  attempt {job.attempt}",
             f"  {age(until - (job.started_at or job.created_at))}",
         )
         if job.message:
-            text.append(f"\n{job.message}", style="red" if job.state == "FAILED" else "dim")
+            text.append(
+                f"\n{indented(job.message)}", style="red" if job.state == "FAILED" else "dim"
+            )
         return text
 
     def _progress(self) -> Iterable[RenderableType]:
@@ -96,13 +100,14 @@ class WatchView:
         for layer in sorted(ages, key=lambda layer: -ages[layer])[:_NUM_LAYERS]:
             length = round(_BAR_WIDTH * ages[layer] / full)
             style = "red" if bound and ages[layer] > bound else "cyan"
-            table.add_row(layer, Text("█" * length or "·", style=style), str(ages[layer]))
+            table.add_row(
+                Text(plain(layer)), Text("█" * length or "·", style=style), str(ages[layer])
+            )
         limit = f", at most {bound}" if bound else ""
         yield Text(f"age of each layer's inverse in steps{limit}", style="dim")
         yield table
 
     def _log(self) -> Iterable[RenderableType]:
         for event in self._events:
-            when = time.strftime("%H:%M:%S", time.localtime(event.time))
-            line = f"{when} step {event.step} {event.message}"
+            line = indented(f"{local_time(event.time)} step {event.step} {event.message}")
             yield Text(line, style=_STYLES.get(event.severity, "dim"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import FirstFailure
-from kfac_dist.service.job_records import Job, JobEvent
+from kfac_dist.service.job_records import Attempt, Job, JobEvent
 
 _ECHO_SEVERITIES = ("warning", "error")
 
@@ -49,26 +49,31 @@ _ADVICE_BY_STATE = {
 class Explanation:
     """Why a job is in its state.
 
-    `echoes` are the warnings and errors of the newest attempt that came after the first failure,
-    oldest first. Without a first failure they are all of its warnings and errors.
+    `attempts` are all of them, oldest first. `echoes` are the warnings and errors of the newest
+    attempt that came after the first failure, oldest first. Without a first failure they are all of
+    its warnings and errors.
     """
 
     job: str
     state: JobState
     reason: str | None
     message: str | None
+    attempts: Sequence[Attempt]
     first_failure: FirstFailure | None
     echoes: Sequence[JobEvent]
     advice: str | None
 
 
-def explain_job(job: Job, events: Sequence[JobEvent]) -> Explanation:
-    """Explain a job from its record and all its events."""
+def explain_job(
+    job: Job, events: Sequence[JobEvent], attempts: Sequence[Attempt] = ()
+) -> Explanation:
+    """Explain a job from its record, all its events and its attempts."""
     return Explanation(
         job=job.id,
         state=job.state,
         reason=job.reason,
         message=job.message,
+        attempts=attempts,
         first_failure=job.first_failure,
         echoes=_echoes(job, events),
         advice=_advice(job),

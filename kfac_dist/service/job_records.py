@@ -12,18 +12,30 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.errors import FirstFailure
+from kfac_dist.errors import FirstFailure, UsageError
 from kfac_dist.runs import Event
 
 Order = Literal["none", "pause", "cancel"]
 """What the answer to a report asks the driver to do."""
 
+_MAX_PRIORITY = 1000
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 def is_job_id(text: str) -> bool:
     """Return whether a job may have this id, which is also the name of its run folder."""
     return _JOB_ID.fullmatch(text) is not None
+
+
+def check_priority(priority: int) -> None:
+    """Refuse a priority out of range.
+
+    Raises:
+        UsageError: names the range.
+    """
+    if not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
+        allowed = f"{-_MAX_PRIORITY} and {_MAX_PRIORITY}"
+        raise UsageError(f"priority: {priority} is not between {allowed}")
 
 
 class Role(StrEnum):

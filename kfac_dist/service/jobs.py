@@ -126,6 +126,18 @@ class Jobs:
         next_token = listing.token(page[-1].number) if len(rows) > page_size else ""
         return [to_job(row, whole=False) for row in page], next_token
 
+    def count(
+        self,
+        *,
+        states: Iterable[JobState] = (),
+        owner: str | None = None,
+        name: str | None = None,
+    ) -> int:
+        """Return the number of jobs in a listing with these filters, on all its pages."""
+        listing = Listing(states=tuple(states), owner=owner, name=name)
+        with self.store.read() as session:
+            return int(session.execute(listing.count()).scalar_one())
+
     def cancel(self, job_id: str, *, now: bool = False) -> Job:
         """End a job; with `now`, without waiting for its current step and a checkpoint.
 

@@ -19,12 +19,11 @@ from kfac_dist._home import runs_dir
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import ConflictError, InvalidSpecError, UsageError
-from kfac_dist.service.job_records import Job
+from kfac_dist.service.job_records import Job, check_priority
 from kfac_dist.service.store import JobRow, Store
 from kfac_dist.service.store.job_rows import note, to_job
 from kfac_dist.service.wire.package import check_package
 
-MAX_PRIORITY = 1000
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
 
@@ -71,8 +70,7 @@ def check_request(
         InvalidSpecError: the specification or the package is wrong.
         UsageError: another part of the request is wrong.
     """
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise UsageError(f"priority: {priority} is not between {-MAX_PRIORITY} and {MAX_PRIORITY}")
+    check_priority(priority)
     if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
         raise UsageError(
             "idempotency_key: must be 1 to 200 printable ASCII characters without spaces"

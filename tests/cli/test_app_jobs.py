@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kfac_dist.cli.output import local_time
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import Event
@@ -78,6 +79,40 @@ def test_user_code_is_sent_along(server: Serving, kfac_dist: KfacDist, tmp_path:
     assert package_path(server.jobs.home, stored.package).is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["submit", "SPEC", "--priority", "99999999999"], "priority: 99999999999 is not between"),
+        (["submit", "SPEC", "--priority", "1001"], "-1000 and 1000"),
+        (["logs", "JOB", "--tail", "99999999999999999999"], "tail_lines: 9999999999"),
+        (["logs", "JOB", "--rank", "99999999999"], "ranks: [99999999999]"),
+        (["logs", "JOB", "--attempt", "-99999999999"], "attempts: [-99999999999]"),
+        (["metrics", "JOB", "loss", "--from", "99999999999999999999"], "first_step: 999999"),
+        (["describe", "a\udcff"], "job_id: "),
+    ],
+)
+def test_numbers_and_texts_that_cannot_be_sent_are_exit_code_2(
+    kfac_dist: KfacDist, job: str, spec: Path, arguments: list[str], message: str
+) -> None:
+    names = {"SPEC": str(spec), "JOB": job}
+    done = kfac_dist(*(names.get(word, word) for word in arguments))
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+def test_submissions_do_not_vanish_with_the_store(
+    server: Serving, kfac_dist: KfacDist, job: str, spec: Path
+) -> None:
+    path = server.jobs.home / "store.db"
+    path.rename(path.with_name("away"))
+    for arguments in (["submit", spec], ["describe", job], ["list"]):
+        done = kfac_dist(*arguments)
+        assert (done.code, done.out) == (5, ""), arguments
+        assert "was removed or replaced" in done.err
+    path.with_name("away").rename(path)
+    assert kfac_dist("describe", job).code == 0
+
+
 def test_list_in_three_formats(server: Serving, kfac_dist: KfacDist, job: str) -> None:
     assert [row["job"] for row in json.loads(kfac_dist("list", "-o", "json").out)["jobs"]] == [job]
     assert yaml.safe_load(kfac_dist("list", "-o", "yaml").out)["jobs"][0]["state"] == "PENDING"
@@ -85,7 +120,7 @@ def test_list_in_three_formats(server: Serving, kfac_dist: KfacDist, job: str) -
     assert job in table
     assert "0/5" in table
     for options in (["--state", "running"], ["--owner", "eve"], ["--name", "other"]):
-        assert json.loads(kfac_dist("list", *options, "-o", "json").out) == {"jobs": []}
+        assert json.loads(kfac_dist("list", *options, "-o", "json").out)["jobs"] == []
     assert len(json.loads(kfac_dist("list", "--active", "-o", "json").out)["jobs"]) == 1
 
 
@@ -167,7 +202,7 @@ def test_logs(server: Serving, kfac_dist: KfacDist, job: str) -> None:
     out = kfac_dist("logs", job, "-f").out.splitlines()
     assert out == [
         "driver-0.a2 printed",
-        "00:00:01 gradient_worker-0 [warning] a step step=3",
+        f"{local_time(1767225601.0)} gradient_worker-0 [warning] a step step=3",
         "gradient_worker-0 plain",
     ]
     rows = [json.loads(row) for row in kfac_dist("logs", job, "-o", "json").out.splitlines()]

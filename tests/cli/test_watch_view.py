@@ -54,6 +54,29 @@ def drawn(view: WatchView) -> str:
     return capture.get()
 
 
+def test_texts_of_a_job_are_shown_as_they_are() -> None:
+    view = WatchView(job(message="[bold]a\x1b[2J", name="x"))
+    event = JobEvent(
+        job="digits-1",
+        sequence=1,
+        kind="x",
+        message="\x9bb\nc",
+        step=1,
+        time=0.0,
+        severity="error",
+        role=None,
+        rank=None,
+        attempt=1,
+        details={},
+    )
+    layer = "inverse_version_step.[red]l\x07"
+    view.add(Update(events=[event], metrics=[series(layer, 30, 25.0)]))
+    text = drawn(view)
+    for shown in (r"[bold]a\u001b[2J", r"\u009bb", "    c", r"[red]l\u0007"):
+        assert shown in text
+    assert not {"\x1b", "\x9b", "\x07"} & set(text)
+
+
 def test_it_shows_step_numbers_and_the_stalest_layer_first() -> None:
     view = WatchView(job())
     view.add(

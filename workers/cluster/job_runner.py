@@ -23,6 +23,7 @@ from kfac_dist.coordination.jobs.runner import AttemptKey, Remnant, RunnerState,
 from kfac_dist.errors import UnreachableError
 from workers.cluster.head import Head
 from workers.cluster.leftovers import MARK, kill_processes, processes_of, shared_memory_of
+from workers.cluster.proxies import LOOPBACK_NAMES, bypass_proxies
 from workers.cluster.ray_internals import use_token
 
 _STATES = {
@@ -33,7 +34,6 @@ _STATES = {
     JobStatus.FAILED: RunnerState.FAILED,
 }
 _SUBMISSION = re.compile(r"(?P<job>.+)-a(?P<attempt>[1-9][0-9]*)")
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 _DRIVER = (sys.executable, "-m", "kfac_dist.cli", "driver")
 _MOST_ENTRIES = 10_000
 
@@ -73,10 +73,11 @@ class RayJobRunner:
             use_token(token_path)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        bypass_proxies(jobs_url)
         self._url = jobs_url
         self._driver = tuple(driver)
         self._options = ("--ray-address", gcs_address) if gcs_address else ()
-        self._is_local = urlsplit(jobs_url).hostname in _LOCAL
+        self._is_local = urlsplit(jobs_url).hostname in LOOPBACK_NAMES
         # Noted while the processes live, because it cannot be found out once they are gone.
         self._shared_memory: dict[AttemptKey, set[Path]] = {}
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from kfac_dist.cli.connection import connect
-from kfac_dist.cli.job_view import iso_time
 from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
-from kfac_dist.cli.output import Format, make_table, write_result
+from kfac_dist.cli.output import Format, make_table, moment, write_result
 
 
 def checkpoints(
@@ -22,7 +21,7 @@ def checkpoints(
         found = client.checkpoints(job_id)
     columns = ("step", "created_at", "size_bytes", "path")
     rows = [
-        (checkpoint.step, iso_time(checkpoint.created_at), checkpoint.size_bytes, checkpoint.path)
+        (checkpoint.step, moment(checkpoint.created_at), checkpoint.size_bytes, checkpoint.path)
         for checkpoint in found
     ]
     write_result(

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kfac_dist.cli.environment import home
+from kfac_dist.cli.environment import home, only_this_user, ready_home
 from kfac_dist.cli.options import OutputOption, StoreOption
-from kfac_dist.cli.output import Format, write_result
+from kfac_dist.cli.output import Format, say, write_result
 from kfac_dist.errors import ConflictError, NotFoundError
 
 cluster_app = typer.Typer(
@@ -24,8 +24,8 @@ def up(output: OutputOption = Format.table) -> None:
     """
     from workers.cluster.head import ensure_head
 
-    home().mkdir(parents=True, exist_ok=True, mode=0o700)
-    ensure_head(home())
+    with only_this_user():
+        ensure_head(ready_home(say))
     write_result(_facts(), output)
 
 
@@ -82,7 +82,7 @@ def _active_jobs(store_url: str | None) -> list[str]:
     from kfac_dist.coordination.jobs.lifecycle import ACTIVE
     from kfac_dist.service.jobs import Jobs
 
-    store = open_home_store(home(), store_url)
+    store = open_home_store(ready_home(say), store_url)
     try:
         jobs, _ = Jobs(store, home()).list(states=ACTIVE)
         return [job.id for job in jobs]

@@ -6,12 +6,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kfac_dist.cli.connection import connect
-from kfac_dist.cli.job_view import event_facts, iso_time
+from kfac_dist.cli.job_view import attempt_facts, event_facts, readable_line
 from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
-from kfac_dist.cli.output import Format, write_result, write_text
+from kfac_dist.cli.output import Format, local_time, write_result, write_text
+from kfac_dist.cli.terminal import indented
 
 if TYPE_CHECKING:
     from kfac_dist.service.explanation import Explanation
+    from kfac_dist.service.job_records import Attempt
 
 
 def explain(
@@ -22,12 +24,15 @@ def explain(
 ) -> None:
     """Explain why a job failed, or why it waits.
 
-    It shows the worker that failed first, the warnings and errors that followed, and advice.
+    It shows the attempts, the worker that failed first, the warnings and errors that followed, and
+    advice.
     """
     from kfac_dist.service.explanation import explain_job
 
     with connect(server, ca) as client:
-        explanation = explain_job(client.get(job_id), list(client.events(job_id)))
+        explanation = explain_job(
+            client.get(job_id), list(client.events(job_id)), client.attempts(job_id)
+        )
     if output is Format.table:
         write_text("\n".join(_lines(explanation)))
     else:
@@ -41,6 +46,7 @@ def _facts(explanation: Explanation) -> dict[str, Any]:
         "state": str(explanation.state),
         "reason": explanation.reason,
         "message": explanation.message,
+        "attempts": [attempt_facts(attempt) for attempt in explanation.attempts],
         "first_failure": None if failure is None else asdict(failure),
         "echoes": [event_facts(event) for event in explanation.echoes],
         "advice": explanation.advice,
@@ -52,17 +58,32 @@ def _lines(explanation: Explanation) -> list[str]:
     lines = [f"{explanation.job} is {explanation.state}{reason}"]
     if explanation.message:
         lines += [f"  {line}" for line in explanation.message.splitlines()]
+    if explanation.attempts:
+        lines += ["", "attempts:", *map(_attempt_line, explanation.attempts)]
     failure = explanation.first_failure
     if failure is not None:
-        when = iso_time(failure.time_seconds)
+        when = local_time(failure.time_seconds)
         lines += ["", f"first failure: {failure.role} {failure.rank} at {when}"]
-        lines += [f"  | {line}" for line in failure.log_tail.splitlines()]
+        logged = map(readable_line, failure.log_tail.splitlines())
+        lines += [f"  | {line}" for text in logged for line in text.splitlines()]
     if explanation.echoes:
         lines += ["", "what followed:" if failure else "warnings and errors:"]
         lines += [
-            f"  {iso_time(event.time)} {event.severity}: step {event.step}: {event.message}"
+            indented(
+                f"  {local_time(event.time)} {event.severity}: step {event.step}: {event.message}"
+            )
             for event in explanation.echoes
         ]
     if explanation.advice:
         lines += ["", f"advice: {explanation.advice}"]
     return lines
+
+
+def _attempt_line(attempt: Attempt) -> str:
+    begun = attempt.resumed_from_step
+    where = f" from step {begun}" if begun else ""
+    until = "" if attempt.ended_at is None else f" to {local_time(attempt.ended_at)}"
+    when = f"{local_time(attempt.started_at)}{until}"
+    why = ": ".join(filter(None, (attempt.reason, attempt.message)))
+    line = f"  {attempt.number} {attempt.state}{where}, {when}"
+    return indented(f"{line}: {why}" if why else line)

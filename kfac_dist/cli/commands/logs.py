@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kfac_dist.cli.connection import connect
 from kfac_dist.cli.failure import Interrupted
-from kfac_dist.cli.job_view import iso_time
+from kfac_dist.cli.job_view import readable_line
 from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
-from kfac_dist.cli.output import Format
+from kfac_dist.cli.output import Format, as_json, as_yaml, local_time, moment
 from kfac_dist.cli.signals import interrupt_at_end
+from kfac_dist.cli.terminal import indented
 from kfac_dist.errors import UnreachableError, UsageError
 
 if TYPE_CHECKING:
     from kfac_dist.service.job_records import LogLine
-
-# Keys that the prefix of a line already shows.
-_IN_PREFIX = frozenset({"timestamp", "event", "level", "role", "rank", "attempt", "job"})
 
 
 def logs(
@@ -121,41 +117,22 @@ def _write(lines: Sequence[LogLine], output: Format) -> None:
 
 def _shown(line: LogLine, output: Format) -> str:
     if output is Format.table:
-        return f"{_prefix(line)} {_readable(line.text)}"
+        return indented(f"{_prefix(line)} {readable_line(line.text)}")
     facts = {
         "role": line.role,
         "rank": line.rank,
         "attempt": line.attempt,
-        "time": iso_time(line.time),
+        "time": moment(line.time),
         "text": line.text,
     }
     if output is Format.json:
-        return json.dumps(facts, ensure_ascii=False)
-    import yaml
-
-    return "---\n" + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).rstrip()
+        return as_json(facts)
+    return "---\n" + as_yaml(facts)
 
 
 def _prefix(line: LogLine) -> str:
     from kfac_dist.runs.run_places import LogName
 
     stem = LogName(line.role, line.rank, line.attempt).stem
-    when = "" if line.time is None else f"{datetime.fromtimestamp(line.time, UTC):%H:%M:%S} "
+    when = "" if line.time is None else f"{local_time(line.time)} "
     return f"{when}{stem}"
-
-
-def _readable(text: str) -> str:
-    """Return a line of kfac_dist's own logs as words, any other line unchanged."""
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return text
-    if not isinstance(values, dict) or "event" not in values:
-        return text
-    rest = [f"{key}={_value(value)}" for key, value in values.items() if key not in _IN_PREFIX]
-    level = values.get("level", "info")
-    return " ".join(([] if level == "info" else [f"[{level}]"]) + [str(values["event"]), *rest])
-
-
-def _value(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

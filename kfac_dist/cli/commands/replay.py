@@ -14,7 +14,7 @@ from kfac_dist.cli.connection import connect
 from kfac_dist.cli.environment import absolute, data_dir, home
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.options import CaOption, DataDirOption, OutputOption, ServerOption
-from kfac_dist.cli.output import Format, write_result
+from kfac_dist.cli.output import Format, say, write_result
 from kfac_dist.cli.progress import make_progress
 from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.errors import ConflictError, JobFailedError, NotFoundError
@@ -79,7 +79,7 @@ def replay(
     target = _target(source.run_dir, run_dir)
     result = _run(plan, folder.places.checkpoints, source, target, output)
     for message in result.refused:
-        typer.echo(f"warning: {message}", err=True)
+        say(f"warning: {message}")
     write_result(_facts(plan, result), output)
     if result.difference is not None:
         raise JobFailedError(str(result.difference), reason=REASON)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kfac_dist.cli.connection import quiet_grpc
-from kfac_dist.cli.environment import absolute, home
+from kfac_dist.cli.environment import absolute, only_this_user, ready_home
 from kfac_dist.cli.options import OutputOption, StoreOption
-from kfac_dist.cli.output import Format, write_result
+from kfac_dist.cli.output import Format, say, write_result
 from kfac_dist.cli.signals import terminate_is_interrupt
+from kfac_dist.cli.terminal import plain
 from kfac_dist.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ def serve(
     """
     quiet_grpc()
     tls = _tls(tls_cert, tls_key, tls_ca, client_ca, driver_cert, driver_key)
-    folder = home()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with terminate_is_interrupt(), ExitStack() as stack:
+        stack.enter_context(only_this_user())
+        folder = ready_home(say)
         stack.enter_context(_only_server(folder))
         options = _options(listen, tls, insecure)
         jobs = _compose(stack, folder, store, ray_address)
@@ -264,10 +265,15 @@ def _log_to(path: Path) -> None:
     import logging
     from logging.handlers import RotatingFileHandler
 
+    class PlainFormatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return plain(super().format(record))  # the log is read on a terminal
+
     handler = RotatingFileHandler(
         path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8"
     )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    form = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    handler.setFormatter(PlainFormatter(form, datefmt="%Y-%m-%d %H:%M:%S%z"))
     logger = logging.getLogger("kfac_dist")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kfac_dist.cli.environment import home
-from kfac_dist.cli.job_view import iso_time
+from kfac_dist.cli.environment import ready_home
 from kfac_dist.cli.options import OutputOption, StoreOption
-from kfac_dist.cli.output import Format, make_table, write_result
+from kfac_dist.cli.output import Format, make_table, moment, say, write_result
 
 if TYPE_CHECKING:
     from kfac_dist.service.access.tokens import Token, Tokens
@@ -93,7 +92,7 @@ def _tokens(store_url: str | None) -> Iterator[Tokens]:
     from kfac_dist.cli.store import open_home_store
     from kfac_dist.service.access.tokens import Tokens
 
-    store = open_home_store(home(), store_url)
+    store = open_home_store(ready_home(say), store_url)
     try:
         yield Tokens(store)
     finally:
@@ -105,8 +104,8 @@ def _facts(token: Token) -> dict[str, Any]:
         "id": token.id,
         "name": token.name,
         "role": str(token.role),
-        "created_at": iso_time(token.created_at),
-        "expires_at": iso_time(token.expires_at),
-        "revoked_at": iso_time(token.revoked_at),
-        "last_used_at": iso_time(token.last_used_at),
+        "created_at": moment(token.created_at),
+        "expires_at": moment(token.expires_at),
+        "revoked_at": moment(token.revoked_at),
+        "last_used_at": moment(token.last_used_at),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from kfac_dist.cli.connection import connect
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.job_view import event_facts, job_row, write_state
 from kfac_dist.cli.options import CaOption, JobArgument, OutputOption, ServerOption
-from kfac_dist.cli.output import Format
+from kfac_dist.cli.output import Format, as_json, as_yaml
 
 if TYPE_CHECKING:
     from kfac_dist.service.client import Client, Update
@@ -57,12 +56,7 @@ def _write_updates(client: Client, job_id: str, output: Format) -> None:
 
     for update in client.watch(job_id, metrics=METRICS):
         facts = _facts(update)
-        if output is Format.json:
-            text = json.dumps(facts, ensure_ascii=False)
-        else:
-            import yaml
-
-            text = "---\n" + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).rstrip()
+        text = as_json(facts) if output is Format.json else "---\n" + as_yaml(facts)
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 

@@ -28,6 +28,10 @@ _IDEMPOTENT = (
     "ListEvents",
     "ListCheckpoints",
 )
+
+# Without it gRPC goes through the proxy in http_proxy, which would read the token, and which cannot
+# reach this machine's loopback.
+_NO_PROXY = ("grpc.enable_http_proxy", 0)
 _RETRY = {
     "maxAttempts": 4,
     "initialBackoff": "0.2s",
@@ -106,6 +110,8 @@ class ServerAddress:
     def open(self) -> grpc.Channel:
         """Return a channel, which connects on first use.
 
+        Proxies in the environment are used only with TLS, and not for this machine.
+
         Raises:
             NotFoundError: a certificate's file cannot be read.
         """
@@ -118,6 +124,8 @@ class ServerAddress:
             ]
         }
         options: Options = [*CLIENT_OPTIONS, ("grpc.service_config", json.dumps(config))]
+        if not self.tls or is_loopback(self.target.rpartition(":")[0]):
+            options.append(_NO_PROXY)
         if not self.tls:
             return grpc.insecure_channel(self.target, options=options)
         credentials = grpc.ssl_channel_credentials(

@@ -16,10 +16,17 @@ from kfac_dist.errors import TimedOutError
 from kfac_dist.service.client.channel import ServerAddress
 from kfac_dist.service.client.code import package_of
 from kfac_dist.service.client.streams import LogStream, Update, resumed
-from kfac_dist.service.job_records import Attempt, CheckpointFacts, Job, JobEvent, MetricSeries
+from kfac_dist.service.job_records import (
+    Attempt,
+    CheckpointFacts,
+    Job,
+    JobEvent,
+    MetricSeries,
+    check_priority,
+)
 from kfac_dist.service.wire import job_messages as wire
 from kfac_dist.service.wire.status import from_rpc_error
-from kfac_dist.service.wire.values import to_state
+from kfac_dist.service.wire.values import message_of, to_state
 from kfac_dist.v1 import job_service_pb2 as pb
 from kfac_dist.v1.job_service_pb2_grpc import JobServiceStub
 
@@ -106,15 +113,18 @@ class Client(AbstractContextManager["Client"]):
             data_dir: folder of data sets on the cluster's file system.
 
         Raises:
+            UsageError: the priority or another part of the request is out of range.
             InvalidSpecError: the specification or the package is wrong; lists every problem.
             ConflictError: the key was used for another request.
         """
+        check_priority(priority)
         if isinstance(spec, Path | str):
             base_dir = base_dir or Path(spec).absolute().parent
             spec = load_spec(Path(spec), overrides)
         elif not isinstance(spec, JobSpec):
             spec = parse_spec(spec, overrides=overrides)
-        request = pb.CreateJobRequest(
+        request = message_of(
+            pb.CreateJobRequest,
             spec_json=spec.model_dump_json(),
             idempotency_key=idempotency_key or secrets.token_hex(16),
             priority=priority,
@@ -143,7 +153,8 @@ class Client(AbstractContextManager["Client"]):
 
         They are fetched in pages of `page_size`; empty filters and None do not filter.
         """
-        request = pb.ListJobsRequest(
+        request = message_of(
+            pb.ListJobsRequest,
             states=[to_state(state) for state in states],
             owner=owner or "",
             name=name or "",
@@ -156,29 +167,46 @@ class Client(AbstractContextManager["Client"]):
                 return
             request.page_token = page.next_page_token
 
+    def count(
+        self,
+        *,
+        states: Iterable[JobState] = (),
+        owner: str | None = None,
+        name: str | None = None,
+    ) -> int:
+        """Return how many jobs `jobs` yields with these filters."""
+        request = message_of(
+            pb.ListJobsRequest,
+            states=[to_state(state) for state in states],
+            owner=owner or "",
+            name=name or "",
+            page_size=1,
+        )
+        return int(self._call(self._stub.ListJobs, request).total_size)
+
     def cancel(self, job_id: str, *, now: bool = False) -> Job:
         """End a job at a checkpoint; with `now`, kill it at once."""
-        request = pb.CancelJobRequest(job_id=job_id, now=now)
+        request = message_of(pb.CancelJobRequest, job_id=job_id, now=now)
         return wire.from_job(self._call(self._stub.CancelJob, request).job)
 
     def pause(self, job_id: str) -> Job:
         """Stop a job at a checkpoint."""
-        request = pb.PauseJobRequest(job_id=job_id)
+        request = message_of(pb.PauseJobRequest, job_id=job_id)
         return wire.from_job(self._call(self._stub.PauseJob, request).job)
 
     def resume(self, job_id: str) -> Job:
         """Resume a paused job from its newest checkpoint."""
-        request = pb.ResumeJobRequest(job_id=job_id)
+        request = message_of(pb.ResumeJobRequest, job_id=job_id)
         return wire.from_job(self._call(self._stub.ResumeJob, request).job)
 
     def retry(self, job_id: str) -> Job:
         """Start a new attempt of a failed or cancelled job, from its newest checkpoint."""
-        request = pb.RetryJobRequest(job_id=job_id)
+        request = message_of(pb.RetryJobRequest, job_id=job_id)
         return wire.from_job(self._call(self._stub.RetryJob, request).job)
 
     def events(self, job_id: str) -> Iterator[JobEvent]:
         """Yield the events of a job, oldest first."""
-        request = pb.ListEventsRequest(job_id=job_id)
+        request = message_of(pb.ListEventsRequest, job_id=job_id)
         while True:
             events = self._call(self._stub.ListEvents, request).events
             if not events:
@@ -188,7 +216,7 @@ class Client(AbstractContextManager["Client"]):
 
     def metric_names(self, job_id: str) -> list[str]:
         """Return the names of the metrics that have a history in a job."""
-        request = pb.QueryMetricsRequest(job_id=job_id)
+        request = message_of(pb.QueryMetricsRequest, job_id=job_id)
         return [series.name for series in self._call(self._stub.QueryMetrics, request).series]
 
     def metrics(
@@ -206,7 +234,8 @@ class Client(AbstractContextManager["Client"]):
         """
         if not names:
             return []
-        request = pb.QueryMetricsRequest(
+        request = message_of(
+            pb.QueryMetricsRequest,
             job_id=job_id,
             names=names,
             first_step=first_step,
@@ -218,7 +247,7 @@ class Client(AbstractContextManager["Client"]):
 
     def checkpoints(self, job_id: str) -> list[CheckpointFacts]:
         """Return the checkpoints of a job, newest first."""
-        request = pb.ListCheckpointsRequest(job_id=job_id)
+        request = message_of(pb.ListCheckpointsRequest, job_id=job_id)
         answer = self._call(self._stub.ListCheckpoints, request)
         return [wire.from_checkpoint(checkpoint) for checkpoint in answer.checkpoints]
 
@@ -231,8 +260,12 @@ class Client(AbstractContextManager["Client"]):
         """
 
         def open_stream(token: str) -> Any:
-            request = pb.WatchJobRequest(
-                job_id=job_id, resume_token=token, events=events, metrics=metrics
+            request = message_of(
+                pb.WatchJobRequest,
+                job_id=job_id,
+                resume_token=token,
+                events=events,
+                metrics=metrics,
             )
             return self._stub.WatchJob(request, metadata=self._metadata)
 
@@ -251,7 +284,7 @@ class Client(AbstractContextManager["Client"]):
         """
 
         def open_stream(token: str) -> Any:
-            request = pb.WatchJobRequest(job_id=job_id, resume_token=token)
+            request = message_of(pb.WatchJobRequest, job_id=job_id, resume_token=token)
             return self._stub.WatchJob(request, metadata=self._metadata, timeout=timeout_seconds)
 
         try:
@@ -291,9 +324,16 @@ class Client(AbstractContextManager["Client"]):
         Raises:
             UsageError: the token does not belong to the logs of this job.
         """
-        request = pb.StreamLogsRequest(
-            job_id=job_id, follow=follow, roles=roles, ranks=ranks, attempts=attempts
+        request = message_of(
+            pb.StreamLogsRequest,
+            job_id=job_id,
+            follow=follow,
+            roles=roles,
+            ranks=ranks,
+            attempts=attempts,
         )
+
+        message_of(pb.StreamLogsRequest, tail_lines=tail_lines, resume_token=resume_token)
 
         def open_stream(token: str) -> Any:
             request.resume_token = token
@@ -306,7 +346,9 @@ class Client(AbstractContextManager["Client"]):
         return LogStream(resumed(open_stream, self.address, self._reconnect_seconds, resume_token))
 
     def _get(self, job_id: str) -> pb.GetJobResponse:
-        answer: pb.GetJobResponse = self._call(self._stub.GetJob, pb.GetJobRequest(job_id=job_id))
+        answer: pb.GetJobResponse = self._call(
+            self._stub.GetJob, message_of(pb.GetJobRequest, job_id=job_id)
+        )
         return answer
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:

@@ -54,15 +54,20 @@ class JobCalls:
 
     def list(self, request: pb.ListJobsRequest, caller: Caller) -> pb.ListJobsResponse:
         """Return a page of jobs."""
+        states = requests.states(requests.at_most("states", request.states))
+        owner, name = request.owner or None, request.name or None
         page, token = self.jobs.list(
-            states=requests.states(requests.at_most("states", request.states)),
-            owner=request.owner or None,
-            name=request.name or None,
+            states=states,
+            owner=owner,
+            name=name,
             page_size=request.page_size or _PAGE_SIZE,
             page_token=request.page_token,
         )
+        is_first = not request.page_token
         return pb.ListJobsResponse(
-            jobs=[to_job(job, whole=False) for job in page], next_page_token=token
+            jobs=[to_job(job, whole=False) for job in page],
+            next_page_token=token,
+            total_size=self.jobs.count(states=states, owner=owner, name=name) if is_first else 0,
         )
 
     def cancel(self, request: pb.CancelJobRequest, caller: Caller) -> pb.CancelJobResponse:

@@ -31,6 +31,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         """Wrap an engine whose tables are up to date; call `open_store` instead."""
         self._engine = engine
+        self._file = _StoreFile(engine.url)
         self._writing = engine.execution_options(**{_WRITES: True})
 
     @contextmanager
@@ -38,7 +39,7 @@ class Store:
         """Open a transaction that only reads, from one consistent snapshot.
 
         Raises:
-            UnreachableError: the database does not answer.
+            UnreachableError: the database does not answer, or its file was removed or replaced.
         """
         with self._session(self._engine) as session:
             yield session
@@ -51,7 +52,7 @@ class Store:
         SQLite ignores it: it has one writer at a time.
 
         Raises:
-            UnreachableError: the database does not answer.
+            UnreachableError: the database does not answer, or its file was removed or replaced.
         """
         with self._session(self._writing) as session:
             yield session
@@ -59,12 +60,46 @@ class Store:
     @contextmanager
     def _session(self, engine: Engine) -> Iterator[Session]:
         session = Session(engine, expire_on_commit=False)
+        self._file.check()
         with _unreachable_errors(self._engine.url), session, session.begin():
             yield session
+        self._file.check()
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+
+class _StoreFile:
+    """The file of an SQLite database, which an open connection uses even after it was removed.
+
+    What is written to a removed file is lost with the process.
+    """
+
+    def __init__(self, url: URL) -> None:
+        named = url.database if url.drivername == "sqlite" else None
+        self._path = Path(named).absolute() if named and Path(named).is_file() else None
+        self._opened = self._identity()
+
+    def check(self) -> None:
+        """Raise if the path does not lead to the opened file any more.
+
+        Raises:
+            UnreachableError: the file was removed or replaced.
+        """
+        if self._identity() != self._opened:
+            raise UnreachableError(
+                f"store {self._path}: its file was removed or replaced while it was in use, so "
+                "nothing can be stored; end the server, restore the file or a backup, and start "
+                "the server again"
+            )
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat() if self._path else None
+        except OSError:
+            return None
+        return found and (found.st_dev, found.st_ino)
 
 
 def open_store(url: str) -> Store:
@@ -73,7 +108,7 @@ def open_store(url: str) -> Store:
     Raises:
         UsageError: the URL is malformed or names an unsupported database, or a later version of
             kfac-dist has migrated the tables.
-        UnreachableError: the database cannot be opened.
+        UnreachableError: the database cannot be opened, or its file is damaged.
     """
     engine = _make_engine(_parse(url))
     try:
@@ -165,11 +200,22 @@ def _unreachable_errors(url: URL) -> Iterator[None]:
     try:
         yield
     except (DBAPIError, NoSuchModuleError) as error:
-        if isinstance(error, DBAPIError) and not _is_away(error):
+        if isinstance(error, DBAPIError) and not (_is_away(error) or _is_damaged(error)):
             raise
         shown = url.render_as_string(hide_password=True)
+        if isinstance(error, DBAPIError) and _is_damaged(error):
+            raise UnreachableError(
+                f"store {shown}: not an SQLite database, or damaged ({error.orig}); restore a "
+                "backup, or move the file away to begin with an empty store"
+            ) from error
         cause = error.orig if isinstance(error, DBAPIError) else error
         raise UnreachableError(f"store {shown}: {cause}") from error
+
+
+def _is_damaged(error: DBAPIError) -> bool:
+    """Return whether SQLite cannot read the file."""
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
 def _is_away(error: DBAPIError) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select
 
 from kfac_dist.errors import UsageError
 from kfac_dist.service import opaque_tokens
@@ -38,14 +38,22 @@ class Listing:
         """
         if not 1 <= page_size <= MAX_PAGE_SIZE:
             raise UsageError(f"page_size: {page_size} is not between 1 and {MAX_PAGE_SIZE}")
-        query = select(*_LISTED).order_by(JobRow.number.desc()).limit(page_size + 1)
+        query = self._filtered(select(*_LISTED))
+        query = query.order_by(JobRow.number.desc()).limit(page_size + 1)
+        return query.where(JobRow.number < self._read(page_token)) if page_token else query
+
+    def count(self) -> Select[Any]:
+        """Return the query for the number of jobs on all pages."""
+        return self._filtered(select(func.count(JobRow.number)))
+
+    def _filtered(self, query: Select[Any]) -> Select[Any]:
         if self.states:
             query = query.where(JobRow.state.in_(self.states))
         if self.owner is not None:
             query = query.where(JobRow.owner == _without_nul("owner", self.owner))
         if self.name is not None:
             query = query.where(JobRow.name == _without_nul("name", self.name))
-        return query.where(JobRow.number < self._read(page_token)) if page_token else query
+        return query
 
     def token(self, last: int) -> str:
         """Return the token of the page after the job numbered `last`."""

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.errors import FirstFailure
+from kfac_dist.errors import FirstFailure, UsageError
 from kfac_dist.v1 import job_pb2
 
 _NANOSECONDS = 1_000_000_000
+
+M = TypeVar("M", bound=Message)
+
+
+def message_of(kind: type[M], **fields: Any) -> M:
+    """Return a message with these fields.
+
+    Raises:
+        UsageError: a value does not fit its field; names the field.
+    """
+    try:
+        return kind(**fields)
+    except ValueError:
+        for name, value in fields.items():
+            try:
+                kind(**{name: value})
+            except ValueError as error:
+                shown = value if isinstance(value, int) else repr(value)[:200]
+                raise UsageError(f"{name}: {shown} cannot be sent: {error}") from None
+        raise
 
 
 def to_timestamp(seconds: float) -> Timestamp:

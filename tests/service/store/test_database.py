@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,43 @@ def test_an_unreachable_database_is_named_without_its_password(tmp_path: Path) -
     with pytest.raises(UnreachableError) as caught:
         open_store(f"postgresql+psycopg://kfac:hidden@/jobs?host={tmp_path}")
     assert "hidden" not in caught.value.message
+
+
+GARBAGE = [b"garbage, not a database at all" * 40, b"short", b"\x00" * 100]
+
+
+@pytest.mark.parametrize("content", GARBAGE)
+def test_a_file_that_is_no_database_is_refused_with_advice(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "store.db"
+    path.write_bytes(content)
+    with pytest.raises(UnreachableError, match=r"not an SQLite database, or damaged .*backup"):
+        open_store(f"sqlite:///{path}")
+    assert path.read_bytes() == content
+
+
+def add_token(store: Store, meanwhile: Callable[[], object] = str) -> None:
+    with store.write() as session:
+        session.add(token(2))
+        meanwhile()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_nothing_is_stored_in_a_file_that_was_removed(tmp_path: Path, replaced: bool) -> None:
+    path = tmp_path / "store.db"
+    opened = open_store(f"sqlite:///{path}")
+    path.rename(tmp_path / "away")
+    if replaced:
+        open_store(f"sqlite:///{path}").close()
+    with pytest.raises(UnreachableError, match="was removed or replaced"):
+        add_token(opened)
+    with pytest.raises(UnreachableError, match="was removed or replaced"), opened.read():
+        pass
+    opened.close()
+
+
+def test_a_commit_into_a_file_that_was_just_removed_is_no_success(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    opened = open_store(f"sqlite:///{path}")
+    with pytest.raises(UnreachableError, match="was removed"):
+        add_token(opened, meanwhile=path.unlink)
+    opened.close()
