@@ -97,6 +97,9 @@ _GET_NODE = "ray._private.services.get_node"
 _RAY_PARAMS = "ray._private.parameter.RayParams.__init__"
 _PRINT = "ray._private.worker.print_to_stdstream"
 _CONNECT = "ray._private.worker.connect"
+_NODE = "ray._private.worker._global_node"
+_DEAD = "ray._private.node.Node.dead_processes"
+_DAEMONS = ("gcs_server", "raylet", "dashboard")
 
 PATCHES = {
     "on_loopback": RayPatch(
@@ -127,6 +130,11 @@ PATCHES = {
     "whole_connection": RayPatch(
         needs={_CONNECT: ("node",)},
         loss="Ctrl-C while connecting to the cluster may crash the process",
+        protects=False,
+    ),
+    "dead_daemons": RayPatch(
+        needs={_NODE: (), _DEAD: ("self",)},
+        loss="a cluster that has lost a daemon is not noticed and not started again",
         protects=False,
     ),
 }
@@ -191,6 +199,14 @@ def whole_connection() -> AbstractContextManager[Any]:
     and crash at the end of the process.
     """
     return _replaced("whole_connection", _CONNECT, _uninterrupted)
+
+
+def dead_daemons() -> list[str]:
+    """Return which of Ray's daemons have died of the cluster that this process has started."""
+    if not PATCHES["dead_daemons"].is_usable():
+        return []
+    node = pkgutil.resolve_name(_NODE)
+    return [] if node is None else [n for n, _ in node.dead_processes() if n in _DAEMONS]
 
 
 def _replaced(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
     from kfac_dist.service.server.serving import ServerOptions
-    from workers.cluster.head import Head
 
 _LISTEN = "127.0.0.1:7341"
 _WILDCARDS = ("0.0.0.0", "[::]", "::")
@@ -188,6 +187,7 @@ def _compose(
     from kfac_dist.service.access.tokens import Tokens
     from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
+    from workers.cluster.head_runner import HeadJobRunner
     from workers.cluster.job_runner import RayJobRunner
 
     _log_to(folder / "server.log")
@@ -195,21 +195,27 @@ def _compose(
     stack.callback(store.close)
     ensure_local_token(folder, Tokens(store))
     jobs = Jobs(store, folder)
-    runner = RayJobRunner(ray_address) if ray_address else RayJobRunner.of_head(_head(folder))
-    controller = Controller(jobs, runner)
+    runner: RayJobRunner | HeadJobRunner
     if ray_address is None:
+        _start_head(folder)
+        runner = HeadJobRunner(folder)
+        controller = Controller(jobs, runner)
         stack.callback(_leave_head, folder, controller)
+        stack.callback(runner.close)
+    else:
+        runner = RayJobRunner(ray_address)
+        controller = Controller(jobs, runner)
     controller.start()
     stack.callback(controller.stop)
     return jobs
 
 
-def _head(folder: Path) -> Head:
-    """Return the cluster of this home; start it unless it runs."""
+def _start_head(folder: Path) -> None:
+    """Start the cluster of this home unless it runs."""
     from workers.cluster.head import ensure_head
 
     typer.echo("starting Ray on this machine, unless it runs already", err=True)
-    return ensure_head(folder)
+    ensure_head(folder)
 
 
 def _leave_head(folder: Path, controller: Controller) -> None:

@@ -29,6 +29,7 @@ LOST = {
     "free_agent_port": "a second cluster on this machine has no Jobs API",
     "quiet_stdout": "Ray writes the deaths of workers to standard output",
     "whole_connection": "Ctrl-C while connecting",
+    "dead_daemons": "a cluster that has lost a daemon is not noticed",
 }
 PROTECTING = ("on_loopback", "use_token")
 
@@ -38,6 +39,9 @@ def use(name: str, tmp_path: Path) -> None:
     patch: Callable[..., Any] = getattr(ray_internals, name)
     if name == "use_token":
         patch(tmp_path / "token")
+        return
+    if name == "dead_daemons":
+        assert patch() == []
         return
     block: AbstractContextManager[Any] = patch()
     with block:
