@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.exceptions import RayError
+from ray.job_submission import JobStatus
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
@@ -22,6 +23,7 @@ from kfac_dist.coordination.jobs.placement import Room
 from kfac_dist.coordination.jobs.runner import AttemptKey, Remnant, RunnerState, RunnerStatus
 from kfac_dist.errors import UnreachableError
 from workers.cluster.head import Head
+from workers.cluster.jobs_api import JobsClient
 from workers.cluster.leftovers import MARK, Traces, kill_processes
 from workers.cluster.ray_internals import use_token
 
@@ -64,8 +66,7 @@ class RayJobRunner:
 
         Args:
             jobs_url: the Jobs API of the cluster.
-            gcs_address: where drivers connect. Without it Ray tells them, which on a machine with
-                several clusters may name the wrong one.
+            gcs_address: where drivers connect. Without it the cluster is asked.
             token_path: a file with the cluster's secret, which then applies to this whole process.
                 Without it Ray's mode is taken from the environment.
             driver: the command that starts a driver, with its first arguments.
@@ -77,14 +78,14 @@ class RayJobRunner:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         self._url = jobs_url
         self._driver = tuple(driver)
-        self._options = ("--ray-address", gcs_address) if gcs_address else ()
+        self._gcs_address = gcs_address
         self._is_local = urlsplit(jobs_url).hostname in _LOCAL
         self._traces = traces or Traces()
 
     @cached_property
-    def _client(self) -> JobSubmissionClient:
+    def _client(self) -> JobsClient:
         with self._reached():
-            return JobSubmissionClient(self._url)
+            return JobsClient(self._url)
 
     @classmethod
     def of_head(cls, head: Head, traces: Traces | None = None) -> RayJobRunner:
@@ -98,16 +99,28 @@ class RayJobRunner:
 
     def submit(self, key: AttemptKey, run_dir: Path) -> None:
         """Start the driver; submitting an attempt again does not start a second one."""
-        command = shlex.join([*self._driver, str(run_dir), str(key.attempt), *self._options])
         with self._reached():
             if self._details(key) is not None:
                 return
+            options = self._driver_options()
+            command = shlex.join([*self._driver, str(run_dir), str(key.attempt), *options])
             self._client.submit_job(
                 entrypoint=f"exec {command}",  # so that Ray signals the driver and not a shell
                 submission_id=key.submission_id,
                 # Ray passes this on to the attempt's workers.
                 runtime_env={"env_vars": {MARK: key.submission_id}},
             )
+
+    def _driver_options(self) -> list[str]:
+        """Return where the driver connects, and which cluster it must find there.
+
+        Ray itself only guesses the address, from the processes of the host. The cluster is asked
+        each time, because another one may have taken its place.
+        """
+        identity = self._client.identity()
+        address = self._gcs_address or identity.gcs_address
+        options = ["--ray-cluster", identity.cluster_id]
+        return [*options, "--ray-address", address] if address else options
 
     def stop(self, key: AttemptKey) -> None:
         """Send the driver SIGTERM, and SIGKILL if it does not end in time; Ray does both."""
@@ -195,6 +208,7 @@ class RayJobRunner:
         except (
             ConnectionError,
             RuntimeError,
+            RayError,
             RayStateApiException,
             requests.RequestException,
         ) as error:

@@ -99,6 +99,7 @@ _PRINT = "ray._private.worker.print_to_stdstream"
 _CONNECT = "ray._private.worker.connect"
 _NODE = "ray._private.worker._global_node"
 _DEAD = "ray._private.node.Node.dead_processes"
+_GCS_CLIENT = "ray._raylet.GcsClient"
 _DAEMONS = ("gcs_server", "raylet", "dashboard")
 
 PATCHES = {
@@ -136,6 +137,11 @@ PATCHES = {
         needs={_NODE: (), _DEAD: ("self",)},
         loss="a cluster that has lost a daemon is not noticed and not started again",
         protects=False,
+    ),
+    "cluster_id_of": RayPatch(
+        needs={_GCS_CLIENT: ()},
+        loss="a job and its code could go to another cluster on the same host",
+        protects=True,
     ),
 }
 """The patches, by the name of the function that uses each."""
@@ -207,6 +213,20 @@ def dead_daemons() -> list[str]:
         return []
     node = pkgutil.resolve_name(_NODE)
     return [] if node is None else [n for n, _ in node.dead_processes() if n in _DAEMONS]
+
+
+def cluster_id_of(gcs_address: str) -> str:
+    """Return the id of the cluster that answers at `gcs_address`, in hexadecimal digits.
+
+    Raises:
+        UnreachableError: none answers, or this Ray does not tell.
+    """
+    PATCHES["cluster_id_of"].is_usable()
+    try:
+        identity: str = pkgutil.resolve_name(_GCS_CLIENT)(address=gcs_address).cluster_id.hex()
+    except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise UnreachableError(f"no Ray cluster at {gcs_address}: {error}") from error
+    return identity
 
 
 def _replaced(

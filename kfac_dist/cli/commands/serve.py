@@ -14,7 +14,7 @@ from kfac_dist.cli.environment import absolute, home
 from kfac_dist.cli.options import OutputOption, StoreOption
 from kfac_dist.cli.output import Format, write_result
 from kfac_dist.cli.signals import terminate_is_interrupt
-from kfac_dist.errors import ConflictError, UsageError
+from kfac_dist.errors import ConflictError, UnreachableError, UsageError
 
 if TYPE_CHECKING:
     from kfac_dist.service.access.tls import TlsFiles
@@ -103,6 +103,7 @@ def serve(
     the server starts a Ray cluster on this machine, which outlives it while jobs are active.
     """
     quiet_grpc()
+    _check_ray_url(ray_address)
     tls = _tls(tls_cert, tls_key, tls_ca, client_ca, driver_cert, driver_key)
     folder = home()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -204,10 +205,28 @@ def _compose(
         stack.callback(runner.close)
     else:
         runner = RayJobRunner(ray_address)
+        _check_ray(ray_address)
         controller = Controller(jobs, runner)
     controller.start()
     stack.callback(controller.stop)
     return jobs
+
+
+def _check_ray_url(ray_address: str | None) -> None:
+    if ray_address is not None:
+        from workers.cluster.jobs_api import check_url
+
+        check_url(ray_address)
+
+
+def _check_ray(ray_address: str) -> None:
+    """Refuse a cluster that cannot be used; only warn of one that does not answer now."""
+    from workers.cluster.jobs_api import check_answer
+
+    try:
+        check_answer(ray_address)
+    except UnreachableError as error:
+        typer.echo(f"warning: {error.message}; jobs wait until a cluster answers", err=True)
 
 
 def _start_head(folder: Path) -> None:
