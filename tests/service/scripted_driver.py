@@ -1,8 +1,8 @@
 """A driver that trains nothing: it follows a script and writes a real run folder.
 
 It runs in its own process and reports as every driver does. The script is the `task_args` of its
-job: each step takes `seconds`, and at step `end_at` it does `end` (succeed, fail, worker_dies, die,
-ignore). Each step leaves a checkpoint, which is an empty folder.
+job: each step takes `seconds`, and at step `end_at` it does `end` (succeed, fail, worker_dies,
+no_room, die, ignore). Each step leaves a checkpoint, which is an empty folder.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def end(how: str) -> None:
         raise Ended("FAILED", "user_task")
     if how == "worker_dies":
         raise Ended("FAILED", "worker_died")
+    if how == "no_room":
+        raise Ended("FAILED", "no_room")
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 

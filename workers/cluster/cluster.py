@@ -15,9 +15,10 @@ import ray
 
 from kfac_dist.config import WorkersSpec
 from kfac_dist.coordination.jobs.placement import Room, machine_room, room_needed
-from kfac_dist.errors import UnreachableError
+from kfac_dist.errors import ConflictError, UnreachableError
 from workers.cluster.guard import guarded
 from workers.cluster.ray_internals import (
+    cluster_id_of,
     free_agent_port,
     on_loopback,
     patient_start,
@@ -105,6 +106,24 @@ def head_cluster(token_path: Path) -> Iterator[Addresses]:
     with _environment({}), quiet_stdout(), free_agent_port(), local as context:
         yield Addresses(
             gcs=context.address_info["gcs_address"], jobs_url=f"http://{context.dashboard_url}"
+        )
+
+
+def check_cluster(gcs_address: str | None, cluster_id: str) -> None:
+    """Refuse to run a job on another cluster than the one that its server has asked.
+
+    Raises:
+        UnreachableError: no cluster answers at `gcs_address`.
+        ConflictError: one with another id does.
+    """
+    if gcs_address is None:
+        raise UnreachableError("Ray did not tell the driver where its cluster is")
+    found = cluster_id_of(gcs_address)
+    if found != cluster_id:
+        raise ConflictError(
+            f"the Ray cluster at {gcs_address} is not the one that the server gave this job to: "
+            f"its id is {found}, not {cluster_id}. Another cluster runs on this host; nothing of "
+            "the job was started there"
         )
 
 

@@ -2,7 +2,9 @@
 
 Jobs must survive when the server is killed, so the cluster must too. The keeper holds the lock of
 the folder `$KFAC_DIST_HOME/ray` while it lives, and writes `head.json` there once the cluster is
-up. It ends at SIGTERM; if it is killed, its guard cleans up.
+up. It ends at SIGTERM, and when one of Ray's daemons dies; if it is killed, its guard cleans up.
+A cluster that a user ends by `kfac-dist cluster down` leaves a mark, so that no server starts it
+again by itself.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from kfac_dist.errors import ConflictError, UnreachableError
 from kfac_dist.runs.lock import FolderLock, holder_of
 from kfac_dist.runs.writing import write_secret, write_whole
 
-_FILE, _LOG, _TOKEN = "head.json", "head.log", "token"
+_FILE, _LOG, _TOKEN, _ENDED = "head.json", "head.log", "token", "ended"
 _START_SECONDS = 120.0
 # On a busy machine a raylet's agents may need more than 15 s to start; then the raylet gives up.
 _MOST_STARTS = 2
 _END_SECONDS = 60.0
 _LOCK_SECONDS = 2.0
 _POLL_SECONDS = 0.1
+_WATCH_SECONDS = 1.0  # between two looks at Ray's daemons
+_DAEMON_DIED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,7 @@ def ensure_head(home: Path) -> Head:
     """
     folder = _folder(home)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _ENDED).unlink(missing_ok=True)
     if (head := read_head(home)) is not None:
         return head
     for _ in range(_MOST_STARTS):
@@ -104,12 +109,19 @@ def read_head(home: Path) -> Head | None:
     return head if holder_of(folder) == head.pid else None
 
 
+def was_ended(home: Path) -> bool:
+    """Return whether `end_head` has ended the cluster, and nobody has started it since."""
+    return (_folder(home) / _ENDED).exists()
+
+
 def end_head(home: Path) -> bool:
     """End the cluster of this home and all that runs on it; return whether it lived.
 
     Raises:
         UnreachableError: the cluster does not end in time.
     """
+    if _folder(home).exists():
+        (_folder(home) / _ENDED).touch()
     head = read_head(home)
     if head is None:
         return False
@@ -139,7 +151,7 @@ def _is_kept(folder: Path) -> bool:
 
 
 def keep(home: Path) -> None:
-    """Start the cluster and keep it until SIGTERM.
+    """Start the cluster and keep it until SIGTERM, or until one of Ray's daemons dies.
 
     Raises:
         ConflictError: another keeper lives already.
@@ -163,10 +175,26 @@ def keep(home: Path) -> None:
                 pid=os.getpid(),
             )
             write_whole(folder / _FILE, json.dumps(asdict(head)) + "\n")
-            ending.wait()
+            _watch(folder, ending)
             (folder / _FILE).unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def _watch(folder: Path, ending: threading.Event) -> None:
+    """Wait for `ending`; end this process at once when the cluster has lost a daemon.
+
+    Ray does not start its daemons again, and without one of them it may wait for ever, even while
+    it is shut down. The guard cleans up.
+    """
+    from workers.cluster.ray_internals import dead_daemons
+
+    while not ending.wait(_WATCH_SECONDS):
+        if dead := dead_daemons():
+            (folder / _FILE).unlink(missing_ok=True)
+            sys.stderr.write(f"the cluster has ended: {', '.join(dead)} died\n")
+            sys.stderr.flush()
+            os._exit(_DAEMON_DIED)
 
 
 def _acquire_lock(folder: Path) -> FolderLock:

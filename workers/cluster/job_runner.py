@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.exceptions import RayError
+from ray.job_submission import JobStatus
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
@@ -22,7 +23,8 @@ from kfac_dist.coordination.jobs.placement import Room
 from kfac_dist.coordination.jobs.runner import AttemptKey, Remnant, RunnerState, RunnerStatus
 from kfac_dist.errors import UnreachableError
 from workers.cluster.head import Head
-from workers.cluster.leftovers import MARK, kill_processes, processes_of, shared_memory_of
+from workers.cluster.jobs_api import JobsClient
+from workers.cluster.leftovers import MARK, Traces, kill_processes
 from workers.cluster.proxies import LOOPBACK_NAMES, bypass_proxies
 from workers.cluster.ray_internals import use_token
 
@@ -58,16 +60,17 @@ class RayJobRunner:
         gcs_address: str | None = None,
         token_path: Path | None = None,
         driver: Sequence[str] = _DRIVER,
+        traces: Traces | None = None,
     ) -> None:
         """Connect on first use.
 
         Args:
             jobs_url: the Jobs API of the cluster.
-            gcs_address: where drivers connect. Without it Ray tells them, which on a machine with
-                several clusters may name the wrong one.
+            gcs_address: where drivers connect. Without it the cluster is asked.
             token_path: a file with the cluster's secret, which then applies to this whole process.
                 Without it Ray's mode is taken from the environment.
             driver: the command that starts a driver, with its first arguments.
+            traces: what attempts left on this machine before, by default nothing.
         """
         if token_path is not None:
             use_token(token_path)
@@ -76,28 +79,32 @@ class RayJobRunner:
         bypass_proxies(jobs_url)
         self._url = jobs_url
         self._driver = tuple(driver)
-        self._options = ("--ray-address", gcs_address) if gcs_address else ()
+        self._gcs_address = gcs_address
         self._is_local = urlsplit(jobs_url).hostname in LOOPBACK_NAMES
-        # Noted while the processes live, because it cannot be found out once they are gone.
-        self._shared_memory: dict[AttemptKey, set[Path]] = {}
+        self._traces = traces or Traces()
 
     @cached_property
-    def _client(self) -> JobSubmissionClient:
+    def _client(self) -> JobsClient:
         with self._reached():
-            return JobSubmissionClient(self._url)
+            return JobsClient(self._url)
 
     @classmethod
-    def of_head(cls, head: Head) -> RayJobRunner:
+    def of_head(cls, head: Head, traces: Traces | None = None) -> RayJobRunner:
         """Return the runner of an embedded cluster."""
-        token_path = Path(head.token_path)
-        return cls(head.jobs_url, gcs_address=head.gcs_address, token_path=token_path)
+        return cls(
+            head.jobs_url,
+            gcs_address=head.gcs_address,
+            token_path=Path(head.token_path),
+            traces=traces,
+        )
 
     def submit(self, key: AttemptKey, run_dir: Path) -> None:
         """Start the driver; submitting an attempt again does not start a second one."""
-        command = shlex.join([*self._driver, str(run_dir), str(key.attempt), *self._options])
         with self._reached():
             if self._details(key) is not None:
                 return
+            options = self._driver_options()
+            command = shlex.join([*self._driver, str(run_dir), str(key.attempt), *options])
             self._client.submit_job(
                 entrypoint=f"exec {command}",  # so that Ray signals the driver and not a shell
                 submission_id=key.submission_id,
@@ -105,23 +112,32 @@ class RayJobRunner:
                 runtime_env={"env_vars": {MARK: key.submission_id}},
             )
 
+    def _driver_options(self) -> list[str]:
+        """Return where the driver connects, and which cluster it must find there.
+
+        Ray itself only guesses the address, from the processes of the host. The cluster is asked
+        each time, because another one may have taken its place.
+        """
+        identity = self._client.identity()
+        address = self._gcs_address or identity.gcs_address
+        options = ["--ray-cluster", identity.cluster_id]
+        return [*options, "--ray-address", address] if address else options
+
     def stop(self, key: AttemptKey) -> None:
         """Send the driver SIGTERM, and SIGKILL if it does not end in time; Ray does both."""
         if self._is_local:
-            self._note_shared_memory(key)
+            self._traces.note(key)
         with self._reached():
             if not self.status(key).is_over:
                 self._client.stop_job(key.submission_id)
 
     def kill(self, key: AttemptKey) -> None:
         """End all of the attempt by force; on another machine only as `stop` does."""
-        self.stop(key)
-        if self._is_local:
-            kill_processes(key.submission_id)
-
-    def _note_shared_memory(self, key: AttemptKey) -> None:
-        noted = self._shared_memory.setdefault(key, set())
-        noted.update(shared_memory_of(key.submission_id))
+        try:
+            self.stop(key)
+        finally:
+            if self._is_local:  # whatever Ray answers
+                kill_processes(key.submission_id)
 
     def status(self, key: AttemptKey) -> RunnerStatus:
         """Return how Ray's table of jobs sees the attempt."""
@@ -143,9 +159,11 @@ class RayJobRunner:
 
     def resources(self) -> Room:
         """Return the room of all nodes that are alive, used or not."""
+        # Not filtered by Ray: it takes the dead nodes that a filter leaves out for missing ones,
+        # and raises.
         with self._reached():
-            nodes = _list_nodes(address=self._url, filters=[("state", "=", "ALIVE")], detail=True)
-        totals = [node.resources_total for node in nodes]
+            nodes = _list_nodes(address=self._url, limit=_MOST_ENTRIES, detail=True)
+        totals = [node.resources_total or {} for node in nodes if node.state == "ALIVE"]
         return Room(
             num_cpus=int(sum(total.get("CPU", 0) for total in totals)),
             num_gpus=int(sum(total.get("GPU", 0) for total in totals)),
@@ -155,16 +173,7 @@ class RayJobRunner:
     def remains(self, key: AttemptKey) -> Sequence[Remnant]:
         """Return what still exists of the attempt in Ray's tables and on this machine."""
         found = list(self._remains_in_ray(key))
-        if not self._is_local:
-            return found
-        self._note_shared_memory(key)
-        for pid, title in processes_of(key.submission_id):
-            found.append(Remnant(description=f"process {pid} ({title})"))
-        for path in self._shared_memory.pop(key, ()):
-            if path.exists():
-                found.append(Remnant(description=f"shared memory {path}"))
-                self._shared_memory.setdefault(key, set()).add(path)
-        return found
+        return [*found, *self._traces.remains(key)] if self._is_local else found
 
     def _remains_in_ray(self, key: AttemptKey) -> Iterator[Remnant]:
         with self._reached():
@@ -200,6 +209,7 @@ class RayJobRunner:
         except (
             ConnectionError,
             RuntimeError,
+            RayError,
             RayStateApiException,
             requests.RequestException,
         ) as error:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from kfac_dist.coordination.jobs.runner import AttemptKey, Remnant
 
 MARK = "KFAC_DIST_ATTEMPT"
 """The environment variable with the name of the attempt."""
@@ -65,3 +67,32 @@ def shared_memory_of(attempt: str) -> Iterator[Path]:
             _, found, name = line.partition(_SHARED)
             if found and not name.endswith(" (deleted)"):  # freed with its last user
                 yield Path(_SHARED + name)
+
+
+class Traces:
+    """What attempts leave on this machine. Noted while their processes live, found when they end.
+
+    Which shared memory an attempt had cannot be found out once its processes are gone.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any attempt."""
+        self._shared_memory: dict[AttemptKey, set[Path]] = {}
+
+    def note(self, key: AttemptKey) -> None:
+        """Remember the shared memory that the attempt has now."""
+        noted = self._shared_memory.setdefault(key, set())
+        noted.update(shared_memory_of(key.submission_id))
+
+    def remains(self, key: AttemptKey) -> Sequence[Remnant]:
+        """Return the processes and the shared memory that still exist of an attempt."""
+        self.note(key)
+        found = [
+            Remnant(description=f"process {pid} ({title})")
+            for pid, title in processes_of(key.submission_id)
+        ]
+        left = {path for path in self._shared_memory.pop(key, set()) if path.exists()}
+        if left:
+            self._shared_memory[key] = left
+        found += [Remnant(description=f"shared memory {path}") for path in sorted(left)]
+        return found

@@ -97,6 +97,10 @@ _GET_NODE = "ray._private.services.get_node"
 _RAY_PARAMS = "ray._private.parameter.RayParams.__init__"
 _PRINT = "ray._private.worker.print_to_stdstream"
 _CONNECT = "ray._private.worker.connect"
+_NODE = "ray._private.worker._global_node"
+_DEAD = "ray._private.node.Node.dead_processes"
+_GCS_CLIENT = "ray._raylet.GcsClient"
+_DAEMONS = ("gcs_server", "raylet", "dashboard")
 
 PATCHES = {
     "on_loopback": RayPatch(
@@ -128,6 +132,16 @@ PATCHES = {
         needs={_CONNECT: ("node",)},
         loss="Ctrl-C while connecting to the cluster may crash the process",
         protects=False,
+    ),
+    "dead_daemons": RayPatch(
+        needs={_NODE: (), _DEAD: ("self",)},
+        loss="a cluster that has lost a daemon is not noticed and not started again",
+        protects=False,
+    ),
+    "cluster_id_of": RayPatch(
+        needs={_GCS_CLIENT: ()},
+        loss="a job and its code could go to another cluster on the same host",
+        protects=True,
     ),
 }
 """The patches, by the name of the function that uses each."""
@@ -191,6 +205,28 @@ def whole_connection() -> AbstractContextManager[Any]:
     and crash at the end of the process.
     """
     return _replaced("whole_connection", _CONNECT, _uninterrupted)
+
+
+def dead_daemons() -> list[str]:
+    """Return which of Ray's daemons have died of the cluster that this process has started."""
+    if not PATCHES["dead_daemons"].is_usable():
+        return []
+    node = pkgutil.resolve_name(_NODE)
+    return [] if node is None else [n for n, _ in node.dead_processes() if n in _DAEMONS]
+
+
+def cluster_id_of(gcs_address: str) -> str:
+    """Return the id of the cluster that answers at `gcs_address`, in hexadecimal digits.
+
+    Raises:
+        UnreachableError: none answers, or this Ray does not tell.
+    """
+    PATCHES["cluster_id_of"].is_usable()
+    try:
+        identity: str = pkgutil.resolve_name(_GCS_CLIENT)(address=gcs_address).cluster_id.hex()
+    except (ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise UnreachableError(f"no Ray cluster at {gcs_address}: {error}") from error
+    return identity
 
 
 def _replaced(

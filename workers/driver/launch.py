@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.config import JobSpec
-from kfac_dist.coordination.jobs.placement import check_placement
+from kfac_dist.coordination.jobs.placement import check_admitted, check_placement
 from kfac_dist.coordination.steps.recorded import ReplayScript
 from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import (
@@ -116,7 +116,7 @@ def run_job(
             attempt = _JobAttempt(
                 job, folder, journal, preparation, point, interrupts or Interrupts()
             )
-            return attempt.run(ray_address)
+            return attempt.run(ray_address, is_admitted=identity is not None)
 
 
 def _open_folder(
@@ -146,10 +146,13 @@ class _JobAttempt:
         self._step_records = StepRecords()
         self._started = time.monotonic()
 
-    def run(self, ray_address: str | None) -> JobSummary:
-        """Train and evaluate; even after a failure the folder has state, summary and report."""
+    def run(self, ray_address: str | None, *, is_admitted: bool) -> JobSummary:
+        """Train and evaluate; even after a failure the folder has state, summary and report.
+
+        `is_admitted` says that a server found room for the job on the cluster before.
+        """
         try:
-            result = self._train(ray_address)
+            result = self._train(ray_address, is_admitted)
         except KeyboardInterrupt:
             ending = self._interrupts.ends_as
             self._finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
@@ -159,12 +162,12 @@ class _JobAttempt:
             raise
         return self._finish(_Outcome(state="SUCCEEDED", result=result))
 
-    def _train(self, ray_address: str | None) -> TrainingResult:
+    def _train(self, ray_address: str | None, is_admitted: bool) -> TrainingResult:
         self._preparation.check_data()
         point = self._find_start()
         room_for = self._job.spec.workers if self._job.replay_script else None
         with ray_cluster(ray_address, room_for) as cluster, self._interrupts:
-            check_placement(self._job.spec.workers, cluster.room)
+            self._check_room(cluster, is_admitted)
             loop = TrainingLoop(
                 self._job,
                 self._folder,
@@ -185,6 +188,13 @@ class _JobAttempt:
                 return loop.run(crew)
             finally:
                 crew.kill()
+
+    def _check_room(self, cluster: Cluster, is_admitted: bool) -> None:
+        workers = self._job.spec.workers
+        if is_admitted:
+            check_admitted(workers, cluster.room)
+        else:
+            check_placement(workers, cluster.room, where="the cluster")
 
     def _find_start(self) -> ResumePoint:
         """Return where training starts, and bring the records back to that step."""

@@ -43,7 +43,10 @@ def down(
     store: StoreOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """End the cluster of this home, with everything that runs on it."""
+    """End the cluster of this home, with everything that runs on it.
+
+    A server that runs does not start it again; kfac-dist cluster up does.
+    """
     from workers.cluster.head import end_head
 
     active = _active_jobs(store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -23,6 +23,13 @@ _PAUSE_PATIENCE_SECONDS = 60.0  # for the current step and its checkpoint
 _FAILED = 1
 
 
+class Place(NamedTuple):
+    """The Ray cluster of an attempt: where drivers connect, and its id; None where it is open."""
+
+    address: str | None
+    cluster_id: str | None
+
+
 def driver(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")],
     attempt: Annotated[int, typer.Argument(metavar="ATTEMPT", help="The attempt's number.")],
@@ -32,6 +39,12 @@ def driver(
             "--ray-address",
             metavar="HOST:PORT",
             help="The Ray cluster. Default: $RAY_ADDRESS.",
+        ),
+    ] = None,
+    cluster_id: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-cluster", metavar="ID", help="The id that the cluster must have. Default: any."
         ),
     ] = None,
 ) -> None:
@@ -51,7 +64,8 @@ def driver(
     reader = RunReader(run_dir, launch.job, attempt)
     client = ReportClient(launch.home, read_token(run_dir))
     with Reporter(reader, client, lambda answer: _obey(answer, interrupts)):
-        end = _run(launch, run_dir, address or ray_address(), interrupts)
+        place = Place(address or ray_address(), cluster_id)
+        end = _run(launch, run_dir, place, interrupts)
         write_end(run_dir, end)
     if end.state == "FAILED":
         raise typer.Exit(_FAILED)
@@ -73,7 +87,7 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
         interrupts.request("PAUSED", _PAUSE_PATIENCE_SECONDS)
 
 
-def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> DriverEnd:
+def _run(launch: Launch, run_dir: Path, place: Place, interrupts: Interrupts) -> DriverEnd:
     """Run the job and return how it ended; any exception becomes an end that the user sees."""
     from kfac_dist.runs import Failure
     from kfac_dist.runs.logs import open_log
@@ -83,7 +97,7 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
     log.info("the driver has started")
     try:
         with terminate_is_interrupt():
-            _train(launch, run_dir, address, interrupts)
+            _train(launch, run_dir, place, interrupts)
     except KeyboardInterrupt:
         log.info("the driver was interrupted", ends_as=interrupts.ends_as)
         return _end(launch, interrupts.ends_as, reason="interrupted")
@@ -95,13 +109,16 @@ def _run(launch: Launch, run_dir: Path, address: str | None, interrupts: Interru
     return _end(launch, "SUCCEEDED")
 
 
-def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Interrupts) -> None:
+def _train(launch: Launch, run_dir: Path, place: Place, interrupts: Interrupts) -> None:
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
     from kfac_dist.runs.run_places import RunPlaces
+    from workers.cluster.cluster import check_cluster
     from workers.driver.launch import run_job
     from workers.driver.records.metrics_server import metrics_server
 
+    if place.cluster_id is not None:
+        check_cluster(place.address, place.cluster_id)
     with metrics_server(0) as metrics:
         run_job(
             parse_spec(launch.spec),
@@ -111,7 +128,7 @@ def _train(launch: Launch, run_dir: Path, address: str | None, interrupts: Inter
             run_dir=run_dir,
             resume=launch.resume,
             metrics=metrics,
-            ray_address=address,
+            ray_address=place.address,
             identity=RunIdentity(job=launch.job, attempt=launch.attempt),
             interrupts=interrupts,
         )

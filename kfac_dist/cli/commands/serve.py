@@ -15,14 +15,13 @@ from kfac_dist.cli.options import OutputOption, StoreOption
 from kfac_dist.cli.output import Format, say, write_result
 from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.cli.terminal import plain
-from kfac_dist.errors import ConflictError, UsageError
+from kfac_dist.errors import ConflictError, UnreachableError, UsageError
 
 if TYPE_CHECKING:
     from kfac_dist.service.access.tls import TlsFiles
     from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
     from kfac_dist.service.server.serving import ServerOptions
-    from workers.cluster.head import Head
 
 _LISTEN = "127.0.0.1:7341"
 _WILDCARDS = ("0.0.0.0", "[::]", "::")
@@ -105,6 +104,7 @@ def serve(
     the server starts a Ray cluster on this machine, which outlives it while jobs are active.
     """
     quiet_grpc()
+    _check_ray_url(ray_address)
     tls = _tls(tls_cert, tls_key, tls_ca, client_ca, driver_cert, driver_key)
     with terminate_is_interrupt(), ExitStack() as stack:
         stack.enter_context(only_this_user())
@@ -189,6 +189,7 @@ def _compose(
     from kfac_dist.service.access.tokens import Tokens
     from kfac_dist.service.control.controller import Controller
     from kfac_dist.service.jobs import Jobs
+    from workers.cluster.head_runner import HeadJobRunner
     from workers.cluster.job_runner import RayJobRunner
 
     _log_to(folder / "server.log")
@@ -196,21 +197,45 @@ def _compose(
     stack.callback(store.close)
     ensure_local_token(folder, Tokens(store))
     jobs = Jobs(store, folder)
-    runner = RayJobRunner(ray_address) if ray_address else RayJobRunner.of_head(_head(folder))
-    controller = Controller(jobs, runner)
+    runner: RayJobRunner | HeadJobRunner
     if ray_address is None:
+        _start_head(folder)
+        runner = HeadJobRunner(folder)
+        controller = Controller(jobs, runner)
         stack.callback(_leave_head, folder, controller)
+        stack.callback(runner.close)
+    else:
+        runner = RayJobRunner(ray_address)
+        _check_ray(ray_address)
+        controller = Controller(jobs, runner)
     controller.start()
     stack.callback(controller.stop)
     return jobs
 
 
-def _head(folder: Path) -> Head:
-    """Return the cluster of this home; start it unless it runs."""
+def _check_ray_url(ray_address: str | None) -> None:
+    if ray_address is not None:
+        from workers.cluster.jobs_api import check_url
+
+        check_url(ray_address)
+
+
+def _check_ray(ray_address: str) -> None:
+    """Refuse a cluster that cannot be used; only warn of one that does not answer now."""
+    from workers.cluster.jobs_api import check_answer
+
+    try:
+        check_answer(ray_address)
+    except UnreachableError as error:
+        typer.echo(f"warning: {error.message}; jobs wait until a cluster answers", err=True)
+
+
+def _start_head(folder: Path) -> None:
+    """Start the cluster of this home unless it runs."""
     from workers.cluster.head import ensure_head
 
     typer.echo("starting Ray on this machine, unless it runs already", err=True)
-    return ensure_head(folder)
+    ensure_head(folder)
 
 
 def _leave_head(folder: Path, controller: Controller) -> None:

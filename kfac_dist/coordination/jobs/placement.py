@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-from kfac_dist.errors import InvalidSpecError
+from kfac_dist.errors import InvalidSpecError, JobFailedError
+
+NO_ROOM_REASON = "no_room"
+"""Why an attempt ended that found less room than there was when its job was admitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class Room:
             if getattr(self, field.name) > getattr(other, field.name)
         ]
 
+
+_NOUNS = {"num_cpus": "CPU", "num_gpus": "GPU", "num_inverse_slots": "inverse worker"}
 
 NO_ROOM = Room(num_cpus=0, num_gpus=0, num_inverse_slots=0)
 
@@ -73,8 +78,32 @@ def room_needed(workers: WorkersSection) -> Room:
     )
 
 
-def check_placement(workers: WorkersSection, room: Room) -> None:
+def check_admitted(workers: WorkersSection, room: Room) -> None:
+    """Raise if `room`, that of a cluster, has become too small for a job that was admitted to it.
+
+    Raises:
+        JobFailedError: it has, for example because a node died; its reason is `no_room`, after
+            which the job waits in the queue again.
+    """
+    needed = room_needed(workers)
+    if too_large := needed.exceeding(room):
+        parts = [
+            f"needs {_count(getattr(needed, name), noun)}, the cluster has {getattr(room, name)}"
+            for name, noun in _NOUNS.items()
+            if name in too_large
+        ]
+        raise JobFailedError(
+            f"{'; '.join(parts)}; it had more when the job was admitted", reason=NO_ROOM_REASON
+        )
+
+
+def check_placement(workers: WorkersSection, room: Room, *, where: str = "this machine") -> None:
     """Raise if the CPUs or inverse slots of `room` are too few; GPUs are checked elsewhere.
+
+    Args:
+        workers: what the job asks for.
+        room: the room that there is.
+        where: whose room that is, in the message.
 
     Raises:
         InvalidSpecError: the workers do not fit; the message says how many would.
@@ -85,12 +114,14 @@ def check_placement(workers: WorkersSection, room: Room) -> None:
         raise InvalidSpecError(
             f"workers.gradient: needs {_count(needed.num_cpus, 'CPU')} "
             f"({_count(workers.gradient, 'gradient worker')} x {_count(threads, 'thread')}), "
-            f"this machine has {room.num_cpus}; {_largest_fit(room.num_cpus, threads)}"
+            f"{where} has {room.num_cpus}; {_largest_fit(room.num_cpus, threads)}"
         )
     if needed.num_inverse_slots > room.num_inverse_slots:
+        # Only a cluster that is started here has one for each CPU.
+        each = " (1 for each CPU)" if where == "this machine" else ""
         raise InvalidSpecError(
             f"workers.inverse: needs room for {_count(workers.inverse, 'inverse worker')}, "
-            f"this machine has room for {room.num_inverse_slots} (1 for each CPU)"
+            f"{where} has room for {room.num_inverse_slots}{each}"
         )
 
 

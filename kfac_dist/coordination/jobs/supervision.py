@@ -12,8 +12,9 @@ from enum import StrEnum
 from typing import Literal
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
+from kfac_dist.coordination.jobs.placement import NO_ROOM_REASON
 
-RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted"})
+RESTARTABLE = frozenset({"worker_died", "driver_died", "node_lost", "interrupted"})
 """Reasons after which a job is restarted without a request: the job itself is not to blame."""
 
 ClusterWord = Literal["unknown", "pending", "running", "over"]
@@ -148,6 +149,11 @@ def _settle(view: AttemptView, limits: WaitLimits) -> Decision:
         return _end(Trigger.SUCCEED)
     if view.job_state is JobState.CANCELLING:
         return _end(Trigger.VANISH, "requested", "cancelled by request; nothing of it is left")
+    if view.told_end is JobState.FAILED and view.reason == NO_ROOM_REASON:
+        if view.job_state is JobState.PAUSING:
+            return _end(Trigger.HALT, "requested", "paused by request; nothing of it runs")
+        # It has not begun, and the queue knows when there is room; so it is not counted.
+        return _end(Trigger.RESTART, view.reason, view.message)
     if view.told_end is JobState.FAILED and view.reason not in RESTARTABLE:
         return _end(Trigger.FAIL, view.reason or "failed", view.message)
     if view.job_state is JobState.PAUSING and view.told_end is not JobState.FAILED:

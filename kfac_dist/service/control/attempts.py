@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.jobs.lifecycle import ACTIVE, JobState, Trigger
+from kfac_dist.coordination.jobs.placement import NO_ROOM_REASON
 from kfac_dist.coordination.jobs.runner import (
     AttemptKey,
     JobRunner,
@@ -31,6 +32,7 @@ from kfac_dist.runs.records import Severity
 from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.control.launching import begin_attempt, prepare_folder
+from kfac_dist.service.control.silence import SilenceNotes
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
 from kfac_dist.service.store import AttemptRow, JobRow
@@ -96,6 +98,7 @@ class Supervisor:
         self._limits = limits
         self._readers: dict[AttemptKey, RunReader] = {}
         self._stopped: set[AttemptKey] = set()
+        self._silence = SilenceNotes(jobs, limits.silence_seconds)
         self._remnants_since: dict[AttemptKey, float] = {}
 
     def look_after(self, job_id: str) -> None:
@@ -108,13 +111,27 @@ class Supervisor:
         if attempt is None or row.state not in ACTIVE:
             return
         key = AttemptKey(row.id, attempt.number)
-        status = self._runner.status(key)
+        try:
+            status = self._runner.status(key)
+        except UnreachableError:
+            if attempt.ended_at is None and _is_silent(attempt):
+                self._read_folder(key, Path(row.run_dir))
+            raise
         if attempt.ended_at is None and (status.is_over or _is_silent(attempt)):
             self._read_folder(key, Path(row.run_dir))
             row, attempt = self._load(job_id)
             if attempt is None or attempt.number != key.attempt:
                 return
-        self._act(key, row, decide(_view(row, attempt, status), self._limits))
+        decision = decide(_view(row, attempt, status), self._limits)
+        if decision.action is Action.WAIT:
+            self._silence.update(job_id, row, attempt)
+        self._act(key, row, decision)
+
+    def note_unreachable(self, job_id: str, problem: str) -> None:
+        """Say in a job that is not heard from that the cluster cannot be asked about it either."""
+        row, attempt = self._load(job_id)
+        if attempt is not None:
+            self._silence.update(job_id, row, attempt, problem)
 
     def _load(self, job_id: str) -> tuple[JobRow, AttemptRow | None]:
         with self._jobs.store.read() as session:
@@ -221,7 +238,7 @@ def _conclude(session: Session, row: JobRow, decision: Decision) -> None:
         attempt.state, attempt.ended_at = _SILENT_ENDS[trigger], now
         attempt.reason, attempt.message = decision.reason, text_of(decision.message)
     move(session, row, trigger, now, reason=decision.reason, message=decision.message)
-    if trigger is Trigger.RESTART:
+    if trigger is Trigger.RESTART and decision.reason != NO_ROOM_REASON:
         row.num_restarts += 1
     why = f": {decision.message}" if decision.message else ""
     message = f"attempt {attempt.number} ended and nothing of it is left on the cluster{why}"

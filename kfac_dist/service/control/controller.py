@@ -78,7 +78,7 @@ class Controller:
             self._wake.clear()
 
     def _pass(self) -> None:
-        """Look at every job once.
+        """Look at every job once; each says so when the cluster does not answer.
 
         Raises:
             UnreachableError: the cluster or the store does not answer.
@@ -87,33 +87,50 @@ class Controller:
             with self._jobs.change(job_id) as (session, row):
                 if row.state == JobState.PENDING:
                     move(session, row, Trigger.ENQUEUE, time.time())
+        problem: UnreachableError | None = None
         for job_id in self._ids(ACTIVE):
-            self._look_after(job_id)
-        self._start_admitted()
+            if problem is None:  # the next job would only wait for the same answer
+                problem = self._look_after(job_id)
+            if problem is not None:
+                self._supervisor.note_unreachable(job_id, problem.message)
+        self._start_admitted(problem)
         if time.monotonic() - self._strays_at > _STRAYS_SECONDS:
             self._kill_strays()
             self._strays_at = time.monotonic()
 
-    def _look_after(self, job_id: str) -> None:
-        """Look after one job; log its error, so that the other jobs still have their turn."""
+    def _look_after(self, job_id: str) -> UnreachableError | None:
+        """Look after one job, and return why the cluster could not be asked about it.
+
+        Other errors are logged, so that the other jobs still have their turn.
+        """
         try:
             self._supervisor.look_after(job_id)
-        except UnreachableError:
-            raise
+        except UnreachableError as error:
+            return error
         except KfacDistError as error:
             _log.error("job %s: %s", job_id, error.message)
+        return None
 
     def _ids(self, states: Collection[JobState]) -> Sequence[str]:
         with self._jobs.store.read() as session:
             query = select(JobRow.id).where(JobRow.state.in_(sorted(states)))
             return session.scalars(query.order_by(JobRow.number)).all()
 
-    def _start_admitted(self) -> None:
-        """Start the jobs that are admitted, and note in the others what they wait for."""
+    def _start_admitted(self, problem: UnreachableError | None) -> None:
+        """Start the jobs that are admitted, and note in the others what they wait for.
+
+        Args:
+            problem: why the cluster did not answer in this pass, None if it did or was not asked.
+
+        Raises:
+            UnreachableError: `problem`, or the cluster does not answer now.
+        """
         queue = self._queue()
-        if not queue:
-            return
         try:
+            if problem is not None:
+                raise problem
+            if not queue:
+                return
             cluster = self._runner.resources()
         except UnreachableError as error:
             for queued in queue:

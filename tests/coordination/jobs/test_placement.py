@@ -4,8 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.jobs.placement import Room, check_placement, machine_room, room_needed
-from kfac_dist.errors import InvalidSpecError
+from kfac_dist.coordination.jobs.placement import (
+    Room,
+    check_admitted,
+    check_placement,
+    machine_room,
+    room_needed,
+)
+from kfac_dist.errors import InvalidSpecError, JobFailedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +72,28 @@ def test_a_cluster_may_have_fewer_inverse_slots_than_cpus() -> None:
     room = Room(num_cpus=4, num_gpus=0, num_inverse_slots=1)
     with pytest.raises(InvalidSpecError, match="has room for 1 "):
         check_placement(Workers(inverse=2), room)
+
+
+def test_the_message_names_the_cluster_where_it_is_one() -> None:
+    room = Room(num_cpus=2, num_gpus=0, num_inverse_slots=1)
+    with pytest.raises(InvalidSpecError, match="the cluster has 2; set it to at most 2"):
+        check_placement(Workers(gradient=3), room, where="the cluster")
+    with pytest.raises(InvalidSpecError, match=r"the cluster has room for 1$"):
+        check_placement(Workers(inverse=2), room, where="the cluster")
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (Workers(gradient=3), "needs 3 CPUs, the cluster has 2"),
+        (Workers(device="cuda"), "needs 1 GPU, the cluster has 0"),
+        (Workers(inverse=2), "needs 2 inverse workers, the cluster has 1"),
+    ],
+)
+def test_a_cluster_that_shrank_is_not_the_fault_of_the_job(workers: Workers, message: str) -> None:
+    room = Room(num_cpus=2, num_gpus=0, num_inverse_slots=1)
+    with pytest.raises(JobFailedError) as caught:
+        check_admitted(workers, room)
+    assert caught.value.reason == "no_room"
+    assert caught.value.message == f"{message}; it had more when the job was admitted"
+    check_admitted(Workers(gradient=2), room)

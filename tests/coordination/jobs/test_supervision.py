@@ -167,3 +167,16 @@ def test_nothing_waits_forever(view: AttemptView) -> None:
 def test_restarts_have_an_end(view: AttemptView) -> None:
     if decide(view, LIMITS).event is Trigger.RESTART:
         assert view.num_restarts < view.max_restarts
+
+
+def test_a_job_without_room_goes_back_to_the_queue_however_often_it_was_restarted() -> None:
+    ended = {"told_end": S.FAILED, "reason": "no_room", "message": "needs 4 CPUs"}
+    assert event(**ended, num_restarts=3) == (Trigger.RESTART, "no_room")
+    assert event(**ended, job_state=S.PAUSING) == (Trigger.HALT, "requested")
+    assert event(**ended, job_state=S.CANCELLING) == (Trigger.VANISH, "requested")
+
+
+def test_a_lost_node_is_not_the_fault_of_the_job() -> None:
+    ended = {"told_end": S.FAILED, "reason": "node_lost"}
+    assert event(**ended) == (Trigger.RESTART, "node_lost")
+    assert event(**ended, num_restarts=3) == (Trigger.FAIL, "node_lost")

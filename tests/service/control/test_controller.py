@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,63 @@ def test_jobs_wait_for_an_unreachable_cluster_and_say_so(plant: Plant) -> None:
     assert plant.jobs.get(job.id).message == "the cluster is away"
     plant.runner.is_away = False
     plant.wait(job, JobState.SUCCEEDED)
+
+
+def test_a_job_that_is_not_heard_from_says_so_and_those_in_the_queue_too(plant: Plant) -> None:
+    plant.controller.stop()
+    limits = replace(LIMITS, silence_seconds=1.0)
+    plant.controller = Controller(plant.jobs, plant.runner, limits)
+    plant.controller.start()
+    first = plant.submit(seconds=0.2, steps=1000)
+    plant.wait_for_step(first, 1)
+    wait_until(lambda: plant.jobs.get(first.id).reason == "driver_silent", "the silence")
+    assert "the cluster says that it runs" in str(plant.jobs.get(first.id).message)
+    plant.runner.is_away = True
+    second = plant.submit()
+    both = {first.id, second.id}
+    wait_until(
+        lambda: {plant.jobs.get(job).reason for job in both} == {"cluster_unreachable"}, "both"
+    )
+    assert plant.jobs.get(first.id).state is JobState.RUNNING
+    message = str(plant.jobs.get(first.id).message)
+    assert message.startswith("the driver has not reported since 2")
+    assert message.endswith("Z, when the attempt began; the cluster is away")
+    assert plant.jobs.get(second.id).message == "the cluster is away"
+    step = plant.jobs.get(first.id).step
+    plant.wait_for_step(first, step + 3)  # the run folder is read meanwhile
+    plant.jobs.cancel(first.id)
+    wait_until(lambda: plant.jobs.get(first.id).reason == "requested", "the request as the reason")
+    plant.runner.is_away = False
+    plant.wait(second, JobState.SUCCEEDED)
+    kinds = plant.kinds(first)
+    assert "driver_silent" in kinds
+    assert kinds.count("cluster_unreachable") == 1  # not once for each pass
+
+
+def test_a_job_that_is_heard_again_has_no_reason_any_more(served: Plant) -> None:
+    served.controller.stop()
+    job = served.submit(seconds=0.1, steps=1000)
+    served.controller = Controller(served.jobs, served.runner, LIMITS)
+    served.controller.start()
+    served.wait_for_step(job, 1)
+    with served.jobs.change(job.id) as (_, row):
+        row.reason, row.message = "driver_silent", "the driver has not reported since long ago"
+    wait_until(lambda: served.jobs.get(job.id).reason is None, "no reason")
+    assert served.jobs.get(job.id).state is JobState.RUNNING
+    served.jobs.cancel(job.id, now=True)
+    served.wait(job, JobState.CANCELLED)
+
+
+def test_a_job_that_finds_no_room_any_more_waits_in_the_queue(plant: Plant) -> None:
+    job = plant.submit(end="no_room", end_at=3, max_restarts=0, gradient=2)
+    wait_until(lambda: len(plant.jobs.attempts(job.id)) == 2, "the second attempt")
+    plant.runner.num_cpus = 1
+    wait_until(lambda: plant.jobs.get(job.id).reason == "insufficient_resources", "the queue")
+    queued = plant.jobs.get(job.id)
+    assert (queued.state, queued.num_restarts) == (JobState.QUEUED, 0)
+    assert queued.message == "needs 2 CPUs, the cluster has 1"
+    ends = {(attempt.state, attempt.reason) for attempt in plant.jobs.attempts(job.id)}
+    assert ends == {(JobState.FAILED, "no_room")}
 
 
 def test_an_attempt_that_should_not_run_is_killed(plant: Plant) -> None:

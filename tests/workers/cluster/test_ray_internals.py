@@ -29,8 +29,10 @@ LOST = {
     "free_agent_port": "a second cluster on this machine has no Jobs API",
     "quiet_stdout": "Ray writes the deaths of workers to standard output",
     "whole_connection": "Ctrl-C while connecting",
+    "dead_daemons": "a cluster that has lost a daemon is not noticed",
+    "cluster_id_of": "a job and its code could go to another cluster",
 }
-PROTECTING = ("on_loopback", "use_token")
+PROTECTING = ("on_loopback", "use_token", "cluster_id_of")
 
 
 def use(name: str, tmp_path: Path) -> None:
@@ -38,6 +40,12 @@ def use(name: str, tmp_path: Path) -> None:
     patch: Callable[..., Any] = getattr(ray_internals, name)
     if name == "use_token":
         patch(tmp_path / "token")
+        return
+    if name == "cluster_id_of":
+        patch("127.0.0.1:1")
+        return
+    if name == "dead_daemons":
+        assert patch() == []
         return
     block: AbstractContextManager[Any] = patch()
     with block:

@@ -14,11 +14,12 @@ from kfac_dist.service.access.local import LocalServer, write_server
 from kfac_dist.service.control.controller import Controller
 from tests.service.serving import serving
 from workers.cluster.head import ensure_head
-from workers.cluster.job_runner import RayJobRunner
+from workers.cluster.head_runner import HeadJobRunner
 
 
 def main(home: Path) -> None:
-    runner = RayJobRunner.of_head(ensure_head(home))
+    ensure_head(home)
+    runner = HeadJobRunner(home)
     with serving(home) as server:
         write_server(home, LocalServer(address=server.address, pid=os.getpid(), tls_ca=None))
         Controller(server.jobs, runner).start()

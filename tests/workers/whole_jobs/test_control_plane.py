@@ -218,6 +218,31 @@ def test_a_killed_driver_is_restarted_from_its_checkpoint(plane: ControlPlane, c
     assert second.resumed_from_step >= 8
 
 
+def test_a_cluster_that_dies_is_started_again_and_its_jobs_go_on(
+    plane: ControlPlane, code: Path
+) -> None:
+    before = read_head(plane.home)
+    assert before is not None
+    job = plane.client.submit(line_spec(steps=300), base_dir=code)
+    plane.wait_for_step(job, 9)
+    (raylet,) = [
+        process
+        for process in psutil.Process(before.pid).children()
+        if process.name().startswith("raylet")
+    ]
+    raylet.kill()  # the keeper notices it, and everything of this cluster ends
+    ended = plane.wait(job, JobState.SUCCEEDED)
+    assert (ended.attempt, ended.num_restarts) == (2, 1)
+    first, second = plane.client.attempts(job.id)
+    assert first.state is JobState.FAILED
+    assert first.reason in ("driver_died", "worker_died", "node_lost")
+    assert second.resumed_from_step is not None
+    assert second.resumed_from_step >= 8
+    after = read_head(plane.home)
+    assert after is not None
+    assert after.pid != before.pid
+
+
 def test_an_error_in_user_code_fails_the_job(plane: ControlPlane, code: Path) -> None:
     spec = line_spec(steps=1000, task_args={"breaks_after": 10})
     failed = plane.wait(plane.client.submit(spec, base_dir=code), JobState.FAILED)
