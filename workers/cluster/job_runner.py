@@ -34,7 +34,8 @@ _STATES = {
 }
 _SUBMISSION = re.compile(r"(?P<job>.+)-a(?P<attempt>[1-9][0-9]*)")
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-_DRIVER = (sys.executable, "-m", "kfac_dist.cli", "driver")
+# -P: nothing is imported from the folder in which the cluster happened to be started.
+_DRIVER = (sys.executable, "-P", "-m", "kfac_dist.cli", "driver")
 _MOST_ENTRIES = 10_000
 
 # Ray's stubs leave these untyped.
