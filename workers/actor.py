@@ -17,6 +17,7 @@ from structlog.typing import FilteringBoundLogger
 from kfac_dist.errors import KfacDistError
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.logs import open_log, redirect_output
+from kfac_dist.tasks import enter_working_folder
 from workers.exchange.messages import JobContext
 
 Handle: TypeAlias = Any
@@ -42,6 +43,11 @@ def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
     path = RunFolder.open(job.run_dir).places.log(role, rank, job.attempt)
     redirect_output(path)
     return open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
+
+
+def enter_code_folder(job: JobContext) -> None:
+    """Let this process work in the folder of the specification, where the user's files are."""
+    enter_working_folder(job.base_dir, otherwise=job.run_dir)
 
 
 def logged(log: FilteringBoundLogger, doing: str, call: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ from kfac_dist.config import JobSpec, KFACSpec, load_spec, parse_spec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.runs import JobSummary
-from kfac_dist.tasks import build_model, load_task, torch_dtype
+from kfac_dist.tasks import build_model, load_task, torch_dtype, working_folder
 from workers.driver.launch import run_job
 from workers.driver.records.metrics_server import metrics_server
 
@@ -78,6 +78,7 @@ def layers_report(
         raise InvalidSpecError(
             f"optimizer.name: {spec.optimizer.name} has no curvature blocks, only kfac has"
         )
-    task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
-    model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+    with working_folder(base_dir):
+        task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
+        model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     return [row._asdict() for row in register(model, spec.optimizer).report]

@@ -35,10 +35,12 @@ class BatchSchedule(Section):
 
 
 class EvaluationSpec(Section):
-    """Evaluation on the whole training and test sets; there is always one at the end."""
+    """Evaluation on the training and test sets; there is always one at the end."""
 
     every_steps: Count | None = None
     """Steps between two evaluations; null evaluates only at the end."""
+    limit: Count | None = None
+    """Evaluate only this many training and test cases, the first ones; null evaluates all."""
 
 
 class WorkersSpec(Section):

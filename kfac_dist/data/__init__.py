@@ -3,12 +3,14 @@
 Nothing here reads the environment: the folders to search are arguments.
 """
 
+from kfac_dist.data.checked import StartCheck, check_before_start, fetch_checked
 from kfac_dist.data.dataset import (
     ArrayDataset,
     BatchedDataset,
     ImageDataset,
     MapDataset,
     Split,
+    check_cases,
     check_finite,
     fetch,
     limit_cases,
@@ -26,9 +28,13 @@ __all__ = [
     "MapDataset",
     "Places",
     "Split",
+    "StartCheck",
     "TextSource",
+    "check_before_start",
+    "check_cases",
     "check_finite",
     "fetch",
+    "fetch_checked",
     "find_case_source",
     "find_text_source",
     "limit_cases",

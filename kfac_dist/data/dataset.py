@@ -173,13 +173,25 @@ def check_finite(dataset: MapDataset, split: Split) -> None:
     num_cases = len(dataset)
     for start in range(0, num_cases, _CHECK_CHUNK):
         indices = torch.arange(start, min(start + _CHECK_CHUNK, num_cases))
-        inputs, targets = fetch(dataset, indices)
-        _check_part(inputs, start, f"{split} data, input")
-        if targets is not inputs:
-            _check_part(targets, start, f"{split} data, target")
+        check_cases(*fetch(dataset, indices), indices, split)
 
 
-def _check_part(values: Tensor, first_case: int, what: str) -> None:
+def check_cases(inputs: Tensor, targets: Tensor, indices: Tensor, split: Split) -> None:
+    """Raise DataError at the first NaN or infinity among the cases `indices` (int64 `[n]`).
+
+    `inputs` and `targets` are `[n, ...]`. The message is that of `check_finite`.
+    """
+    _check_part(inputs, indices, f"{split} data, input")
+    if targets is not inputs:
+        _check_part(targets, indices, f"{split} data, target")
+
+
+def _check_part(values: Tensor, indices: Tensor, what: str) -> None:
+    if not values.is_floating_point() and not values.is_complex():
+        return
+    # Reads the values once and writes nothing. A sum of finite numbers may overflow.
+    if torch.isfinite(values.sum()):
+        return
     bad = ~torch.isfinite(values)
     if not bad.any():
         return
@@ -187,7 +199,7 @@ def _check_part(values: Tensor, first_case: int, what: str) -> None:
     where = f" at position {inside[0] if len(inside) == 1 else tuple(inside)}" if inside else ""
     value = values[(row, *inside)].item()
     raise DataError(
-        f"{what} of case {first_case + row}{where} is {value}: every value must be a finite number"
+        f"{what} of case {int(indices[row])}{where} is {value}: every value must be a finite number"
     )
 
 

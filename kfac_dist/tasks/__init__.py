@@ -4,6 +4,7 @@ from kfac_dist.tasks.build import build_model, check_model
 from kfac_dist.tasks.load_task import BUILT_IN, load_task, torch_dtype
 from kfac_dist.tasks.task import Task
 from kfac_dist.tasks.user import UserTask, user_code
+from kfac_dist.tasks.working_folder import enter_working_folder, working_folder
 
 __all__ = [
     "BUILT_IN",
@@ -11,7 +12,9 @@ __all__ = [
     "UserTask",
     "build_model",
     "check_model",
+    "enter_working_folder",
     "load_task",
     "torch_dtype",
     "user_code",
+    "working_folder",
 ]

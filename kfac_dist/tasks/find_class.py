@@ -43,6 +43,7 @@ def _run_file(label: str, path: Path, base_dir: Path) -> tuple[ModuleType, UserF
         label=label, folder=path.parent, is_package=False, base_dir=base_dir.resolve()
     )
     _let_import_from(path.parent)
+    _let_import_from(base_dir.resolve())  # also for a file in a subfolder
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     name = f"kfac_dist_task_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)

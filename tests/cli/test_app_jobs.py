@@ -70,10 +70,16 @@ def test_user_code_is_sent_along(server: Serving, kfac_dist: KfacDist, tmp_path:
     (folder / "task.py").write_text("class Task: pass\n")
     path = folder / "job.yaml"
     path.write_text("name: own\ntask: task.py:Task\nsteps: 1\nbatch_size: 1\n")
+    (folder / ".secret").write_text("x")
     dry = kfac_dist("submit", path, "--dry-run", "-o", "json")
-    assert json.loads(dry.out)["package_bytes"] > 0
+    plan = json.loads(dry.out)
+    assert plan["package_bytes"] > 0
+    assert [file["name"] for file in plan["packed"]] == ["job.yaml", "task.py"]
+    assert plan["left_out"] == [{"name": ".secret", "why": "hidden", "files": 1, "bytes": 1}]
+    assert ".secret" in kfac_dist("submit", path, "--dry-run").out
     assert server.jobs.list() == ([], "")
     done = kfac_dist("submit", path, "-o", "json")
+    assert "not sent: 1 hidden" in done.err
     stored = server.jobs.get(json.loads(done.out)["job"])
     assert stored.package is not None
     assert package_path(server.jobs.home, stored.package).is_file()

@@ -36,7 +36,8 @@ _STATES = {
     JobStatus.FAILED: RunnerState.FAILED,
 }
 _SUBMISSION = re.compile(r"(?P<job>.+)-a(?P<attempt>[1-9][0-9]*)")
-_DRIVER = (sys.executable, "-m", "kfac_dist.cli", "driver")
+# -P: nothing is imported from the folder in which the cluster happened to be started.
+_DRIVER = (sys.executable, "-P", "-m", "kfac_dist.cli", "driver")
 _MOST_ENTRIES = 10_000
 
 # Ray's stubs leave these untyped.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import ray
@@ -9,29 +10,61 @@ import ray
 from kfac_dist.data import Split
 from kfac_dist.runs import Evaluation, Metrics
 from workers.driver.crew.crew import Crew
+from workers.driver.records.journal import JobJournal
 from workers.exchange.messages import EvaluationSums
 
 
-def evaluate_splits(crew: Crew, l2: float) -> Evaluation:
-    """Evaluate the current parameters on both splits, and the averaged parameters if any."""
+def evaluate_splits(crew: Crew, journal: JobJournal, l2: float) -> Evaluation:
+    """Evaluate the current parameters on both splits, and the averaged parameters if any.
+
+    The journal receives how far a long evaluation is.
+    """
+    evaluator = _Evaluator(crew, journal, l2)
     crew.share_buffers()
     (averaged,) = crew.gather(crew.call_server("averaged_parameters"))
-    train = _evaluate_split(crew, "train", None, l2)
-    test = _evaluate_split(crew, "test", None, l2)
+    train, test = evaluator.evaluate("train", None), evaluator.evaluate("test", None)
     if averaged is None:
         return Evaluation(train=train, test=test)
     shared = ray.put(averaged)  # once, for all workers and both splits
     return Evaluation(
         train=train,
         test=test,
-        train_averaged=_evaluate_split(crew, "train", shared, l2),
-        test_averaged=_evaluate_split(crew, "test", shared, l2),
+        train_averaged=evaluator.evaluate("train", shared),
+        test_averaged=evaluator.evaluate("test", shared),
     )
 
 
-def _evaluate_split(crew: Crew, split: Split, parameters: object, l2: float) -> Metrics:
-    parts = crew.gather(crew.call_workers("evaluate", split, parameters))
-    return _case_means(parts, l2)
+class _Evaluator:
+    """Has the workers evaluate until every case is done, and says how far they are."""
+
+    def __init__(self, crew: Crew, journal: JobJournal, l2: float) -> None:
+        self._crew = crew
+        self._journal = journal
+        self._l2 = l2
+        self._num_reports = 0
+
+    def evaluate(self, split: Split, parameters: object) -> Metrics:
+        """Return the means over the cases of a split, with `parameters` if they are given."""
+        started = time.monotonic()
+        parts: list[EvaluationSums] = []
+        while not parts or any(part.num_left for part in parts):
+            if parts:
+                self._report(split, parts, time.monotonic() - started)
+            parts = self._crew.gather(self._crew.call_workers("evaluate", split, parameters, parts))
+        return _case_means(parts, self._l2)
+
+    def _report(self, split: Split, parts: Sequence[EvaluationSums], seconds: float) -> None:
+        done = sum(part.num_cases for part in parts)
+        total = done + sum(part.num_left for part in parts)
+        message = (
+            f"evaluating: {done:,} of {total:,} cases of the {split} data set are read after "
+            f"{seconds:.0f} s"
+        )
+        first = self._num_reports == 0
+        self._num_reports += 1
+        if first:
+            message += "; evaluation.limit makes evaluations shorter"
+        self._journal.event("evaluating", message, severity="warning" if first else "info")
 
 
 def _case_means(parts: Sequence[EvaluationSums], l2: float) -> Metrics:

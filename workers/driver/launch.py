@@ -25,6 +25,7 @@ from kfac_dist.runs import (
 )
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
+from kfac_dist.tasks import working_folder
 from workers.cluster.cluster import Cluster, is_embedded, local_room, ray_cluster
 from workers.device import plan_devices
 from workers.driver.checkpointing import START, ResumePoint, find_resume_point
@@ -163,10 +164,14 @@ class _JobAttempt:
         return self._finish(_Outcome(state="SUCCEEDED", result=result))
 
     def _train(self, ray_address: str | None, is_admitted: bool) -> TrainingResult:
-        self._preparation.check_data()
+        for message in self._preparation.check_data():
+            self._journal.event("data_checked_in_part", message, severity="warning")
         point = self._find_start()
         room_for = self._job.spec.workers if self._job.replay_script else None
-        with ray_cluster(ray_address, room_for) as cluster, self._interrupts:
+        # Ray lets its workers import from the working folder before anything else. In the user's
+        # folder a file such as `queue.py` would hide the standard library; nothing is in this one.
+        neutral = working_folder(self._folder.path)
+        with neutral, ray_cluster(ray_address, room_for) as cluster, self._interrupts:
             self._check_room(cluster, is_admitted)
             loop = TrainingLoop(
                 self._job,

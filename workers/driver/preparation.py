@@ -8,20 +8,23 @@ from pathlib import Path
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
-from kfac_dist.data import MapDataset, check_finite
+from kfac_dist.data import MapDataset, StartCheck, check_before_start
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype
+from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype, working_folder
 from workers.planning import batch_size
+
+_CHECK_SECONDS = 3.0  # for each of the two data sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     """A task that was loaded and checked in this process.
 
-    `registration` is None for a baseline, which has no curvature blocks. `has_buffers`: the model
-    has state beside its parameters.
+    The user's code runs in `base_dir`. `registration` is None for a baseline, which has no
+    curvature blocks. `has_buffers`: the model has state beside its parameters.
     """
 
+    base_dir: Path
     train: MapDataset
     test: MapDataset
     registration: Registration | None
@@ -32,14 +35,20 @@ class Preparation:
         """The number of training cases."""
         return len(self.train)
 
-    def check_data(self) -> None:
-        """Check that every number of both data sets is finite.
+    def check_data(self) -> tuple[str, ...]:
+        """Check that the numbers of both data sets are finite, as many as can be read in seconds.
+
+        Returns what was left for the workers to check, in a sentence for each split.
 
         Raises:
             DataError: a number is not finite; the message says where.
         """
-        check_finite(self.train, "train")
-        check_finite(self.test, "test")
+        with working_folder(self.base_dir):
+            checks = (
+                check_before_start(self.train, "train", _CHECK_SECONDS),
+                check_before_start(self.test, "test", _CHECK_SECONDS),
+            )
+        return tuple(_rest(check) for check in checks if not check.is_whole)
 
 
 def prepare(
@@ -52,15 +61,30 @@ def prepare(
         DataNotFoundError: the data are in neither folder.
         UserTaskError: the user's task raised an error.
     """
-    task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
-    model = build_model(task, spec.seed, torch_dtype(spec.dtype))
-    settings = spec.optimizer
-    registration = register(model, settings) if isinstance(settings, KFACSpec) else None
-    train, test = task.train_data(), task.test_data()
-    check_model(task, model, train)
+    with working_folder(base_dir):
+        task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
+        model = build_model(task, spec.seed, torch_dtype(spec.dtype))
+        settings = spec.optimizer
+        registration = register(model, settings) if isinstance(settings, KFACSpec) else None
+        train, test = task.train_data(), task.test_data()
+        check_model(task, model, train)
     _check_batch_size(spec, len(train))
-    has_buffers = next(model.buffers(), None) is not None
-    return Preparation(train=train, test=test, registration=registration, has_buffers=has_buffers)
+    return Preparation(
+        base_dir=base_dir,
+        train=train,
+        test=test,
+        registration=registration,
+        has_buffers=next(model.buffers(), None) is not None,
+    )
+
+
+def _rest(check: StartCheck) -> str:
+    return (
+        f"reading the {check.split} data set: {check.num_checked:,} of {check.num_cases:,} cases "
+        f"were read and checked in {check.seconds:.1f} s; the rest is checked when it is read. "
+        f"All of it takes about {check.seconds_for_all:.0f} s in one process, in each epoch and "
+        "each evaluation; evaluation.limit makes evaluations shorter"
+    )
 
 
 def _check_batch_size(spec: JobSpec, num_cases: int) -> None:

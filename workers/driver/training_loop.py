@@ -100,7 +100,7 @@ class TrainingLoop:
         self._checkpoint(crew)
         self._interrupts.grace_seconds = 0.0
         return TrainingResult(
-            evaluation=evaluate_splits(crew, self._spec.optimizer.l2),
+            evaluation=evaluate_splits(crew, self._journal, self._spec.optimizer.l2),
             num_steps=self._spec.steps + 1 - self._first_step,
             training_seconds=self._training_seconds,
         )
@@ -128,7 +128,7 @@ class TrainingLoop:
         self._training_seconds += seconds
         record = self._step_records.record(server, workers, crew.inverse_pool.statuses(), seconds)
         if self._evaluates(plan.step):
-            evaluation = evaluate_splits(crew, self._spec.optimizer.l2)
+            evaluation = evaluate_splits(crew, self._journal, self._spec.optimizer.l2)
             record = record.model_copy(update={"evaluation": evaluation})
         self._journal.record(record)
         self._count_bad_steps(server)

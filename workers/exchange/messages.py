@@ -245,9 +245,11 @@ class EvaluationSums:
     """Sums over the cases that one gradient worker evaluated.
 
     `half_square_norm` is 1/2 ||theta||^2 of the evaluated parameters, the same on every worker.
+    `num_left`: cases of the worker's part that it has not evaluated yet.
     """
 
     num_cases: int
     loss: float
     metrics: Mapping[str, float]
     half_square_norm: float
+    num_left: int

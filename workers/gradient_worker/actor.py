@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from kfac_dist.data import Split
-from workers.actor import Handle, as_actor, logged, node_address, role_log
+from workers.actor import Handle, as_actor, enter_code_folder, logged, node_address, role_log
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
@@ -45,6 +45,7 @@ class GradientWorker:
 
     def build(self, buffers: Arrays) -> int:
         """Load task, data and model, set the model's `buffers`, and return the process id."""
+        enter_code_folder(self._job)
         torch.set_num_threads(self._threads)
         self._work = logged(self._log, "build", self._build_work)
         self._work.set_buffers(buffers)
@@ -89,9 +90,12 @@ class GradientWorker:
             self._group.leave()
             raise
 
-    def evaluate(self, split: Split, parameters: Array | None) -> EvaluationSums:
-        """Evaluate this worker's part of a split."""
-        return logged(self._log, "evaluate", lambda: self._work.evaluate(split, parameters))
+    def evaluate(
+        self, split: Split, parameters: Array | None, before: Sequence[EvaluationSums]
+    ) -> EvaluationSums:
+        """Evaluate more of this worker's part of a split; `before`: so far, of each worker."""
+        so_far = before[self._rank] if before else None
+        return logged(self._log, "evaluate", lambda: self._work.evaluate(split, parameters, so_far))
 
     def buffers(self) -> dict[str, Array]:
         """Return the buffers of this worker's model."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from kfac_dist.coordination.steps.sampling import BatchWindow, subset_positions, worker_part
 from kfac_dist.core.passes.noise import permutation
 from kfac_dist.core.vector import rows_at
-from kfac_dist.data import MapDataset, fetch
+from kfac_dist.data import MapDataset, fetch_checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,11 @@ class BatchReader:
         self._order: tuple[int, Tensor] | None = None
 
     def read(self, window: BatchWindow) -> BatchPart:
-        """Return this worker's part of the batch."""
+        """Return this worker's part of the batch; DataError if a value in it is not finite."""
         part = worker_part(window.size, self._num_workers, self._rank)
         order = self._epoch_order(window.epoch)
         indices = order[window.start + part.start : window.start + part.stop]
-        inputs, targets = fetch(self._dataset, indices)
+        inputs, targets = fetch_checked(self._dataset, indices, "train")
         return BatchPart(
             inputs=inputs.to(self._device),
             targets=targets.to(self._device),

@@ -61,4 +61,5 @@ def build_gradient_work(
         reader=reader,
         sender=sender,
         moment_layers=moment_layers,
+        evaluation_limit=spec.evaluation.limit,
     )

@@ -2,53 +2,89 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
+from torch import Tensor
 
 from kfac_dist.coordination.steps.sampling import worker_part
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.vector import flatten
-from kfac_dist.data import MapDataset, fetch
+from kfac_dist.data import MapDataset, Split, fetch_checked
 from kfac_dist.tasks import Task
 from workers.exchange.messages import EvaluationSums
 
 _CHUNK = 1000  # cases evaluated together; more need more memory, fewer more calls
+_CALL_SECONDS = 10.0  # how often the driver hears how far an evaluation is
 
 
 def evaluate(
-    computer: BatchComputer, task: Task, dataset: MapDataset, *, num_workers: int, rank: int
+    computer: BatchComputer,
+    task: Task,
+    dataset: MapDataset,
+    split: Split,
+    *,
+    limit: int | None,
+    num_workers: int,
+    rank: int,
+    before: EvaluationSums | None = None,
 ) -> EvaluationSums:
     """Return the sums over the part of `dataset` that belongs to worker `rank`.
 
-    The model is evaluated in evaluation mode, and left in the mode it was in.
+    The call returns after some seconds with the sums so far, so that the driver can say how far
+    the evaluation is; with these as `before`, the next call continues. The sums do not depend on
+    where it stops. The model is evaluated in evaluation mode, and left in the mode it was in.
+
+    Args:
+        computer: has the model with the parameters to evaluate.
+        task: has the metrics.
+        dataset: the data set `split`.
+        split: names the data set in messages.
+        limit: only the first this many cases of the data set are evaluated; None for all.
+        num_workers: the number of gradient workers that share the cases.
+        rank: which of them this is.
+        before: what the previous call for the same parameters returned; None for the first.
+
+    Raises:
+        DataError: a value in the data set is not finite.
     """
+    deadline = time.monotonic() + _CALL_SECONDS
     parameters = flatten(computer.parameters)
-    part = worker_part(len(dataset), num_workers, rank)
-    loss = 0.0
-    metrics: dict[str, float] = {}
+    num_cases = len(dataset) if limit is None else min(limit, len(dataset))
+    part = worker_part(num_cases, num_workers, rank)
+    done = before.num_cases if before else 0
+    loss = before.loss if before else 0.0
+    metrics = dict(before.metrics) if before else {}
     was_training = computer.model.training
     computer.model.eval()
     try:
-        for start in range(part.start, part.stop, _CHUNK):
-            indices = torch.arange(start, min(start + _CHUNK, part.stop))
-            chunk_loss, chunk_metrics = _chunk(computer, task, dataset, indices)
+        while done < len(part):
+            rows = part[done : done + _CHUNK]
+            indices = torch.arange(rows.start, rows.stop)
+            inputs, targets = fetch_checked(dataset, indices, split)
+            chunk_loss, chunk_metrics = _chunk(computer, task, inputs, targets)
             loss += chunk_loss
             for name, value in chunk_metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
+            done += len(rows)
+            if time.monotonic() > deadline:
+                break
     finally:
         computer.model.train(was_training)
     return EvaluationSums(
-        num_cases=len(part),
+        num_cases=done,
         loss=loss,
         metrics=metrics,
         half_square_norm=0.5 * float(torch.dot(parameters, parameters)),
+        num_left=len(part) - done,
     )
 
 
 def _chunk(
-    computer: BatchComputer, task: Task, dataset: MapDataset, indices: torch.Tensor
+    computer: BatchComputer, task: Task, inputs: Tensor, targets: Tensor
 ) -> tuple[float, dict[str, float]]:
     device = computer.parameters[0].device
-    inputs, targets = (values.to(device) for values in fetch(dataset, indices))
+    inputs, targets = inputs.to(device), targets.to(device)
     with torch.no_grad():
         outputs = computer.model(inputs)
         loss = computer.distribution.loss(outputs, targets).double().sum()

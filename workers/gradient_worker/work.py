@@ -58,6 +58,7 @@ class GradientWork:
         reader: BatchReader,
         sender: StatisticsSender | None,
         moment_layers: Sequence[str],
+        evaluation_limit: int | None,
     ) -> None:
         """Store the parts.
 
@@ -70,6 +71,8 @@ class GradientWork:
             reader: reads this worker's part of each batch of the training data.
             sender: sends statistics to the inverse workers; None for a first-order optimizer.
             moment_layers: the layers with second moments to send (EKFAC), empty without any.
+            evaluation_limit: how many cases of each split are evaluated, over all workers; None
+                for all.
         """
         self._rank = rank
         self._num_workers = num_workers
@@ -79,6 +82,7 @@ class GradientWork:
         self._reader = reader
         self._sender = sender
         self._moment_layers = moment_layers
+        self._evaluation_limit = evaluation_limit
         self._parameters = computer.parameters
         self._previous_update = torch.zeros_like(flatten(computer.parameters))
         self._joined: Joined  # set by `join`
@@ -202,8 +206,10 @@ class GradientWork:
             if parameters is not None:
                 assign_parameters(self._parameters, parameters)
 
-    def evaluate(self, split: Split, parameters: Array | None) -> EvaluationSums:
-        """Evaluate this worker's part of a whole split.
+    def evaluate(
+        self, split: Split, parameters: Array | None, before: EvaluationSums | None
+    ) -> EvaluationSums:
+        """Evaluate more of this worker's part of a split, after the cases of `before`.
 
         `parameters` [P], if given, are used instead of the worker's own.
         """
@@ -216,8 +222,11 @@ class GradientWork:
                     self._computer,
                     self._task,
                     self._data[split],
+                    split,
+                    limit=self._evaluation_limit,
                     num_workers=self._num_workers,
                     rank=self._rank,
+                    before=before,
                 )
         finally:
             assign_parameters(self._parameters, own)

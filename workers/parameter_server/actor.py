@@ -9,7 +9,7 @@ import ray
 import torch
 
 from kfac_dist.optim.precision import PreconditionDtype
-from workers.actor import as_actor, logged, node_address, role_log
+from workers.actor import as_actor, enter_code_folder, logged, node_address, role_log
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
@@ -56,6 +56,7 @@ class ParameterServer:
 
     def build(self, snapshot: Arrays | None) -> ServerReady:
         """Build the server, restore a checkpoint's snapshot if given one, and open the store."""
+        enter_code_folder(self._job)
         torch.set_num_threads(1)
         self._built = logged(self._log, "build", lambda: self._build(snapshot))
         self._tcp_store = host_store(self._host, self._timeout_seconds)

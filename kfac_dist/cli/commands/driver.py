@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from kfac_dist.cli.environment import ray_address
+from kfac_dist.cli.environment import absolute, ray_address
 from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.errors import ConflictError, FirstFailure, KfacDistError
 
@@ -55,11 +55,13 @@ def driver(
     from kfac_dist.service.reporting.run_reader import RunReader, write_end
     from workers.interrupts import Interrupts
 
+    run_dir = absolute(run_dir)
     launch = read_launch(run_dir)
     if launch.attempt != attempt:  # the cluster started it after the controller had given it up
         raise ConflictError(f"{run_dir}: attempt {launch.attempt} has replaced attempt {attempt}")
     # The cluster would keep what is printed with its own logs.
     redirect_output(_log_path(run_dir, attempt))
+    os.chdir(run_dir)  # the cluster may have been started in any folder, which no job should see
     interrupts = Interrupts()
     reader = RunReader(run_dir, launch.job, attempt)
     client = ReportClient(launch.home, read_token(run_dir))

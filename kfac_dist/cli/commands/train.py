@@ -84,7 +84,7 @@ def _check(
     resume: bool,
     metrics_port: int | None,
 ) -> None:
-    """Raise the error that would keep the job from starting; reads the data sets, too."""
+    """Raise the error that would keep the job from starting; reads of the data sets, too."""
     from kfac_dist.coordination.jobs.placement import check_placement, machine_room
     from kfac_dist.runs import check_folder
     from workers.driver.records.metrics_server import metrics_server
@@ -96,7 +96,9 @@ def _check(
 
     from workers.driver.preparation import prepare  # imports torch
 
-    prepare(job, base_dir=base_dir, data_dir=data, cache_dir=data_cache(home())).check_data()
+    ready = prepare(job, base_dir=base_dir, data_dir=data, cache_dir=data_cache(home()))
+    for message in ready.check_data():
+        typer.echo(message, err=True)
 
 
 def _run(

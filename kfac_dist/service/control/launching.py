@@ -45,7 +45,7 @@ def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, n
     row.attempt += 1
     row.summary = None  # the previous attempt's
     trigger = Trigger.RELAUNCH if resumes else Trigger.LAUNCH
-    move(session, row, trigger, now, message=f"attempt {row.attempt} waits for its driver")
+    move(session, row, trigger, now, message=_starting(row.attempt))
     session.add(
         AttemptRow(
             job=row.number,
@@ -56,6 +56,10 @@ def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, n
         )
     )
     note(session, row, "attempt_started", f"attempt {row.attempt} was given to the cluster", now)
+
+
+def _starting(attempt: int) -> str:
+    return f"attempt {attempt}: its driver starts, and loads the task and its data"
 
 
 def prepare_folder(jobs: Jobs, job: Job, token: str) -> None:

@@ -8,46 +8,50 @@ anyway.
 from __future__ import annotations
 
 import io
-import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.service.wire.package_contents import IGNORE_FILE, Contents, PackedFile, contents_of
 
 MAX_PACKED_BYTES = 32 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
 MAX_FILES = 10_000
 
-# Folders that no job needs and that make packages large.
-_LEFT_OUT_FOLDERS = frozenset(
-    {"__pycache__", "node_modules", "runs", ".git", ".venv", "venv", ".mypy_cache", ".ruff_cache"}
-)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # instead of a file's own time: equal files give equal packages
 _CHUNK_BYTES = 2**20
 
 
-def pack(folder: Path) -> bytes:
-    """Return `folder` as a package, without hidden files, caches and links.
+def pack(folder: Path, contents: Contents | None = None) -> bytes:
+    """Return `folder` as a package; `contents` says which files, by default `contents_of(folder)`.
 
     Raises:
-        InvalidSpecError: the folder has too many files or bytes.
+        InvalidSpecError: the folder has too many files or bytes, or a file cannot be read.
     """
+    contents = contents or contents_of(folder)
+    _check_size(folder, sum(file.num_bytes for file in contents.packed), len(contents.packed))
     buffer = io.BytesIO()
-    total = 0
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for count, path in enumerate(_files_in(folder), start=1):
-            content = path.read_bytes()
-            total += len(content)
-            _check_size(folder, total, count)
-            name = path.relative_to(folder).as_posix()
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
+        for file in contents.packed:
+            info = zipfile.ZipInfo(file.name, _EPOCH)
+            info.external_attr = (stat.S_IFREG | (0o755 if file.is_executable else 0o644)) << 16
+            archive.writestr(info, _read(folder, file), zipfile.ZIP_DEFLATED)
     data = buffer.getvalue()
     if len(data) > MAX_PACKED_BYTES:
         raise InvalidSpecError(_too_large(f"{folder}: packed it has", len(data), MAX_PACKED_BYTES))
     return data
+
+
+def _read(folder: Path, file: PackedFile) -> bytes:
+    try:
+        return (folder / file.name).read_bytes()
+    except OSError as error:
+        raise InvalidSpecError(
+            f"{folder / file.name}: this file would be sent with the job and cannot be read: "
+            f"{error.strerror}; leave it out with a line in {IGNORE_FILE}"
+        ) from error
 
 
 def check_package(data: bytes) -> None:
@@ -78,23 +82,12 @@ def unpack(data: bytes, target: Path) -> None:
             _write(archive, entry, target / entry.filename)
 
 
-def _files_in(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):  # does not follow links
-        folders[:] = sorted(
-            name for name in folders if name not in _LEFT_OUT_FOLDERS and not name.startswith(".")
-        )
-        for name in sorted(files):
-            path = Path(root, name)
-            if not name.startswith(".") and stat.S_ISREG(path.lstat().st_mode):
-                yield path
-
-
 def _check_size(folder: Path, num_bytes: int, count: int) -> None:
     if count > MAX_FILES:
         raise InvalidSpecError(
             f"{folder}: the folder of the specification is sent to the cluster with the user's "
             f"code, and it has more than {MAX_FILES:,} files; move the specification and the code "
-            "to a folder of their own"
+            f"to a folder of their own, or name what is not needed in {IGNORE_FILE}"
         )
     if num_bytes > MAX_UNPACKED_BYTES:
         raise InvalidSpecError(_too_large(f"{folder}: it has", num_bytes, MAX_UNPACKED_BYTES))
@@ -103,8 +96,9 @@ def _check_size(folder: Path, num_bytes: int, count: int) -> None:
 def _too_large(what: str, num_bytes: int, limit: int) -> str:
     return (
         f"{what} at least {num_bytes / 2**20:.1f} MiB, but at most {limit / 2**20:.0f} MiB of user "
-        "code can be sent; move the specification and the code to a folder of their own, and name "
-        "the folder of data sets with --data-dir"
+        f"code can be sent; name what is not needed in {IGNORE_FILE} (submit --dry-run lists all "
+        "files), or move the specification and the code to a folder of their own, and name the "
+        "folder of data sets with --data-dir"
     )
 
 
@@ -161,5 +155,7 @@ def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None
                 if left < 0:
                     raise InvalidSpecError(f"package: {entry.filename!r} is larger than it says")
                 file.write(chunk)
+        if entry.external_attr >> 16 & stat.S_IXUSR:
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise InvalidSpecError(f"package: {entry.filename!r} is damaged: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import zipfile
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_what_is_packed_is_unpacked(folder: Path, tmp_path: Path) -> None:
         "pkg/data.bin": bytes(range(256)),
     }
     assert pack(folder) == data
+
+
+def test_an_executable_file_stays_one(folder: Path, tmp_path: Path) -> None:
+    (folder / "tool").write_text("#!/bin/sh\n")
+    (folder / "tool").chmod(0o755)
+    unpack(pack(folder), tmp_path / "out")
+    assert os.access(tmp_path / "out/tool", os.X_OK)
+    assert not os.access(tmp_path / "out/task.py", os.X_OK)
 
 
 def test_a_package_of_the_same_files_is_the_same(folder: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.data import ArrayDataset
+from kfac_dist.errors import DataError
 from workers.gradient_worker.batches import BatchPart, BatchReader
 
 DATA = ArrayDataset(torch.arange(40.0).unsqueeze(1), torch.arange(40))
@@ -42,3 +43,12 @@ def test_a_subset_of_the_batch_does_not_either(num_workers, fraction):
         chosen.append(own.select(part.targets))
     assert row == len(expected.positions)
     assert torch.equal(torch.cat(chosen), expected.select(whole.targets))
+
+
+def test_a_case_that_cannot_be_used_is_named_when_it_is_read() -> None:
+    inputs = torch.zeros(40, 1)
+    inputs[23] = float("inf")
+    data = ArrayDataset(inputs, torch.arange(40))
+    reader = BatchReader(data, seed=3, num_workers=1, rank=0, device=torch.device("cpu"))
+    with pytest.raises(DataError, match="train data, input of case 23 at position 0 is inf"):
+        reader.read(BatchWindow(epoch=0, start=0, stop=40))
