@@ -13,7 +13,7 @@ from typing import Any, Self
 from kfac_dist.config import JobSpec, dump_spec, load_spec
 from kfac_dist.errors import ConflictError, NotFoundError, UsageError
 from kfac_dist.runs.json_lines import Journal
-from kfac_dist.runs.lock import FolderLock
+from kfac_dist.runs.lock import FolderLock, is_held
 from kfac_dist.runs.parsing import parse_record, read_whole
 from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary
 from kfac_dist.runs.resume import check_same_job
@@ -122,7 +122,11 @@ class RunFolder:
 
     def update_job(self, **changes: Any) -> JobRecord:
         """Change fields of the job's record, set `updated_at` to now, and return the new record."""
-        values = self.read_job().model_dump() | changes | {"updated_at": time.time()}
+        values = (
+            read_whole(JobRecord, self.places.job).model_dump()
+            | changes
+            | {"updated_at": time.time()}
+        )
         record = JobRecord.model_validate(values)
         self._write_job(record)
         return record
@@ -149,8 +153,27 @@ class RunFolder:
         return load_spec(self.places.spec)
 
     def read_job(self) -> JobRecord:
-        """Read the state of the job."""
-        return read_whole(JobRecord, self.places.job)
+        """Read the state of the job.
+
+        A reader gets the newest step of an unfinished run from the journal, since `job.json` is
+        written only when the state changes. If no process works on it, it is INTERRUPTED.
+        """
+        job = read_whole(JobRecord, self.places.job)
+        if self._lock is not None or job.state in ENDED:
+            return job
+        return self._unfinished(is_worked_on=is_held(self.path))
+
+    def _unfinished(self, *, is_worked_on: bool) -> JobRecord:
+        """Return the state of a run, which as far as is known has not ended."""
+        step = self._metrics.newest("step")
+        job = read_whole(JobRecord, self.places.job)  # read again, as it may have just ended
+        if job.state in ENDED:
+            return job
+        changes: dict[str, Any] = {"step": max(job.step, step)}
+        if not is_worked_on:
+            message = f"its process ended without a word while the run was {job.state}"
+            changes |= {"state": "INTERRUPTED", "reason": "driver_died", "message": message}
+        return job.model_copy(update=changes)
 
     def read_summary(self) -> JobSummary | None:
         """Read the result of the job; None before it has ended."""
@@ -230,9 +253,8 @@ def _refuse_occupied(path: Path) -> None:
     """Raise ConflictError if there is a run; the lock was free, so no process works on it."""
     if not RunPlaces(path).has_run:
         return
-    job = RunFolder.open(path).read_job()
-    state = job.state if job.state in ENDED else f"{job.state} when its process ended"
+    job = RunFolder.open(path)._unfinished(is_worked_on=False)
     raise ConflictError(
-        f"{path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
+        f"{path}: this folder holds the run of job {job.job} ({job.state}, step {job.step}). "
         "Continue it with --resume, or choose another folder with --run-dir"
     )

@@ -11,6 +11,8 @@ from typing import IO, Any
 from kfac_dist.errors import KfacDistError
 from kfac_dist.runs.writing import write_whole
 
+_TAIL_BYTES = 1_000_000  # several steps of a run with very many layers
+
 
 class Journal:
     """An append-only file with one JSON object a line.
@@ -42,6 +44,20 @@ class Journal:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
                     yield parse_line(self.path, number, line)
+
+    def newest(self, key: str) -> int:
+        """Return the value of `key` in the last whole line; 0 if there is none that can be read."""
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)[key])
+            except (ValueError, KeyError, TypeError):  # damaged, or cut off by the tail
+                continue
+        return 0
 
     def replace(self, lines: Iterator[str]) -> None:
         """Replace all lines; a kill leaves the old ones or the new ones."""

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,11 +37,32 @@ def test_an_occupied_folder_names_the_job_and_both_ways_out(tmp_path: Path) -> N
         assert part in caught.value.message
 
 
-def test_a_run_that_was_killed_is_described_as_such(tmp_path: Path) -> None:
+def test_a_run_whose_process_is_gone_reads_interrupted_at_its_true_step(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, sample_spec()) as folder:
-        folder.update_job(state="RUNNING", step=7)
-    with pytest.raises(ConflictError, match="RUNNING when its process ended, step 7"):
+        folder.update_job(state="RUNNING")
+        for step in (1, 2, 7):
+            folder.append_metrics(sample_record(step))
+        job = RunFolder.open(tmp_path).read_job()  # as another process sees it meanwhile
+        assert (job.state, job.step) == ("RUNNING", 7)
+    job = RunFolder.open(tmp_path).read_job()
+    assert (job.state, job.step, job.reason) == ("INTERRUPTED", 7, "driver_died")
+    with pytest.raises(ConflictError, match="INTERRUPTED, step 7"):
         RunFolder.create(tmp_path, sample_spec())
+    with RunFolder.resume(tmp_path, sample_spec()) as folder:
+        folder.begin_attempt(sample_spec())
+        assert folder.read_job().state == "STARTING"
+        folder.update_job(state="FAILED", step=9)
+    assert RunFolder.open(tmp_path).read_job().state == "FAILED"
+
+
+def test_looking_at_a_run_does_not_keep_a_writer_out(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, sample_spec()).close()
+    with (tmp_path / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # a reader in the middle of its look
+        timer = threading.Timer(0.03, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        timer.start()
+        RunFolder.resume(tmp_path, sample_spec()).close()
+        timer.join()
 
 
 def test_two_processes_in_one_folder_conflict(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ _GET_NODE = "ray._private.services.get_node"
 _RAY_PARAMS = "ray._private.parameter.RayParams.__init__"
 _PRINT = "ray._private.worker.print_to_stdstream"
 _CONNECT = "ray._private.worker.connect"
+_WORKER = "ray._private.worker"
+_DAEMONS = ("raylet", "gcs_server")
 
 PATCHES = {
     "on_loopback": RayPatch(
@@ -233,3 +235,15 @@ def _uninterrupted(connect: Callable[..., None]) -> Callable[..., None]:
             connect(*arguments, **options)
 
     return connect_whole
+
+
+def dead_daemon() -> str | None:
+    """Return which of Ray's own processes is dead that this process has started; None if none.
+
+    Without a raylet or a GCS the cluster is lost. A cluster that was joined is not looked at.
+    """
+    node: Any = getattr(pkgutil.resolve_name(_WORKER), "_global_node", None)
+    if not hasattr(node, "dead_processes"):
+        return None
+    dead = {kind for kind, _ in node.dead_processes()}
+    return next((kind for kind in _DAEMONS if kind in dead), None)

@@ -25,7 +25,9 @@ from kfac_dist.runs import (
 )
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
-from workers.cluster.cluster import Cluster, is_embedded, local_room, ray_cluster
+from workers.cluster.cluster import Cluster, Owner, is_embedded, local_room, ray_cluster
+from workers.cluster.leftovers import ended_with_block, marking
+from workers.cluster.lost import ray_errors_end_the_job
 from workers.device import plan_devices
 from workers.driver.checkpointing import START, ResumePoint, find_resume_point
 from workers.driver.crew.crew import Crew, CrewPlan
@@ -93,30 +95,34 @@ def run_job(
     """
     if is_embedded(ray_address) and replay_script is None:
         check_placement(spec.workers, local_room())
-    preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=data_cache(home))
-    path = run_dir or runs_dir(home) / spec.name
-    with _open_folder(path, spec, resume, identity) as folder:
-        point = find_resume_point(folder, spec.steps) if resume else None
-        if point is not None:
-            # Only now, so that an error in what comes before leaves the run as it was.
-            folder.begin_attempt(spec, identity)
-        job = JobContext(
-            job=folder.read_job().job,
-            attempt=folder.read_job().attempt,
-            spec=spec,
-            base_dir=base_dir,
-            data_dir=data_dir,
-            cache_dir=data_cache(home),
-            run_dir=folder.path,
-            replay_script=replay_script,
-        )
-        journal = JobJournal(folder, job.attempt)
-        with journal.served(metrics, job.job):
-            journal.watch(on_record, on_event)
-            attempt = _JobAttempt(
-                job, folder, journal, preparation, point, interrupts or Interrupts()
+    with ended_with_block() as mark:
+        with marking(mark):
+            preparation = prepare(
+                spec, base_dir=base_dir, data_dir=data_dir, cache_dir=data_cache(home)
             )
-            return attempt.run(ray_address)
+        path = run_dir or runs_dir(home) / spec.name
+        with _open_folder(path, spec, resume, identity) as folder:
+            point = find_resume_point(folder, spec.steps) if resume else None
+            if point is not None:
+                # Only now, so that an error in what comes before leaves the run as it was.
+                folder.begin_attempt(spec, identity)
+            job = JobContext(
+                job=folder.read_job().job,
+                attempt=folder.read_job().attempt,
+                spec=spec,
+                base_dir=base_dir,
+                data_dir=data_dir,
+                cache_dir=data_cache(home),
+                run_dir=folder.path,
+                replay_script=replay_script,
+            )
+            journal = JobJournal(folder, job.attempt)
+            with journal.served(metrics, job.job):
+                journal.watch(on_record, on_event)
+                attempt = _JobAttempt(
+                    job, folder, journal, preparation, point, interrupts or Interrupts(), mark
+                )
+                return attempt.run(ray_address)
 
 
 def _open_folder(
@@ -136,6 +142,7 @@ class _JobAttempt:
         preparation: Preparation,
         resume_point: ResumePoint | None,
         interrupts: Interrupts,
+        mark: str,
     ) -> None:
         self._job = job
         self._folder = folder
@@ -143,6 +150,7 @@ class _JobAttempt:
         self._preparation = preparation
         self._resume_point = resume_point
         self._interrupts = interrupts
+        self._mark = mark
         self._step_records = StepRecords()
         self._started = time.monotonic()
 
@@ -160,10 +168,16 @@ class _JobAttempt:
         return self._finish(_Outcome(state="SUCCEEDED", result=result))
 
     def _train(self, ray_address: str | None) -> TrainingResult:
-        self._preparation.check_data()
+        with marking(self._mark):
+            self._preparation.check_data()
         point = self._find_start()
         room_for = self._job.spec.workers if self._job.replay_script else None
-        with ray_cluster(ray_address, room_for) as cluster, self._interrupts:
+        owner = Owner(mark=self._mark, run_dir=self._folder.path)
+        with (
+            ray_errors_end_the_job(),
+            ray_cluster(ray_address, room_for, owner) as cluster,
+            self._interrupts,
+        ):
             check_placement(self._job.spec.workers, cluster.room)
             loop = TrainingLoop(
                 self._job,
