@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError, UsageError
+from kfac_dist.errors import (
+    ConflictError,
+    JobFailedError,
+    KfacDistError,
+    NotFoundError,
+    UsageError,
+)
 from kfac_dist.runs import Event, JobSummary, RunFolder, StalenessSummary, WorkerCounts
 
 from .samples import sample_record, sample_spec
@@ -204,3 +211,47 @@ def _summary(job: str, path: Path) -> JobSummary:
         workers=WorkerCounts(gradient=1, inverse=1, parameter_server=1),
         run_dir=str(path),
     )
+
+
+@pytest.mark.parametrize("end", ["removed", "moved", "emptied"])
+def test_a_run_folder_that_is_gone_is_noticed_at_the_next_write(tmp_path: Path, end: str) -> None:
+    run = tmp_path / "run"
+    with RunFolder.create(run, sample_spec()) as folder:
+        folder.append_metrics(sample_record(1))
+        if end == "moved":
+            run.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(run)
+        if end == "emptied":
+            run.mkdir()
+        writes = [
+            lambda: folder.append_metrics(sample_record(2)),
+            lambda: folder.update_job(state="RUNNING"),
+        ]
+        for write in writes:
+            with pytest.raises(JobFailedError) as caught:
+                write()
+            assert str(run) in caught.value.message
+            if end == "emptied":
+                assert caught.value.reason == "run_folder_not_written"
+            else:
+                assert caught.value.reason == "run_folder_lost"
+                assert "removed, moved or unmounted" in caught.value.message
+    assert run.exists() is (end == "emptied")
+
+
+def test_damaged_lines_can_be_left_out_and_named(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, sample_spec()) as folder:
+        for step in (1, 2, 3):
+            folder.append_metrics(sample_record(step))
+        lines = folder.places.metrics.read_text().splitlines()
+        lines[1] = lines[1][:20] + "\0\0" + lines[1][22:]
+        lines.append('{"step": 4}')
+        folder.places.metrics.write_text("\n".join(lines) + "\n")
+        damages: list[str] = []
+        assert [record.step for record in folder.read_metrics(damages)] == [1, 3]
+        assert len(damages) == 2
+        assert "line 2 is damaged" in damages[0]
+        assert "damaged" in damages[1]
+        with pytest.raises(KfacDistError, match="line 2"):
+            folder.read_metrics()

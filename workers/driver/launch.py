@@ -7,6 +7,7 @@ takes everything down again and records how the job ended.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.jobs.placement import check_placement
 from kfac_dist.coordination.steps.recorded import ReplayScript
-from kfac_dist.errors import FirstFailure
+from kfac_dist.errors import FirstFailure, JobFailedError, KfacDistError
 from kfac_dist.runs import (
     Failure,
     JobSummary,
@@ -38,7 +39,7 @@ from workers.driver.records.step_records import StepRecords
 from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.interrupts import Interrupts
-from workers.planning import arithmetic_of, inverse_setups
+from workers.planning import arithmetic_of, inverse_setups, layer_costs
 
 _GROUP_TIMEOUT_SECONDS = 60.0
 
@@ -102,7 +103,7 @@ def run_job(
             )
         path = run_dir or runs_dir(home) / spec.name
         with _open_folder(path, spec, resume, identity) as folder:
-            point = find_resume_point(folder, spec.steps) if resume else None
+            point = _resume_point(folder, spec, preparation) if resume else None
             if point is not None:
                 # Only now, so that an error in what comes before leaves the run as it was.
                 folder.begin_attempt(spec, identity)
@@ -123,6 +124,16 @@ def run_job(
                     job, folder, journal, preparation, point, interrupts or Interrupts(), mark
                 )
                 return attempt.run(ray_address)
+
+
+def _resume_point(folder: RunFolder, spec: JobSpec, preparation: Preparation) -> ResumePoint:
+    registration = preparation.registration
+    return find_resume_point(
+        folder,
+        spec.steps,
+        has_factors=registration is not None and bool(layer_costs(registration)),
+        has_buffers=preparation.has_buffers,
+    )
 
 
 def _open_folder(
@@ -160,12 +171,17 @@ class _JobAttempt:
             result = self._train(ray_address)
         except KeyboardInterrupt:
             ending = self._interrupts.ends_as
-            self._finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
+            self._try_to_finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
             raise
         except Exception as error:
-            self._finish(_Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
+            self._try_to_finish(_Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
             raise
         return self._finish(_Outcome(state="SUCCEEDED", result=result))
+
+    def _try_to_finish(self, outcome: _Outcome) -> None:
+        """Record how the run ended; where that is refused, what ended it is still what is shown."""
+        with suppress(JobFailedError):  # the folder is gone, or its disk is full
+            self._finish(outcome)
 
     def _train(self, ray_address: str | None) -> TrainingResult:
         with marking(self._mark):
@@ -246,8 +262,18 @@ class _JobAttempt:
         severity: Severity = "error" if outcome.state == "FAILED" else "info"
         message = outcome.message or f"the job ended after step {self._journal.step}"
         self._journal.event(outcome.state.lower(), message, severity=severity)
-        render_report(self._folder)
+        self._render_report()
         return summary
+
+    def _render_report(self) -> None:
+        """Render the report; what is wrong with a record is a warning, the run ended as it did."""
+        damages: list[str] = []
+        try:
+            render_report(self._folder, damages)
+        except (KfacDistError, OSError) as error:
+            damages.append(f"report.html could not be written: {error}")
+        for damage in damages:
+            self._journal.event("records_damaged", damage, severity="warning")
 
     def _summary(self, outcome: _Outcome) -> JobSummary:
         workers, result = self._job.spec.workers, outcome.result
