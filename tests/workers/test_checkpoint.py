@@ -467,8 +467,6 @@ def test_a_checkpoint_without_a_part_that_is_needed_is_refused(tmp_path: Path) -
     save(tmp_path, 100)
     newest = save(tmp_path, 200)
     reseal(newest, lambda manifest: manifest["files"].pop("parameter_server.safetensors"))
-        save(tmp_path, 200), lambda manifest: manifest["files"].pop("parameter_server.safetensors")
-    )
 
     def lacks(loaded: LoadedCheckpoint) -> str | None:
         return None if "parameter_server" in loaded.roles else "role parameter_server"

@@ -32,6 +32,7 @@ from workers.cluster.lost import ray_errors_end_the_job
 from workers.device import plan_devices
 from workers.driver.checkpointing import START, ResumePoint, find_resume_point
 from workers.driver.crew.crew import Crew, CrewPlan
+from workers.driver.evaluator import divergence
 from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
@@ -176,7 +177,16 @@ class _JobAttempt:
         except Exception as error:
             self._try_to_finish(_Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
             raise
-        return self._finish(_Outcome(state="SUCCEEDED", result=result))
+        return self._finish(self._judged(result))
+
+    def _judged(self, result: TrainingResult) -> _Outcome:
+        """Return the outcome of a training that has done all its steps, for better or worse."""
+        objective = result.evaluation.train["objective"]
+        diverged = divergence(self._step_records.initial_objective, objective)
+        if diverged is None:
+            return _Outcome(state="SUCCEEDED", result=result)
+        self._journal.event("diverged", diverged, severity="warning")
+        return _Outcome(state="SUCCEEDED", result=result, reason="diverged", message=diverged)
 
     def _try_to_finish(self, outcome: _Outcome) -> None:
         """Record how the run ended; where that is refused, what ended it is still what is shown."""

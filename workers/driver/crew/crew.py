@@ -15,7 +15,6 @@ import ray
 
 from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
-from kfac_dist.runs.logs import log_tail
 from workers.actor import Handle, Ref
 from workers.cluster.lost import lost_node_error
 from workers.cluster.ray_internals import dead_daemon
@@ -235,7 +234,7 @@ class Crew:
         self._check_node()  # if the node is lost, who died on it says nothing
         member, error = first_cause(failed, pending)
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
-        return job_error(member, error, step=self.step, log_tail=log_tail(path))
+        return job_error(member, error, step=self.step, log=path)
 
     def kill(self) -> None:
         """End all actors at once."""
