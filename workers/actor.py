@@ -8,8 +8,9 @@ restarts no actor, because a restarted one would have lost its state without any
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import ray
 from structlog.typing import FilteringBoundLogger
@@ -28,6 +29,9 @@ Ref: TypeAlias = "ray.ObjectRef[Any]"
 
 T = TypeVar("T")
 
+EXIT_EVENT = "os._exit was called"
+"""The event in the log of a process that ended itself."""
+
 
 def as_actor(role: type, *groups: str) -> Handle:
     """Return the actor class of a role, with one extra thread for each concurrency group."""
@@ -42,7 +46,23 @@ def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
     # Ray would keep printed text in its own folder, which an embedded cluster removes at its end.
     path = RunFolder.open(job.run_dir).places.log(role, rank, job.attempt)
     redirect_output(path)
-    return open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
+    log = open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
+    _note_exit(log)
+    return log
+
+
+def _note_exit(log: FilteringBoundLogger) -> None:
+    """Have the log say who calls `os._exit` in this process; Ray does not know the exit code."""
+    leave, own = os._exit, os.getpid()
+
+    def leave_with_a_note(status: int) -> NoReturn:
+        if os.getpid() == own:  # processes that were forked end in the same way
+            caller = sys._getframe(1)
+            where = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            log.error(EXIT_EVENT, status=status, where=where)
+        leave(status)
+
+    os._exit = leave_with_a_note
 
 
 def enter_code_folder(job: JobContext) -> None:

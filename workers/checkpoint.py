@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,16 @@ def _seal(manifest: bytes) -> bytes:
     return f"{_sha256(manifest)}  {_MANIFEST}\n".encode()
 
 
-def load_newest(folder: Path, steps: Container[int] | None = None) -> LoadedCheckpoint | None:
+def load_newest(
+    folder: Path,
+    steps: Container[int] | None = None,
+    lacks: Callable[[LoadedCheckpoint], str | None] = lambda _: None,
+) -> LoadedCheckpoint | None:
     """Return the newest whole checkpoint in `folder`, None if the folder has no checkpoint.
 
     With `steps`, only checkpoints of these steps count. The size and hash of every file are
-    compared with the manifest before anything in it is used.
+    compared with the manifest before anything in it is used. `lacks` returns what the caller needs
+    and a checkpoint does not have; such a checkpoint is refused, too.
 
     Raises:
         NotFoundError: no checkpoint is whole; the message gives the reason for each.
@@ -145,7 +150,10 @@ def load_newest(folder: Path, steps: Container[int] | None = None) -> LoadedChec
         if steps is not None and info.step not in steps:
             continue
         try:
-            return _load(info, tuple(refused))
+            loaded = _load(info, tuple(refused))
+            if (missing := lacks(loaded)) is not None:
+                raise _RefusedError(f"{_MANIFEST} has no {missing}")
+            return loaded
         except (_RefusedError, OSError) as error:
             refused.append(f"checkpoint {info.path.name} refused: {error}")
     if refused:

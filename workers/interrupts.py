@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a job: the current step may still finish and be in a checkpoint."""
+"""Signals during a job: the current step may still finish and be in a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ALWAYS = (signal.SIGINT, signal.SIGTERM)
+_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGQUIT)
 
 Ending = Literal["CANCELLED", "PAUSED"]
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that end a job.
+
+    `nohup` ignores SIGHUP, and a shell's `&` may ignore SIGQUIT; a job then ignores them as well.
+    """
+    wanted = (s for s in _UNLESS_IGNORED if signal.getsignal(s) is not signal.SIG_IGN)
+    return (*_ALWAYS, *wanted)
 
 
 @contextmanager
@@ -27,7 +37,7 @@ def deferred() -> Iterator[None]:
     arrived: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _frame: arrived.append(number))
-        for number in _SIGNALS
+        for number in ending_signals()
     }
     try:
         yield
@@ -56,7 +66,7 @@ class Interrupts:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             handler: Callable[[int, FrameType | None], None] = self._note
-            self._before = {number: signal.signal(number, handler) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, handler) for number in ending_signals()}
         return self
 
     def __exit__(

@@ -33,7 +33,7 @@ from kfac_dist.cli.commands.token import token_app
 from kfac_dist.cli.commands.train import train
 from kfac_dist.cli.commands.validate import validate
 from kfac_dist.cli.commands.watch import watch
-from kfac_dist.cli.failure import INTERRUPTED, as_exit_code
+from kfac_dist.cli.failure import INTERRUPTED, as_exit_code, output_closed
 
 app = typer.Typer(
     name="kfac-dist",
@@ -116,6 +116,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line, given without the program's name, and return its exit code."""
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="kfac-dist", standalone_mode=False)
+    except SystemExit as ending:  # typer's answer to a broken pipe
+        code = output_closed()
+        return as_exit_code(ending, arguments) if code is None else code
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error becomes a message
         return as_exit_code(error, arguments)
     if code == INTERRUPTED:  # typer turns a KeyboardInterrupt into this exit code

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import select
 import sys
 import tempfile
 import time
@@ -16,6 +18,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import typer
 
@@ -38,6 +41,26 @@ class Interrupted(Exception):  # noqa: N818 - not an error
         super().__init__(hint)
         self.hint = hint
         self.facts = facts or {}
+
+
+def output_closed() -> int | None:
+    """Return the exit code if the reader of this command's output has gone, as `| head` does.
+
+    That is no failure: the reader has what it wanted. None if the output is still read.
+    """
+    closed = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+    for stream in closed:  # what is still buffered must not fail at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return 0 if closed else None
+
+
+def _has_no_reader(stream: IO[str]) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # not a file, or closed
+        return False
+    return any(happened & (select.POLLERR | select.POLLNVAL) for _, happened in poll.poll(0))
 
 
 def as_exit_code(error: BaseException, arguments: Sequence[str]) -> int:
@@ -95,5 +118,8 @@ def _wants_json(arguments: Sequence[str]) -> bool:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(plain(line) + "\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(plain(line) + "\n")
+        sys.stderr.flush()
+    except OSError:  # nobody reads it: the pipe or the terminal is gone
+        output_closed()

@@ -116,9 +116,13 @@ class PlainProgress:
         self._write(f"{state}: {message}" if message else state)
 
     def _write(self, line: str) -> None:
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             self._stream.write(indented(line) + "\n")
             self._stream.flush()
+        except OSError:  # nobody reads it any more, as after `2>&1 | head`; the job goes on
+            self._stream = None
 
 
 class LiveProgress:

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM interrupts a command as Ctrl-C does; some blocks finish before an interrupt."""
+"""SIGTERM, SIGHUP and SIGQUIT interrupt a command as Ctrl-C does; some blocks finish first."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGQUIT)  # `nohup` ignores the first
+
 
 @contextmanager
 def terminate_is_interrupt() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt inside the block."""
+    """Make SIGTERM, SIGHUP and SIGQUIT raise KeyboardInterrupt inside the block."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    wanted = [s for s in _UNLESS_IGNORED if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, *wanted)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int)
         OSError: the file system refused; no checkpoint is lost.
     """
     if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
+        # Not its parents: a run folder that was removed must not come back as a stump.
+        folder.mkdir(exist_ok=True)
         _sync(folder.parent)
     _remove_temporary(folder)
     final = folder / f"step-{step:08d}"

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from kfac_dist.config import JobSpec, dump_spec, load_spec
 from kfac_dist.errors import ConflictError, NotFoundError, UsageError
-from kfac_dist.runs.json_lines import Journal
-from kfac_dist.runs.lock import FolderLock
+from kfac_dist.runs.json_lines import Journal, tolerated
+from kfac_dist.runs.lock import FolderLock, is_held
 from kfac_dist.runs.parsing import parse_record, read_whole
-from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary
+from kfac_dist.runs.records import ENDED, Event, JobRecord, JobSummary, RunRecord
 from kfac_dist.runs.resume import check_same_job
 from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.runs.step_record import StepRecord
-from kfac_dist.runs.writing import write_whole
+from kfac_dist.runs.writing import record_of_run, write_whole
+
+_Record = TypeVar("_Record", bound=RunRecord)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +120,14 @@ class RunFolder:
 
     def write_spec(self, spec: JobSpec) -> None:
         """Write the resolved specification."""
-        write_whole(self.places.spec, dump_spec(spec))
+        with record_of_run(self.places.spec):
+            write_whole(self.places.spec, dump_spec(spec))
 
     def update_job(self, **changes: Any) -> JobRecord:
         """Change fields of the job's record, set `updated_at` to now, and return the new record."""
-        values = self.read_job().model_dump() | changes | {"updated_at": time.time()}
+        with record_of_run(self.places.job):
+            before = read_whole(JobRecord, self.places.job)
+        values = before.model_dump() | changes | {"updated_at": time.time()}
         record = JobRecord.model_validate(values)
         self._write_job(record)
         return record
@@ -137,7 +142,8 @@ class RunFolder:
 
     def write_summary(self, summary: JobSummary) -> None:
         """Write the result of the job."""
-        write_whole(self.places.summary, summary.model_dump_json(indent=2) + "\n")
+        with record_of_run(self.places.summary):
+            write_whole(self.places.summary, summary.model_dump_json(indent=2) + "\n")
 
     def truncate_metrics_after(self, step: int) -> None:
         """Remove the records after `step`: a resumed attempt will repeat those steps."""
@@ -149,35 +155,67 @@ class RunFolder:
         return load_spec(self.places.spec)
 
     def read_job(self) -> JobRecord:
-        """Read the state of the job."""
-        return read_whole(JobRecord, self.places.job)
+        """Read the state of the job.
+
+        A reader gets the newest step of an unfinished run from the journal, since `job.json` is
+        written only when the state changes. If no process works on it, it is INTERRUPTED.
+        """
+        job = read_whole(JobRecord, self.places.job)
+        if self._lock is not None or job.state in ENDED:
+            return job
+        return self._unfinished(is_worked_on=is_held(self.path))
+
+    def _unfinished(self, *, is_worked_on: bool) -> JobRecord:
+        """Return the state of a run, which as far as is known has not ended."""
+        step = self._metrics.newest("step")
+        job = read_whole(JobRecord, self.places.job)  # read again, as it may have just ended
+        if job.state in ENDED:
+            return job
+        changes: dict[str, Any] = {"step": max(job.step, step)}
+        if not is_worked_on:
+            message = f"its process ended without a word while the run was {job.state}"
+            changes |= {"state": "INTERRUPTED", "reason": "driver_died", "message": message}
+        return job.model_copy(update=changes)
 
     def read_summary(self) -> JobSummary | None:
         """Read the result of the job; None before it has ended."""
         path = self.places.summary
         return read_whole(JobSummary, path) if path.exists() else None
 
-    def read_metrics(self) -> list[StepRecord]:
+    def read_metrics(self, damages: list[str] | None = None) -> list[StepRecord]:
         """Read the steps in ascending order.
 
         Where a resumed attempt repeated a step, its record hides the earlier records of this step
-        and of all later ones. A last line that a kill cut short is skipped.
+        and of all later ones. A last line that a kill cut short is skipped. With `damages`, damaged
+        records are left out, and what is wrong is appended to it.
+
+        Raises:
+            KfacDistError: a record is damaged.
         """
         records: list[StepRecord] = []
-        for values in self._metrics.read():
-            record = parse_record(StepRecord, values, self._metrics.path)
+        for record in self._parsed(self._metrics, StepRecord, damages):
             while records and records[-1].step >= record.step:
                 records.pop()
             records.append(record)
         return records
 
-    def read_events(self) -> list[Event]:
-        """Read the events in the order they were written."""
-        path = self._events.path
-        return [parse_record(Event, values, path) for values in self._events.read()]
+    def read_events(self, damages: list[str] | None = None) -> list[Event]:
+        """Read the events in the order they were written; `damages` as in `read_metrics`."""
+        return list(self._parsed(self._events, Event, damages))
+
+    @staticmethod
+    def _parsed(
+        journal: Journal, model: type[_Record], damages: list[str] | None
+    ) -> Iterator[_Record]:
+        for values in journal.read(damages):
+            found: list[_Record] = []
+            with tolerated(damages):
+                found.append(parse_record(model, values, journal.path))
+            yield from found
 
     def _write_job(self, record: JobRecord) -> None:
-        write_whole(self.places.job, record.model_dump_json(indent=2) + "\n")
+        with record_of_run(self.places.job):
+            write_whole(self.places.job, record.model_dump_json(indent=2) + "\n")
 
 
 def _first_record(spec: JobSpec, identity: RunIdentity | None) -> JobRecord:
@@ -230,9 +268,8 @@ def _refuse_occupied(path: Path) -> None:
     """Raise ConflictError if there is a run; the lock was free, so no process works on it."""
     if not RunPlaces(path).has_run:
         return
-    job = RunFolder.open(path).read_job()
-    state = job.state if job.state in ENDED else f"{job.state} when its process ended"
+    job = RunFolder.open(path)._unfinished(is_worked_on=False)
     raise ConflictError(
-        f"{path}: this folder holds the run of job {job.job} ({state}, step {job.step}). "
+        f"{path}: this folder holds the run of job {job.job} ({job.state}, step {job.step}). "
         "Continue it with --resume, or choose another folder with --run-dir"
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from kfac_dist.errors import KfacDistError
-from kfac_dist.runs.writing import write_whole
+from kfac_dist.runs.writing import record_of_run, unwritten, write_whole
+
+_TAIL_BYTES = 1_000_000  # several steps of a run with very many layers
 
 
 class Journal:
@@ -24,14 +27,24 @@ class Journal:
         self._file: IO[bytes] | None = None
 
     def append(self, line: str) -> None:
-        """Append one object, given as JSON, and flush it to the operating system."""
-        if self._file is None:
-            self._file = self._open()
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        """Append one object, given as JSON, and flush it to the operating system.
 
-    def read(self) -> Iterator[dict[str, Any]]:
+        Raises:
+            JobFailedError: the file cannot be written, or is no longer at its path.
+        """
+        with record_of_run(self.path):
+            if self._file is None:
+                self._file = self._open()
+            # A file that was removed takes all that is written to it, and loses it.
+            if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                raise unwritten(self.path, "another file has replaced it")
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+
+    def read(self, damages: list[str] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the objects of all whole lines in order; nothing if the file does not exist.
+
+        With `damages`, lines that are damaged are left out, and what is wrong is appended to it.
 
         Raises:
             KfacDistError: a whole line is not a JSON object.
@@ -40,8 +53,27 @@ class Journal:
             return
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
-                    yield parse_line(self.path, number, line)
+                if not line.endswith(b"\n"):
+                    return
+                values: dict[str, Any] | None = None
+                with tolerated(damages):
+                    values = parse_line(self.path, number, line)
+                if values is not None:
+                    yield values
+
+    def newest(self, key: str) -> int:
+        """Return the value of `key` in the last whole line; 0 if there is none that can be read."""
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)[key])
+            except (ValueError, KeyError, TypeError):  # damaged, or cut off by the tail
+                continue
+        return 0
 
     def replace(self, lines: Iterator[str]) -> None:
         """Replace all lines; a kill leaves the old ones or the new ones."""
@@ -58,6 +90,17 @@ class Journal:
         file = self.path.open("ab")
         _remove_torn_tail(self.path)
         return file
+
+
+@contextmanager
+def tolerated(damages: list[str] | None) -> Iterator[None]:
+    """Append the message of a damage that is found inside the block to `damages`, if given."""
+    try:
+        yield
+    except KfacDistError as error:
+        if damages is None:
+            raise
+        damages.append(error.message)
 
 
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from kfac_dist.errors import ConflictError
 
 _NAME = ".lock"
+_LOOK_SECONDS = 0.1
 
 
 def holder_of(folder: Path) -> int | None:
@@ -17,6 +19,20 @@ def holder_of(folder: Path) -> int | None:
         return int((folder / _NAME).read_text())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process holds the lock; it is not taken."""
+    try:
+        file = (folder / _NAME).open()
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 class FolderLock:
@@ -30,7 +46,7 @@ class FolderLock:
         """
         self._file = (folder / _NAME).open("a+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_patiently()
         except BlockingIOError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
@@ -42,6 +58,23 @@ class FolderLock:
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
+
+    def _lock_patiently(self) -> None:
+        """Lock the file; a process that only looks whether it is locked (`is_held`) is waited for.
+
+        Raises:
+            BlockingIOError: another process holds the lock.
+        """
+        deadline = time.monotonic() + _LOOK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK_SECONDS / 10)
+            else:
+                return
 
     def release(self) -> None:
         """Release the lock; may be called more than once."""

@@ -23,8 +23,21 @@ def _nan_for_null(value: object) -> object:
 Measured = Annotated[float, BeforeValidator(_nan_for_null)]
 """A measured number: NaN where it is null in JSON."""
 
-RunState = Literal["STARTING", "RUNNING", "DEGRADED", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
-ENDED: frozenset[RunState] = frozenset({"PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"})
+RunState = Literal[
+    "STARTING",
+    "RUNNING",
+    "DEGRADED",
+    "PAUSED",
+    "SUCCEEDED",
+    "FAILED",
+    "CANCELLED",
+    "INTERRUPTED",
+]
+"""The last is never written: readers see it if the process of an unfinished run is gone."""
+
+ENDED: frozenset[RunState] = frozenset(
+    {"PAUSED", "SUCCEEDED", "FAILED", "CANCELLED", "INTERRUPTED"}
+)
 """States of a run that no process works on."""
 
 Severity = Literal["info", "warning", "error"]

@@ -31,9 +31,16 @@ class Tile(NamedTuple):
     remark: str
 
 
-def render_report(folder: RunFolder) -> Path:
-    """Write the report of the run in `folder` so far, and return its path."""
-    spec, records, events = folder.read_spec(), folder.read_metrics(), folder.read_events()
+def render_report(folder: RunFolder, damages: list[str] | None = None) -> Path:
+    """Write the report of the run in `folder` so far, and return its path.
+
+    With `damages`, records that are damaged are left out, and what is wrong is appended to it.
+
+    Raises:
+        KfacDistError: a record is damaged.
+    """
+    spec = folder.read_spec()
+    records, events = folder.read_metrics(damages), folder.read_events(damages)
     summary = folder.read_summary()
     job = folder.read_job()
     environment = Environment(

@@ -3,7 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from kfac_dist.errors import JobFailedError
+
+
+@contextmanager
+def record_of_run(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses inside the block into a failure of the job.
+
+    Raises:
+        JobFailedError: the record at `path` could not be read or written; the run folder may have
+            been removed or unmounted.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(path, error.strerror or type(error).__name__) from error
+
+
+def unwritten(path: Path, why: str) -> JobFailedError:
+    """Return the error of a job that cannot write its record at `path`."""
+    if not path.parent.is_dir():
+        return JobFailedError(
+            f"{path.parent}: the run folder was removed, moved or unmounted while the job ran, so "
+            f"{path.name} cannot be written",
+            reason="run_folder_lost",
+        )
+    return JobFailedError(f"{path}: cannot be written: {why}", reason="run_folder_not_written")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError, UsageError
+from kfac_dist.errors import (
+    ConflictError,
+    JobFailedError,
+    KfacDistError,
+    NotFoundError,
+    UsageError,
+)
 from kfac_dist.runs import Event, JobSummary, RunFolder, StalenessSummary, WorkerCounts
 
 from .samples import sample_record, sample_spec
@@ -35,11 +44,32 @@ def test_an_occupied_folder_names_the_job_and_both_ways_out(tmp_path: Path) -> N
         assert part in caught.value.message
 
 
-def test_a_run_that_was_killed_is_described_as_such(tmp_path: Path) -> None:
+def test_a_run_whose_process_is_gone_reads_interrupted_at_its_true_step(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, sample_spec()) as folder:
-        folder.update_job(state="RUNNING", step=7)
-    with pytest.raises(ConflictError, match="RUNNING when its process ended, step 7"):
+        folder.update_job(state="RUNNING")
+        for step in (1, 2, 7):
+            folder.append_metrics(sample_record(step))
+        job = RunFolder.open(tmp_path).read_job()  # as another process sees it meanwhile
+        assert (job.state, job.step) == ("RUNNING", 7)
+    job = RunFolder.open(tmp_path).read_job()
+    assert (job.state, job.step, job.reason) == ("INTERRUPTED", 7, "driver_died")
+    with pytest.raises(ConflictError, match="INTERRUPTED, step 7"):
         RunFolder.create(tmp_path, sample_spec())
+    with RunFolder.resume(tmp_path, sample_spec()) as folder:
+        folder.begin_attempt(sample_spec())
+        assert folder.read_job().state == "STARTING"
+        folder.update_job(state="FAILED", step=9)
+    assert RunFolder.open(tmp_path).read_job().state == "FAILED"
+
+
+def test_looking_at_a_run_does_not_keep_a_writer_out(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, sample_spec()).close()
+    with (tmp_path / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # a reader in the middle of its look
+        timer = threading.Timer(0.03, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        timer.start()
+        RunFolder.resume(tmp_path, sample_spec()).close()
+        timer.join()
 
 
 def test_two_processes_in_one_folder_conflict(tmp_path: Path) -> None:
@@ -181,3 +211,47 @@ def _summary(job: str, path: Path) -> JobSummary:
         workers=WorkerCounts(gradient=1, inverse=1, parameter_server=1),
         run_dir=str(path),
     )
+
+
+@pytest.mark.parametrize("end", ["removed", "moved", "emptied"])
+def test_a_run_folder_that_is_gone_is_noticed_at_the_next_write(tmp_path: Path, end: str) -> None:
+    run = tmp_path / "run"
+    with RunFolder.create(run, sample_spec()) as folder:
+        folder.append_metrics(sample_record(1))
+        if end == "moved":
+            run.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(run)
+        if end == "emptied":
+            run.mkdir()
+        writes = [
+            lambda: folder.append_metrics(sample_record(2)),
+            lambda: folder.update_job(state="RUNNING"),
+        ]
+        for write in writes:
+            with pytest.raises(JobFailedError) as caught:
+                write()
+            assert str(run) in caught.value.message
+            if end == "emptied":
+                assert caught.value.reason == "run_folder_not_written"
+            else:
+                assert caught.value.reason == "run_folder_lost"
+                assert "removed, moved or unmounted" in caught.value.message
+    assert run.exists() is (end == "emptied")
+
+
+def test_damaged_lines_can_be_left_out_and_named(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, sample_spec()) as folder:
+        for step in (1, 2, 3):
+            folder.append_metrics(sample_record(step))
+        lines = folder.places.metrics.read_text().splitlines()
+        lines[1] = lines[1][:20] + "\0\0" + lines[1][22:]
+        lines.append('{"step": 4}')
+        folder.places.metrics.write_text("\n".join(lines) + "\n")
+        damages: list[str] = []
+        assert [record.step for record in folder.read_metrics(damages)] == [1, 3]
+        assert len(damages) == 2
+        assert "line 2 is damaged" in damages[0]
+        assert "damaged" in damages[1]
+        with pytest.raises(KfacDistError, match="line 2"):
+            folder.read_metrics()

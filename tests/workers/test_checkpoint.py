@@ -29,6 +29,7 @@ STATE = {"cursor": {"epoch": 1, "offset": 250}, "versions": {"fc": 95, "out": No
 
 
 def save(folder: Path, step: int, keep: int = 3, **state: Any) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     return write_checkpoint(folder, step, ROLES, STATE | state, keep)
 
 
@@ -454,3 +455,24 @@ def test_a_power_cut_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, ste
         ]
         stop_at += 1
     assert stop_at > 8
+
+
+def test_a_run_folder_that_is_gone_does_not_come_back_as_a_stump(tmp_path: Path) -> None:
+    with pytest.raises(JobFailedError, match="cannot be written"):
+        write_checkpoint(tmp_path / "gone" / "checkpoints", 5, ROLES, STATE, keep=3)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_checkpoint_without_a_part_that_is_needed_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 100)
+    newest = save(tmp_path, 200)
+    reseal(newest, lambda manifest: manifest["files"].pop("parameter_server.safetensors"))
+
+    def lacks(loaded: LoadedCheckpoint) -> str | None:
+        return None if "parameter_server" in loaded.roles else "role parameter_server"
+
+    loaded = load_newest(tmp_path, lacks=lacks)
+    assert loaded is not None
+    assert loaded.step == 100
+    (refused,) = loaded.refused
+    assert refused.endswith("step-00000200 refused: manifest.json has no role parameter_server")

@@ -60,3 +60,17 @@ def test_other_threads_have_no_signals():
     thread.start()
     thread.join()
     assert done == [True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_the_end_of_the_terminal_is_an_interrupt_unless_it_is_ignored(number: signal.Signals):
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), number)
+        assert interrupts.requested
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        with Interrupts() as interrupts, deferred():
+            os.kill(os.getpid(), number)
+            assert not interrupts.requested
+    finally:
+        signal.signal(number, before)

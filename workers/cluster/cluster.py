@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from kfac_dist.config import WorkersSpec
 from kfac_dist.coordination.jobs.placement import Room, machine_room, room_needed
 from kfac_dist.errors import ConflictError, UnreachableError
 from workers.cluster.guard import guarded
+from workers.cluster.leftovers import marking
+from workers.cluster.load import describe_load
 from workers.cluster.ray_internals import (
     cluster_id_of,
     free_agent_port,
@@ -39,6 +42,10 @@ _ENVIRONMENT = {
 }
 # Holds the factors and inverses of several steps; the paper's autoencoder has 13 MB of each in one.
 _OBJECT_STORE_BYTES = 1_000_000_000
+# On a crowded machine one of Ray's processes may miss one of Ray's own limits; a second start meets
+# other luck.
+_MOST_STARTS = 2
+_LONGEST_CAUSE = 500
 _QUIET = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 # Ray's stubs leave these untyped, and know no keyword arguments from a mapping.
@@ -61,13 +68,27 @@ class Addresses:
     jobs_url: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The attempt that a cluster is started for: its mark, empty without one, and its folder."""
+
+    mark: str
+    run_dir: Path | None
+
+
+_NOBODY = Owner(mark="", run_dir=None)
+
+
 @contextmanager
-def ray_cluster(ray_address: str | None, room_for: WorkersSpec | None = None) -> Iterator[Cluster]:
+def ray_cluster(
+    ray_address: str | None, room_for: WorkersSpec | None = None, owner: Owner = _NOBODY
+) -> Iterator[Cluster]:
     """Yield a cluster, and take down after the block what was started for it.
 
     If this process has already initialised Ray, that cluster is used and left running. A cluster
     that is started here has as many CPUs as this machine, or as many as the workers in `room_for`
-    need, if that is more: they then share the machine.
+    need, if that is more: they then share the machine. All processes that have the owner's mark end
+    with it.
 
     Raises:
         UnreachableError: no cluster answers at `ray_address`, or Ray does not start here.
@@ -77,18 +98,20 @@ def ray_cluster(ray_address: str | None, room_for: WorkersSpec | None = None) ->
         return
     # A cluster that runs already has its own mode, which its drivers find in the environment.
     mode = {} if "RAY_AUTH_MODE" in os.environ and ray_address is not None else _NO_TOKEN
-    with _environment(mode), quiet_stdout(), _started(ray_address, room_for) as cluster:
+    with _environment(mode), quiet_stdout(), _started(ray_address, room_for, owner) as cluster:
         yield cluster
 
 
 @contextmanager
-def _started(ray_address: str | None, room_for: WorkersSpec | None) -> Iterator[Cluster]:
+def _started(
+    ray_address: str | None, room_for: WorkersSpec | None, owner: Owner
+) -> Iterator[Cluster]:
     if ray_address is not None:
         _init(f"no Ray cluster at {ray_address}", address=ray_address, **_QUIET)
         with _shut_down():
             yield _describe(host=None)
         return
-    with _local(local_room(room_for), include_dashboard=False):
+    with _local(local_room(room_for), owner, include_dashboard=False):
         yield _describe(host=LOOPBACK)
 
 
@@ -101,7 +124,10 @@ def head_cluster(token_path: Path) -> Iterator[Addresses]:
     Raises:
         UnreachableError: Ray does not start here.
     """
-    local = _local(local_room(), include_dashboard=True, dashboard_host=LOOPBACK)
+    # The server itself tries again with a new keeper.
+    local = _local(
+        local_room(), _NOBODY, most_starts=1, include_dashboard=True, dashboard_host=LOOPBACK
+    )
     use_token(token_path)
     with _environment({}), quiet_stdout(), free_agent_port(), local as context:
         yield Addresses(
@@ -128,24 +154,59 @@ def check_cluster(gcs_address: str | None, cluster_id: str) -> None:
 
 
 @contextmanager
-def _local(room: Room, **options: Any) -> Iterator[Any]:
-    """Start a cluster on this machine and yield Ray's own description of it."""
+def _local(
+    room: Room, owner: Owner, *, most_starts: int = _MOST_STARTS, **options: Any
+) -> Iterator[Any]:
+    """Start a cluster on this machine and yield Ray's own description of it.
+
+    If it does not start, what there is of it is taken down, and it is tried again.
+    """
+    for tries_left in reversed(range(most_starts)):
+        with ExitStack() as stack:
+            try:
+                context = _start(stack, room, owner, options)
+            except UnreachableError:
+                if not tries_left:
+                    raise
+                continue
+            yield context
+            return
+
+
+def _start(stack: ExitStack, room: Room, owner: Owner, options: Mapping[str, Any]) -> Any:
+    """Start a cluster once; `stack` takes down what was started, even if it fails."""
     # Paths of Unix sockets must be short, so the folder is near the root.
     folder = tempfile.mkdtemp(prefix="kfac-", dir="/tmp")
-    with guarded(Path(folder)), _shut_down():
-        with on_loopback(), patient_start():
-            context = _init(
-                "Ray could not be started on this machine",
-                address="local",
-                num_cpus=room.num_cpus,
-                resources={"inverse": room.num_inverse_slots},
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=folder,
-                _node_ip_address=LOOPBACK,
-                **_QUIET,
-                **options,
-            )
-        yield context
+    stack.enter_context(guarded(Path(folder), owner.mark, owner.run_dir))
+    stack.enter_context(_shut_down())
+    with on_loopback(), patient_start(), marking(owner.mark), _terminal_kept_off():
+        return _init(
+            "Ray could not be started on this machine",
+            address="local",
+            num_cpus=room.num_cpus,
+            resources={"inverse": room.num_inverse_slots},
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=folder,
+            _node_ip_address=LOOPBACK,
+            **_QUIET,
+            **options,
+        )
+
+
+@contextmanager
+def _terminal_kept_off() -> Iterator[None]:
+    """Keep the signals of a terminal from the processes that are started inside the block.
+
+    The quit key and the end of the terminal reach all its processes: the driver must keep
+    those of Ray to end the job properly. Ray blocks SIGINT in them, not these. In this process
+    they arrive after the block.
+    """
+    signals = {signal.SIGHUP, signal.SIGQUIT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -161,8 +222,16 @@ def _init(problem: str, **options: object) -> Any:
     try:
         with whole_connection():
             return _ray.init(**options)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise UnreachableError(f"{problem}: {error}") from error
+    except SystemExit as ending:  # Ray's own handler of SIGTERM, in force while it starts
+        raise KeyboardInterrupt from ending
+    except Exception as error:
+        # Ray raises a bare Exception when a process is late, and others when one cannot be forked.
+        raise UnreachableError(f"{problem}: {_on_one_line(error)} ({describe_load()})") from error
+
+
+def _on_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
 
 
 def is_embedded(ray_address: str | None) -> bool:

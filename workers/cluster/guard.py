@@ -1,9 +1,10 @@
 """Cleans up after an embedded Ray cluster, even when the driver was killed with SIGKILL.
 
-Ray's agents outlive their raylet if nobody stops them. So a small separate process, the guard,
-waits for the driver's end. Then it ends every process that has a file open in the cluster's private
-folder, and removes the folder. This module runs as a script, so it imports the standard library
-only.
+Ray's agents outlive their raylet if nobody stops them, and so do processes that user code started.
+So a small separate process, the guard, waits for the driver's end. Then it ends every process that
+has a file open in the cluster's private folder or the cluster's mark in its environment, and
+removes the folder. It also records how a run ended whose driver could not: Ray ends a driver
+without a word when its raylet dies.
 """
 
 from __future__ import annotations
@@ -18,27 +19,60 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from workers.cluster.leftovers import kill_processes, processes_of
+
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+_GOODBYE = b"the driver has ended by itself"
+# What Ray writes into the driver's log in the folder before it ends the driver.
+_RAYLET_DIED = (b"the local Raylet is dead", b"because the local raylet failed")
+_START = "import sys; sys.path[:] = sys.argv[1].split({!r}); from workers.cluster import guard; {}"
+_COMMAND = _START.format(os.pathsep, "guard.main(*sys.argv[2:])")
 
 
 @contextmanager
-def guarded(folder: Path) -> Iterator[None]:
-    """Clean up `folder` and its processes after the block, or after this process was killed."""
+def guarded(folder: Path, mark: str = "", run_dir: Path | None = None) -> Iterator[None]:
+    """Clean up `folder` and its processes after the block, or after this process was killed.
+
+    Args:
+        folder: the private folder of the cluster.
+        mark: its processes, and theirs, have this as the value of MARK in their environment.
+        run_dir: the folder of the run whose end is recorded if this process cannot.
+    """
+    arguments = [str(folder), str(os.getpid()), mark, "" if run_dir is None else str(run_dir)]
     guard = subprocess.Popen(
-        [sys.executable, "-I", __file__, str(folder), str(os.getpid())],
+        # It has the modules of this process, and nothing from the environment.
+        [sys.executable, "-I", "-c", _COMMAND, os.pathsep.join(sys.path), *arguments],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in a terminal must reach the driver only
     )
     try:
         yield
     finally:
-        clean_up(folder, spared=os.getpid())
-        guard.communicate()
+        clean_up(folder, spared=os.getpid(), mark=mark)
+        guard.communicate(_GOODBYE)
 
 
-def clean_up(folder: Path, *, spared: int) -> None:
-    """End all processes that have a file open in `folder`, and remove the folder.
+def main(folder: str, driver: str, mark: str, run_dir: str) -> None:
+    """Wait for the end of the process `driver`, and clean up after it."""
+    # The pipe from the driver closes when the driver ends, however it ends.
+    said_goodbye = sys.stdin.buffer.read() == _GOODBYE
+    if run_dir and not said_goodbye and _raylet_died(Path(folder), driver):
+        from workers.cluster.lost import record_lost  # takes a while to load
+
+        record_lost(Path(run_dir))
+    clean_up(Path(folder), spared=int(driver), mark=mark)
+
+
+def _raylet_died(folder: Path, driver: str) -> bool:
+    """Return whether Ray ended the driver because its raylet had died."""
+    logs = folder.glob(f"session_*/logs/python-core-driver-*_{driver}.log")
+    texts = [log.read_bytes() for log in logs]
+    return any(sentence in text for text in texts for sentence in _RAYLET_DIED)
+
+
+def clean_up(folder: Path, *, spared: int, mark: str = "") -> None:
+    """End all processes that have a file open in `folder` or have the mark; remove the folder.
 
     The process `spared` is left alone: the driver itself keeps Ray's log files open until its end.
     """
@@ -47,6 +81,9 @@ def clean_up(folder: Path, *, spared: int) -> None:
         pids = list(_users(folder, spared))
         for pid in pids:
             _kill(pid)
+        if mark:
+            kill_processes(mark)
+            pids += [process.pid for process in processes_of(mark)]
         # A dying process may still write a file while the folder is being removed, so errors are
         # ignored here and the next round tries again.
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,8 +113,3 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-if __name__ == "__main__":
-    sys.stdin.read()  # the pipe from the driver closes when the driver ends, however it ends
-    clean_up(Path(sys.argv[1]), spared=int(sys.argv[2]))

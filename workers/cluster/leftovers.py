@@ -7,8 +7,11 @@ its workers, and the operating system from them to their children.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,12 +51,49 @@ def _title(folder: Path) -> str:
 
 
 def kill_processes(attempt: str) -> None:
-    """Send SIGKILL to all processes of an attempt."""
+    """Send SIGKILL to all processes of an attempt, but not to this one."""
     for pid, _ in processes_of(attempt):
+        # Python's resource tracker of this process ends with it, and is missed if it is gone.
+        if pid == _tracker_pid():
+            continue
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def _tracker_pid() -> int | None:
+    tracker = getattr(resource_tracker, "_resource_tracker", None)
+    pid: int | None = getattr(tracker, "_pid", None)
+    return pid
+
+
+@contextmanager
+def ended_with_block() -> Iterator[str]:
+    """Yield a new name for an attempt, and kill its processes after the block.
+
+    If this process belongs to an attempt already, the name is empty: who started the attempt ends
+    it.
+    """
+    attempt = "" if MARK in os.environ else f"train-{secrets.token_hex(8)}"
+    try:
+        yield attempt
+    finally:
+        if attempt:
+            kill_processes(attempt)
+
+
+@contextmanager
+def marking(attempt: str) -> Iterator[None]:
+    """Give the processes that are started inside the block the name of the attempt, if any."""
+    if not attempt:
+        yield
+        return
+    os.environ[MARK] = attempt
+    try:
+        yield
+    finally:
+        del os.environ[MARK]
 
 
 def shared_memory_of(attempt: str) -> Iterator[Path]:

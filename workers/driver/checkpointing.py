@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from workers.exchange.arrays import Array
 
 FACTORS_ROLE = "factors"
 _BUFFERS_ROLE = "buffers"
+_WITHOUT_FACTORS = "without_factors"  # in the state of a checkpoint that has none for a reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +52,27 @@ START = ResumePoint(
 )
 
 
-def find_resume_point(folder: RunFolder, last_step: int) -> ResumePoint:
+def find_resume_point(
+    folder: RunFolder, last_step: int, *, has_factors: bool, has_buffers: bool
+) -> ResumePoint:
     """Return where the run in `folder` resumes; `START` when it has no checkpoint.
 
-    A checkpoint of `last_step` itself is accepted: then only the evaluation is left to do.
+    A checkpoint of `last_step` itself is accepted: then only the evaluation is left to do. A
+    checkpoint without a part that the run needs is refused like a damaged one.
 
     Raises:
         NotFoundError: all checkpoints are damaged.
         InvalidSpecError: the newest whole checkpoint is of a later step than `last_step`.
     """
-    loaded = load_newest(folder.places.checkpoints)
+    needed = {
+        SERVER_ROLE: True,
+        FACTORS_ROLE: has_factors,
+        _BUFFERS_ROLE: has_buffers,
+    }
+    roles = [role for role, is_needed in needed.items() if is_needed]
+    loaded = load_newest(
+        folder.places.checkpoints, lacks=lambda loaded: _missing_part(loaded, roles)
+    )
     if loaded is None:
         return START
     if loaded.step > last_step:
@@ -70,6 +82,19 @@ def find_resume_point(folder: RunFolder, last_step: int) -> ResumePoint:
             "new run with --run-dir"
         )
     return _resume_point(loaded)
+
+
+def _missing_part(loaded: LoadedCheckpoint, roles: Sequence[str]) -> str | None:
+    for role in roles:
+        excused = role == FACTORS_ROLE and loaded.state.get(_WITHOUT_FACTORS)
+        if role not in loaded.roles and not excused:
+            return f"role {role}"
+    sampler = loaded.state.get("sampler")
+    if not isinstance(sampler, dict) or not all(
+        isinstance(sampler.get(key), int) for key in ("epoch", "offset")
+    ):
+        return "state sampler with epoch and offset"
+    return None
 
 
 def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:
@@ -116,7 +141,9 @@ def save_checkpoint(
         roles[FACTORS_ROLE] = averages
     if buffers := crew.share_buffers():
         roles[_BUFFERS_ROLE] = buffers
-    state = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
+    state: dict[str, object] = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
+    if not averages:  # no layers, or all inverse workers died before their first snapshot
+        state[_WITHOUT_FACTORS] = True
     write_checkpoint(folder.places.checkpoints, crew.step, roles, state, keep)
     return crew.inverse_pool.num_starting + len(asked) - len(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -12,6 +13,29 @@ from kfac_dist.runs import Evaluation, Metrics
 from workers.driver.crew.crew import Crew
 from workers.driver.records.journal import JobJournal
 from workers.exchange.messages import EvaluationSums
+
+# An objective that grew by more than this times its start, and noticeably, is not noise.
+_DIVERGED_GROWTH = 9.0
+_NOTICEABLE = 0.01  # nats a case
+
+
+def divergence(initial: float | None, final: float) -> str | None:
+    """Return a sentence if the training made the objective far worse, None if it did not.
+
+    Args:
+        initial: the objective of the first step's batch, in nats a case; None if it is unknown.
+        final: the objective over the training set at the end.
+    """
+    if not math.isfinite(final):
+        return f"the training diverged: its objective ended at {final:g}"
+    if initial is None or not math.isfinite(initial):
+        return None
+    if final - initial <= max(_DIVERGED_GROWTH * abs(initial), _NOTICEABLE):
+        return None
+    return (
+        f"the training diverged: its objective began at {initial:.4g} and ended at {final:.4g}; "
+        "try more damping, or a lower learning rate"
+    )
 
 
 def evaluate_splits(crew: Crew, journal: JobJournal, l2: float) -> Evaluation:

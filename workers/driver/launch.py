@@ -7,6 +7,7 @@ takes everything down again and records how the job ended.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.jobs.placement import check_admitted, check_placement
 from kfac_dist.coordination.steps.recorded import ReplayScript
-from kfac_dist.errors import FirstFailure
+from kfac_dist.errors import FirstFailure, JobFailedError, KfacDistError
 from kfac_dist.runs import (
     Failure,
     JobSummary,
@@ -26,10 +27,13 @@ from kfac_dist.runs import (
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.report import render_report
 from kfac_dist.tasks import working_folder
-from workers.cluster.cluster import Cluster, is_embedded, local_room, ray_cluster
+from workers.cluster.cluster import Cluster, Owner, is_embedded, local_room, ray_cluster
+from workers.cluster.leftovers import ended_with_block, marking
+from workers.cluster.lost import ray_errors_end_the_job
 from workers.device import plan_devices
 from workers.driver.checkpointing import START, ResumePoint, find_resume_point
 from workers.driver.crew.crew import Crew, CrewPlan
+from workers.driver.evaluator import divergence
 from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
@@ -37,7 +41,7 @@ from workers.driver.records.step_records import StepRecords
 from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.interrupts import Interrupts
-from workers.planning import arithmetic_of, inverse_setups
+from workers.planning import arithmetic_of, inverse_setups, layer_costs
 
 _GROUP_TIMEOUT_SECONDS = 60.0
 
@@ -94,30 +98,44 @@ def run_job(
     """
     if is_embedded(ray_address) and replay_script is None:
         check_placement(spec.workers, local_room())
-    preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=data_cache(home))
-    path = run_dir or runs_dir(home) / spec.name
-    with _open_folder(path, spec, resume, identity) as folder:
-        point = find_resume_point(folder, spec.steps) if resume else None
-        if point is not None:
-            # Only now, so that an error in what comes before leaves the run as it was.
-            folder.begin_attempt(spec, identity)
-        job = JobContext(
-            job=folder.read_job().job,
-            attempt=folder.read_job().attempt,
-            spec=spec,
-            base_dir=base_dir,
-            data_dir=data_dir,
-            cache_dir=data_cache(home),
-            run_dir=folder.path,
-            replay_script=replay_script,
-        )
-        journal = JobJournal(folder, job.attempt)
-        with journal.served(metrics, job.job):
-            journal.watch(on_record, on_event)
-            attempt = _JobAttempt(
-                job, folder, journal, preparation, point, interrupts or Interrupts()
+    with ended_with_block() as mark:
+        with marking(mark):
+            preparation = prepare(
+                spec, base_dir=base_dir, data_dir=data_dir, cache_dir=data_cache(home)
             )
-            return attempt.run(ray_address, is_admitted=identity is not None)
+        path = run_dir or runs_dir(home) / spec.name
+        with _open_folder(path, spec, resume, identity) as folder:
+            point = _resume_point(folder, spec, preparation) if resume else None
+            if point is not None:
+                # Only now, so that an error in what comes before leaves the run as it was.
+                folder.begin_attempt(spec, identity)
+            job = JobContext(
+                job=folder.read_job().job,
+                attempt=folder.read_job().attempt,
+                spec=spec,
+                base_dir=base_dir,
+                data_dir=data_dir,
+                cache_dir=data_cache(home),
+                run_dir=folder.path,
+                replay_script=replay_script,
+            )
+            journal = JobJournal(folder, job.attempt)
+            with journal.served(metrics, job.job):
+                journal.watch(on_record, on_event)
+                attempt = _JobAttempt(
+                    job, folder, journal, preparation, point, interrupts or Interrupts(), mark
+                )
+                return attempt.run(ray_address, is_admitted=identity is not None)
+
+
+def _resume_point(folder: RunFolder, spec: JobSpec, preparation: Preparation) -> ResumePoint:
+    registration = preparation.registration
+    return find_resume_point(
+        folder,
+        spec.steps,
+        has_factors=registration is not None and bool(layer_costs(registration)),
+        has_buffers=preparation.has_buffers,
+    )
 
 
 def _open_folder(
@@ -137,6 +155,7 @@ class _JobAttempt:
         preparation: Preparation,
         resume_point: ResumePoint | None,
         interrupts: Interrupts,
+        mark: str,
     ) -> None:
         self._job = job
         self._folder = folder
@@ -144,6 +163,7 @@ class _JobAttempt:
         self._preparation = preparation
         self._resume_point = resume_point
         self._interrupts = interrupts
+        self._mark = mark
         self._step_records = StepRecords()
         self._started = time.monotonic()
 
@@ -156,22 +176,44 @@ class _JobAttempt:
             result = self._train(ray_address, is_admitted)
         except KeyboardInterrupt:
             ending = self._interrupts.ends_as
-            self._finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
+            self._try_to_finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
             raise
         except Exception as error:
-            self._finish(_Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
+            self._try_to_finish(_Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
             raise
-        return self._finish(_Outcome(state="SUCCEEDED", result=result))
+        return self._finish(self._judged(result))
+
+    def _judged(self, result: TrainingResult) -> _Outcome:
+        """Return the outcome of a training that has done all its steps, for better or worse."""
+        objective = result.evaluation.train["objective"]
+        diverged = divergence(self._step_records.initial_objective, objective)
+        if diverged is None:
+            return _Outcome(state="SUCCEEDED", result=result)
+        self._journal.event("diverged", diverged, severity="warning")
+        return _Outcome(state="SUCCEEDED", result=result, reason="diverged", message=diverged)
+
+    def _try_to_finish(self, outcome: _Outcome) -> None:
+        """Record how the run ended; where that is refused, what ended it is still what is shown."""
+        with suppress(JobFailedError):  # the folder is gone, or its disk is full
+            self._finish(outcome)
 
     def _train(self, ray_address: str | None, is_admitted: bool) -> TrainingResult:
-        for message in self._preparation.check_data():
+        with marking(self._mark):
+            partial_checks = self._preparation.check_data()
+        for message in partial_checks:
             self._journal.event("data_checked_in_part", message, severity="warning")
         point = self._find_start()
         room_for = self._job.spec.workers if self._job.replay_script else None
-        # Ray lets its workers import from the working folder before anything else. In the user's
-        # folder a file such as `queue.py` would hide the standard library; nothing is in this one.
-        neutral = working_folder(self._folder.path)
-        with neutral, ray_cluster(ray_address, room_for) as cluster, self._interrupts:
+        owner = Owner(mark=self._mark, run_dir=self._folder.path)
+        with (
+            ray_errors_end_the_job(),
+            # Ray lets its workers import from the working folder before anything else. In the
+            # user's folder a file such as `queue.py` would hide the standard library; nothing is
+            # in this one.
+            working_folder(self._folder.path),
+            ray_cluster(ray_address, room_for, owner) as cluster,
+            self._interrupts,
+        ):
             self._check_room(cluster, is_admitted)
             loop = TrainingLoop(
                 self._job,
@@ -247,8 +289,18 @@ class _JobAttempt:
         severity: Severity = "error" if outcome.state == "FAILED" else "info"
         message = outcome.message or f"the job ended after step {self._journal.step}"
         self._journal.event(outcome.state.lower(), message, severity=severity)
-        render_report(self._folder)
+        self._render_report()
         return summary
+
+    def _render_report(self) -> None:
+        """Render the report; what is wrong with a record is a warning, the run ended as it did."""
+        damages: list[str] = []
+        try:
+            render_report(self._folder, damages)
+        except (KfacDistError, OSError) as error:
+            damages.append(f"report.html could not be written: {error}")
+        for damage in damages:
+            self._journal.event("records_damaged", damage, severity="warning")
 
     def _summary(self, outcome: _Outcome) -> JobSummary:
         workers, result = self._job.spec.workers, outcome.result

@@ -148,7 +148,7 @@ def _compare(recorded: Mapping[str, Array], step: int, checkpoints_dir: Path) ->
     assert loaded is not None, "a replay writes the checkpoints of its script"
     for name, array in recorded.items():
         role, _, key = name.partition("/")
-        other = loaded.roles[role].get(key)
+        other = loaded.roles.get(role, {}).get(key)
         expected, found = _digest(array), None if other is None else _digest(other)
         if expected != found:
             return Difference(

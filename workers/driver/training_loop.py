@@ -16,6 +16,7 @@ from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
+from workers.driver.crew.deaths import named
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InverseWorkerDied
 from workers.driver.evaluator import evaluate_splits
@@ -200,7 +201,7 @@ class TrainingLoop:
         """
         layers = ", ".join(death.layers)
         message = (
-            f"inverse worker {death.rank} (pid {death.pid}) died ({death.exit}); training "
+            f"{named(f'inverse worker {death.rank}', death.pid)} died ({death.exit}); training "
             f"continues with the last inverses of {layers}"
         )
         self._journal.event(

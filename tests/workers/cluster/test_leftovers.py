@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import wait_until
-from workers.cluster.leftovers import MARK, kill_processes, processes_of, shared_memory_of
+from workers.cluster.leftovers import (
+    MARK,
+    ended_with_block,
+    kill_processes,
+    marking,
+    processes_of,
+    shared_memory_of,
+)
 
 HOLDER = """\
 import mmap, os, subprocess, sys, time
@@ -51,3 +58,26 @@ def test_children_and_memory_are_found_and_ended(holder: tuple[int, int, Path]) 
     kill_processes("job-1-a1")
     wait_until(lambda: processes_of("job-1-a1") == [], "the end of both")
     assert list(shared_memory_of("job-1-a1")) == []
+
+
+def test_what_a_task_starts_in_the_driver_ends_with_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(MARK, raising=False)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    bystander = subprocess.Popen(command)
+    with ended_with_block() as attempt, marking(attempt):
+        started = subprocess.Popen(command)
+        wait_until(lambda: processes_of(attempt), "the mark")
+    assert started.wait(timeout=10) == -9
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+    assert MARK not in os.environ
+
+
+def test_an_attempt_of_a_server_is_left_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MARK, "job-1-a1")
+    with ended_with_block() as attempt, marking(attempt):
+        assert attempt == ""
+        assert os.environ[MARK] == "job-1-a1"

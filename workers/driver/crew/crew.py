@@ -15,8 +15,9 @@ import ray
 
 from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
-from kfac_dist.runs.logs import log_tail
 from workers.actor import Handle, Ref
+from workers.cluster.lost import lost_node_error
+from workers.cluster.ray_internals import dead_daemons
 from workers.device import DevicePlan
 from workers.driver.crew.failures import Member, failed_among, finished, first_cause, job_error
 from workers.driver.crew.inverse_pool import InversePool, InverseWorkerDied
@@ -216,16 +217,24 @@ class Crew:
         self._interrupts.check()
         lifelines = self.inverse_pool.lifelines()
         ready, _ = ray.wait([*pending, *lifelines], num_returns=1, timeout=_WAIT_SECONDS)
+        dead = finished(lifelines)
+        if dead or not ready:
+            self._check_node()
         if not ready:
             self.inverse_pool.poll()
-        for ref in finished(lifelines):
+        for ref in dead:
             self.inverse_pool.handle_death(ref)
         return finished(pending)
 
+    def _check_node(self) -> None:
+        if dead := dead_daemons():
+            raise lost_node_error(dead[0], self.step)
+
     def _error(self, failed: Calls, pending: Calls) -> Exception:
+        self._check_node()  # if the node is lost, who died on it says nothing
         member, error = first_cause(failed, pending)
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
-        return job_error(member, error, step=self.step, log_tail=log_tail(path))
+        return job_error(member, error, step=self.step, log=path)
 
     def kill(self) -> None:
         """End all actors at once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import ray
@@ -21,6 +22,7 @@ from kfac_dist.errors import (
     WorkerDiedError,
 )
 from workers.actor import Ref
+from workers.driver.crew.deaths import named, pid_of, tails, why_it_died
 from workers.exchange.process_group import PeerLostError
 
 _SETTLE_SECONDS = 5.0
@@ -102,10 +104,10 @@ def first_cause(
             seen[ref] = waiting.pop(ref)
 
 
-def job_error(member: Member, error: BaseException, *, step: int, log_tail: str) -> KfacDistError:
-    """Return the error that ends the job, given what `member` raised."""
+def job_error(member: Member, error: BaseException, *, step: int, log: Path) -> KfacDistError:
+    """Return the error that ends the job, given what `member` raised; `log` is its log."""
     first = FirstFailure(
-        role=member.role, rank=member.rank, time_seconds=time.time(), log_tail=log_tail
+        role=member.role, rank=member.rank, time_seconds=time.time(), log_tail=tails(log)
     )
     if isinstance(error, JobFailedError):
         error.first_failure = error.first_failure or first
@@ -114,7 +116,8 @@ def job_error(member: Member, error: BaseException, *, step: int, log_tail: str)
         return error
     if is_death(error):
         return WorkerDiedError(
-            f"{member} (pid {member.pid}) died at step {step}; the job cannot continue without it",
+            f"{named(str(member), pid_of(error, member.pid))} died at step {step}; the job cannot "
+            f"continue without it; {why_it_died(log)}",
             first_failure=first,
         )
     if isinstance(error, PeerLostError):

@@ -8,13 +8,13 @@ that stalls is killed, and is then dead like any other.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
 
 from workers.actor import Handle, Ref
+from workers.driver.crew.deaths import exit_type, pid_of
 from workers.driver.crew.failures import Member, failure_of, finished
 from workers.driver.crew.inverse_health import InverseHealth
 from workers.exchange.arrays import Array
@@ -22,15 +22,17 @@ from workers.exchange.messages import InverseSetup, InverseStatus, JobContext, R
 from workers.inverse_worker.actor import InverseWorkerActor
 
 ROLE = "inverse_worker"
-_EXIT_TYPE = re.compile(r"Worker exit type: (\S+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InverseWorkerDied:
-    """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included."""
+    """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included.
+
+    `pid` is None if it died before its process was known.
+    """
 
     rank: int
-    pid: int
+    pid: int | None
     layers: tuple[str, ...]
     exit: str
     num_deaths: int
@@ -159,9 +161,9 @@ class InversePool:
         self._on_death(
             InverseWorkerDied(
                 rank=rank,
-                pid=dead.pid,
+                pid=pid_of(error, dead.pid),
                 layers=layers,
-                exit="stalled" if dead.has_stalled else _describe_exit(error),
+                exit="stalled" if dead.has_stalled else exit_type(error),
                 num_deaths=self._num_deaths,
             )
         )
@@ -272,8 +274,3 @@ class InversePool:
         """End all workers."""
         for worker in self._workers.values():
             ray.kill(worker.handle)
-
-
-def _describe_exit(error: BaseException | None) -> str:
-    found = _EXIT_TYPE.search(str(error))
-    return found[1] if found else type(error).__name__
