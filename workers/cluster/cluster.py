@@ -19,7 +19,7 @@ from kfac_dist.coordination.jobs.placement import Room, machine_room, room_neede
 from kfac_dist.errors import UnreachableError
 from workers.cluster.guard import guarded
 from workers.cluster.leftovers import marking
-from workers.cluster.load import describe_load
+from workers.cluster.machine_load import describe_load
 from workers.cluster.ray_internals import (
     free_agent_port,
     on_loopback,
