@@ -116,9 +116,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line, given without the program's name, and return its exit code."""
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="kfac-dist", standalone_mode=False)
-    except SystemExit as ending:  # typer's answer to a broken pipe
-        code = output_closed()
-        return as_exit_code(ending, arguments) if code is None else code
+    except SystemExit:
+        code = output_closed()  # typer exits with 1 on a broken pipe
+        if code is None:
+            raise
+        return code
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every error becomes a message
         return as_exit_code(error, arguments)
     if code == INTERRUPTED:  # typer turns a KeyboardInterrupt into this exit code

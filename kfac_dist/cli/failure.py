@@ -46,7 +46,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 def output_closed() -> int | None:
     """Return the exit code if the reader of this command's output has gone, as `| head` does.
 
-    That is no failure: the reader has what it wanted. None if the output is still read.
+    The reader has what it wanted, so that is 0. None if the output is still read.
     """
     closed = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
     for stream in closed:  # what is still buffered must not fail at the end of the process

@@ -121,7 +121,7 @@ class PlainProgress:
         try:
             self._stream.write(indented(line) + "\n")
             self._stream.flush()
-        except OSError:  # nobody reads it any more, as after `2>&1 | head`; the job goes on
+        except OSError:  # nobody reads it any more, as after `2>&1 | head`; the job continues
             self._stream = None
 
 

@@ -173,7 +173,7 @@ class RunFolder:
             return job
         changes: dict[str, Any] = {"step": max(job.step, step)}
         if not is_worked_on:
-            message = f"its process ended without a word while the run was {job.state}"
+            message = f"its process ended while the run was {job.state}, without recording why"
             changes |= {"state": "INTERRUPTED", "reason": "driver_died", "message": message}
         return job.model_copy(update=changes)
 

@@ -62,7 +62,7 @@ class Journal:
                     yield values
 
     def newest(self, key: str) -> int:
-        """Return the value of `key` in the last whole line; 0 if there is none that can be read."""
+        """Return the value of `key` in the last line that can be read, 0 without one."""
         if not self.path.is_file():
             return 0
         with self.path.open("rb") as file:

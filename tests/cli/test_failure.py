@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +138,24 @@ def test_a_full_disk_is_not_a_bug(kfac_dist: KfacDist, monkeypatch: pytest.Monke
     done = kfac_dist("doctor")
     assert done.code == 1
     assert "No space left on device: metrics.jsonl" in done.err
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(("spec", "schema"), 0), (("trian",), 2)])
+def test_a_reader_that_goes_away_is_no_error(arguments: tuple[str, ...], code: int) -> None:
+    """As `kfac-dist spec schema | head -1`, and `kfac-dist trian 2>&1 | head -0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "kfac_dist.cli", *arguments]
+    is_output = code == 0
+    done = subprocess.run(
+        command,
+        stdout=writer if is_output else subprocess.PIPE,
+        stderr=subprocess.PIPE if is_output else writer,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == code
+    assert not done.stdout
+    assert not done.stderr

@@ -19,7 +19,7 @@ from kfac_dist.coordination.jobs.placement import Room, machine_room, room_neede
 from kfac_dist.errors import ConflictError, UnreachableError
 from workers.cluster.guard import guarded
 from workers.cluster.leftovers import marking
-from workers.cluster.load import describe_load
+from workers.cluster.machine_load import describe_load
 from workers.cluster.ray_internals import (
     cluster_id_of,
     free_agent_port,

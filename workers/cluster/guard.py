@@ -3,8 +3,8 @@
 Ray's agents outlive their raylet if nobody stops them, and so do processes that user code started.
 So a small separate process, the guard, waits for the driver's end. Then it ends every process that
 has a file open in the cluster's private folder or the cluster's mark in its environment, and
-removes the folder. It also records how a run ended whose driver could not: Ray ends a driver
-without a word when its raylet dies.
+removes the folder. It also records how a run ended whose driver could not: Ray may end a
+driver silently when its raylet dies.
 """
 
 from __future__ import annotations
