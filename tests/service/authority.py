@@ -36,8 +36,13 @@ class Authority:
             own.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         )
 
-    def sign(self, name: str, *, for_clients: bool = True) -> Certificate:
-        """A certificate for 127.0.0.1, valid for servers and, with `for_clients`, for clients."""
+    def sign(
+        self, name: str, *, for_clients: bool = True, valid_hours: tuple[float, float] = (-0.1, 1)
+    ) -> Certificate:
+        """A certificate for 127.0.0.1, valid for servers and, with `for_clients`, for clients.
+
+        `valid_hours` is its first and last moment, counted from now.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -45,7 +50,7 @@ class Authority:
         if for_clients:
             usages.append(ExtendedKeyUsageOID.CLIENT_AUTH)
         signed = (
-            _builder(subject, self._subject, key)
+            _builder(subject, self._subject, key, valid_hours)
             .add_extension(x509.SubjectAlternativeName([address]), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .sign(self._key, hashes.SHA256())
@@ -63,15 +68,19 @@ class Authority:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    valid_hours: tuple[float, float] = (-1000, 1000),
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
+    begin, end = (now + datetime.timedelta(hours=hours) for hours in valid_hours)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(hours=1))
+        .not_valid_before(begin)
+        .not_valid_after(end)
     )

@@ -1,7 +1,7 @@
 """Runs attempts of jobs on the embedded cluster of a home, also when that cluster is started again.
 
 The cluster may end while the server runs: its keeper was killed, or one of Ray's daemons died. A
-new cluster has other addresses and another secret, whoever started it. So nothing is remembered
+new cluster has other addresses and another secret. So nothing is remembered
 from one request to the next without looking at `head.json` first.
 """
 
@@ -144,7 +144,7 @@ class HeadJobRunner:
             return self._known[1]
 
     def _start_again(self) -> str:
-        """Start the cluster in the background if it is time to; return what is going on."""
+        """Start the cluster in the background if it is time to; return what happens now."""
         if was_ended(self._home):
             return _ENDED_BY_REQUEST
         with self._lock:

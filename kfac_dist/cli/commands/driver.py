@@ -23,7 +23,7 @@ _PAUSE_PATIENCE_SECONDS = 60.0  # for the current step and its checkpoint
 _FAILED = 1
 
 
-class Place(NamedTuple):
+class RayPlace(NamedTuple):
     """The Ray cluster of an attempt: where drivers connect, and its id; None where it is open."""
 
     address: str | None
@@ -66,7 +66,7 @@ def driver(
     reader = RunReader(run_dir, launch.job, attempt)
     client = ReportClient(launch.home, read_token(run_dir))
     with Reporter(reader, client, lambda answer: _obey(answer, interrupts)):
-        place = Place(address or ray_address(), cluster_id)
+        place = RayPlace(address or ray_address(), cluster_id)
         end = _run(launch, run_dir, place, interrupts)
         write_end(run_dir, end)
     if end.state == "FAILED":
@@ -89,7 +89,7 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
         interrupts.request("PAUSED", _PAUSE_PATIENCE_SECONDS)
 
 
-def _run(launch: Launch, run_dir: Path, place: Place, interrupts: Interrupts) -> DriverEnd:
+def _run(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts) -> DriverEnd:
     """Run the job and return how it ended; any exception becomes an end that the user sees."""
     from kfac_dist.runs import Failure
     from kfac_dist.runs.logs import open_log
@@ -111,7 +111,7 @@ def _run(launch: Launch, run_dir: Path, place: Place, interrupts: Interrupts) ->
     return _end(launch, "SUCCEEDED")
 
 
-def _train(launch: Launch, run_dir: Path, place: Place, interrupts: Interrupts) -> None:
+def _train(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts) -> None:
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
     from kfac_dist.runs.run_places import RunPlaces

@@ -142,6 +142,8 @@ def _tls(
         driver_certificate=_absolute(driver_cert),
         driver_key=_absolute(driver_key),
     )
+    for warning in tls.check():
+        typer.echo(f"warning: {warning}", err=True)
     tls.check_shown()
     return tls
 

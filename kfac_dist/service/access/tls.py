@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
 from kfac_dist.errors import NotFoundError, UsageError
+
+_SOON_SECONDS = 14 * 24 * 3600.0
+# By OpenSSL's number of the error.
+_WRONG_TIMES = {
+    9: "is not valid yet; look at the clock of this machine",
+    10: "has expired; renew it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,20 @@ class TlsFiles:
             return None
         return self.driver_certificate or self.certificate, self.driver_key or self.key
 
+    def check(self) -> list[str]:
+        """Refuse files with which no client could connect; return what will soon be wrong.
+
+        Raises:
+            NotFoundError: a file does not exist or cannot be read.
+            UsageError: the key is another certificate's, the certificate has expired or is not
+                valid yet, or `ca` did not sign it for servers.
+        """
+        check_pair(self.certificate, self.key, "--tls-cert", "--tls-key")
+        ends_at = _end_of_validity(self.certificate, self.key, self.ca)
+        soon = ends_at - time.time() < _SOON_SECONDS
+        day = _day(ends_at)
+        return [f"--tls-cert {self.certificate}: expires on {day}; renew it"] if soon else []
+
     def check_shown(self) -> None:
         """Refuse files with which the server would turn away the drivers of its own jobs.
 
@@ -57,6 +79,8 @@ class TlsFiles:
             return
         for path in (self.client_ca, self.certificate, self.key, *shown):
             read_pem(path)
+        if self.driver_certificate and self.driver_key:
+            check_pair(self.driver_certificate, self.driver_key, "--driver-cert", "--driver-key")
         try:
             server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             server.load_cert_chain(self.certificate, self.key)
@@ -108,17 +132,88 @@ def read_pem(path: Path) -> bytes:
     return content
 
 
-def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
-    """Connect the two ends in memory.
+def check_pair(certificate: Path, key: Path, certificate_name: str, key_name: str) -> None:
+    """Refuse a key that does not belong to its certificate.
+
+    The names are those of the options or variables that gave the files.
+
+    Raises:
+        NotFoundError: a file does not exist or cannot be read.
+        UsageError: it is not PEM, cannot be used, or belongs to another certificate.
+    """
+    for path in (certificate, key):
+        read_pem(path)
+    _load_pair(
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, key, certificate_name, key_name
+    )
+
+
+def _load_pair(
+    context: ssl.SSLContext, certificate: Path, key: Path, certificate_name: str, key_name: str
+) -> None:
+    try:
+        # Without an answer to hand, OpenSSL would ask for the key's password at the terminal.
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise UsageError(
+                f"{key_name} {key}: is not the key of {certificate_name} {certificate}"
+            ) from error
+        if b"ENCRYPTED" in read_pem(key):
+            raise UsageError(
+                f"{key_name} {key}: is encrypted with a password; give the key without one"
+            ) from error
+        raise UsageError(
+            f"{certificate_name} {certificate} and {key_name} {key}: cannot be used "
+            f"({error.reason or error})"
+        ) from error
+
+
+def _end_of_validity(certificate: Path, key: Path, ca: Path | None) -> float:
+    """Return when a server's certificate expires, as Unix time.
+
+    Raises:
+        UsageError: a client that trusts `ca`, or else the certificate itself, would refuse it now.
+    """
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False  # which names clients use is not known here
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC does
+    _load_pair(server, certificate, key, "--tls-cert", "--tls-key")
+    read_pem(ca or certificate)
+    try:
+        client.load_verify_locations(ca or certificate)
+        _, accepted = _shake_hands(server, client)
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _WRONG_TIMES:
+            why = _WRONG_TIMES[error.verify_code]
+        elif ca is not None:
+            why = f"clients that trust --tls-ca {ca} would refuse it ({error.verify_message})"
+        else:
+            why = f"clients would refuse it ({error.verify_message})"
+        raise UsageError(f"--tls-cert {certificate}: {why}") from error
+    except ssl.SSLError as error:
+        raise UsageError(f"--tls-ca {ca}: cannot be used ({error.reason or error})") from error
+    shown = accepted.getpeercert() or {}
+    return float(ssl.cert_time_to_seconds(str(shown["notAfter"])))
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def _shake_hands(
+    server: ssl.SSLContext, client: ssl.SSLContext
+) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """Connect the two ends in memory, and return the server's and the client's view of it.
 
     Raises:
         SSLError: one end refuses the other.
     """
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = [
-        client.wrap_bio(to_client, to_server),
-        server.wrap_bio(to_server, to_client, server_side=True),
-    ]
+    accepting = client.wrap_bio(to_client, to_server)
+    serving = server.wrap_bio(to_server, to_client, server_side=True)
+    ends = [accepting, serving]
     while ends:
         for end in list(ends):
             try:
@@ -126,6 +221,7 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
             except ssl.SSLWantReadError:
                 continue  # this end waits for bytes of the other end
             ends.remove(end)
+    return serving, accepting
 
 
 def check_exposure(host: str, *, has_tls: bool, insecure: bool) -> None:

@@ -10,7 +10,7 @@ import grpc
 
 from kfac_dist.errors import UsageError
 from kfac_dist.service.access.local import LocalServer
-from kfac_dist.service.access.tls import is_loopback, read_pem
+from kfac_dist.service.access.tls import check_pair, is_loopback, read_pem
 from kfac_dist.service.wire.transport import CLIENT_OPTIONS, Options
 
 _SECURE = "grpcs://"
@@ -114,6 +114,7 @@ class ServerAddress:
 
         Raises:
             NotFoundError: a certificate's file cannot be read.
+            UsageError: a file is not PEM, or the key is not that of the client's certificate.
         """
         config = {
             "methodConfig": [
@@ -128,6 +129,8 @@ class ServerAddress:
             options.append(_NO_PROXY)
         if not self.tls:
             return grpc.insecure_channel(self.target, options=options)
+        if self.client_certificate and self.client_key:
+            check_pair(self.client_certificate, self.client_key, "client certificate", "client key")
         credentials = grpc.ssl_channel_credentials(
             root_certificates=read_pem(self.ca) if self.ca else None,
             private_key=read_pem(self.client_key) if self.client_key else None,

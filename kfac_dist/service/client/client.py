@@ -12,9 +12,10 @@ import grpc
 
 from kfac_dist.config import JobSpec, load_spec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
-from kfac_dist.errors import TimedOutError
+from kfac_dist.errors import KfacDistError, TimedOutError, UnreachableError
 from kfac_dist.service.client.channel import ServerAddress
 from kfac_dist.service.client.code import package_of
+from kfac_dist.service.client.diagnosis import why_silent
 from kfac_dist.service.client.streams import LogStream, Update, resumed
 from kfac_dist.service.job_records import (
     Attempt,
@@ -75,6 +76,7 @@ class Client(AbstractContextManager["Client"]):
             insecure=insecure,
         )
         self.address = address
+        self._server = server
         self._channel = server.open()
         self._stub = JobServiceStub(self._channel)
         self._metadata: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -355,4 +357,15 @@ class Client(AbstractContextManager["Client"]):
         try:
             return method(request, metadata=self._metadata, timeout=self._timeout_seconds)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from None
+            raise self._explained(from_rpc_error(error, self.address)) from None
+
+    def _explained(self, error: KfacDistError) -> KfacDistError:
+        """Say what is wrong with the connection, where that can be found out."""
+        if not isinstance(error, UnreachableError):
+            return error
+        why = why_silent(self._server)
+        return (
+            error
+            if why is None
+            else UnreachableError(f"{self.address}: no answer from the server: {why}")
+        )
