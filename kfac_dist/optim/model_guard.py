@@ -15,6 +15,7 @@ from kfac_dist.errors import InvalidSpecError
 
 _TYPES = (torch.float32, torch.float64)
 _PATH = " (kfac-dist train, docs/tasks.md)"
+_GOES_ON = ". It can load the state of this one if all layers of this one are still there"
 _WHOLE = "K-FAC needs whole layers in every process"
 
 
@@ -136,8 +137,8 @@ class ModelGuard:
         if changes:
             raise InvalidSpecError(
                 f"{self._owner}: the model has changed since {self._owner} was made: "
-                f"{'; '.join(changes)}. Make a new {self._owner} for the changed model. It can "
-                "load the state of this one if all layers of this one are still there"
+                f"{'; '.join(changes)}. Make a new {self._owner} for the changed model"
+                + ("" if self._owner == "KFAC" else _GOES_ON)
             )
 
     def _changes(self, now: Mapping[str, nn.Parameter]) -> list[str]:

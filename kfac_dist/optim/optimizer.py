@@ -314,7 +314,8 @@ class KFAC(torch.optim.Optimizer):
         `gradients` maps a layer to its gradient as a matrix [dim_G, dim_A], whose last column is
         the bias. A block-tridiagonal inverse needs the gradients of all layers.
         """
-        return self._curvature.precondition(gradients, self._update.gamma)
+        with full_precision(self._theta.device):
+            return self._curvature.precondition(gradients, self._update.gamma)
 
     def registration_report(self) -> tuple[ReportRow, ...]:
         """Return one row for each parameter: its block, factor sizes and cost."""
@@ -329,7 +330,7 @@ class KFAC(torch.optim.Optimizer):
         if self.param_groups:
             raise InvalidSpecError(
                 "KFAC.add_param_group: KFAC has one group, the trainable parameters of the model. "
-                "Change the model and make a new KFAC, which can load the state of this one"
+                "Make a new KFAC for the changed model"
             )
         super().add_param_group(param_group)
 

@@ -232,6 +232,13 @@ class KFACPreconditioner:
             )
         self._guard.check()
         check_number(_OWNER, "damping", self.damping)
+        if self.norm_constraint is not None:
+            check_number(_OWNER, "norm_constraint", self.norm_constraint)
+            self._current_lr()
+
+    def _current_lr(self) -> float:
+        lr = self._lr() if callable(self._lr) else self._lr
+        return check_number(_OWNER, "lr", lr, zero=True)
 
     def _check_gradients(self, plan: StepPlan) -> None:
         if all(parameter.grad is None for parameter in self._computer.parameters):
@@ -324,11 +331,9 @@ class KFACPreconditioner:
                 parameter.grad.copy_(piece)
 
     def _scale(self, gradient: Tensor, direction: Tensor) -> float:
-        if self.norm_constraint is None or self._lr is None:
+        if self.norm_constraint is None:
             return 1.0
-        lr = self._lr() if callable(self._lr) else self._lr
-        lr = check_number(_OWNER, "lr", lr, zero=True)
-        check_number(_OWNER, "norm_constraint", self.norm_constraint)
+        lr = self._current_lr()
         slope = float(torch.dot(gradient, direction))
         return constrained_step(lr, self.norm_constraint, slope) / lr if lr > 0 else 1.0
 
