@@ -50,10 +50,11 @@ def dump_spec(spec: JobSpec) -> str:
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def kfac_settings(options: Mapping[str, Any]) -> KFACSpec:
+def kfac_settings(options: Mapping[str, Any], owner: str = "KFAC") -> KFACSpec:
     """Check the keyword arguments of the serial optimizer and return them as a section.
 
     `damping` and `gamma` may be mappings or numbers; a number is the initial value.
+    Messages begin with `owner`.
 
     Raises:
         InvalidSpecError: lists every problem, one a line.
@@ -62,7 +63,7 @@ def kfac_settings(options: Mapping[str, Any]) -> KFACSpec:
         key: {"initial": value} if key in ("damping", "gamma") and _is_number(value) else value
         for key, value in options.items()
     }
-    return _validate(KFACSpec, values, "KFAC")
+    return _validate(KFACSpec, values, owner)
 
 
 def _is_number(value: object) -> bool:

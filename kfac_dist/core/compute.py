@@ -21,6 +21,7 @@ from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.distributions import Distribution
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.core.passes.jacobian_products import JacobianProducts
+from kfac_dist.core.passes.outputs import check_full_outputs
 from kfac_dist.core.passes.running_statistics import running_statistics_kept
 from kfac_dist.core.statistics.statistics_pass import StatisticsPass
 from kfac_dist.core.statistics.sums import BatchStatistics, FisherType
@@ -102,9 +103,11 @@ class BatchComputer:
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Trace | None]:
         if self._chain is None:
-            return self.model(inputs), None
+            outputs = self.model(inputs)
+            check_full_outputs(outputs, self.model)
+            return outputs, None
         with capturing(self._chain.modules) as captures:
-            outputs: Tensor = self.model(inputs)
+            outputs = self.model(inputs)
         return outputs, Trace.from_captures(self._chain.modules, captures, outputs)
 
     def statistics(

@@ -1,8 +1,11 @@
-"""What K-FAC sees of a user's training loop: the inputs of the model's forward passes."""
+"""What K-FAC sees of a user's training loop: the inputs of passes that gave the gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,52 +13,254 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
+from kfac_dist.coordination.steps.sampling import subset_positions
+from kfac_dist.core.passes.outputs import check_outputs
+from kfac_dist.core.vector import rows_at
 from kfac_dist.errors import InvalidSpecError
+
+# More backward passes than this belong to no step of a usual loop. The statistics are an estimate,
+# which the first thousand of equal passes serve as well as all of them.
+_MOST_PASSES = 1000
+_OWN = threading.local()
+
+
+@contextmanager
+def own_passes() -> Iterator[None]:
+    """Let no observer see the passes of this thread inside: they are K-FAC's own."""
+    _OWN.depth = getattr(_OWN, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _OWN.depth -= 1
+
+
+class ObservedPass:
+    """One forward pass: what is kept of its inputs, None once a step has taken it.
+
+    The graph of the pass owns this object until a backward pass reaches it. So a pass without a
+    backward pass is forgotten with its graph.
+    """
+
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs: Tensor | None = inputs
 
 
 class ForwardObserver:
-    """Keeps the inputs of forward passes in training mode with gradients enabled.
+    """Keeps inputs of the passes whose gradients are in `.grad`.
 
-    It keeps them only while `wants()` is true, in the steps that need statistics.
+    These are the passes in training mode, with gradients enabled, that a backward pass has reached
+    since the last call of `pop_inputs`, and since the gradients were last cleared. The model holds
+    no reference to this object: its hooks go with it. Copies of the model, pickled or not, have
+    hooks that do nothing and remove themselves.
+
+    Args:
+        model: the model to observe.
+        parameters: its trainable parameters, whose `.grad` tells when gradients were cleared.
+        keep: returns what is kept of an input, as a copy: the loop may overwrite its tensor.
+
+    Attributes:
+        wanted: whether passes are observed, as in the steps that need statistics.
+        num_forward: forward passes observed since the last `pop_inputs`, with or without a
+            backward pass.
 
     Raises:
-        InvalidSpecError: in such a pass, the model was not called with one tensor.
+        InvalidSpecError: in an observed pass, the model was not called with one tensor, did not
+            return one, or changed its input in place.
     """
 
-    def __init__(self, model: nn.Module, wants: Callable[[], bool]) -> None:
-        self._wants = wants
-        self._inputs: list[Tensor] = []
-        self._paused = False
-        model.register_forward_pre_hook(self._observe, with_kwargs=True)
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[Tensor], keep: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.wanted = True
+        self.num_forward = 0
+        self._parameters = list(parameters)
+        self._keep = keep
+        # By thread: what is kept of the input, the input itself, and its version.
+        self._begun: dict[int, tuple[ObservedPass, weakref.ref[Tensor], int]] = {}
+        self._passes: list[ObservedPass] = []
+        self._backward = -1  # the last backward pass that reached an observed pass
+        for hook in [h for h in model._forward_pre_hooks.values() if isinstance(h, ObserverHook)]:
+            hook.remove_if_idle(model)
+        # First of all hooks: K-FAC's own passes run the user's hooks again.
+        before = ObserverHook("before", self)
+        after = ObserverHook("after", self)
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            model.register_forward_hook(after),
+        ]
+        for handle in self._handles:
+            weakref.finalize(self, handle.remove).atexit = False
+
+    def remove(self) -> None:
+        """Observe nothing from now on, and forget what was seen."""
+        for handle in self._handles:
+            handle.remove()
+        self._begun.clear()
+        self._passes.clear()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Copy the input of a pass that begins."""
+        self._begun.pop(threading.get_ident(), None)
+        own = getattr(_OWN, "depth", 0) > 0
+        if own or torch._C._functorch.maybe_current_level() is not None:  # a function transform
+            return
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        name = type(plain_module(module)).__name__
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            given = ", ".join([type(a).__name__ for a in args] + [f"{key}=" for key in kwargs])
+            raise InvalidSpecError(
+                f"KFACPreconditioner: {name} was called with ({given}); it must be called with "
+                "one tensor. Wrap it in a module that takes one tensor and passes on its parts"
+            )
+        if self.wanted:
+            kept = ObservedPass(self._keep(args[0].detach()))
+            source = weakref.ref(args[0])
+            self._begun[threading.get_ident()] = kept, source, version_of(args[0])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Give the kept input of the pass to its graph, for a backward pass to hand over."""
+        begun = self._begun.pop(threading.get_ident(), None)
+        if begun is None:
+            return
+        name = type(plain_module(module)).__name__
+        check_outputs(output, f"KFACPreconditioner: {name}")
+        kept, source, version = begun
+        changed = source()
+        if changed is not None and version_of(changed) != version:
+            raise InvalidSpecError(f"KFACPreconditioner: {in_place_message(name)}")
+        self.num_forward += 1
+        observer = weakref.ref(self)
+
+        def reached(_gradients: tuple[Tensor | None, ...]) -> None:
+            alive = observer()
+            if alive is not None:
+                alive._take(kept)
+
+        # A view that is overwritten later is left out of the graph, its base is not.
+        tensors = (output, output._base) if output._base is not None else (output,)
+        for node in [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]:
+            node.register_prehook(reached)
+
+    def _take(self, reached: ObservedPass) -> None:
+        """Note that a backward pass has reached an observed pass, before it gives gradients."""
+        if reached.inputs is None or reached in self._passes:
+            return
+        # All passes that one backward pass reaches belong together.
+        backward = torch._C._current_graph_task_id()
+        if self._passes and backward != self._backward and self._gradients_cleared():
+            self._passes.clear()
+        self._backward = backward
+        if len(self._passes) < _MOST_PASSES:
+            self._passes.append(reached)
+            if len(self._passes) == _MOST_PASSES:
+                warnings.warn(
+                    f"KFACPreconditioner: {_MOST_PASSES} backward passes since the last step. "
+                    "The statistics of the next step come from these alone. If no step is to "
+                    "come, call remove()",
+                    stacklevel=2,
+                )
+
+    def _gradients_cleared(self) -> bool:
+        return not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+
+    @property
+    def num_passes(self) -> int:
+        """Observed passes that a backward pass has reached, whose inputs are kept."""
+        return len(self._passes)
+
+    def pop_inputs(self) -> list[Tensor]:
+        """Return what was kept of the inputs since the last call, in order, and forget it."""
+        taken, self._passes, self.num_forward = self._passes, [], 0
+        kept = [one.inputs for one in taken if one.inputs is not None]
+        for one in taken:
+            one.inputs = None  # the user may keep the graph
+        return kept
+
+
+def unseen_message(step: int, num_forward: int) -> str:
+    """Return what is wrong if no pass was taken, after this many forward passes were observed."""
+    needs = f"KFACPreconditioner.step: step {step} needs statistics, and "
+    if num_forward:
+        return (
+            f"{needs}no backward pass since the last step went through the outputs of the "
+            f"{num_forward} forward passes that were observed. Call backward before step, and "
+            "zero_grad before backward or after step"
+        )
+    return (
+        f"{needs}the model made no forward pass in training mode since the last step. If the "
+        "model was compiled and called before KFACPreconditioner was made, pass it the compiled "
+        "model"
+    )
+
+
+class ObserverHook:
+    """Calls the method `name` of an observer that is still there; of a copy, nothing."""
+
+    def __init__(self, name: str, observer: ForwardObserver | None = None) -> None:
+        self._name = name
+        self._observer = None if observer is None else weakref.ref(observer)
+
+    def __reduce__(self) -> tuple[type[ObserverHook], tuple[str]]:
+        """Copies and pickles of a model are not observed."""
+        return ObserverHook, (self._name,)
 
     # The decorator has no types. Compiled models must run the hook as plain Python.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._paused or not (module.training and torch.is_grad_enabled()):
-            return
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise InvalidSpecError(
-                f"KFACPreconditioner: {type(plain_module(module)).__name__} was called with "
-                f"{len(args)} positional and {len(kwargs)} keyword arguments; it must be called "
-                "with one tensor. Wrap it in a module that takes one tensor and passes on its parts"
-            )
-        if self._wants():
-            self._inputs.append(args[0].detach())
+    def __call__(self, module: nn.Module, *call: Any) -> None:
+        """Hand over the call of a module."""
+        observer = self._observer and self._observer()
+        if observer is None:
+            self.remove_if_idle(module)
+        else:
+            getattr(observer, self._name)(module, *call)
 
-    def pop_inputs(self) -> list[Tensor]:
-        """Return the inputs since the last call, in order, and forget them."""
-        taken, self._inputs = self._inputs, []
-        return taken
+    def remove_if_idle(self, module: nn.Module) -> None:
+        """Remove the hooks of copied observers from a module."""
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            idle = [
+                key
+                for key, hook in hooks.items()
+                if isinstance(hook, ObserverHook) and not (hook._observer and hook._observer())
+            ]
+            for key in idle:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Observe no passes inside: they are K-FAC's own."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+
+def statistics_rows(inputs: Tensor, *, fraction: float, dtype: torch.dtype) -> Tensor:
+    """Return the cases of an input that the statistics are computed on, as a copy.
+
+    Numbers of half precision, which autocast accepts, are converted to the type of the parameters.
+
+    Raises:
+        InvalidSpecError: the tensor has no axis of cases.
+    """
+    if inputs.dim() == 0:
+        raise InvalidSpecError(
+            "KFACPreconditioner: the model was called with a tensor without axes; it must have one "
+            "of the cases, the first"
+        )
+    rows = rows_at(inputs, subset_positions(len(inputs), fraction))
+    if rows.dtype in (torch.bfloat16, torch.float16):
+        return rows.to(dtype)
+    return rows.clone() if rows is inputs else rows
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 if torch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def in_place_message(name: str) -> str:
+    """Return what is wrong if a model changes its input, and what would be right."""
+    return (
+        f"{name} changed its input in place. K-FAC runs a model several times on the same input, "
+        "so the later passes would see another one. Use the operation that makes a new tensor "
+        "(x = x / 255 instead of x.div_(255), inplace=False), or begin forward with x = x.clone()"
+    )
 
 
 def plain_module(model: nn.Module) -> nn.Module:

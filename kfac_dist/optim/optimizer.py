@@ -39,6 +39,11 @@ from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.learning_rate import LearningRate
+from kfac_dist.optim.model_guard import ModelGuard, check_model
+from kfac_dist.optim.observer import in_place_message, own_passes, version_of
+from kfac_dist.optim.option_checks import check_count, check_delays, check_fused
 from kfac_dist.optim.precision import choose_precondition_dtype
 from kfac_dist.optim.schedules import kfac_schedule
 from kfac_dist.optim.step_result import StepResult
@@ -95,16 +100,18 @@ class KFAC(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         self.settings: KFACSpec = kfac_settings(options)
+        check_model(model, "KFAC")
         self._registration = register(model, self.settings)
+        check_fused("KFAC", self.settings, self._registration.sites)
         self._computer = BatchComputer(
             model,
             distribution=get_distribution(distribution),
-            seed=seed,
+            seed=check_count("KFAC", "seed", seed),
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
         )
         self._parameters = self._computer.parameters
-        super().__init__(self._parameters, {})
+        self._guard = ModelGuard(model, "KFAC")
         precondition_dtype = choose_precondition_dtype(
             self.settings, self._registration.blocks, self._parameters[0]
         )
@@ -113,9 +120,9 @@ class KFAC(torch.optim.Optimizer):
         self._schedule = kfac_schedule(self.settings)
         self._bound = StalenessBound(
             max_steps=0,
-            warmup_steps=warmup_steps,
+            warmup_steps=check_count("KFAC", "warmup_steps", warmup_steps),
             schedule=self._schedule,
-            delay_steps=delay_steps or {},
+            delay_steps=check_delays("KFAC", delay_steps or {}, self._registration.names),
         )
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
@@ -125,6 +132,8 @@ class KFAC(torch.optim.Optimizer):
         averaging = self.settings.averaging
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
         self.step_count = 0
+        self._lr = LearningRate(self._schedule)
+        super().__init__([self._lr.group(self._parameters)], self._lr.defaults)
 
     # torch's own optimizers are given a closure, not a batch.
     def step(self, inputs: Tensor, targets: Tensor) -> StepResult:  # type: ignore[override]
@@ -142,10 +151,15 @@ class KFAC(torch.optim.Optimizer):
         """
         if len(inputs) == 0:
             raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
-        plan = self._schedule.plan(self.step_count + 1)
-        self.step_count = plan.step
+        self._guard.check()
+        plan = self._lr.planned(self._schedule.plan(self.step_count + 1), self.param_groups[0])
+        with full_precision(self._theta.device), own_passes():
+            return self._step(plan, inputs, targets)
+
+    def _step(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> StepResult:
         self._update.begin_step(plan.damping)
         loss, objective, gradient, trace = self._compute(inputs, targets)
+        self.step_count = plan.step  # a refused step raises before this line and does not count
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets, trace)
@@ -166,7 +180,11 @@ class KFAC(torch.optim.Optimizer):
         self, inputs: Tensor, targets: Tensor
     ) -> tuple[float, float, Tensor, Trace | None]:
         """Return the mean loss, the objective, its gradient [P], and the trace of the pass."""
+        version = version_of(inputs)
         sums = self._computer.gradient(inputs, targets, self._gradient)
+        if version_of(inputs) != version:
+            name = type(self._computer.model).__name__
+            raise InvalidSpecError(f"KFAC.step: {in_place_message(name)}")
         theta = self._flat_parameters()
         gradient = sums.gradient.div_(len(inputs)).add_(theta, alpha=self.settings.l2)
         loss = float(sums.loss) / len(inputs)
@@ -296,17 +314,43 @@ class KFAC(torch.optim.Optimizer):
         `gradients` maps a layer to its gradient as a matrix [dim_G, dim_A], whose last column is
         the bias. A block-tridiagonal inverse needs the gradients of all layers.
         """
-        return self._curvature.precondition(gradients, self._update.gamma)
+        with full_precision(self._theta.device):
+            return self._curvature.precondition(gradients, self._update.gamma)
 
     def registration_report(self) -> tuple[ReportRow, ...]:
         """Return one row for each parameter: its block, factor sizes and cost."""
         return self._registration.report
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: the curvature has a block for each parameter from the start.
+
+        Raises:
+            InvalidSpecError: the group of the model's parameters is there.
+        """
+        if self.param_groups:
+            raise InvalidSpecError(
+                "KFAC.add_param_group: KFAC has one group, the trainable parameters of the model. "
+                "Make a new KFAC for the changed model"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return everything, the model included, for copies and pickles.
+
+        Hooks, and the `step` that a scheduler of torch wraps, stay with the original.
+        """
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key != "step" and not key.startswith("_optimizer_")
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, except for the parameters themselves."""
         state = {
             "step_count": self.step_count,
             "update": self._update.state_dict(),
+            "param_groups": [self._lr.state(self.param_groups[0])],
             **self._curvature.state_dict(),
         }
         if self._average is not None:
@@ -321,14 +365,18 @@ class KFAC(torch.optim.Optimizer):
                 another structure of the inverse.
         """
         self._curvature.check_state(state_dict)
+        if "update" not in state_dict:
+            raise InvalidSpecError("this is a state of KFACPreconditioner, not of KFAC")
         size = state_dict["update"]["previous_update"].numel()
         if size != self._registration.num_parameters:
             raise InvalidSpecError(
                 f"the state is of another model: it has {size} parameters, this one has "
                 f"{self._registration.num_parameters}"
             )
+        self._lr.restore(self.param_groups[0], state_dict["param_groups"][0])
         self.step_count = state_dict["step_count"]
         self._update.load_state_dict(state_dict["update"])
-        self._curvature.load_state_dict(state_dict)
+        self._update.previous_update = self._update.previous_update.to(self._theta)
+        self._curvature.load_state_dict(state_dict, self._theta)
         if self._average is not None and "average" in state_dict:
             self._average.load_state_dict(state_dict["average"])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
-from kfac_dist.coordination.steps.sampling import subset_positions
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
@@ -22,21 +22,26 @@ from kfac_dist.core.inverse.precondition import matrices_of, vector_of
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
 from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
-from kfac_dist.core.vector import is_finite, rows_at, trainable_parameters, unflatten
+from kfac_dist.core.vector import is_finite, unflatten
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
-
-# Options of `KFAC` about the step, which here is the user's own optimizer's.
-_FOREIGN = (
-    "step_rule",
-    "gamma",
-    "l2",
-    "fisher_fraction",
-    "averaging",
-    "lr",
-    "momentum",
-    "precondition_dtype",
+from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.model_guard import ModelGuard, check_model
+from kfac_dist.optim.observer import (
+    ForwardObserver,
+    own_passes,
+    plain_module,
+    process_group_of,
+    statistics_rows,
+    unseen_message,
 )
+from kfac_dist.optim.option_checks import (
+    check_count,
+    check_fused,
+    check_number,
+    preconditioner_settings,
+)
+
+_OWNER = "KFACPreconditioner"
 
 
 class KFACPreconditioner:
@@ -52,10 +57,18 @@ class KFACPreconditioner:
             preconditioner.step()
             optimizer.step()
 
-    Forward passes in training mode are observed. `step` computes statistics from their inputs in
-    passes of its own, on the fraction `statistics_fraction` of the cases and in the precision of
-    the parameters, whatever autocast does elsewhere. If gradients are accumulated over several
-    backward passes, they belong to all the inputs seen since the last step.
+    Forward passes in training mode are observed. `step` computes statistics in passes of its own,
+    on the fraction `statistics_fraction` of the cases and in the precision of the parameters,
+    whatever autocast does elsewhere. The cases are those of the passes whose gradients are in
+    `.grad`: a backward pass has reached them since the last step, and since the gradients were
+    last cleared. They are copied when the model is called, so a loop may reuse its tensors.
+
+    The hooks on the model end with this object, with `remove`, or with a `with` block:
+
+        with KFACPreconditioner(model, distribution="categorical") as preconditioner:
+            ...
+
+    A copied, pickled or saved model is not observed.
 
     The direction is linear in the gradient, so a gradient scaled by a GradScaler gives an equally
     scaled direction. With `norm_constraint`, call `scaler.unscale_` before `step`.
@@ -85,12 +98,14 @@ class KFACPreconditioner:
     Attributes:
         settings: all options, with their defaults.
         damping: lambda; you may change it between steps.
+        norm_constraint: c; you may change it between steps.
         step_count: number of steps so far.
         numeric_events: how often each rung of the ladder of numeric trouble was climbed
             (docs/operations.md explains the names).
 
     Raises:
-        InvalidSpecError: an option is unknown, out of range, or belongs to your own loop.
+        InvalidSpecError: an option is unknown, out of range, or belongs to your own loop, or the
+            layers of the model cannot be observed.
     """
 
     def __init__(
@@ -105,25 +120,34 @@ class KFACPreconditioner:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        self.settings = _settings(damping, options)
+        self.settings = preconditioner_settings(damping, options)
         if (norm_constraint is None) != (lr is None):
-            raise InvalidSpecError("norm_constraint and lr belong together: give both or neither")
+            raise InvalidSpecError(
+                f"{_OWNER}: norm_constraint and lr belong together: give both or neither"
+            )
+        if norm_constraint is not None:
+            check_number(_OWNER, "norm_constraint", norm_constraint)
+        if lr is not None and not callable(lr):
+            check_number(_OWNER, "lr", lr, zero=True)
         self.damping = damping
         self.norm_constraint = norm_constraint
         self.step_count = 0
         self.numeric_events: Counter[str] = Counter()
         self._lr = lr
-        self._group = process_group or process_group_of(model)
+        self._is_removed = False
         plain = plain_module(model)
+        check_model(plain, _OWNER)
+        self._group = process_group or process_group_of(model)
         self._registration = register(plain, self.settings)
+        check_fused(_OWNER, self.settings, self._registration.sites)
         self._computer = BatchComputer(
             plain,
             distribution=get_distribution(distribution),
-            seed=seed,
+            seed=check_count(_OWNER, "seed", seed),
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
         )
-        _check_dtypes(plain)
+        self._guard = ModelGuard(plain, _OWNER)
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._schedule = StepSchedule(
             factor_update_period=self.settings.factor_update_period,
@@ -131,8 +155,40 @@ class KFACPreconditioner:
             gamma_adapt_period=None,
             damping_adapt_period=None,
         )
+        # `keep` must not refer to this object, or nothing would end the hooks with it.
         self._observer = ForwardObserver(
-            model, wants=lambda: self._schedule.plan(self.step_count + 1).update_factors
+            model,
+            self._computer.parameters,
+            keep=partial(
+                statistics_rows,
+                fraction=self.settings.statistics_fraction,
+                dtype=self._computer.parameters[0].dtype,
+            ),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks off the model; no step is possible afterwards."""
+        self._observer.remove()
+        self._is_removed = True
+
+    def __enter__(self) -> Self:
+        """Return the preconditioner, for a `with` block that removes it at its end."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Take the hooks off the model."""
+        self.remove()
+
+    def __reduce__(self) -> str:
+        """Refuse copies and pickles: they would observe no model."""
+        raise InvalidSpecError(
+            f"a {_OWNER} cannot be copied or pickled, because it observes its model. Make a new "
+            "one for the copied model, and give it the state with load_state_dict(state_dict())"
         )
 
     @property
@@ -147,12 +203,16 @@ class KFACPreconditioner:
         If a gradient is not finite, all are left as they are, and the event is counted.
 
         Raises:
-            InvalidSpecError: the model made no forward pass in training mode since the last step.
+            InvalidSpecError: no backward pass has reached a forward pass in training mode since
+                the last step, no parameter has a gradient, the model has changed, or `damping` or
+                the learning rate is out of range.
         """
+        self._check_state()
         plan = self._schedule.plan(self.step_count + 1)
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        with torch.no_grad(), full_precision(self._device), own_passes():
             self._update_factors(plan)
-            self.step_count = plan.step  # a refused step raises before this line and does not count
+            self._check_gradients(plan)
+            self._count(plan.step)  # a refused step raises before this line and does not count
             self._invert(plan)
             self._precondition()
 
@@ -160,44 +220,73 @@ class KFACPreconditioner:
     def _device(self) -> torch.device:
         return self._computer.parameters[0].device
 
+    def _count(self, step: int) -> None:
+        self.step_count = step
+        self._observer.wanted = self._schedule.plan(step + 1).update_factors
+
+    def _check_state(self) -> None:
+        if self._is_removed:
+            raise InvalidSpecError(
+                f"{_OWNER}.step: its hooks were removed from the model; make a new {_OWNER}, and "
+                "give it the state with load_state_dict(state_dict())"
+            )
+        self._guard.check()
+        check_number(_OWNER, "damping", self.damping)
+        if self.norm_constraint is not None:
+            check_number(_OWNER, "norm_constraint", self.norm_constraint)
+            self._current_lr()
+
+    def _current_lr(self) -> float:
+        lr = self._lr() if callable(self._lr) else self._lr
+        return check_number(_OWNER, "lr", lr, zero=True)
+
+    def _check_gradients(self, plan: StepPlan) -> None:
+        if all(parameter.grad is None for parameter in self._computer.parameters):
+            raise InvalidSpecError(
+                f"{_OWNER}.step: no parameter has a gradient in step {plan.step}. Call backward "
+                "before step, and zero_grad after it"
+            )
+
     def _update_factors(self, plan: StepPlan) -> None:
         if not plan.update_factors:
             return
+        num_forward = self._observer.num_forward
         inputs = self._observer.pop_inputs()
-        if not inputs:
+        num_processes = self._place()[1]
+        if not inputs and num_processes == 1:
+            raise InvalidSpecError(unseen_message(plan.step, num_forward))
+        statistics, num_cases = self._own_statistics(plan.step, inputs)
+        num_cases = self._reduce(statistics, num_cases)
+        if num_cases == 0:
+            if not inputs:
+                raise InvalidSpecError(unseen_message(plan.step, num_forward))
             raise InvalidSpecError(
-                f"KFACPreconditioner.step: step {plan.step} needs statistics, and the model made "
-                "no forward pass in training mode since the last step. If the model was compiled "
-                "and called before KFACPreconditioner was made, pass it the compiled model"
+                f"{_OWNER}.step: the batches since the last step have no cases; step {plan.step} "
+                "needs at least one"
             )
-        statistics, num_cases = self._statistics(plan.step, inputs)
         self._curvature.update(plan.step, statistics, num_cases)
 
-    def _statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
-        """Return the sums over all micro-batches and processes, and their number of cases."""
-        with self._observer.paused():
-            statistics, num_cases = self._own_statistics(step, inputs)
-        return statistics, self._reduce(statistics, num_cases)
-
     def _own_statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
-        """Return the sums over the micro-batches of this process, and their number of cases."""
+        """Return the sums over the micro-batches of this process, and their number of cases.
+
+        A process without cases takes part with sums that are zero, so that no other waits for it.
+        """
         rank, num_processes = self._place()
         links, bases = self._curvature.structure.links, self._curvature.shelf.bases()
         first_row, num_cases, parts = 0, 0, []
-        for part in inputs:
-            rows = subset_positions(len(part), self.settings.statistics_fraction)
+        for part in inputs or [self._computer.parameters[0].new_zeros(0)]:
             parts.append(
                 self._computer.statistics(
-                    rows_at(part, rows),
+                    part,
                     None,
                     step=step,
-                    first_row=first_row + rank * len(rows),
+                    first_row=first_row + rank * len(part),
                     links=links,
                     bases=bases,
                 )
             )
-            first_row += num_processes * len(rows)
-            num_cases += len(rows)
+            first_row += num_processes * len(part)
+            num_cases += len(part)
         total = parts[0]
         for other in parts[1:]:
             total.add_(other)
@@ -242,9 +331,9 @@ class KFACPreconditioner:
                 parameter.grad.copy_(piece)
 
     def _scale(self, gradient: Tensor, direction: Tensor) -> float:
-        if self.norm_constraint is None or self._lr is None:
+        if self.norm_constraint is None:
             return 1.0
-        lr = self._lr() if callable(self._lr) else self._lr
+        lr = self._current_lr()
         slope = float(torch.dot(gradient, direction))
         return constrained_step(lr, self.norm_constraint, slope) / lr if lr > 0 else 1.0
 
@@ -268,40 +357,17 @@ class KFACPreconditioner:
                 structure of the inverse.
         """
         self._curvature.check_state(state_dict)
-        self.step_count = state_dict["step_count"]
+        if "damping" not in state_dict:
+            raise InvalidSpecError(f"this is a state of KFAC, not of {_OWNER}: it has no damping")
+        self._count(state_dict["step_count"])
         self.damping = state_dict["damping"]
-        self._curvature.load_state_dict(state_dict)
-
-
-def _settings(damping: float, options: dict[str, Any]) -> KFACSpec:
-    foreign = [name for name in options if name in _FOREIGN]
-    if foreign:
-        raise InvalidSpecError(
-            f"KFACPreconditioner has no option {', '.join(foreign)}: it computes directions, and "
-            "your own optimizer takes the step"
-        )
-    settings = kfac_settings({"damping": damping, **options})
-    if settings.fisher_type == "empirical":
-        raise InvalidSpecError(
-            'KFACPreconditioner: fisher_type "empirical" needs the targets, which it does not '
-            'see; use "mc" or "exact"'
-        )
-    return settings
+        self._curvature.load_state_dict(state_dict, self._computer.parameters[0])
 
 
 def _dense(gradient: Tensor) -> Tensor:
     if gradient.layout != torch.strided:
         raise InvalidSpecError(
-            f"KFACPreconditioner: a gradient has layout {gradient.layout}; make the gradients of "
+            f"{_OWNER}: a gradient has layout {gradient.layout}; make the gradients of "
             "embeddings dense (sparse=False)"
         )
     return gradient
-
-
-def _check_dtypes(model: nn.Module) -> None:
-    for name, parameter in trainable_parameters(model).items():
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise InvalidSpecError(
-                f"KFACPreconditioner: {name} is {parameter.dtype}; parameters must be float32 or "
-                "float64. Use autocast for the passes in half precision"
-            )

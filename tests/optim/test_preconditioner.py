@@ -303,9 +303,10 @@ def test_mistakes_are_reported(make, message):
 
 def test_a_model_of_two_inputs_is_refused_with_advice():
     model = TwoInputs()
-    preconditioner_for(model)
+    preconditioner = preconditioner_for(model)
     with pytest.raises(InvalidSpecError, match="Wrap it in a module"):
         model(torch.zeros(2, 6), torch.zeros(2, 6))
+    preconditioner.remove()
 
 
 def test_options_are_those_of_kfac():

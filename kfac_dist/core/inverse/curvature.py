@@ -15,6 +15,7 @@ from torch import Tensor
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import FactorAverages
+from kfac_dist.core.inverse.saved_shapes import check_shapes
 from kfac_dist.core.inverse.shelf import InverseShelf, InverseVersion, layer_inverses
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.statistics.sums import BatchStatistics
@@ -36,6 +37,7 @@ class Curvature:
         )
         self.shelf = InverseShelf(self.structure)
         self._inverse = settings.inverse
+        self._blocks = registration.blocks
         self._events = events
 
     def update(self, step: int, statistics: BatchStatistics, num_cases: int) -> None:
@@ -80,11 +82,18 @@ class Curvature:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Check that a state belongs to these layers and this structure.
+        """Check that a state belongs to these layers, with these shapes, and this structure.
 
         Raises:
             InvalidSpecError: it does not.
         """
+        missing = [
+            key for key in ("step_count", "inverse", "factors", "inverses") if key not in state
+        ]
+        if missing:
+            raise InvalidSpecError(
+                f"this is not the state of a K-FAC optimizer: it lacks {', '.join(missing)}"
+            )
         if state["inverse"] != self._inverse:
             raise InvalidSpecError(
                 f"the state was saved with inverse: {state['inverse']}; this optimizer has "
@@ -97,10 +106,21 @@ class Curvature:
                 f"the state is of another model: it has layers {', '.join(unknown)}, this one has "
                 f"{', '.join(self.averages.names)}"
             )
+        check_shapes(state, self._blocks, self.structure.links)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a copy of the state of the same layers and structure."""
-        self.averages.load_state_dict(state["factors"])
-        self.shelf.load_state_dict(
-            {name: value.clone() for name, value in state["inverses"].items()}
+    def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
+        """Restore a copy of the state of the same layers and structure.
+
+        Matrices get the type and the device of `like`, as parameters do that are loaded.
+        """
+        factors, inverses = (
+            {key: _copy_like(value, like) for key, value in state[part].items()}
+            for part in ("factors", "inverses")
         )
+        self.averages.load_state_dict(factors)
+        self.shelf.load_state_dict(inverses)
+
+
+def _copy_like(value: Tensor, like: Tensor) -> Tensor:
+    # Counters and gammas are numbers of their own types.
+    return value.clone() if value.dim() == 0 else value.to(like, copy=True)

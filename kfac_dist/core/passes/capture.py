@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfac_dist.core.passes.outputs import full
+
 
 @dataclass(frozen=True)
 class Call:
@@ -36,7 +38,7 @@ def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
     def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
         edge = get_gradient_edge(out) if out.requires_grad else None
-        captures[module].append(Call(inputs.detach(), out.shape, edge))
+        captures[module].append(Call(full(inputs.detach()), out.shape, edge))
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in captures]
     try:
@@ -69,7 +71,7 @@ def output_gradients(outputs: Tensor, captures: Captures, derivative: Tensor) ->
 
 
 def _or_zeros(gradient: Tensor | None, call: Call, like: Tensor) -> Tensor:
-    return like.new_zeros(call.shape) if gradient is None else gradient
+    return like.new_zeros(call.shape) if gradient is None else full(gradient)
 
 
 def modules_without_cases(

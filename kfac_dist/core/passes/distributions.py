@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_dist.errors import InvalidSpecError
+
 DistributionName = Literal["bernoulli", "categorical", "gaussian"]
 
 
@@ -148,8 +150,8 @@ def get_distribution(name: str) -> Distribution:
     """Return the distribution called `name`.
 
     Raises:
-        ValueError: the name is unknown.
+        InvalidSpecError: the name is unknown.
     """
     if name not in _BY_NAME:
-        raise ValueError(f"distribution must be one of {', '.join(_BY_NAME)}; got {name!r}")
+        raise InvalidSpecError(f"distribution must be one of {', '.join(_BY_NAME)}; got {name!r}")
     return _BY_NAME[name]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +11,18 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# The settings below and the level of forward mode are one for the process.
+_ONE_THREAD = threading.RLock()
+
 
 @contextmanager
 def plain_kernels(model: nn.Module) -> Iterator[None]:
     """Compute attention and recurrent layers of `model` from plain operations.
 
-    Their fused kernels support neither vmap nor forward mode.
+    Their fused kernels support neither vmap nor forward mode. One thread at a time is inside.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with _no_fast_path(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+    with _ONE_THREAD, _no_fast_path(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         # vmap warns when it loops over an operation that it has no rule for. That is slower, but
         # there is nothing a user could do about it.
         warnings.filterwarnings("ignore", message="There is a performance drop")

@@ -24,6 +24,7 @@ from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.distributions import Distribution
 from kfac_dist.core.passes.noise import keyed_noise
+from kfac_dist.core.passes.outputs import check_full_outputs
 from kfac_dist.core.passes.running_statistics import (
     batch_norms,
     batch_statistics_fixed,
@@ -133,6 +134,7 @@ class StatisticsPass:
             return _Observed(trace.outputs, self._chain.captures(trace), back)
         with capturing(self._observed()) as captures:
             outputs = self._model(inputs)
+        check_full_outputs(outputs, self._model)
         return _Observed(outputs, captures, partial(output_gradients, outputs, captures))
 
     def _observed(self) -> Iterator[nn.Module]:
