@@ -6,6 +6,7 @@ import torch
 
 from kfac_dist.coordination.steps.sampling import worker_part
 from kfac_dist.core.compute import BatchComputer
+from kfac_dist.core.passes.own_passes import own_passes
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import MapDataset, fetch
 from kfac_dist.tasks import Task
@@ -28,12 +29,13 @@ def evaluate(
     was_training = computer.model.training
     computer.model.eval()
     try:
-        for start in range(part.start, part.stop, _CHUNK):
-            indices = torch.arange(start, min(start + _CHUNK, part.stop))
-            chunk_loss, chunk_metrics = _chunk(computer, task, dataset, indices)
-            loss += chunk_loss
-            for name, value in chunk_metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value
+        with own_passes(computer.model):
+            for start in range(part.start, part.stop, _CHUNK):
+                indices = torch.arange(start, min(start + _CHUNK, part.stop))
+                chunk_loss, chunk_metrics = _chunk(computer, task, dataset, indices)
+                loss += chunk_loss
+                for name, value in chunk_metrics.items():
+                    metrics[name] = metrics.get(name, 0.0) + value
     finally:
         computer.model.train(was_training)
     return EvaluationSums(

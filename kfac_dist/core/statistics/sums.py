@@ -103,6 +103,7 @@ class StatisticsSums:
             sums_for(site, num_cases, like, registration.weight_sharing)
             for site in registration.sites
         ]
+        self.sites: tuple[SiteSums, ...] = tuple(self._sites)
         self._blocks: dict[str, tuple[SiteSums, LayerBlock]] = {
             block.name: (sums, block) for sums in self._sites for block in sums.site.blocks
         }
