@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
-from kfac_dist.coordination.steps.sampling import subset_positions
+from kfac_dist.coordination.steps.sampling import SubsetRule
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
@@ -116,6 +116,7 @@ class KFACPreconditioner:
         self._group = process_group or process_group_of(model)
         plain = plain_module(model)
         self._registration = register(plain, self.settings)
+        self._subset = SubsetRule(least_cases=self._registration.least_cases)
         self._computer = BatchComputer(
             plain,
             distribution=get_distribution(distribution),
@@ -185,7 +186,7 @@ class KFACPreconditioner:
         links, bases = self._curvature.structure.links, self._curvature.shelf.bases()
         first_row, num_cases, parts = 0, 0, []
         for part in inputs:
-            rows = subset_positions(len(part), self.settings.statistics_fraction)
+            rows = self._subset.positions(len(part), self.settings.statistics_fraction)
             parts.append(
                 self._computer.statistics(
                     rows_at(part, rows),

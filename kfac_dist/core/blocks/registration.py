@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from kfac_dist.config import KFACSpec
@@ -26,12 +27,16 @@ from kfac_dist.errors import InvalidSpecError
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """All blocks of a model in the order of its parameters, and the report on them."""
+    """All blocks of a model in the order of its parameters, and the report on them.
+
+    `least_cases` is the number of cases that a pass needs: two with batch normalisation.
+    """
 
     sites: tuple[Site, ...]
     weight_sharing: WeightSharing
     report: tuple[ReportRow, ...]
     num_parameters: int
+    least_cases: int = 1
 
     @property
     def blocks(self) -> tuple[LayerBlock, ...]:
@@ -74,6 +79,7 @@ def register(model: nn.Module, settings: KFACSpec) -> Registration:
         weight_sharing=settings.weight_sharing,
         report=tuple(report_rows(model, sites)),
         num_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        least_cases=2 if any(isinstance(m, _BatchNorm) for m in model.modules()) else 1,
     )
 
 
