@@ -7,8 +7,9 @@ statistics (docs/algorithm.md#scale).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from kfac_dist.core.passes.distributions import Distribution
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.core.passes.jacobian_products import JacobianProducts
 from kfac_dist.core.passes.outputs import check_full_outputs
+from kfac_dist.core.passes.own_passes import RandomStreams, own_passes
 from kfac_dist.core.passes.running_statistics import running_statistics_kept
 from kfac_dist.core.statistics.statistics_pass import StatisticsPass
 from kfac_dist.core.statistics.sums import BatchStatistics, FisherType
@@ -69,18 +71,37 @@ class BatchComputer:
         self._products = JacobianProducts(model)
         chain = find_chain(model)
         self._chain = ChainProducts(model, chain) if chain else None
+        self._streams: RandomStreams | None = None
         self._statistics: StatisticsPass | None = None
         if registration is not None:
             self._statistics = StatisticsPass(
                 model, distribution, seed, registration, fisher_type, self._chain
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the random streams, which only matter within a step."""
+        return {**vars(self), "_streams": None}
+
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the losses over the cases, float64, shape []."""
-        with torch.no_grad(), running_statistics_kept(self.model):
-            if len(inputs) == 0:
-                return self.parameters[0].new_zeros((), dtype=torch.float64)
+        if len(inputs) == 0:
+            return self.parameters[0].new_zeros((), dtype=torch.float64)
+        with torch.no_grad(), self._own_passes(), running_statistics_kept(self.model):
             return self.distribution.loss(self.model(inputs), targets).double().sum()
+
+    @contextmanager
+    def _own_passes(self) -> Iterator[None]:
+        """Keep the user's state, and draw what the gradient's pass has drawn.
+
+        With dropout, the function measured is then that of the gradient, if the cases are too.
+        """
+        if self._chain is not None:  # a chain has no state and draws nothing
+            yield
+            return
+        with own_passes(self.model):
+            if self._streams is not None:
+                self._streams.restore()
+            yield
 
     def gradient(self, inputs: Tensor, targets: Tensor, out: Tensor | None = None) -> GradientSums:
         """Return the sums of loss and gradient over the cases; the owner adds the l2 term.
@@ -88,7 +109,8 @@ class BatchComputer:
         The gradient is a new vector, or `out` [P], which is overwritten. It is zero for parameters
         that the model does not use.
 
-        This is the only pass that updates running statistics of the model.
+        This is the user's training pass: the only one that may move random streams, or change
+        running statistics and other buffers of the model.
         """
         if len(inputs) == 0:
             zero = self.parameters[0].new_zeros((), dtype=torch.float64)
@@ -103,6 +125,7 @@ class BatchComputer:
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Trace | None]:
         if self._chain is None:
+            self._streams = RandomStreams(self.model)
             outputs = self.model(inputs)
             check_full_outputs(outputs, self.model)
             return outputs, None
@@ -162,6 +185,7 @@ class BatchComputer:
     ) -> tuple[Tensor, Tensor]:
         """Return the outputs, and `J v` for each vector v."""
         if trace is None:
-            return self._products.multiply(inputs, torch.stack(tuple(vectors)))
+            with self._own_passes():
+                return self._products.multiply(inputs, torch.stack(tuple(vectors)))
         assert self._chain is not None, "only a chain has a trace"
         return trace.outputs, self._chain.multiply(trace, vectors)

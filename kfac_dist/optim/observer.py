@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from kfac_dist.coordination.steps.sampling import subset_positions
+from kfac_dist.coordination.steps.sampling import SubsetRule
 from kfac_dist.core.passes.outputs import check_outputs
 from kfac_dist.core.vector import rows_at
 from kfac_dist.errors import InvalidSpecError
@@ -230,7 +230,9 @@ class ObserverHook:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def statistics_rows(inputs: Tensor, *, fraction: float, dtype: torch.dtype) -> Tensor:
+def statistics_rows(
+    inputs: Tensor, *, subset: SubsetRule, fraction: float, dtype: torch.dtype
+) -> Tensor:
     """Return the cases of an input that the statistics are computed on, as a copy.
 
     Numbers of half precision, which autocast accepts, are converted to the type of the parameters.
@@ -243,7 +245,7 @@ def statistics_rows(inputs: Tensor, *, fraction: float, dtype: torch.dtype) -> T
             "KFACPreconditioner: the model was called with a tensor without axes; it must have one "
             "of the cases, the first"
         )
-    rows = rows_at(inputs, subset_positions(len(inputs), fraction))
+    rows = rows_at(inputs, subset.positions(len(inputs), fraction))
     if rows.dtype in (torch.bfloat16, torch.float16):
         return rows.to(dtype)
     return rows.clone() if rows is inputs else rows

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.steps.plan import StepPlan
-from kfac_dist.coordination.steps.sampling import subset_positions
+from kfac_dist.coordination.steps.sampling import SubsetRule
 from kfac_dist.coordination.steps.staleness import StalenessBound
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.blocks.registration_report import ReportRow
@@ -103,6 +103,7 @@ class KFAC(torch.optim.Optimizer):
         check_model(model, "KFAC")
         self._registration = register(model, self.settings)
         check_fused("KFAC", self.settings, self._registration.sites)
+        self._subset = SubsetRule(least_cases=self._registration.least_cases)
         self._computer = BatchComputer(
             model,
             distribution=get_distribution(distribution),
@@ -233,7 +234,7 @@ class KFAC(torch.optim.Optimizer):
     ) -> None:
         if not plan.update_factors:
             return
-        rows = subset_positions(len(inputs), self.settings.statistics_fraction)
+        rows = self._subset.positions(len(inputs), self.settings.statistics_fraction)
         statistics = self._computer.statistics(
             rows_at(inputs, rows),
             rows_at(targets, rows),
@@ -278,7 +279,7 @@ class KFAC(torch.optim.Optimizer):
         fraction = self._update.fisher_fraction(len(inputs), measure=plan.measure)
         if fraction is None:
             return None
-        rows = subset_positions(len(inputs), fraction)
+        rows = self._subset.positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
         traced = trace and trace.rows_at(rows)
         return self._computer.fisher_sums(rows_at(inputs, rows), vectors, traced).mean(len(rows))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
+from kfac_dist.coordination.steps.sampling import SubsetRule
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
@@ -140,6 +141,7 @@ class KFACPreconditioner:
         self._group = process_group or process_group_of(model)
         self._registration = register(plain, self.settings)
         check_fused(_OWNER, self.settings, self._registration.sites)
+        self._subset = SubsetRule(least_cases=self._registration.least_cases)
         self._computer = BatchComputer(
             plain,
             distribution=get_distribution(distribution),
@@ -161,6 +163,7 @@ class KFACPreconditioner:
             self._computer.parameters,
             keep=partial(
                 statistics_rows,
+                subset=self._subset,
                 fraction=self.settings.statistics_fraction,
                 dtype=self._computer.parameters[0].dtype,
             ),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.sampling import next_window
+from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
@@ -76,6 +77,7 @@ class TrainingLoop:
         self._checkpointed_step = point.step
         self._gammas: tuple[float, ...] = ()
         self._bad_steps = 0
+        self._warned_of_refusals = False
         self._training_seconds = 0.0
 
     def run(self, crew: Crew) -> TrainingResult:
@@ -132,6 +134,7 @@ class TrainingLoop:
             evaluation = evaluate_splits(crew, self._journal, self._spec.optimizer.l2)
             record = record.model_copy(update={"evaluation": evaluation})
         self._journal.record(record)
+        self._warn_of_refusals(server)
         self._count_bad_steps(server)
 
     def _evaluates(self, step: int) -> bool:
@@ -220,6 +223,12 @@ class TrainingLoop:
                 f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}"
             )
         self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
+
+    def _warn_of_refusals(self, report: ServerReport) -> None:
+        if report.refused_in_a_row >= REFUSALS_TO_WARN_OF and not self._warned_of_refusals:
+            self._warned_of_refusals = True
+            message = refusal_warning(report.step)
+            self._journal.event("statistics_refused", message, severity="warning")
 
     def _count_bad_steps(self, report: ServerReport) -> None:
         self._bad_steps = 0 if report.applied else self._bad_steps + 1

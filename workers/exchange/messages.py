@@ -99,6 +99,8 @@ class ServerReport:
         accepted: headers of the inverses that arrived since the last report.
         stale_applied_total: uses of such an inverse in applied steps, so far in the job.
         numeric_events: numeric trouble so far in the job, counted by kind.
+        refused_in_a_row: number of updates of the factors up to this step that were refused, one
+            after the other, although the gradients were finite.
         waited_seconds: how long this step waited for inverses.
         phase_seconds: the time of each phase of this step.
     """
@@ -126,6 +128,7 @@ class ServerReport:
     numeric_events: Mapping[str, int]
     waited_seconds: float
     phase_seconds: Mapping[str, float]
+    refused_in_a_row: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

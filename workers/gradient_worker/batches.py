@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_dist.coordination.steps.sampling import BatchWindow, subset_positions, worker_part
+from kfac_dist.coordination.steps.sampling import BatchWindow, SubsetRule, worker_part
 from kfac_dist.core.passes.noise import permutation
 from kfac_dist.core.vector import rows_at
 from kfac_dist.data import MapDataset, fetch_checked
@@ -43,10 +43,11 @@ class BatchPart:
     targets: Tensor
     slice: range
     batch_size: int
+    subset_rule: SubsetRule
 
     def subset(self, fraction: float) -> Subset:
         """Return the cases of this part that are in the evenly strided subset of the batch."""
-        positions = subset_positions(self.batch_size, fraction)
+        positions = self.subset_rule.positions(self.batch_size, fraction)
         first = bisect_left(positions, self.slice.start)
         stop = bisect_left(positions, self.slice.stop)
         own = tuple(position - self.slice.start for position in positions[first:stop])
@@ -54,16 +55,27 @@ class BatchPart:
 
 
 class BatchReader:
-    """Reads the parts of the batches that belong to worker `rank` of `num_workers`."""
+    """Reads the parts of the batches that belong to worker `rank` of `num_workers`.
+
+    `least_cases` is the number of cases that a pass over the model needs.
+    """
 
     def __init__(
-        self, dataset: MapDataset, *, seed: int, num_workers: int, rank: int, device: torch.device
+        self,
+        dataset: MapDataset,
+        *,
+        seed: int,
+        num_workers: int,
+        rank: int,
+        device: torch.device,
+        least_cases: int = 1,
     ) -> None:
         self._dataset = dataset
         self._seed = seed
         self._num_workers = num_workers
         self._rank = rank
         self._device = device
+        self._subset_rule = SubsetRule(least_cases=least_cases, num_workers=num_workers)
         self._order: tuple[int, Tensor] | None = None
 
     def read(self, window: BatchWindow) -> BatchPart:
@@ -77,6 +89,7 @@ class BatchReader:
             targets=targets.to(self._device),
             slice=part,
             batch_size=window.size,
+            subset_rule=self._subset_rule,
         )
 
     def _epoch_order(self, epoch: int) -> Tensor:

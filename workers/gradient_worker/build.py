@@ -45,6 +45,7 @@ def build_gradient_work(
         num_workers=spec.workers.gradient,
         rank=rank,
         device=device,
+        least_cases=registration.least_cases if registration else 1,
     )
     sender: StatisticsSender | None = None
     moment_layers: tuple[str, ...] = ()

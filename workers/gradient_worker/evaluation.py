@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfac_dist.coordination.steps.sampling import worker_part
 from kfac_dist.core.compute import BatchComputer
+from kfac_dist.core.passes.own_passes import own_passes
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import MapDataset, Split, fetch_checked
 from kfac_dist.tasks import Task
@@ -58,17 +59,18 @@ def evaluate(
     was_training = computer.model.training
     computer.model.eval()
     try:
-        while done < len(part):
-            rows = part[done : done + _CHUNK]
-            indices = torch.arange(rows.start, rows.stop)
-            inputs, targets = fetch_checked(dataset, indices, split)
-            chunk_loss, chunk_metrics = _chunk(computer, task, inputs, targets)
-            loss += chunk_loss
-            for name, value in chunk_metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value
-            done += len(rows)
-            if time.monotonic() > deadline:
-                break
+        with own_passes(computer.model):
+            while done < len(part):
+                rows = part[done : done + _CHUNK]
+                indices = torch.arange(rows.start, rows.stop)
+                inputs, targets = fetch_checked(dataset, indices, split)
+                chunk_loss, chunk_metrics = _chunk(computer, task, inputs, targets)
+                loss += chunk_loss
+                for name, value in chunk_metrics.items():
+                    metrics[name] = metrics.get(name, 0.0) + value
+                done += len(rows)
+                if time.monotonic() > deadline:
+                    break
     finally:
         computer.model.train(was_training)
     return EvaluationSums(

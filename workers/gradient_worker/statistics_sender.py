@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from workers.gradient_worker.batches import BatchPart, Subset
 
 SendStatistics = Callable[[int, StatisticsMessage], None]
 """Sends a message to the inverse worker of that rank."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class StatisticsSender:
@@ -40,6 +43,7 @@ class StatisticsSender:
         self._computer = computer
         self._links = links
         self._send = send
+        self._warned = False
         self._assignment: Mapping[int, tuple[str, ...]] = {}
         self._assignment_epochs: Mapping[int, int] = {}
 
@@ -111,4 +115,10 @@ class StatisticsSender:
             bases=bases,
             trace=trace and trace.rows_at(rows.positions),
         )
-        return statistics if statistics.is_finite() else None
+        if statistics.is_finite():
+            return statistics
+        if not self._warned:
+            self._warned = True
+            layers = ", ".join(statistics.not_finite())
+            _LOG.warning("step %d: refused statistics, not finite in layers %s", step, layers)
+        return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,9 @@ from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import InverseHeader, InverseMessage
 from workers.exchange.moments import Basis, Moments
 from workers.exchange.parcels import pack_tensors, unpack_inverses, unpack_tensors
+
+# Accepted statistics that are remembered, in steps: more than a step's versions can be behind it.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class InverseStore:
     _shelf: InverseShelf = field(init=False)
     _orphaned: frozenset[str] = frozenset()
     _failed_step: dict[str, int] = field(default_factory=dict)  # the version that was not made
-    _newest_statistics: int = 0
+    _accepted_statistics: deque[int] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _counts: Counter[str] = field(default_factory=Counter)
     _accepted: list[InverseHeader] = field(default_factory=list)  # since the last report
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -132,7 +135,7 @@ class InverseStore:
 
     def note_statistics(self, step: int) -> None:
         """Note that all gradient workers have sent usable statistics of `step`."""
-        self._newest_statistics = step
+        self._accepted_statistics.append(step)
 
     def is_ready(self, step: int) -> bool:
         """Return whether `step` can start without waiting for inverses or its own statistics."""
@@ -187,7 +190,7 @@ class InverseStore:
             self.bound,
             self.staleness.at_bound,
             self._orphaned | self._failed(step),
-            newest_statistics=self._newest_statistics,
+            accepted_statistics=self._accepted_statistics,
         )
 
     def _failed(self, step: int) -> set[str]:

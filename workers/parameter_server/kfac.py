@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
-from kfac_dist.coordination.steps.sampling import subset_positions
+from kfac_dist.coordination.steps.sampling import SubsetRule
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.choice import Choice
@@ -45,10 +45,14 @@ class KFACServer:
         self._settings = spec.optimizer
         self._schedule = schedule
         self._store = store
+        self._subset = SubsetRule(
+            least_cases=registration.least_cases, num_workers=spec.workers.gradient
+        )
         self._layers = registration.names  # in the order of the model, as reports show them
         self._update = KFACUpdate(spec.optimizer, registration, torch.zeros_like(state.parameters))
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
+        self._refused_in_a_row = 0
         observes = store.structure.observes_moments
         self._moment_layers = registration.names if observes else ()
         self._side: ServerSide  # set by `join`
@@ -77,7 +81,7 @@ class KFACServer:
         ahead = finite and not self._needs_statistics(plan)
         if ahead:
             inverses, directions = self._precondition(plan, mean, phases)
-        self._receive_statistics(order, phases)
+        self._receive_statistics(order, phases, finite=finite)
         if not finite:
             self._side.skip_step()
             return self._skipped(order, mean, phases)
@@ -108,16 +112,19 @@ class KFACServer:
             self._store.structure.observes_moments or not self._store.is_ready(plan.step)
         )
 
-    def _receive_statistics(self, order: StepOrder, phases: Phases) -> None:
+    def _receive_statistics(self, order: StepOrder, phases: Phases, *, finite: bool) -> None:
         """Average the moments of a step into the inverses, unless its statistics were refused."""
         if not order.plan.update_factors:
             return
         with phases("wait_statistics"):
             usable = self._side.receive_usable()
             moments = self._moments.receive()
-        if usable:
+        if not usable:
+            self._refused_in_a_row += finite  # a gradient that is not finite is a bad step instead
+        else:
+            self._refused_in_a_row = 0
             self._store.note_statistics(order.plan.step)
-            rows = subset_positions(order.window.size, self._settings.statistics_fraction)
+            rows = self._subset.positions(order.window.size, self._settings.statistics_fraction)
             self._store.observe(moments, len(rows))
 
     def _precondition(
@@ -154,7 +161,7 @@ class KFACServer:
             return None
         with phases("fisher_products"):
             sums = self._side.receive_fisher(len(directions) + 1)
-            return sums.mean(len(subset_positions(size, fraction)))
+            return sums.mean(len(self._subset.positions(size, fraction)))
 
     def _apply(
         self,
@@ -232,6 +239,7 @@ class KFACServer:
             numeric_events=dict(self._counts + self._store.counts()),
             waited_seconds=inverses.waited_seconds if inverses else 0.0,
             phase_seconds=phases.seconds,
+            refused_in_a_row=self._refused_in_a_row,
         )
 
     def next_gammas(self, step: int) -> tuple[float, ...]:

@@ -6,6 +6,8 @@ of the batch: W workers see the same batch as one.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -96,4 +98,39 @@ def subset_positions(size: int, fraction: float) -> list[int]:
         raise InvalidSpecError(f"fraction must be above 0 and at most 1; got {fraction}")
     exact = Fraction(repr(float(fraction)))
     count = -(-exact.numerator * size // exact.denominator)
+    return _strided(size, count)
+
+
+def _strided(size: int, count: int) -> list[int]:
     return [j * size // count for j in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetRule:
+    """Chooses the cases of a batch for statistics and for Fisher products.
+
+    A model with batch normalisation cannot run on one case. So every one of `num_workers` workers
+    gets at least `least_cases` cases of the subset, as far as its part has them, or none.
+    """
+
+    least_cases: int = 1
+    num_workers: int = 1
+
+    def positions(self, size: int, fraction: float) -> list[int]:
+        """Return what `subset_positions` does, or the smallest larger subset that is enough."""
+        positions = subset_positions(size, fraction)
+        while not self._is_enough(positions, size):
+            positions = _strided(size, len(positions) + 1)
+        return positions
+
+    def _is_enough(self, positions: Sequence[int], size: int) -> bool:
+        if self.least_cases == 1 or len(positions) == size:
+            return True
+        parts = [worker_part(size, self.num_workers, rank) for rank in range(self.num_workers)]
+        own = [
+            bisect_left(positions, part.stop) - bisect_left(positions, part.start) for part in parts
+        ]
+        return not any(
+            0 < number < min(self.least_cases, len(part))
+            for number, part in zip(own, parts, strict=True)
+        )

@@ -7,7 +7,8 @@ that step minus the version.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -122,7 +123,7 @@ def admit(
     at_bound: AtBound,
     orphaned: Collection[str] = (),
     *,
-    newest_statistics: int | None = None,
+    accepted_statistics: Sequence[int] | None = None,
 ) -> Admission:
     """Decide for each layer whether its newest inverse may precondition `step`.
 
@@ -137,21 +138,31 @@ def admit(
         at_bound: what to do with a layer beyond the bound.
         orphaned: layers that nobody refreshes now, because their inverse worker is being replaced
             or their inversion failed. The step never waits for them.
-        newest_statistics: the newest step whose statistics were accepted, 0 before the first, None
-            if unknown. An inverse cannot be newer, so the step does not wait for a newer one.
+        accepted_statistics: the steps whose statistics were accepted, ascending, None if unknown.
+            An inverse cannot be newer than the last of them, and in an exact step not newer than
+            the last that the exact version may contain. So the step does not wait for a newer one.
     """
     may_damp = at_bound == "damp" and not bound.is_exact(step)
     decided: dict[str, list[str]] = {"wait_for": [], "damp": [], "degraded": [], "gradient": []}
     recorded = bound.recorded.beyond_bound.get(step, {}) if bound.recorded else {}
     for name, version in versions.items():
-        if (version or 0) >= bound.oldest_admissible(step, name):
+        oldest = bound.oldest_admissible(step, name)
+        if (version or 0) >= oldest:
             if name in recorded:
                 decided[recorded[name]].append(name)
             continue
-        exhausted = newest_statistics is not None and newest_statistics <= (version or 0)
+        exhausted = accepted_statistics is not None and (
+            _newest(accepted_statistics, oldest if bound.is_exact(step) else None) <= (version or 0)
+        )
         if name in orphaned or exhausted:
             outcome = "gradient" if version is None else "degraded"
         else:
             outcome = "damp" if may_damp and version is not None else "wait_for"
         decided[outcome].append(name)
     return Admission(**{outcome: tuple(names) for outcome, names in decided.items()})
+
+
+def _newest(steps: Sequence[int], at_most: int | None) -> int:
+    """Return the last of ascending steps, at most `at_most`; 0 if there is none."""
+    number = len(steps) if at_most is None else bisect_right(steps, at_most)
+    return steps[number - 1] if number else 0

@@ -5,12 +5,14 @@ Every trainable parameter is in exactly one block, or in several if its matrix i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.block import LayerBlock, Range
@@ -18,18 +20,23 @@ from kfac_dist.core.blocks.registration_report import ReportRow, report_rows
 from kfac_dist.core.blocks.sites import Shape, Site, WeightSharing, cut
 from kfac_dist.core.blocks.uses import Use, common_use, find_uses
 from kfac_dist.core.factors import Link
+from kfac_dist.core.passes.own_passes import own_passes
 from kfac_dist.core.vector import trainable_parameters
 from kfac_dist.errors import InvalidSpecError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """All blocks of a model in the order of its parameters, and the report on them."""
+    """All blocks of a model in the order of its parameters, and the report on them.
+
+    `least_cases` is the number of cases that a pass needs: two with batch normalisation.
+    """
 
     sites: tuple[Site, ...]
     weight_sharing: WeightSharing
     report: tuple[ReportRow, ...]
     num_parameters: int
+    least_cases: int = 1
 
     @property
     def blocks(self) -> tuple[LayerBlock, ...]:
@@ -56,19 +63,39 @@ def register(model: nn.Module, settings: KFACSpec) -> Registration:
     """Find the block of every trainable parameter of `model`.
 
     Raises:
-        InvalidSpecError: nothing is trainable, or an option does not fit the model.
+        InvalidSpecError: nothing is trainable, a parameter has no elements or no shape yet, or an
+            option does not fit the model.
     """
     parameters = trainable_parameters(model)
     if not parameters:
         raise InvalidSpecError("the model has no trainable parameters")
-    finder = _SiteFinder(model, settings)
-    sites = tuple(site for name in parameters for site in finder.new_sites(name))
+    _check_shapes(parameters)
+    # Reading a weight that is computed from another (spectral norm) can change buffers.
+    with own_passes(model):
+        finder = _SiteFinder(model, settings)
+        sites = tuple(site for name in parameters for site in finder.new_sites(name))
     return Registration(
         sites=sites,
         weight_sharing=settings.weight_sharing,
         report=tuple(report_rows(model, sites)),
         num_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        least_cases=2 if any(isinstance(m, _BatchNorm) for m in model.modules()) else 1,
     )
+
+
+def _check_shapes(parameters: Mapping[str, nn.Parameter]) -> None:
+    lazy = [name for name, p in parameters.items() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise InvalidSpecError(
+            f"{', '.join(lazy)}: these parameters have no shape before the model's first pass; run "
+            "it on one batch first"
+        )
+    empty = [f"{name} {tuple(p.shape)}" for name, p in parameters.items() if p.numel() == 0]
+    if empty:
+        raise InvalidSpecError(
+            f"{', '.join(empty)}: a parameter must have at least one element; remove it, or freeze "
+            "it with requires_grad_(False)"
+        )
 
 
 class _SiteFinder:

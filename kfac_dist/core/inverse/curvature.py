@@ -6,6 +6,7 @@ both use the same `Structure`.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,14 +19,18 @@ from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.inverse.saved_shapes import check_shapes
 from kfac_dist.core.inverse.shelf import InverseShelf, InverseVersion, layer_inverses
 from kfac_dist.core.inverse.structure import structure_for
+from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
 from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
+
+_LOG = logging.getLogger(__name__)
 
 
 class Curvature:
     """Averaged factors and inverses of the layers of a model.
 
-    `events` counts the rungs of the ladder of numeric trouble (docs/algorithm.md#ladder).
+    `events` counts the rungs of the ladder of numeric trouble (docs/algorithm.md#ladder). The first
+    time that statistics are refused several times in a row, a warning is logged.
     """
 
     def __init__(
@@ -39,14 +44,24 @@ class Curvature:
         self._inverse = settings.inverse
         self._blocks = registration.blocks
         self._events = events
+        self._refused_in_a_row = 0
+        self._warned = False
 
     def update(self, step: int, statistics: BatchStatistics, num_cases: int) -> None:
         """Average in the statistics of one step, or refuse them if a number is not finite."""
         if not statistics.is_finite():
             self._events["refused_statistics"] += 1
+            self._note_refusal(step, statistics)
             return
+        self._refused_in_a_row = 0
         self.averages.update(step, statistics.factors, num_cases, statistics.crosses)
         self.shelf.observe(statistics.moments, num_cases)
+
+    def _note_refusal(self, step: int, statistics: BatchStatistics) -> None:
+        self._refused_in_a_row += 1
+        if self._refused_in_a_row == REFUSALS_TO_WARN_OF and not self._warned:
+            self._warned = True
+            _LOG.warning("%s", refusal_warning(step, statistics.not_finite()))
 
     def invert(self, gammas: Sequence[float]) -> None:
         """Invert the averaged factors at each gamma and make the inverses available.

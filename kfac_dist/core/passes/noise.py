@@ -18,6 +18,7 @@ _MASK = (1 << 64) - 1
 
 _SHUFFLE = 1
 _NOISE = 2
+_STREAM = 3
 
 
 def _mix(*words: int) -> int:
@@ -29,6 +30,11 @@ def _mix(*words: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state
+
+
+def stream_key(seed: int, step: int, first_row: int) -> int:
+    """Return a key for random streams that the model draws from itself in a statistics pass."""
+    return _mix(seed, _STREAM, step, first_row) >> 1
 
 
 def permutation(seed: int, epoch: int, num_cases: int) -> Tensor:

@@ -41,6 +41,17 @@ class SiteCall(NamedTuple):
     num_cases: int
 
 
+class ObservedGradient(NamedTuple):
+    """The gradient of a site's matrix [rows, columns], summed over cases and positions.
+
+    `scale` is the root of the sum of the squared norms of its terms: what their sum would have for
+    a norm if they were independent.
+    """
+
+    matrix: Tensor
+    scale: Tensor
+
+
 class SiteSums(ABC):
     """The sums of one site over `num_cases` cases."""
 
@@ -66,6 +77,10 @@ class SiteSums(ABC):
     @abstractmethod
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Add derivatives with respect to the outputs of these calls, one tensor for each."""
+
+    @abstractmethod
+    def observed_gradient(self) -> ObservedGradient | None:
+        """Return the gradient that the last derivatives added give; None if none is observed."""
 
 
 class KroneckerSums(SiteSums):
@@ -134,12 +149,21 @@ class KroneckerSums(SiteSums):
             for call, gradient in zip(self.calls, gradients, strict=True)
         ]
         self.added_gradients = (
-            [self.case_gradients().sum(dim=1)] if self._reduces else self.gradients
+            [self.case_gradients().sum(dim=1)] if self._reduces and self.calls else self.gradients
         )
         first = self.site.first_row
         for (start, end), G in self._G.items():
             for call in self.added_gradients:
                 add_second_moment(G, _columns(call, (start - first, end - first)))
+
+    def observed_gradient(self) -> ObservedGradient | None:
+        """Return the sum of `g abar^T` over the rows of all calls."""
+        if not self.calls:
+            return None
+        pairs = list(zip(self.gradients, self.inputs, strict=True))
+        squares = [(g.square().sum(dim=1) * a.square().sum(dim=1)).sum() for g, a in pairs]
+        matrix = reduce(torch.add, [g.T @ a for g, a in pairs])
+        return ObservedGradient(matrix, reduce(torch.add, squares).sqrt())
 
     def case_inputs(self) -> Tensor:
         """Return the inputs of all calls as [cases, positions, dim_A]."""
@@ -211,6 +235,17 @@ class IndexSums(KroneckerSums):
                 for indices, gradient in zip(self._indices, gradients, strict=True)
             ]
         )
+
+    def observed_gradient(self) -> ObservedGradient | None:
+        """Return the sum of the derivatives at each index, one column for each."""
+        if not self.calls:
+            return None
+        # Derivatives at the padding index are zero.
+        indices = torch.cat([part.reshape(-1) for part in self._indices]).clamp(min=0)
+        gradients = torch.cat(self.gradients)
+        (width,) = {len(A) for A in self._A.values()}
+        rows = gradients.new_zeros((width, gradients.shape[1])).index_add_(0, indices, gradients)
+        return ObservedGradient(rows.T, gradients.square().sum().sqrt())
 
 
 def _flat(rows: Tensor) -> Tensor:

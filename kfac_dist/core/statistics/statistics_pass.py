@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -23,22 +24,33 @@ from kfac_dist.core.passes.case_gradients import CaseGradients
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.distributions import Distribution
-from kfac_dist.core.passes.noise import keyed_noise
+from kfac_dist.core.passes.noise import keyed_noise, stream_key
 from kfac_dist.core.passes.outputs import check_full_outputs
+from kfac_dist.core.passes.own_passes import own_passes
 from kfac_dist.core.passes.running_statistics import (
     batch_norms,
     batch_statistics_fixed,
     running_statistics_kept,
 )
+from kfac_dist.core.passes.used_calls import used_calls
+from kfac_dist.core.statistics.observed_gradient import check_observed
 from kfac_dist.core.statistics.sums import BatchStatistics, FisherType, StatisticsSums
 from kfac_dist.errors import InvalidSpecError
 
+# The passes, counted from 1, that compare the gradient with what the calls give. One alone could
+# miss a use whose derivatives are zero at the start.
+_CHECKED_PASSES = (1, 2, 4, 8)
+
 
 class _Observed(NamedTuple):
-    """The outputs of a pass, its calls, and a function that takes derivatives back to these."""
+    """The outputs of a pass, all calls in it, and those that the outputs depend on.
+
+    `output_gradients` takes derivatives back to the outputs of the calls in `used`.
+    """
 
     outputs: Tensor
     captures: Captures
+    used: Captures
     output_gradients: Callable[[Tensor], Gradients]
 
 
@@ -75,6 +87,7 @@ class StatisticsPass:
         diagonal = [s.parameters[0] for s in registration.sites if s.kind == "diagonal"]
         self._case_gradients = CaseGradients(model, diagonal) if diagonal else None
         self._without_cases: frozenset[nn.Module] | None = None
+        self._num_passes = 0
 
     def run(
         self,
@@ -107,35 +120,50 @@ class StatisticsPass:
                 the model is run.
 
         Raises:
-            InvalidSpecError: the model uses a layer's weight without calling the layer, or a call
-                has no axis of cases although the Fisher type needs it.
+            InvalidSpecError: the model uses a layer's weight without calling the layer, also beside
+                its calls, or a call has no axis of cases although the Fisher type needs it.
         """
         collector = StatisticsSums(
             self._registration, self._fisher_type, len(inputs), self._like, links, bases
         )
         if len(inputs) == 0:  # a worker without cases still sends sums, which are zero
             return collector.sums
-        with torch.enable_grad(), running_statistics_kept(self._model):
-            outputs, captures, back = self._observe(inputs, trace)
-            collector.add_inputs(captures, self._modules_without_cases(inputs))
+        self._num_passes += 1
+        with torch.enable_grad(), self._own_passes(step, first_row):
+            outputs, captures, used, back = self._observe(inputs, trace)
+            collector.add_inputs(used, self._modules_without_cases(inputs))
             for derivative in self._output_derivatives(outputs, targets, step, first_row):
                 self._check_uncalled(outputs, derivative, captures)
                 collector.add_gradients(back(derivative))
+                if trace is None and self._num_passes in _CHECKED_PASSES:
+                    check_observed(self._model, outputs, derivative, collector.sites)
                 if self._case_gradients is not None:
                     with batch_statistics_fixed(self._model, captures):
                         squares = self._case_gradients.squares(inputs, derivative)
                     collector.add_squares(squares)
         return collector.sums
 
+    @contextmanager
+    def _own_passes(self, step: int, first_row: int) -> Iterator[None]:
+        """Keep the user's state; what a model draws itself depends on step and cases alone."""
+        if self._chain is not None:  # a chain has no state and draws nothing
+            yield
+            return
+        with own_passes(self._model) as streams, running_statistics_kept(self._model):
+            streams.seed(stream_key(self._seed, step, first_row))
+            yield
+
     def _observe(self, inputs: Tensor, trace: Trace | None) -> _Observed:
         if trace is not None:
             assert self._chain is not None, "only a chain has a trace"
             back = partial(self._chain.output_gradients, trace)
-            return _Observed(trace.outputs, self._chain.captures(trace), back)
+            calls = self._chain.captures(trace)
+            return _Observed(trace.outputs, calls, calls, back)
         with capturing(self._observed()) as captures:
             outputs = self._model(inputs)
         check_full_outputs(outputs, self._model)
-        return _Observed(outputs, captures, partial(output_gradients, outputs, captures))
+        used = used_calls(outputs, captures)
+        return _Observed(outputs, captures, used, partial(output_gradients, outputs, used))
 
     def _observed(self) -> Iterator[nn.Module]:
         yield from self._modules

@@ -67,6 +67,18 @@ class BatchStatistics:
             and all(is_finite(moments) for moments in self.moments.values())
         )
 
+    def not_finite(self) -> list[str]:
+        """Return the layers with an element that is NaN or infinite, in order."""
+        return [
+            name
+            for name, pair in self.factors.items()
+            if not (
+                pair.is_finite()
+                and (name not in self.crosses or self.crosses[name].is_finite())
+                and (name not in self.moments or is_finite(self.moments[name]))
+            )
+        ]
+
 
 def _diagonal(factor: Tensor) -> Tensor:
     return factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1)
@@ -103,6 +115,7 @@ class StatisticsSums:
             sums_for(site, num_cases, like, registration.weight_sharing)
             for site in registration.sites
         ]
+        self.sites: tuple[SiteSums, ...] = tuple(self._sites)
         self._blocks: dict[str, tuple[SiteSums, LayerBlock]] = {
             block.name: (sums, block) for sums in self._sites for block in sums.site.blocks
         }

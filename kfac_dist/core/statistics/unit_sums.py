@@ -10,7 +10,13 @@ from torch import Tensor
 from kfac_dist.core.blocks.block import BlockKind
 from kfac_dist.core.blocks.sites import Site, WeightSharing
 from kfac_dist.core.factors import UnitMoments
-from kfac_dist.core.statistics.site_sums import IndexSums, KroneckerSums, SiteCall, SiteSums
+from kfac_dist.core.statistics.site_sums import (
+    IndexSums,
+    KroneckerSums,
+    ObservedGradient,
+    SiteCall,
+    SiteSums,
+)
 
 
 class UnitSums(SiteSums):
@@ -23,6 +29,7 @@ class UnitSums(SiteSums):
         (block,) = site.blocks
         self._M = like.new_zeros((block.dim_G, block.dim_A, block.dim_A))
         self._features: list[Tensor] = []
+        self._gradients: Sequence[Tensor] = ()
         self.factors = {block.name: UnitMoments(M=self._M)}
 
     def add_inputs(self, calls: Sequence[SiteCall]) -> None:
@@ -37,6 +44,7 @@ class UnitSums(SiteSums):
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Add the outer products of the gradients of cases."""
+        self._gradients = gradients
         if not self.calls:
             return
         per_call = [
@@ -59,6 +67,21 @@ class UnitSums(SiteSums):
             parts.append(g.sum(dim=1).unsqueeze(2))
         return torch.cat(parts, dim=2)
 
+    def observed_gradient(self) -> ObservedGradient | None:
+        """Return the sum of the gradients of all cases."""
+        if not self.calls:
+            return None
+        parts, squares = [], []
+        for number, (call, gradient) in enumerate(zip(self.calls, self._gradients, strict=True)):
+            parts.append(self._case_gradients(number, call, gradient).sum(dim=0))
+            rows = call.rule.output_rows(call.module, gradient, None)
+            terms = rows.reshape(call.num_cases, -1, len(self._M)).square()
+            if self.site.has_weight:
+                features = self._features[number].square().sum(dim=3)
+                terms = terms * (features + 1 if self.site.has_bias else features)
+            squares.append(terms.sum())
+        return ObservedGradient(torch.stack(parts).sum(dim=0), torch.stack(squares).sum().sqrt())
+
 
 class DiagonalSums(SiteSums):
     """The diagonal of the Fisher, from squared gradients of cases (`CaseGradients`)."""
@@ -76,6 +99,10 @@ class DiagonalSums(SiteSums):
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Do nothing: a diagonal site observes no calls."""
+
+    def observed_gradient(self) -> ObservedGradient | None:
+        """Return None: a diagonal site observes no calls."""
+        return None
 
     def add_squares(self, squares: Tensor) -> None:
         """Add sums over cases of squared gradients, shaped like the parameter."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kfac_dist.coordination.steps.sampling import (
     BatchWindow,
     SamplerCursor,
+    SubsetRule,
     next_window,
     subset_positions,
     worker_part,
@@ -140,3 +141,31 @@ def test_the_fraction_is_the_decimal_it_was_written_as(
 def test_a_fraction_outside_of_its_interval_is_refused(fraction: float) -> None:
     with pytest.raises(InvalidSpecError, match="above 0 and at most 1; got"):
         subset_positions(10, fraction)
+
+
+@given(st.integers(1, 200), st.floats(0.001, 1), st.integers(1, 9), st.integers(1, 3))
+def test_every_worker_has_enough_cases_of_a_subset_or_none(
+    size: int, fraction: float, num_workers: int, least: int
+) -> None:
+    plain = subset_positions(size, fraction)
+    rule = SubsetRule(least_cases=least, num_workers=num_workers)
+    positions = rule.positions(size, fraction)
+    assert positions == [j * size // len(positions) for j in range(len(positions))]
+    assert len(positions) >= len(plain)
+    if least == 1:
+        assert positions == plain
+        return
+    for rank in range(num_workers):
+        part = worker_part(size, num_workers, rank)
+        own = sum(position in part for position in positions)
+        assert own == 0 or own >= min(least, len(part))
+
+
+@pytest.mark.parametrize(
+    ("size", "num_workers", "count"), [(8, 1, 2), (8, 2, 4), (7, 2, 2), (1, 1, 1), (64, 2, 8)]
+)
+def test_a_subset_grows_no_more_than_two_cases_a_worker_need(
+    size: int, num_workers: int, count: int
+) -> None:
+    rule = SubsetRule(least_cases=2, num_workers=num_workers)
+    assert len(rule.positions(size, 0.125)) == count

@@ -111,11 +111,25 @@ def test_a_synchronous_step_is_never_damped(bound: StalenessBound) -> None:
 def test_a_step_does_not_wait_for_statistics_that_were_refused() -> None:
     bound = make_bound(0)
     versions = {"as_new_as_can_be": 80, "older": 79, "new": None}
-    decision = admit(100, versions, bound, "wait", newest_statistics=80)
+    decision = admit(100, versions, bound, "wait", accepted_statistics=[79, 80])
     assert decision == Admission(wait_for=("older", "new"), degraded=("as_new_as_can_be",))
-    assert admit(1, {"layer": None}, bound, "wait", newest_statistics=0) == Admission(
+    assert admit(1, {"layer": None}, bound, "wait", accepted_statistics=[]) == Admission(
         gradient=("layer",)
     )
+
+
+@pytest.mark.parametrize(("step", "refused"), [(100, {100}), (103, {100}), (103, {98, 99, 100})])
+def test_an_exact_step_does_not_wait_for_what_its_version_cannot_contain(
+    step: int, refused: set[int]
+) -> None:
+    """Statistics accepted after the refresh belong to the next version."""
+    bound = make_bound(0, period=10)
+    accepted = [s for s in range(1, step + 1) if s not in refused]
+    newest = 100 - len(refused)
+    made = admit(step, {"layer": newest}, bound, "wait", accepted_statistics=accepted)
+    assert made == Admission(degraded=("layer",))
+    early = admit(step, {"layer": newest - 1}, bound, "wait", accepted_statistics=accepted)
+    assert early == Admission(wait_for=("layer",))
 
 
 @st.composite
@@ -140,7 +154,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "at_bound": draw(st.sampled_from(["wait", "damp"])),
         "orphaned": draw(st.sets(st.sampled_from(names))),
-        "newest_statistics": newest,
+        "accepted_statistics": None if newest is None else [newest][: newest > 0],
     }
 
 
@@ -164,8 +178,8 @@ def test_nothing_staler_than_the_bound_is_applied_uncounted(situation: dict[str,
 @given(situations())
 def test_waiting_ends_when_the_newest_statistics_are_in(situation: dict[str, Any]) -> None:
     """Once every layer that a step waits for is refreshed, the step waits no longer."""
-    newest = situation["newest_statistics"]
-    arrived = situation["step"] if newest is None else newest
+    accepted = situation["accepted_statistics"]
+    arrived = accepted[-1] if accepted else situation["step"]
     waited = admit(**situation).wait_for
     versions = situation["versions"] | dict.fromkeys(waited, arrived)
     assert admit(**(situation | {"versions": versions})).wait_for == ()

@@ -221,3 +221,19 @@ def test_a_pattern_that_matches_nothing_is_refused():
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(InvalidSpecError, match="no trainable"):
         registered(net().requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: nn.LazyLinear(3), r"1\.weight, 1\.bias: .* no shape before"),
+        (lambda: nn.Linear(4, 0), r"1\.weight \(0, 4\), 1\.bias \(0,\): .* at least one element"),
+        (lambda: nn.Embedding(0, 4), r"1\.weight \(0, 4\): "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_parameters_without_elements_or_shape_are_refused_by_name(module, message):
+    model = nn.Sequential(nn.Linear(4, 4), module())
+    with pytest.raises(InvalidSpecError, match=message):
+        register(model, kfac_settings({}))

@@ -46,7 +46,8 @@ def make_store(
         patience_seconds=patience_seconds,
         device=torch.device("cpu"),
     )
-    store.note_statistics(20)  # newer statistics than in any inverse below
+    for step in range(1, 21):  # up to newer ones than in any inverse below
+        store.note_statistics(step)
     return store
 
 

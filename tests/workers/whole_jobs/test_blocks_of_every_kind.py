@@ -54,6 +54,28 @@ class Net(nn.Module):
 '''
 
 
+NORMALISED = TASK.replace("Sums", "Normalised").replace(
+    "return Net()", "return nn.Sequential(Net(), nn.BatchNorm1d(3), nn.Linear(3, 3))"
+)
+
+
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(1, 8), (3, 16)])
+def test_a_small_batch_is_enough_for_a_batch_norm(
+    num_workers: int, batch_size: int, tmp_path: Path
+) -> None:
+    optimizer = {"statistics_fraction": 0.125, "fisher_fraction": 0.125}
+    workers = {"gradient": num_workers, "inverse": 1}
+    changes = {"optimizer": optimizer, "workers": workers, "batch_size": batch_size}
+    spec = user_spec(tmp_path, NORMALISED, "Normalised", **changes)
+    with closing(LocalJob(spec, tmp_path)) as job:
+        if num_workers == 1:
+            assert_bitwise_serial(job, spec, tmp_path)
+            return
+        reports = job.steps(3)
+        assert all(report.applied for report in reports)
+        assert not any(report.refused_in_a_row for report in reports)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal", "ekfac"])
 def test_a_distributed_run_agrees_with_the_serial_optimizer(

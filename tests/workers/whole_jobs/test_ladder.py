@@ -128,3 +128,34 @@ def test_the_server_counts_fallbacks_to_the_gradient_and_skipped_steps(tmp_path)
     assert not report.applied
     assert report.numeric_events["bad_step"] == 1
     assert set(report.numeric_events) <= EVENTS
+
+
+class Refused(LocalJob):
+    """The statistics of its first gradient worker are not finite while `refuses` is true."""
+
+    refuses = True
+
+    def spoil(self):
+        computer = self.workers[0]._computer
+        alone = computer.statistics
+
+        def statistics(*arguments, **options):
+            result = alone(*arguments, **options)
+            if self.refuses:
+                next(result.tensors()).fill_(math.nan)
+            return result
+
+        computer.statistics = statistics
+
+
+def test_the_server_counts_refused_statistics_in_a_row(tmp_path, caplog):
+    job = Refused(small_spec(steps=8, workers={"gradient": 2, "inverse": 1}), tmp_path)
+    first = job.steps(1)[0]
+    assert first.refused_in_a_row == 0
+    job.spoil()
+    assert [report.refused_in_a_row for report in job.steps(3)] == [1, 2, 3]
+    job.refuses = False
+    assert [report.refused_in_a_row for report in job.steps(1)] == [0]
+    job.close()
+    (record,) = caplog.records
+    assert "not finite in layers" in record.message
