@@ -128,8 +128,8 @@ class ForwardObserver:
         name = type(plain_module(module)).__name__
         check_outputs(output, f"KFACPreconditioner: {name}")
         kept, source, version = begun
-        changed = source()
-        if changed is not None and version_of(changed) != version:
+        given = source()
+        if given is not None and version_of(given) != version and self._is_changed(kept, given):
             raise InvalidSpecError(f"KFACPreconditioner: {in_place_message(name)}")
         self.num_forward += 1
         observer = weakref.ref(self)
@@ -143,6 +143,10 @@ class ForwardObserver:
         tensors = (output, output._base) if output._base is not None else (output,)
         for node in [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]:
             node.register_prehook(reached)
+
+    def _is_changed(self, kept: ObservedPass, given: Tensor) -> bool:
+        # Views of one tensor have one version: another thread may have filled another part.
+        return kept.inputs is None or not torch.equal(kept.inputs, self._keep(given.detach()))
 
     def _take(self, reached: ObservedPass) -> None:
         """Note that a backward pass has reached an observed pass, before it gives gradients."""
@@ -164,7 +168,8 @@ class ForwardObserver:
                 )
 
     def _gradients_cleared(self) -> bool:
-        return not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return not any(g.layout != torch.strided or bool(g.any()) for g in gradients)
 
     @property
     def num_passes(self) -> int:
