@@ -238,8 +238,6 @@ class ObserverHook:
 def statistics_rows(inputs: Tensor, *, fraction: float, dtype: torch.dtype) -> Tensor:
     """Return the cases of an input that the statistics are computed on, as a copy.
 
-    Numbers of half precision, which autocast accepts, are converted to the type of the parameters.
-
     Raises:
         InvalidSpecError: the tensor has no axis of cases.
     """
@@ -248,10 +246,16 @@ def statistics_rows(inputs: Tensor, *, fraction: float, dtype: torch.dtype) -> T
             "KFACPreconditioner: the model was called with a tensor without axes; it must have one "
             "of the cases, the first"
         )
-    rows = rows_at(inputs, subset_positions(len(inputs), fraction))
-    if rows.dtype in (torch.bfloat16, torch.float16):
-        return rows.to(dtype)
+    rows = in_type_of_parameters(rows_at(inputs, subset_positions(len(inputs), fraction)), dtype)
     return rows.clone() if rows is inputs else rows
+
+
+def in_type_of_parameters(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return inputs of half precision, which autocast accepts, in the type `dtype`; others as are.
+
+    K-FAC's own passes run without autocast.
+    """
+    return values.to(dtype) if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def version_of(tensor: Tensor) -> int:
