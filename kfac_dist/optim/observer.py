@@ -128,8 +128,8 @@ class ForwardObserver:
         name = type(plain_module(module)).__name__
         check_outputs(output, f"KFACPreconditioner: {name}")
         kept, source, version = begun
-        changed = source()
-        if changed is not None and version_of(changed) != version:
+        given = source()
+        if given is not None and version_of(given) != version and self._is_changed(kept, given):
             raise InvalidSpecError(f"KFACPreconditioner: {in_place_message(name)}")
         self.num_forward += 1
         observer = weakref.ref(self)
@@ -143,6 +143,10 @@ class ForwardObserver:
         tensors = (output, output._base) if output._base is not None else (output,)
         for node in [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]:
             node.register_prehook(reached)
+
+    def _is_changed(self, kept: ObservedPass, given: Tensor) -> bool:
+        # Views of one tensor have one version: another thread may have filled another part.
+        return kept.inputs is None or not torch.equal(kept.inputs, self._keep(given.detach()))
 
     def _take(self, reached: ObservedPass) -> None:
         """Note that a backward pass has reached an observed pass, before it gives gradients."""
@@ -164,7 +168,8 @@ class ForwardObserver:
                 )
 
     def _gradients_cleared(self) -> bool:
-        return not any(p.grad is not None and bool(p.grad.any()) for p in self._parameters)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        return not any(g.layout != torch.strided or bool(g.any()) for g in gradients)
 
     @property
     def num_passes(self) -> int:
@@ -235,8 +240,6 @@ def statistics_rows(
 ) -> Tensor:
     """Return the cases of an input that the statistics are computed on, as a copy.
 
-    Numbers of half precision, which autocast accepts, are converted to the type of the parameters.
-
     Raises:
         InvalidSpecError: the tensor has no axis of cases.
     """
@@ -245,10 +248,17 @@ def statistics_rows(
             "KFACPreconditioner: the model was called with a tensor without axes; it must have one "
             "of the cases, the first"
         )
-    rows = rows_at(inputs, subset.positions(len(inputs), fraction))
-    if rows.dtype in (torch.bfloat16, torch.float16):
-        return rows.to(dtype)
+    kept = rows_at(inputs, subset.positions(len(inputs), fraction))
+    rows = in_type_of_parameters(kept, dtype)
     return rows.clone() if rows is inputs else rows
+
+
+def in_type_of_parameters(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return inputs of half precision, which autocast accepts, in the type `dtype`; others as are.
+
+    K-FAC's own passes run without autocast.
+    """
+    return values.to(dtype) if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def version_of(tensor: Tensor) -> int:

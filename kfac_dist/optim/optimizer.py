@@ -42,7 +42,12 @@ from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
 from kfac_dist.optim.learning_rate import LearningRate
 from kfac_dist.optim.model_guard import ModelGuard, check_model
-from kfac_dist.optim.observer import in_place_message, own_passes, version_of
+from kfac_dist.optim.observer import (
+    in_place_message,
+    in_type_of_parameters,
+    own_passes,
+    version_of,
+)
 from kfac_dist.optim.option_checks import check_count, check_delays, check_fused
 from kfac_dist.optim.precision import choose_precondition_dtype
 from kfac_dist.optim.schedules import kfac_schedule
@@ -75,7 +80,8 @@ class KFAC(torch.optim.Optimizer):
             counts. A job with the same `staleness.delay_steps` takes the same steps.
         warmup_steps: number of first steps without delays, as `staleness.warmup_steps` in a job.
         options: the fields of the job specification's `optimizer` section, with the same names and
-            defaults. `damping` and `gamma` may be numbers, their initial values.
+            defaults. `damping` and `gamma` may be numbers, their initial values. If `lr` is a
+            number, `param_groups[0]["lr"]` is the learning rate, which schedulers of torch set.
 
     Attributes:
         settings: all options, with their defaults; `precondition_dtype: auto` is replaced by the
@@ -86,7 +92,8 @@ class KFAC(torch.optim.Optimizer):
 
     Raises:
         InvalidSpecError: an option is unknown, out of range, not possible for the type of the
-            parameters, or does not fit the model.
+            parameters, or does not fit the model, or the model is wrapped for several processes
+            or has layers that cannot be observed.
     """
 
     def __init__(
@@ -148,7 +155,8 @@ class KFAC(torch.optim.Optimizer):
             targets: [N, ...], in the form that the loss of `distribution` takes them.
 
         Raises:
-            InvalidSpecError: the batch is empty.
+            InvalidSpecError: the batch is empty, the model has changed since the start, changes its
+                input in place or does not return one tensor, or the learning rate is out of range.
         """
         if len(inputs) == 0:
             raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
@@ -158,6 +166,7 @@ class KFAC(torch.optim.Optimizer):
             return self._step(plan, inputs, targets)
 
     def _step(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> StepResult:
+        inputs = in_type_of_parameters(inputs, self._theta.dtype)
         self._update.begin_step(plan.damping)
         loss, objective, gradient, trace = self._compute(inputs, targets)
         self.step_count = plan.step  # a refused step raises before this line and does not count

@@ -43,6 +43,8 @@ from kfac_dist.optim.option_checks import (
 )
 
 _OWNER = "KFACPreconditioner"
+# Set on a gradient that is a direction: its version, which the next backward pass changes.
+_MARK = "_kfac_direction_version"
 
 
 class KFACPreconditioner:
@@ -244,10 +246,16 @@ class KFACPreconditioner:
         return check_number(_OWNER, "lr", lr, zero=True)
 
     def _check_gradients(self, plan: StepPlan) -> None:
-        if all(parameter.grad is None for parameter in self._computer.parameters):
+        gradients = [p.grad for p in self._computer.parameters if p.grad is not None]
+        if not gradients:
             raise InvalidSpecError(
                 f"{_OWNER}.step: no parameter has a gradient in step {plan.step}. Call backward "
-                "before step, and zero_grad after it"
+                "before step, and zero_grad before backward or after step"
+            )
+        if all(getattr(gradient, _MARK, None) == gradient._version for gradient in gradients):
+            raise InvalidSpecError(
+                f"{_OWNER}.step: the gradients are directions already, which a step wrote to "
+                f"them, and no backward pass came after it. Call backward before step {plan.step}"
             )
 
     def _update_factors(self, plan: StepPlan) -> None:
@@ -332,6 +340,7 @@ class KFACPreconditioner:
         for parameter, piece in zip(parameters, unflatten(direction, parameters), strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(piece)
+                setattr(parameter.grad, _MARK, parameter.grad._version)
 
     def _scale(self, gradient: Tensor, direction: Tensor) -> float:
         if self.norm_constraint is None:

@@ -130,6 +130,15 @@ def test_a_step_has_the_same_bits_whatever_the_process_allows(work):
         assert all(map(torch.equal, other[1:], expected[1:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_in_half_precision_are_converted(dtype):
+    rounded, results = INPUTS.to(dtype), []
+    for inputs in (rounded, rounded.float()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(KFAC(network(), distribution="categorical").step(inputs, TARGETS))
+    assert results[0] == results[1]
+
+
 class CastsItself(nn.Module):
     def __init__(self, *, returns_half=False):
         super().__init__()

@@ -130,6 +130,8 @@ def test_no_preconditioner_sees_passes_of_k_fac():
     serial = KFAC(model, distribution="categorical")
     serial.step(INPUTS, TARGETS)
     assert (first._observer.num_forward, first._observer.num_passes) == (1, 1)
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad.clone()  # a new gradient, not the direction of `second`
     first.step()
     assert mean_square(first) == mean_square(second) == expected_square(INPUTS)
 
@@ -308,6 +310,42 @@ def test_steps_without_backward_or_cases_say_so():
     model.zero_grad()
     with pytest.raises(InvalidSpecError, match="no parameter has a gradient in step 5"):
         preconditioner.step()
+
+
+def test_directions_are_not_preconditioned_again():
+    model = network()
+    first, second = (preconditioner_for(model, factor_update_period=10) for _ in range(2))
+    for _ in range(3):  # later steps need no statistics
+        model.zero_grad()
+        backward(model)
+        copies = [parameter.grad.clone() for parameter in model.parameters()]
+        first.step()
+        for parameter, gradient in zip(model.parameters(), copies, strict=True):
+            parameter.grad = gradient
+        second.step()
+    model.zero_grad()
+    backward(model)
+    first.step()
+    for again in (first, second):
+        with pytest.raises(InvalidSpecError, match="the gradients are directions already"):
+            again.step()
+    backward(model)
+    first.step()
+    assert (first.step_count, second.step_count) == (5, 3)
+
+
+def test_other_parts_of_a_buffer_may_be_filled_during_a_pass():
+    ring = torch.randn(2, 32, 6)
+
+    class Filling(nn.Linear):
+        def forward(self, inputs):
+            ring[1] = 0.0
+            return super().forward(inputs)
+
+    model = Filling(6, 3)
+    preconditioner = preconditioner_for(model)
+    backward(model, ring[0])
+    assert preconditioner._observer.num_passes == 1
 
 
 def test_a_process_without_a_pass_takes_part_with_zeros():
