@@ -58,9 +58,9 @@ def ready_home(say: Callable[[str], None]) -> Path:
 
 
 def _open_parts(folder: Path) -> Iterator[Path]:
-    """Close the home to other users, or else its parts, and yield what was open to them."""
+    """Close the home and its parts to other users, and yield what was open to them."""
     parts = [path for name in _PARTS if (path := folder / name).is_dir()]
-    for path in [folder] if _is_only_a_home(folder) else parts:
+    for path in [folder, *parts] if _is_only_a_home(folder) else parts:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077 and path.stat().st_uid == os.getuid():
             path.chmod(mode & _PRIVATE)

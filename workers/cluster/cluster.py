@@ -17,6 +17,7 @@ from kfac_dist.config import WorkersSpec
 from kfac_dist.coordination.jobs.placement import Room, machine_room, room_needed
 from kfac_dist.errors import UnreachableError
 from workers.cluster.guard import guarded
+from workers.cluster.proxies import without_proxy
 from workers.cluster.ray_internals import (
     free_agent_port,
     on_loopback,
@@ -180,7 +181,7 @@ def _is_single_node() -> bool:
 
 @contextmanager
 def _environment(mode: Mapping[str, str]) -> Iterator[None]:
-    values = {**_ENVIRONMENT, **mode}
+    values = {**_ENVIRONMENT, **without_proxy(), **mode}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
