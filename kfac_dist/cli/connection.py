@@ -12,11 +12,13 @@ The token has no option, because other users of the machine can read command lin
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfac_dist.cli.environment import absolute, home
+from kfac_dist.cli.output import say
 from kfac_dist.errors import UnreachableError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 def connect(server: str | None, ca: Path | None) -> Client:
     """Return a client of the server that the options or the environment name, else the local one.
+
+    Its streams wait for as long as it takes when a server that has answered is away, and say so.
 
     Raises:
         UnreachableError: no server is named, and none runs on this machine.
@@ -44,6 +48,8 @@ def connect(server: str | None, ca: Path | None) -> Client:
         client_certificate=_path_in("KFAC_DIST_CLIENT_CERT"),
         client_key=_path_in("KFAC_DIST_CLIENT_KEY"),
         insecure=os.environ.get("KFAC_DIST_INSECURE") == "1",
+        reconnect_seconds=math.inf,
+        on_waiting=_say_waiting,
     )
 
 
@@ -75,7 +81,13 @@ def _connect_locally(ca: Path | None) -> Client:
         client_certificate=_file(found.client_certificate),
         client_key=_file(found.client_key),
         insecure=True,  # the user who started the server has decided that
+        reconnect_seconds=math.inf,
+        on_waiting=_say_waiting,
     )
+
+
+def _say_waiting(message: str) -> None:
+    say(f"{message}; waiting for the server, Ctrl-C ends this")
 
 
 def _file(name: str | None) -> Path | None:

@@ -36,8 +36,8 @@ def only_this_user() -> Iterator[None]:
 def ready_home(say: Callable[[str], None]) -> Path:
     """Return the home, after making sure that it can be written and that only its user reads it.
 
-    `say` is told what had to be changed. A folder that is also used for other things, or that
-    belongs to another user, keeps its mode; then only its parts are closed.
+    `say` is called with what had to be changed. A folder that is also used for other things, or
+    that belongs to another user, keeps its mode; then only its parts are closed.
 
     Raises:
         UsageError: the home cannot be made or written.
@@ -58,9 +58,9 @@ def ready_home(say: Callable[[str], None]) -> Path:
 
 
 def _open_parts(folder: Path) -> Iterator[Path]:
-    """Close the home to other users, or else its parts, and yield what was open to them."""
+    """Close the home and its parts to other users, and yield what was open to them."""
     parts = [path for name in _PARTS if (path := folder / name).is_dir()]
-    for path in [folder] if _is_only_a_home(folder) else parts:
+    for path in [folder, *parts] if _is_only_a_home(folder) else parts:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077 and path.stat().st_uid == os.getuid():
             path.chmod(mode & _PRIVATE)

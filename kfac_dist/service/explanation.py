@@ -24,11 +24,14 @@ _ADVICE_BY_REASON = {
     "`kfac-dist retry ID` resumes at the newest checkpoint.",
     "start_timed_out": "The cluster accepted the job but did not start it: check its load with "
     "`kfac-dist cluster status`, then `kfac-dist retry ID`.",
-    "insufficient_resources": "This cluster is too small for the job: lower `workers`, or add "
-    "nodes.",
+    "insufficient_resources": "The cluster has too little of what the message names. Lower "
+    "`workers`, or add nodes; for inverse workers, start nodes with "
+    "--resources='{\"inverse\": N}', which no node of a cluster of your own has by itself.",
     "waiting_for_room": "It will start by itself when running jobs have ended.",
     "waiting_for_turn": "It will start by itself. A job submitted with a larger --priority starts "
     "earlier.",
+    "waiting_to_restart": "It will start by itself at that time. Pauses between automatic restarts "
+    "grow from 2 s to 300 s; `kfac-dist pause ID` and `kfac-dist resume ID` start it at once.",
     "inverse_worker_died": "Training continues with the last inverses. The worker is replaced "
     "automatically, and the job is RUNNING again when its inverses are fresh enough.",
     "peers_lost": "A gradient worker or the network between them failed; the first failure names "

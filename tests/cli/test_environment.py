@@ -27,10 +27,11 @@ def test_an_open_home_is_closed_with_a_message(home: Path) -> None:
     (home / "runs").mkdir(parents=True)
     (home / "store.db-wal").touch()
     home.chmod(0o755)
+    (home / "runs").chmod(0o755)
     said: list[str] = []
     ready_home(said.append)
-    assert mode(home) == 0o700
-    assert said == [f"other users could read {home}: closed to them (mode 0700)"]
+    assert (mode(home), mode(home / "runs")) == (0o700, 0o700)
+    assert said == [f"other users could read {home}, {home}/runs: closed to them (mode 0700)"]
     ready_home(said.append)
     assert len(said) == 1
 

@@ -20,6 +20,7 @@ from kfac_dist.errors import ConflictError, UnreachableError
 from workers.cluster.guard import guarded
 from workers.cluster.leftovers import marking
 from workers.cluster.machine_load import describe_load
+from workers.cluster.proxies import without_proxy
 from workers.cluster.ray_internals import (
     cluster_id_of,
     free_agent_port,
@@ -268,7 +269,7 @@ def _is_single_node() -> bool:
 
 @contextmanager
 def _environment(mode: Mapping[str, str]) -> Iterator[None]:
-    values = {**_ENVIRONMENT, **mode}
+    values = {**_ENVIRONMENT, **without_proxy(), **mode}
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

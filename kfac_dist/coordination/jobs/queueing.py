@@ -14,6 +14,10 @@ from kfac_dist.coordination.jobs.placement import Room
 
 # Names no jobs: a list of names would change for the whole queue whenever a job starts.
 _BEHIND = "jobs before it in the queue wait for room"
+_INVERSE_SLOTS = (
+    "; each inverse worker takes 1 of Ray's resource `inverse`, which a node has if it is started "
+    "with ray start --resources='{\"inverse\": N}'"
+)
 _NOUNS = {
     "num_cpus": ("CPU", "CPUs"),
     "num_gpus": ("GPU", "GPUs"),
@@ -74,7 +78,10 @@ def _never_fits(waiting: Waiting, names: Sequence[str], cluster: Room) -> Verdic
         f"the cluster has {getattr(cluster, name)}"
         for name in names
     ]
-    return Verdict(job=waiting.job, reason="insufficient_resources", message="; ".join(parts))
+    message = "; ".join(parts)
+    if "num_inverse_slots" in names:
+        message += _INVERSE_SLOTS
+    return Verdict(job=waiting.job, reason="insufficient_resources", message=message)
 
 
 def _fits_later(waiting: Waiting, names: Sequence[str], cluster: Room, used: Room) -> Verdict:

@@ -7,8 +7,10 @@ means only that a driver was started. The rules have no clock: the view says how
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 from typing import Literal
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
@@ -16,6 +18,9 @@ from kfac_dist.coordination.jobs.placement import NO_ROOM_REASON
 
 RESTARTABLE = frozenset({"worker_died", "driver_died", "node_lost", "interrupted"})
 """Reasons after which a job is restarted without a request: the job itself is not to blame."""
+
+_FROM_OUTSIDE = frozenset({"interrupted", "node_lost"})
+"""Reasons that say nothing about the job, however often they come."""
 
 ClusterWord = Literal["unknown", "pending", "running", "over"]
 """What the cluster says about a driver."""
@@ -53,6 +58,28 @@ class WaitLimits:
     """For the next report of a driver that the cluster does not know any more."""
     doubt_seconds: float = 5.0
     """For the next report of a driver that the cluster calls over."""
+    first_rest_seconds: float = 2.0
+    """Before the first automatic restart; each further rest is four times as long."""
+    longest_rest_seconds: float = 300.0
+    """Before any automatic restart."""
+    same_failures: int = 3
+    """Failures in a row for the same reason at the same step, after which a job is given up."""
+
+    def rest_seconds(self, num_restarts: int) -> float:
+        """Return the rest before the automatic restart with this number, from 1; 0 before none."""
+        if num_restarts < 1:
+            return 0.0
+        # Beyond this exponent the rest is the longest anyway, and the power would overflow.
+        longer = 4.0 ** min(num_restarts - 1, 50)
+        return min(self.first_rest_seconds * longer, self.longest_rest_seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierEnd:
+    """How an earlier attempt ended, and the last step that was recorded then."""
+
+    reason: str | None
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +105,10 @@ class AttemptView:
     cluster_message: str
     num_restarts: int
     max_restarts: int
+    step: int = 0
+    """The last step that is recorded."""
+    earlier: Sequence[EarlierEnd] = ()
+    """The attempts before this one since a user last asked for one, newest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +191,22 @@ def _settle(view: AttemptView, limits: WaitLimits) -> Decision:
         return _end(Trigger.HALT, "requested", "paused by request; nothing of it runs")
     reason, message = _misfortune(view, limits)
     if reason in RESTARTABLE and view.job_state is not JobState.PAUSING:
-        if view.num_restarts < view.max_restarts:
+        same = _same_failures(view, reason)
+        if view.num_restarts < view.max_restarts and same < limits.same_failures:
             return _end(Trigger.RESTART, reason, message)
+        if same >= limits.same_failures:
+            message += f"; failed {same} times in a row at step {view.step}, without progress"
         message += f"; restarted {view.num_restarts} times, faults.max_restarts is "
         message += str(view.max_restarts)
     return _end(Trigger.FAIL, reason, message)
+
+
+def _same_failures(view: AttemptView, reason: str) -> int:
+    """Return how many attempts in a row, with this one, ended for `reason` at the present step."""
+    if reason in _FROM_OUTSIDE:
+        return 0
+    same = takewhile(lambda end: (end.reason, end.step) == (reason, view.step), view.earlier)
+    return 1 + sum(1 for _ in same)
 
 
 def _misfortune(view: AttemptView, limits: WaitLimits) -> tuple[str, str]:

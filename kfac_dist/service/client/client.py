@@ -16,7 +16,7 @@ from kfac_dist.errors import KfacDistError, TimedOutError, UnreachableError
 from kfac_dist.service.client.channel import ServerAddress
 from kfac_dist.service.client.code import package_of
 from kfac_dist.service.client.diagnosis import why_silent
-from kfac_dist.service.client.streams import LogStream, Update, resumed
+from kfac_dist.service.client.streams import LogStream, Patience, Update, resumed
 from kfac_dist.service.job_records import (
     Attempt,
     CheckpointFacts,
@@ -54,6 +54,7 @@ class Client(AbstractContextManager["Client"]):
         insecure: bool = False,
         timeout_seconds: float = 30.0,
         reconnect_seconds: float = 60.0,
+        on_waiting: Callable[[str], object] | None = None,
     ) -> None:
         """Prepare a connection; the first call opens it.
 
@@ -66,7 +67,8 @@ class Client(AbstractContextManager["Client"]):
             client_key: PEM file of the key of `client_certificate`.
             insecure: permit sending the token beyond this machine without TLS.
             timeout_seconds: how long a call may take.
-            reconnect_seconds: how long a stream waits for a server that does not answer.
+            reconnect_seconds: how long a stream waits for a server that does not answer any more.
+            on_waiting: called with a message each time a stream begins to wait for the server.
         """
         server = ServerAddress.parse(
             address,
@@ -81,7 +83,7 @@ class Client(AbstractContextManager["Client"]):
         self._stub = JobServiceStub(self._channel)
         self._metadata: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout_seconds = timeout_seconds
-        self._reconnect_seconds = reconnect_seconds
+        self._patience = Patience(seconds=reconnect_seconds, on_waiting=on_waiting)
 
     def __enter__(self) -> Self:
         return self
@@ -271,7 +273,7 @@ class Client(AbstractContextManager["Client"]):
             )
             return self._stub.WatchJob(request, metadata=self._metadata)
 
-        for answer in resumed(open_stream, self.address, self._reconnect_seconds):
+        for answer in resumed(open_stream, self.address, self._patience):
             yield Update(
                 job=wire.from_job(answer.job) if answer.HasField("job") else None,
                 events=[wire.from_event(event) for event in answer.events],
@@ -290,7 +292,7 @@ class Client(AbstractContextManager["Client"]):
             return self._stub.WatchJob(request, metadata=self._metadata, timeout=timeout_seconds)
 
         try:
-            for answer in resumed(open_stream, self.address, self._reconnect_seconds):
+            for answer in resumed(open_stream, self.address, self._patience):
                 job = wire.from_job(answer.job)
                 if job.state in ENDED:
                     return job
@@ -345,7 +347,7 @@ class Client(AbstractContextManager["Client"]):
                 request.tail_lines = tail_lines
             return self._stub.StreamLogs(request, metadata=self._metadata)
 
-        return LogStream(resumed(open_stream, self.address, self._reconnect_seconds, resume_token))
+        return LogStream(resumed(open_stream, self.address, self._patience, resume_token))
 
     def _get(self, job_id: str) -> pb.GetJobResponse:
         answer: pb.GetJobResponse = self._call(

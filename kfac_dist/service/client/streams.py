@@ -17,6 +17,7 @@ from kfac_dist.service.wire.status import from_rpc_error
 
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 3.0
+_FIRST_ANSWER_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +57,42 @@ class LogStream(Iterator[LogLine]):
         return next(self._lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a stream waits for a server that does not answer, and who hears that it waits.
+
+    A server that has never answered is given up after a minute, even if `seconds` is longer.
+    """
+
+    seconds: float
+    on_waiting: Callable[[str], object] | None = None
+    """Called once each time a server that has answered before does not answer any more."""
+
+    def give_up_after(self, *, answered: bool) -> float:
+        """Return for how many seconds to wait."""
+        return self.seconds if answered else min(self.seconds, _FIRST_ANSWER_SECONDS)
+
+
 def resumed(
-    open_stream: Callable[[str], Any], address: str, reconnect_seconds: float, token: str = ""
+    open_stream: Callable[[str], Any], address: str, patience: Patience, token: str = ""
 ) -> Iterator[Any]:
     """Yield the answers of a stream, and open it again when its connection breaks.
 
     `open_stream` takes the token of the last answer, at first `token`.
 
     Raises:
-        UnreachableError: the server did not answer for `reconnect_seconds`.
+        UnreachableError: the server did not answer for as long as `patience` says.
         KfacDistError: the server answered with another error.
     """
     pause = _FIRST_PAUSE_SECONDS
     lost_at: float | None = None
+    answered = False
     while True:
         call = open_stream(token)
         try:
             call.initial_metadata()  # waits until the server has accepted the call, or it failed
             if call.is_active():
-                lost_at, pause = None, _FIRST_PAUSE_SECONDS
+                lost_at, pause, answered = None, _FIRST_PAUSE_SECONDS, True
             for answer in call:
                 token = answer.resume_token
                 yield answer
@@ -82,8 +100,13 @@ def resumed(
         except grpc.RpcError as error:
             meaning = from_rpc_error(error, address)
             now = time.monotonic()
-            lost_at = now if lost_at is None else lost_at
-            if not isinstance(meaning, UnreachableError) or now - lost_at >= reconnect_seconds:
+            if not isinstance(meaning, UnreachableError):
+                raise meaning from None
+            if lost_at is None:
+                lost_at = now
+                if answered and patience.on_waiting is not None:
+                    patience.on_waiting(meaning.message)
+            if now - lost_at >= patience.give_up_after(answered=answered):
                 raise meaning from None
         finally:
             call.cancel()

@@ -24,6 +24,7 @@ from kfac_dist.coordination.jobs.supervision import (
     AttemptView,
     ClusterWord,
     Decision,
+    EarlierEnd,
     WaitLimits,
     decide,
 )
@@ -32,6 +33,7 @@ from kfac_dist.runs.records import Severity
 from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.control.launching import begin_attempt, prepare_folder
+from kfac_dist.service.control.restarts import ATTEMPT_ENDED_EVENT, earlier_ends
 from kfac_dist.service.control.silence import SilenceNotes
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
@@ -122,7 +124,7 @@ class Supervisor:
             row, attempt = self._load(job_id)
             if attempt is None or attempt.number != key.attempt:
                 return
-        decision = decide(_view(row, attempt, status), self._limits)
+        decision = decide(_view(row, attempt, status, self._earlier_ends(row)), self._limits)
         if decision.action is Action.WAIT:
             self._silence.update(job_id, row, attempt)
         self._act(key, row, decision)
@@ -137,6 +139,13 @@ class Supervisor:
         with self._jobs.store.read() as session:
             row = find(session, job_id)
             return row, find_attempt(session, row)
+
+    def _earlier_ends(self, row: JobRow) -> Sequence[EarlierEnd]:
+        """Return how the attempts ended that automatic restarts have replaced, newest first."""
+        if not row.num_restarts:
+            return ()
+        with self._jobs.store.read() as session:
+            return earlier_ends(session, row)
 
     def _read_folder(self, key: AttemptKey, run_dir: Path) -> None:
         """Store what the driver wrote into its run folder but did not report."""
@@ -206,7 +215,9 @@ def _is_silent(attempt: AttemptRow) -> bool:
     return time.time() - (attempt.heard_at or attempt.started_at) > _READ_FOLDER_SECONDS
 
 
-def _view(row: JobRow, attempt: AttemptRow, status: RunnerStatus) -> AttemptView:
+def _view(
+    row: JobRow, attempt: AttemptRow, status: RunnerStatus, earlier: Sequence[EarlierEnd]
+) -> AttemptView:
     """Return what the rules of supervision need to know about an attempt."""
     now = time.time()
     told_end = JobState(attempt.state) if attempt.ended_at is not None else None
@@ -224,6 +235,8 @@ def _view(row: JobRow, attempt: AttemptRow, status: RunnerStatus) -> AttemptView
         cluster_message=status.message,
         num_restarts=row.num_restarts,
         max_restarts=int(row.spec["faults"]["max_restarts"]),
+        step=row.steps_known,
+        earlier=earlier,
     )
 
 
@@ -243,4 +256,4 @@ def _conclude(session: Session, row: JobRow, decision: Decision) -> None:
     why = f": {decision.message}" if decision.message else ""
     message = f"attempt {attempt.number} ended and nothing of it is left on the cluster{why}"
     severity: Severity = _SEVERITIES.get(trigger, "info")
-    note(session, row, "attempt_ended", message, now, severity=severity)
+    note(session, row, ATTEMPT_ENDED_EVENT, message, now, severity=severity)

@@ -23,6 +23,7 @@ from kfac_dist.coordination.jobs.runner import AttemptKey, JobRunner
 from kfac_dist.coordination.jobs.supervision import WaitLimits
 from kfac_dist.errors import KfacDistError, UnreachableError
 from kfac_dist.service.control.attempts import Supervisor, start_attempt
+from kfac_dist.service.control.restarts import resting
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import JobRow
 from kfac_dist.service.store.job_rows import move, note, touch
@@ -40,7 +41,8 @@ class Controller:
     def __init__(self, jobs: Jobs, runner: JobRunner, limits: WaitLimits | None = None) -> None:
         self._jobs = jobs
         self._runner = runner
-        self._supervisor = Supervisor(jobs, runner, limits or WaitLimits())
+        self._limits = limits or WaitLimits()
+        self._supervisor = Supervisor(jobs, runner, self._limits)
         self._wake = threading.Event()
         self._stopping = False
         self._strays_at = 0.0
@@ -125,7 +127,7 @@ class Controller:
         Raises:
             UnreachableError: `problem`, or the cluster does not answer now.
         """
-        queue = self._queue()
+        queue = self._rested(self._queue())
         try:
             if problem is not None:
                 raise problem
@@ -159,6 +161,15 @@ class Controller:
             )
             for number, job_id, priority, reason, message in rows
         ]
+
+    def _rested(self, queue: Sequence[_Queued]) -> list[_Queued]:
+        """Leave out the jobs that rest after a failure, and note in them until when."""
+        with self._jobs.store.read() as session:
+            rests = resting(session, self._limits, time.time())
+        for queued in queue:
+            if (rest := rests.get(queued.waiting.job)) is not None:
+                self._note_reason(queued, "waiting_to_restart", rest.message)
+        return [queued for queued in queue if queued.waiting.job not in rests]
 
     def _needs(self, job_id: str) -> Room:
         """Return what a job needs; its specification is read and parsed only once."""

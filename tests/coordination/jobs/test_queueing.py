@@ -42,8 +42,12 @@ def test_a_job_that_never_fits_says_what_is_missing_and_blocks_nobody() -> None:
     first, second = admit_jobs([waiting(1, cpus=5, inverse=5), waiting(2)], CLUSTER, NO_ROOM)
     assert first.reason == "insufficient_resources"
     assert first.message == (
-        "needs 5 CPUs, the cluster has 4; needs 5 inverse workers, the cluster has 2"
+        "needs 5 CPUs, the cluster has 4; needs 5 inverse workers, the cluster has 2; each inverse "
+        "worker takes 1 of Ray's resource `inverse`, which a node has if it is started with ray "
+        "start --resources='{\"inverse\": N}'"
     )
+    (verdict,) = admit_jobs([waiting(1, cpus=5)], CLUSTER, NO_ROOM)
+    assert verdict.message == "needs 5 CPUs, the cluster has 4"
     assert second.reason is None
 
 

@@ -12,6 +12,7 @@ from kfac_dist.coordination.jobs.supervision import (
     Action,
     AttemptView,
     ClusterWord,
+    EarlierEnd,
     WaitLimits,
     decide,
 )
@@ -180,3 +181,45 @@ def test_a_lost_node_is_not_the_fault_of_the_job() -> None:
     ended = {"told_end": S.FAILED, "reason": "node_lost"}
     assert event(**ended) == (Trigger.RESTART, "node_lost")
     assert event(**ended, num_restarts=3) == (Trigger.FAIL, "node_lost")
+
+
+def test_rests_before_restarts_grow_up_to_a_limit() -> None:
+    rests = [LIMITS.rest_seconds(number) for number in range(8)]
+    assert rests == [0.0, 2.0, 8.0, 32.0, 128.0, 300.0, 300.0, 300.0]
+    assert LIMITS.rest_seconds(10**9) == 300.0
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([], Trigger.RESTART),
+        ([("driver_died", 7)], Trigger.RESTART),
+        ([("driver_died", 7), ("driver_died", 7)], Trigger.FAIL),
+        ([("driver_died", 7), ("driver_died", 6)], Trigger.RESTART),
+        ([("driver_died", 7), ("worker_died", 7), ("driver_died", 7)], Trigger.RESTART),
+        ([("worker_died", 7), ("driver_died", 7), ("driver_died", 7)], Trigger.RESTART),
+    ],
+)
+def test_the_same_failure_without_progress_ends_a_job_early(
+    ends: list[tuple[str, int]], expected: Trigger
+) -> None:
+    earlier = [EarlierEnd(reason=reason, step=step) for reason, step in ends]
+    view = replace(
+        RUNNING,
+        cluster="over",
+        silent_seconds=9.0,
+        step=7,
+        num_restarts=len(ends),
+        max_restarts=100,
+        earlier=earlier,
+    )
+    decision = decide(view, LIMITS)
+    assert (decision.event, decision.reason) == (expected, "driver_died")
+    told = "failed 3 times in a row at step 7, without progress" in str(decision.message)
+    assert told is (expected is Trigger.FAIL)
+
+
+def test_interruptions_from_outside_do_not_count_as_the_same_failure() -> None:
+    earlier = [EarlierEnd(reason="interrupted", step=7)] * 9
+    view = replace(RUNNING, cluster="over", told_end=S.CANCELLED, step=7, earlier=earlier)
+    assert decide(replace(view, max_restarts=100), LIMITS).event is Trigger.RESTART

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ LIMITS = WaitLimits(
     exit_seconds=5.0,
     silence_seconds=30.0,
     doubt_seconds=1.0,
+    first_rest_seconds=0.5,
+    longest_rest_seconds=2.0,
 )
 
 
@@ -206,6 +209,32 @@ def test_a_killed_driver_is_restarted_up_to_max_restarts_times(plant: Plant) -> 
     assert [step for _, step in plant.ran(job)] == list(range(1, 9))
     plant.jobs.retry(job.id)
     wait_until(lambda: plant.jobs.get(job.id).attempt == 4, "the retry")
+
+
+def test_the_same_death_at_one_step_rests_longer_each_time_and_ends_early(plant: Plant) -> None:
+    job = plant.submit(end="die", end_at=5, max_restarts=50)
+    wait_until(lambda: plant.jobs.get(job.id).reason == "waiting_to_restart", "the rest")
+    message = str(plant.jobs.get(job.id).message)
+    assert re.match(r"attempt 2 starts at 20\d\d-.*Z, 0\.5 s after: the driver ended", message)
+    failed = plant.wait(job, JobState.FAILED)
+    assert (failed.reason, failed.attempt, failed.num_restarts) == ("driver_died", 3, 2)
+    assert "failed 3 times in a row at step 4, without progress" in str(failed.message)
+    first, second, third = plant.jobs.attempts(job.id)
+    assert second.started_at - (first.ended_at or 0.0) >= 0.5
+    assert third.started_at - (second.ended_at or 0.0) >= 2.0
+
+
+def test_a_resting_job_delays_no_other_and_can_be_started_at_once(plant: Plant) -> None:
+    plant.controller.stop()
+    limits = replace(LIMITS, first_rest_seconds=1000.0, longest_rest_seconds=1000.0)
+    plant.controller = Controller(plant.jobs, plant.runner, limits)
+    plant.controller.start()
+    job = plant.submit(end="die", end_at=5, gradient=4, max_restarts=50)
+    wait_until(lambda: plant.jobs.get(job.id).reason == "waiting_to_restart", "the rest")
+    plant.wait(plant.submit(steps=2), JobState.SUCCEEDED)
+    plant.jobs.pause(job.id)
+    plant.jobs.resume(job.id)
+    wait_until(lambda: plant.jobs.get(job.id).attempt == 2, "the second attempt")
 
 
 def test_a_job_is_restarted_after_the_death_of_a_worker(served: Plant) -> None:

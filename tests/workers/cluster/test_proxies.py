@@ -14,7 +14,7 @@ from kfac_dist.coordination.jobs.runner import AttemptKey
 from kfac_dist.errors import UnreachableError
 from tests.recording_proxy import RecordingProxy, recording_proxy
 from workers.cluster.job_runner import RayJobRunner
-from workers.cluster.proxies import bypass_proxies
+from workers.cluster.proxies import bypass_proxies, without_proxy
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -72,6 +72,15 @@ def test_exceptions_that_are_there_stay(monkeypatch: pytest.MonkeyPatch) -> None
     bypass_proxies("http://head.cluster:8265")
     expected = ".corp,10.0.0.1,127.0.0.1,localhost,::1,head.cluster"
     assert (os.environ["no_proxy"], os.environ["NO_PROXY"]) == (expected, expected)
+
+
+def test_grpcs_own_exceptions_are_extended_only_where_they_are_set(
+    proxy: RecordingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loopback = "127.0.0.1,localhost,::1"
+    assert without_proxy() == {"no_proxy": loopback, "NO_PROXY": loopback}
+    monkeypatch.setenv("no_grpc_proxy", "a.corp")
+    assert without_proxy()["no_grpc_proxy"] == f"a.corp,{loopback}"
 
 
 @pytest.mark.parametrize(
