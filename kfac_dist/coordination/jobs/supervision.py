@@ -13,7 +13,7 @@ from typing import Literal
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 
-RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted"})
+RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted", "peers_lost", "node_lost"})
 """Reasons after which a job is restarted without a request: the job itself is not to blame."""
 
 ClusterWord = Literal["unknown", "pending", "running", "over"]
