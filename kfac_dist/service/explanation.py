@@ -36,6 +36,13 @@ _ADVICE_BY_REASON = {
     "automatically, and the job is RUNNING again when its inverses are fresh enough.",
     "peers_lost": "A gradient worker or the network between them failed; the first failure names "
     "where it began.",
+    "node_lost": "Ray died on the machine, probably for lack of memory. `kfac-dist retry ID` "
+    "resumes at the newest checkpoint.",
+    "run_folder_lost": "The run's folder was removed, moved or unmounted; put it back, then "
+    "`kfac-dist retry ID`.",
+    "run_folder_not_written": "Check the free space and the permissions of the run's folder.",
+    "diverged": "All steps were done, and the objective is far worse than at the start: try more "
+    "damping, or a lower learning rate.",
     "internal_error": "This is a bug of kfac_dist; please report it with the driver's log.",
     "checkpoint_not_written": "Check the free space and the permissions of the run's folder.",
 }

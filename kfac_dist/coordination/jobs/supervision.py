@@ -16,7 +16,7 @@ from typing import Literal
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.coordination.jobs.placement import NO_ROOM_REASON
 
-RESTARTABLE = frozenset({"worker_died", "driver_died", "node_lost", "interrupted"})
+RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted", "peers_lost", "node_lost"})
 """Reasons after which a job is restarted without a request: the job itself is not to blame."""
 
 _FROM_OUTSIDE = frozenset({"interrupted", "node_lost"})

@@ -109,6 +109,8 @@ def test_a_driver_that_has_reported_its_end_must_exit() -> None:
         ({"told_end": S.PAUSED, "job_state": S.PAUSING}, (Trigger.HALT, "requested")),
         ({"silent_seconds": 9.0, "job_state": S.PAUSING}, (Trigger.HALT, "requested")),
         ({"told_end": S.FAILED, "reason": "user_task"}, (Trigger.FAIL, "user_task")),
+        ({"told_end": S.FAILED, "reason": "peers_lost"}, (Trigger.RESTART, "peers_lost")),
+        ({"told_end": S.FAILED, "reason": "node_lost"}, (Trigger.RESTART, "node_lost")),
         ({"told_end": S.FAILED, "reason": "worker_died"}, (Trigger.RESTART, "worker_died")),
         (
             {"told_end": S.FAILED, "reason": "worker_died", "num_restarts": 3},
