@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,9 @@ def _replaced(
     """Replace `internal` by `wrap(internal)` inside the block, where this Ray allows it."""
     if not PATCHES[patch_name].is_usable():
         return nullcontext()
-    return mock.patch(internal, wrap(pkgutil.resolve_name(internal)))
+    original = pkgutil.resolve_name(internal)
+    # With the original's signature, so that `problem` finds the same parameters inside the block.
+    return mock.patch(internal, wraps(original)(wrap(original)))
 
 
 def _retried(get_node: Callable[..., Any]) -> Callable[..., Any]:
