@@ -35,7 +35,7 @@ _STATES = {
 _SUBMISSION = re.compile(r"(?P<job>.+)-a(?P<attempt>[1-9][0-9]*)")
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 # -P: nothing is imported from the folder in which the cluster happened to be started.
-_DRIVER = (sys.executable, "-P", "-m", "kfac_dist.cli", "driver")
+DRIVER = (sys.executable, "-P", "-m", "kfac_dist.cli", "driver")
 _MOST_ENTRIES = 10_000
 
 # Ray's stubs leave these untyped.
@@ -58,7 +58,7 @@ class RayJobRunner:
         *,
         gcs_address: str | None = None,
         token_path: Path | None = None,
-        driver: Sequence[str] = _DRIVER,
+        driver: Sequence[str] = DRIVER,
     ) -> None:
         """Connect on first use.
 
