@@ -74,7 +74,8 @@ def _start_keeper(home: Path) -> Head | None:
     """
     with (_folder(home) / _LOG).open("wb") as log:
         keeper = subprocess.Popen(
-            [sys.executable, "-m", "workers.cluster.head", str(home)],
+            [sys.executable, "-P", "-m", "workers.cluster.head", str(home)],
+            cwd=_folder(home),  # Ray's processes import from their working folder
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

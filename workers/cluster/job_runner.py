@@ -37,7 +37,7 @@ _STATES = {
 }
 _SUBMISSION = re.compile(r"(?P<job>.+)-a(?P<attempt>[1-9][0-9]*)")
 # -P: nothing is imported from the folder in which the cluster happened to be started.
-_DRIVER = (sys.executable, "-P", "-m", "kfac_dist.cli", "driver")
+DRIVER = (sys.executable, "-P", "-m", "kfac_dist.cli", "driver")
 _MOST_ENTRIES = 10_000
 
 # Ray's stubs leave these untyped.
@@ -60,7 +60,7 @@ class RayJobRunner:
         *,
         gcs_address: str | None = None,
         token_path: Path | None = None,
-        driver: Sequence[str] = _DRIVER,
+        driver: Sequence[str] = DRIVER,
         traces: Traces | None = None,
     ) -> None:
         """Connect on first use.

@@ -1,15 +1,17 @@
 """Predicts a job: its processes, memory, assignment of layers, and times of steps and refreshes.
 
-The times are measured in a few seconds, with a few steps of the serial optimizer on one gradient
-worker's part of the first batch and with inverses of small matrices. Nothing is trained.
+Times and memory are measured in a few seconds, with a few steps of the serial optimizer on one
+gradient worker's part of the first batch and with inverses of small matrices. Nothing is trained.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
-from kfac_dist.coordination.steps.forecast import forecast_staleness
+from kfac_dist.coordination.steps.forecast import crowding, forecast_staleness
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.data import fetch
 from kfac_dist.optim.optimizer import KFAC
-from kfac_dist.tasks import Task, build_model, load_task, torch_dtype
+from kfac_dist.tasks import Task, build_model, load_task, torch_dtype, working_folder
+from workers.driver.memory import available_bytes, peak_bytes, reset_peak, resident_bytes
 from workers.driver.preparation import Preparation, prepare
 from workers.exchange.messages import InverseSetup
 from workers.planning import batch_size, inverse_setups
@@ -34,6 +37,10 @@ _FIRST_STEPS = 3  # left out: each of them refreshes the inverses, and the first
 _INVERSE_COPIES, _SERVER_COPIES = 5, 3
 _SERVER_VECTORS = 4  # parameters, gradient, momentum, direction
 _WORKER_VECTORS = 3  # parameters, gradient, direction
+_SERIAL_COPIES = 2  # averages and inverses of the measured optimizer, which gradient workers lack
+_STORE_COPIES = 4  # statistics and inverses on their way, in the part of Ray's store that is mapped
+# Ray's connection, and the code that torch loads at the first step; torch 2.13 and Ray 2.60.
+_RUNTIME_BYTES = 28 * 2**20
 
 
 def job_plan(
@@ -41,32 +48,67 @@ def job_plan(
 ) -> dict[str, Any]:
     """Return the plan of a job, ready for JSON.
 
-    Memory counts the matrices and vectors of the algorithm only. Activations come on top, and about
-    300 MB a process for Python, torch and Ray. A baseline has no layers and no refresh.
+    The memory of a role is what this process held before it loaded the task, and then what the
+    role adds: the data set and the model as they grew this process, the matrices and vectors of
+    the algorithm, and for gradient workers the peak of a step. A baseline has no layers and no
+    refresh. Call it in a process that has not done anything else.
 
     Raises:
         InvalidSpecError: the specification does not fit the task, its data or its model.
         DataNotFoundError: the data are in neither folder.
         UserTaskError: the user's task raised an error.
     """
-    preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=cache_dir)
-    task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
-    with _threads(spec.workers.threads or 1):
+    machine = _machine()
+    process = resident_bytes()
+    with working_folder(base_dir), _threads(spec.workers.threads or 1):
+        task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
+        num_parameters = _num_parameters(spec, task)
+        model = resident_bytes()
+        preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=cache_dir)
+        data = resident_bytes()
+        reset_peak()
         step_seconds = _step_seconds(spec, task, preparation)
+        held = _Held(
+            process=process + _RUNTIME_BYTES,
+            model=max(0, model - process),
+            data=max(0, data - model),
+            step=max(0, peak_bytes() - data),
+        )
         registration = preparation.registration
         setups = [] if registration is None else inverse_setups(spec, registration, 0)
-    num_parameters = _num_parameters(spec, task)
+    placement = list(_placement(spec, num_parameters, setups, held))
+    needed = sum(row["processes"] * row["memory_bytes_each"] for row in placement)
     return {
         "job": spec.name,
         "num_parameters": num_parameters,
-        "placement": list(_placement(spec, num_parameters, setups)),
+        "placement": placement,
         "layers": list(_layers(setups)),
-        "predicted": _predicted(spec, step_seconds, setups),
+        "predicted": _predicted(spec, step_seconds, setups, machine["cpus"]),
+        "machine": machine | {"memory_bytes_needed": needed},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """Bytes: of a process without a task; added by the model, the data, and the peak of a step."""
+
+    process: int
+    model: int
+    data: int
+    step: int
+
+
+def _machine() -> dict[str, Any]:
+    """Return what this machine has, and how busy it is before anything is measured."""
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "memory_bytes_available": available_bytes(),
     }
 
 
 def _placement(
-    spec: JobSpec, num_parameters: int, setups: list[InverseSetup]
+    spec: JobSpec, num_parameters: int, setups: list[InverseSetup], held: _Held
 ) -> Iterator[dict[str, Any]]:
     workers, width = spec.workers, torch_dtype(spec.dtype).itemsize
     matrices = {setup.rank: sum(map(_num_elements, setup.layers)) for setup in setups}
@@ -74,22 +116,28 @@ def _placement(
     # Each shard of the parameter server owns its part of the layers and of the parameters.
     own = total // max(1, workers.parameter_server)
     vectors = math.ceil(num_parameters / max(1, workers.parameter_server))
-    elements = {
-        "gradient_worker": _WORKER_VECTORS * num_parameters + total,
-        "inverse_worker": _INVERSE_COPIES * largest,
-        "parameter_server": _SERVER_VECTORS * vectors + _SERVER_COPIES * own,
+    worker = (_WORKER_VECTORS * num_parameters + total) * width
+    added = {
+        "driver": held.model + held.data,
+        "gradient_worker": held.model
+        + held.data
+        + max(worker, held.step - _SERIAL_COPIES * total * width),
+        "inverse_worker": _INVERSE_COPIES * largest * width,
+        "parameter_server": held.model + (_SERVER_VECTORS * vectors + _SERVER_COPIES * own) * width,
     }
     counts = {
+        "driver": (1, 0),
         "gradient_worker": (workers.gradient, workers.threads or 1),
         "inverse_worker": (workers.inverse if setups else 0, 0),
         "parameter_server": (workers.parameter_server, 0),
     }
+    each = held.process + _STORE_COPIES * total * width
     for role, (processes, cpus) in counts.items():
         yield {
             "role": role,
             "processes": processes,
             "cpus_each": cpus,
-            "memory_bytes_each": elements[role] * width if processes else 0,
+            "memory_bytes_each": each + added[role] if processes else 0,
         }
 
 
@@ -105,10 +153,15 @@ def _layers(setups: list[InverseSetup]) -> Iterator[dict[str, Any]]:
 
 
 def _predicted(
-    spec: JobSpec, step_seconds: float, setups: list[InverseSetup]
+    spec: JobSpec, alone_seconds: float, setups: list[InverseSetup], num_cpus: int
 ) -> dict[str, float | bool | None]:
+    """Return times and staleness, where a step takes `alone_seconds` on a core of its own."""
+    refresh_alone = max((_refresh_seconds(s.cost_model, s.layers) for s in setups), default=0.0)
+    crowded = crowding(_busy_threads(spec, alone_seconds, refresh_alone), num_cpus)
+    step_seconds = alone_seconds * crowded
     times: dict[str, float | bool | None] = {
         "step_seconds": step_seconds,
+        "step_seconds_alone": alone_seconds,
         "wall_seconds": spec.steps * step_seconds,
         "refresh_seconds": None,
         "staleness_mean": None,
@@ -117,7 +170,7 @@ def _predicted(
     }
     if not setups or not isinstance(spec.optimizer, KFACSpec):
         return times
-    refresh = max(_refresh_seconds(setup.cost_model, setup.layers) for setup in setups)
+    refresh = refresh_alone * crowded
     period = spec.optimizer.inverse_update_period
     ages = forecast_staleness(step_seconds, refresh, period, spec.staleness.max_steps)
     if spec.staleness.max_steps == 0:  # a synchronous step waits for every refresh
@@ -128,6 +181,17 @@ def _predicted(
         "staleness_max": float(ages.max),
         "waits_at_bound": ages.waits,
     }
+
+
+def _busy_threads(spec: JobSpec, step_seconds: float, refresh_seconds: float) -> float:
+    """Return how many threads of the job compute during a step, on average."""
+    workers = spec.workers
+    busy: float = workers.gradient * (workers.threads or 1)
+    if isinstance(spec.optimizer, KFACSpec):
+        between = spec.optimizer.inverse_update_period * step_seconds
+        busy += 1  # the server preconditions while the workers compute their statistics
+        busy += workers.inverse * min(1.0, refresh_seconds / between if between > 0 else 1.0)
+    return busy
 
 
 def _refresh_seconds(model: CostModel, layers: tuple[LayerCost, ...]) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+import typer
 
 from kfac_dist._home import data_cache
 from kfac_dist.cli.environment import absolute, data_dir, home
@@ -20,8 +23,9 @@ def plan(
 ) -> None:
     """Predict a job's processes, memory, layer assignment, times and staleness.
 
-    It measures a few steps on this machine, with one gradient worker's part of a batch. The memory
-    leaves out activations, and about 300 MB that each process uses.
+    It measures a few steps on this machine, with one gradient worker's part of a batch. Memory is
+    what each process holds, with Python, torch and Ray. Times are those of workers that share the
+    cores of this machine; what else runs on it now makes them too long.
     """
     from kfac_dist.config import load_spec
 
@@ -36,6 +40,23 @@ def plan(
         _write_tables(found)
     else:
         write_result(found, output)
+    for warning in _warnings(found["machine"]):
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _warnings(machine: dict[str, Any]) -> Iterator[str]:
+    cpus, load = machine["cpus"], machine["load"]
+    if load > cpus - 0.5:  # less than half a core was free for the measurement
+        yield (
+            f"this machine was busy (load {load:.1f} on {cpus} CPUs) when the times were measured, "
+            "so they are too long"
+        )
+    needed, available = machine["memory_bytes_needed"], machine["memory_bytes_available"]
+    if needed > available:
+        yield (
+            f"the processes of the job need {needed / _MIB:,.0f} MiB together, and this machine "
+            f"has {available / _MIB:,.0f} MiB available"
+        )
 
 
 def _write_tables(found: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How stale will the inverses be, given the times of a step and of a refresh?"""
+"""How stale will the inverses be, and how long a step, given the times that each part takes?"""
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ class StalenessForecast:
     mean: float
     max: int
     waits: bool
+
+
+def crowding(busy_threads: float, num_cpus: int) -> float:
+    """Return how much longer a step takes because its processes share the cores; at least 1.
+
+    The members of a step wait for each other, so the step is as late as the member that gets the
+    least: with more busy threads than cores, everyone's share shrinks alike.
+
+    Args:
+        busy_threads: threads that compute during a step, on average.
+        num_cpus: the cores that they share.
+    """
+    check_interval("busy_threads", busy_threads, 0)
+    check_interval("num_cpus", num_cpus, 1)
+    return max(1.0, busy_threads / num_cpus)
 
 
 def forecast_staleness(

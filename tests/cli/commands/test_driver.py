@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from kfac_dist.service.store import open_store
 from kfac_dist.service.store.job_rows import move
 from kfac_dist.service.wire.package import pack
 from tests.paths import ROOT
+from workers.cluster.job_runner import DRIVER
 
 
 @pytest.fixture
@@ -43,10 +43,17 @@ def prepared(jobs: Jobs, source: str) -> Job:
     return jobs.get(job.id)
 
 
-def drive(job: Job, attempt: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kfac_dist.cli", "driver", job.run_dir, str(attempt)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def drive(
+    job: Job, attempt: int, started_in: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*DRIVER, job.run_dir, str(attempt)],
+        cwd=started_in,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_only_the_driver_can_read_its_secret(jobs: Jobs) -> None:
@@ -77,3 +84,18 @@ def test_a_failure_before_the_run_is_reported(jobs: Jobs) -> None:
     log = (Path(job.run_dir) / "logs" / "driver-0.log").read_text()
     assert "the driver has started" in log
     assert "no such column" in log
+
+
+def test_the_folder_in_which_the_cluster_was_started_plays_no_role(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    source = "import os, sys\nraise LookupError(f'in {os.getcwd()}, from {sys.path}')\n"
+    job = prepared(jobs, source)
+    started_in = tmp_path / "elsewhere"
+    started_in.mkdir()
+    (started_in / "queue.py").write_text("raise SystemExit('the wrong queue')\n")
+    assert drive(job, 1, started_in).returncode == 1
+    state = RunReader(Path(job.run_dir), job.id, 1).read().state
+    assert state is not None
+    assert f"in {job.run_dir}/code, from" in str(state.message)
+    assert str(started_in) not in str(state.message)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kfac_dist.cli.commands.plan import _warnings
+from kfac_dist.config import parse_spec
 from tests.cli.conftest import KfacDist
+from workers.driver.job_plan import _predicted
 
 SMALL = """\
 name: small
@@ -18,6 +21,25 @@ steps: 10
 batch_size: 100
 optimizer: {name: kfac, max_factor_dim: null}
 workers: {gradient: 2, inverse: 2}
+"""
+
+LARGE = """\
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Large:
+    distribution = "gaussian"
+
+    def model(self):
+        return nn.Linear(1024, 1)
+
+    def train_data(self, data_dir):
+        return TensorDataset(torch.ones(2**15, 1024), torch.ones(2**15, 1))
+
+    def test_data(self, data_dir):
+        return TensorDataset(torch.ones(8, 1024), torch.ones(8, 1))
 """
 
 
@@ -35,12 +57,16 @@ def test_every_layer_has_an_owner_and_every_role_its_memory(
     assert done.code == 0, done.err
     plan = json.loads(done.out)
     assert [row["role"] for row in plan["placement"]] == [
+        "driver",
         "gradient_worker",
         "inverse_worker",
         "parameter_server",
     ]
-    assert [row["processes"] for row in plan["placement"]] == [2, 2, 1]
-    assert all(row["memory_bytes_each"] > 4 * plan["num_parameters"] for row in plan["placement"])
+    assert [row["processes"] for row in plan["placement"]] == [1, 2, 2, 1]
+    # Python, torch and Ray alone are more than this in every process.
+    assert all(row["memory_bytes_each"] > 200 * 2**20 for row in plan["placement"])
+    total = sum(row["processes"] * row["memory_bytes_each"] for row in plan["placement"])
+    assert plan["machine"]["memory_bytes_needed"] == total
     orders = {row["layer"]: row["orders"] for row in plan["layers"]}
     assert orders["encoder1"] == [785, 24]
     assert {row["inverse_worker"] for row in plan["layers"]} == {0, 1}
@@ -57,4 +83,44 @@ def test_a_baseline_has_no_layers(kfac_dist: KfacDist, small: Path) -> None:
     plan = json.loads(done.out)
     assert plan["layers"] == []
     assert plan["predicted"]["refresh_seconds"] is None
-    assert [row["processes"] for row in plan["placement"]] == [2, 0, 1]
+    assert [row["processes"] for row in plan["placement"]] == [1, 2, 0, 1]
+
+
+def test_a_data_set_is_counted_in_each_process_that_holds_it(
+    kfac_dist: KfacDist, tmp_path: Path
+) -> None:
+    (tmp_path / "large.py").write_text(LARGE)
+    path = tmp_path / "large.yaml"
+    path.write_text("name: large\ntask: large.py:Large\nsteps: 1\nbatch_size: 8\n")
+    done = kfac_dist("plan", path, "-o", "json")
+    assert done.code == 0, done.err
+    rows = {row["role"]: row["memory_bytes_each"] for row in json.loads(done.out)["placement"]}
+    for role in ("driver", "gradient_worker"):
+        assert rows[role] - rows["parameter_server"] > 0.8 * 128 * 2**20
+
+
+def test_a_busy_machine_and_too_little_memory_are_said() -> None:
+    idle = {"cpus": 4, "load": 1.0, "memory_bytes_available": 9, "memory_bytes_needed": 9}
+    assert list(_warnings(idle)) == []
+    (busy,) = _warnings(idle | {"load": 3.8})
+    assert "load 3.8 on 4 CPUs" in busy
+    (full,) = _warnings(idle | {"memory_bytes_needed": 3 * 2**30})
+    assert "need 3,072 MiB together" in full
+
+
+def test_workers_that_share_the_cores_take_longer() -> None:
+    def step(num_workers: int, num_cpus: int) -> float:
+        spec = parse_spec(
+            {
+                "name": "a",
+                "task": "classifier",
+                "steps": 1,
+                "batch_size": 9,
+                "workers": {"gradient": num_workers},
+            }
+        )
+        return float(_predicted(spec, 2.0, [], num_cpus)["step_seconds"] or 0)
+
+    assert step(1, 4) == 2.0
+    assert step(3, 4) == 2.0  # with the server, four threads on four cores
+    assert step(7, 4) == 4.0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.coordination.steps.forecast import StalenessForecast, forecast_staleness
+from kfac_dist.coordination.steps.forecast import StalenessForecast, crowding, forecast_staleness
 from kfac_dist.errors import InvalidSpecError
 
 
@@ -43,3 +43,10 @@ def test_it_is_never_above_the_bound_nor_below_what_a_faster_worker_has(
 def test_times_are_not_negative() -> None:
     with pytest.raises(InvalidSpecError, match="refresh_seconds"):
         forecast_staleness(1.0, -1.0, 20, 40)
+
+
+@pytest.mark.parametrize(
+    ("busy", "cpus", "expected"), [(1.5, 2, 1.0), (2.0, 2, 1.0), (3.0, 2, 1.5), (3, 8, 1.0)]
+)
+def test_a_step_is_as_late_as_the_cores_are_shared(busy, cpus, expected):
+    assert crowding(busy, cpus) == expected

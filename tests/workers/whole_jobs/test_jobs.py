@@ -17,6 +17,7 @@ from kfac_dist import train
 from kfac_dist.config import parse_spec
 from kfac_dist.core.vector import flatten
 from kfac_dist.errors import (
+    DataError,
     InvalidSpecError,
     JobFailedError,
     NumericError,
@@ -26,7 +27,18 @@ from kfac_dist.errors import (
 from kfac_dist.runs import JobSummary
 from tests.workers.whole_jobs.jobs import TASK, Jobs, line_spec
 from tests.workers.whole_jobs.test_distributed_is_serial import serial_run
+from workers.driver import preparation
 from workers.driver.crew import inverse_health
+
+BAD = """
+from pathlib import Path
+
+class Bad(Line):
+    def train_data(self, data_dir):
+        data = super().train_data(data_dir)
+        data.tensors[0][int(Path("bad.txt").read_text())] = float("nan")
+        return data
+"""
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -103,6 +115,21 @@ def test_a_model_that_raises_in_a_worker_ends_the_job_with_its_message(jobs: Job
     assert summary.message == caught.value.message
     printed = jobs.run_folder().places.printed("gradient_worker", 1).read_text()
     assert "building the model" in printed
+
+
+def test_data_are_checked_in_the_workers_in_the_folder_of_the_task(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_CHECK_SECONDS", 0.0)
+    (jobs.folder / "bad.txt").write_text("40")
+    with (jobs.folder / "line.py").open("a") as file:
+        file.write(BAD)
+    with pytest.raises(DataError, match="train data, input of case 40 at position 0 is nan") as e:
+        jobs.run(parse_spec(line_spec(task="line.py:Bad")))
+    assert (e.value.reason, e.value.first_failure.role) == ("bad_data", "gradient_worker")
+    said = jobs.event("data_checked_in_part").message
+    assert said.startswith("reading the train data set: 2 of 64 cases were read and checked in")
+    assert jobs.kinds()[-1] == "failed"
 
 
 def test_too_many_steps_without_a_finite_update_end_the_job(jobs: Jobs) -> None:
