@@ -20,7 +20,8 @@ class ForwardObserver:
     It keeps them only while `wants()` is true, in the steps that need statistics.
 
     Raises:
-        InvalidSpecError: in such a pass, the model was not called with one tensor.
+        InvalidSpecError: in such a pass, the model was not called with one tensor, or with one
+            that the loss can be differentiated by.
     """
 
     def __init__(self, model: nn.Module, wants: Callable[[], bool]) -> None:
@@ -39,6 +40,13 @@ class ForwardObserver:
                 f"KFACPreconditioner: {type(plain_module(module)).__name__} was called with "
                 f"{len(args)} positional and {len(kwargs)} keyword arguments; it must be called "
                 "with one tensor. Wrap it in a module that takes one tensor and passes on its parts"
+            )
+        if args[0].requires_grad and args[0].is_leaf and not isinstance(args[0], nn.Parameter):
+            raise InvalidSpecError(
+                "KFACPreconditioner: the inputs require gradients, but K-FAC's curvature knows "
+                "nothing of derivatives by the inputs in your loss. Let the model return the "
+                "derivatives, with diagonal blocks for its layers; if the pass is not part of the "
+                "loss, run it in evaluation mode; otherwise detach the inputs"
             )
         if self._wants():
             self._inputs.append(args[0].detach())

@@ -39,6 +39,7 @@ from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.optim.precision import choose_precondition_dtype
 from kfac_dist.optim.schedules import kfac_schedule
 from kfac_dist.optim.step_result import StepResult
@@ -105,6 +106,7 @@ class KFAC(torch.optim.Optimizer):
             fisher_type=self.settings.fisher_type,
         )
         self._parameters = self._computer.parameters
+        check_factor_memory(self._registration, self._parameters[0])
         super().__init__(self._parameters, {})
         precondition_dtype = choose_precondition_dtype(
             self.settings, self._registration.blocks, self._parameters[0]

@@ -24,6 +24,7 @@ from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, rows_at, trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
 
 # Options of `KFAC` about the step, which here is the user's own optimizer's.
@@ -124,6 +125,7 @@ class KFACPreconditioner:
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
         )
+        check_factor_memory(self._registration, self._computer.parameters[0])
         _check_dtypes(plain)
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._schedule = StepSchedule(

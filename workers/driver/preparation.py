@@ -10,6 +10,7 @@ from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
 from kfac_dist.data import MapDataset, check_finite
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype
 from workers.planning import batch_size
 
@@ -56,6 +57,8 @@ def prepare(
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     settings = spec.optimizer
     registration = register(model, settings) if isinstance(settings, KFACSpec) else None
+    if registration is not None:
+        check_factor_memory(registration, next(p for p in model.parameters() if p.requires_grad))
     train, test = task.train_data(), task.test_data()
     check_model(task, model, train)
     _check_batch_size(spec, len(train))

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 from kfac_dist import KFAC, KFACPreconditioner
 from kfac_dist.core.passes.own_passes import RandomStreams, own_passes
+from kfac_dist.errors import InvalidSpecError
 
 
 class Busy(nn.Module):
@@ -160,3 +161,15 @@ def test_the_measured_loss_is_that_of_the_same_dropout():
     computer = KFAC(model, distribution="categorical")._computer
     gradient = computer.gradient(inputs, targets)
     assert computer.loss(inputs, targets) == pytest.approx(float(gradient.loss), rel=1e-6)
+
+
+def test_inputs_that_require_gradients_are_refused_in_training():
+    """Derivatives by the inputs in the loss would be missing from the curvature."""
+    inputs, _ = batch()
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    preconditioner = KFACPreconditioner(model, distribution="gaussian")
+    with pytest.raises(InvalidSpecError, match="derivatives by the inputs"):
+        model(inputs.requires_grad_())
+    model.eval()(inputs)  # as in an attack, whose passes are no part of the loss
+    model.train()(nn.Linear(5, 5)(inputs)).sum().backward()  # from another network
+    preconditioner.step()
