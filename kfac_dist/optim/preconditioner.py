@@ -39,6 +39,10 @@ _FOREIGN = (
     "precondition_dtype",
 )
 
+# Cases that statistics have by default, if the batch has them. On one or two cases G is a matter of
+# luck: where it is small, an inverse that stays in use for many steps makes their updates too long.
+_LEAST_STATISTICS = 32
+
 
 class KFACPreconditioner:
     """Replaces the gradients of a model by their directions; your own optimizer takes the step.
@@ -54,9 +58,10 @@ class KFACPreconditioner:
             optimizer.step()
 
     Forward passes in training mode are observed. `step` computes statistics from their inputs in
-    passes of its own, on the fraction `statistics_fraction` of the cases and in the precision of
-    the parameters, whatever autocast does elsewhere. If gradients are accumulated over several
-    backward passes, they belong to all the inputs seen since the last step.
+    passes of its own, in the precision of the parameters, whatever autocast does elsewhere. They
+    are on the fraction `statistics_fraction` of the cases; unless you give it, on at least 32
+    cases, or on all. If gradients are accumulated over several backward passes, they belong to all
+    the inputs seen since the last step.
 
     The direction is linear in the gradient, so a gradient scaled by a GradScaler gives an equally
     scaled direction. With `norm_constraint`, call `scaler.unscale_` before `step`.
@@ -117,7 +122,8 @@ class KFACPreconditioner:
         self._group = process_group or process_group_of(model)
         plain = plain_module(model)
         self._registration = register(plain, self.settings)
-        self._subset = SubsetRule(least_cases=self._registration.least_cases)
+        # Who sets the fraction gets it; by default a small batch is used as a whole.
+        self._least_statistics = 1 if "statistics_fraction" in options else _LEAST_STATISTICS
         self._computer = BatchComputer(
             plain,
             distribution=get_distribution(distribution),
@@ -186,9 +192,10 @@ class KFACPreconditioner:
         """Return the sums over the micro-batches of this process, and their number of cases."""
         rank, num_processes = self._place()
         links, bases = self._curvature.structure.links, self._curvature.shelf.bases()
+        subset = self._subset_rule(num_processes * len(inputs))
         first_row, num_cases, parts = 0, 0, []
         for part in inputs:
-            rows = self._subset.positions(len(part), self.settings.statistics_fraction)
+            rows = subset.positions(len(part), self.settings.statistics_fraction)
             parts.append(
                 self._computer.statistics(
                     rows_at(part, rows),
@@ -205,6 +212,11 @@ class KFACPreconditioner:
         for other in parts[1:]:
             total.add_(other)
         return total, num_cases
+
+    def _subset_rule(self, num_parts: int) -> SubsetRule:
+        """Return the rule for one of the parts of a batch: micro-batches of all processes."""
+        least = -(-self._least_statistics // num_parts)
+        return SubsetRule(least_cases=max(self._registration.least_cases, least))
 
     def _place(self) -> tuple[int, int]:
         if self._group is None:
