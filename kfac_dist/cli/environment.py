@@ -36,7 +36,7 @@ def only_this_user() -> Iterator[None]:
 def ready_home(say: Callable[[str], None]) -> Path:
     """Return the home, after making sure that it can be written and that only its user reads it.
 
-    `say` is told what had to be changed. A folder that is also used for other things, or that
+    `say` receives what had to be changed. A folder that is also used for other things, or that
     belongs to another user, keeps its mode; then only its parts are closed.
 
     Raises:

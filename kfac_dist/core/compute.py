@@ -71,6 +71,7 @@ class BatchComputer:
         self._products = JacobianProducts(model)
         chain = find_chain(model)
         self._chain = ChainProducts(model, chain) if chain else None
+        self._differentiates = False
         self._streams: RandomStreams | None = None
         self._statistics: StatisticsPass | None = None
         if registration is not None:
@@ -86,7 +87,21 @@ class BatchComputer:
         """Return the sum of the losses over the cases, float64, shape []."""
         if len(inputs) == 0:
             return self.parameters[0].new_zeros((), dtype=torch.float64)
-        with torch.no_grad(), self._own_passes(), running_statistics_kept(self.model):
+        if not self._differentiates:
+            try:
+                with torch.no_grad():
+                    return self._measured(inputs, targets)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # A model that calls torch.autograd.grad itself needs a graph. An error of another
+                # kind is raised again below.
+                self._differentiates = True
+        with torch.enable_grad():
+            return self._measured(inputs, targets).detach()
+
+    def _measured(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with self._own_passes(), running_statistics_kept(self.model):
             return self.distribution.loss(self.model(inputs), targets).double().sum()
 
     @contextmanager

@@ -24,10 +24,16 @@ from kfac_dist.errors import InvalidSpecError
 # which the first thousand of equal passes serve as well as all of them.
 _MOST_PASSES = 1000
 _OWN = threading.local()
+_BY_INPUTS = (
+    "KFACPreconditioner: the inputs require gradients, and a backward pass with create_graph makes "
+    "derivatives by them, but K-FAC's curvature knows nothing of such derivatives in your loss. "
+    "Let the model return the derivatives, with diagonal blocks for its layers; if the pass is not "
+    "part of the loss, run it in evaluation mode; otherwise detach the inputs"
+)
 
 
 @contextmanager
-def own_passes() -> Iterator[None]:
+def unobserved() -> Iterator[None]:
     """Let no observer see the passes of this thread inside: they are K-FAC's own."""
     _OWN.depth = getattr(_OWN, "depth", 0) + 1
     try:
@@ -67,7 +73,8 @@ class ForwardObserver:
 
     Raises:
         InvalidSpecError: in an observed pass, the model was not called with one tensor, did not
-            return one, or changed its input in place.
+            return one, or changed its input in place; or derivatives by its input are part of a
+            graph.
     """
 
     def __init__(
@@ -133,11 +140,17 @@ class ForwardObserver:
             raise InvalidSpecError(f"KFACPreconditioner: {in_place_message(name)}")
         self.num_forward += 1
         observer = weakref.ref(self)
+        by_inputs = given is not None and given.requires_grad and given.is_leaf
+        by_inputs = by_inputs and not isinstance(given, nn.Parameter)
 
         def reached(_gradients: tuple[Tensor | None, ...]) -> None:
             alive = observer()
-            if alive is not None:
-                alive._take(kept)
+            if alive is None:
+                return
+            # With create_graph, the derivatives themselves are to be differentiated.
+            if by_inputs and torch.is_grad_enabled():
+                raise InvalidSpecError(_BY_INPUTS)
+            alive._take(kept)
 
         # A view that is overwritten later is left out of the graph, its base is not.
         tensors = (output, output._base) if output._base is not None else (output,)

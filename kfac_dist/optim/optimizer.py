@@ -40,12 +40,13 @@ from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.optim.learning_rate import LearningRate
 from kfac_dist.optim.model_guard import ModelGuard, check_model
 from kfac_dist.optim.observer import (
     in_place_message,
     in_type_of_parameters,
-    own_passes,
+    unobserved,
     version_of,
 )
 from kfac_dist.optim.option_checks import check_count, check_delays, check_fused
@@ -119,6 +120,7 @@ class KFAC(torch.optim.Optimizer):
             fisher_type=self.settings.fisher_type,
         )
         self._parameters = self._computer.parameters
+        check_factor_memory(self._registration, self._parameters[0])
         self._guard = ModelGuard(model, "KFAC")
         precondition_dtype = choose_precondition_dtype(
             self.settings, self._registration.blocks, self._parameters[0]
@@ -162,7 +164,7 @@ class KFAC(torch.optim.Optimizer):
             raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
         self._guard.check()
         plan = self._lr.planned(self._schedule.plan(self.step_count + 1), self.param_groups[0])
-        with full_precision(self._theta.device), own_passes():
+        with full_precision(self._theta.device), unobserved():
             return self._step(plan, inputs, targets)
 
     def _step(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> StepResult:

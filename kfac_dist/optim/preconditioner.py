@@ -26,13 +26,14 @@ from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, unflatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.optim.model_guard import ModelGuard, check_model
 from kfac_dist.optim.observer import (
     ForwardObserver,
-    own_passes,
     plain_module,
     process_group_of,
     statistics_rows,
+    unobserved,
     unseen_message,
 )
 from kfac_dist.optim.option_checks import (
@@ -45,6 +46,10 @@ from kfac_dist.optim.option_checks import (
 _OWNER = "KFACPreconditioner"
 # Set on a gradient that is a direction: its version, which the next backward pass changes.
 _MARK = "_kfac_direction_version"
+
+# Cases that statistics have by default, if a batch has them. On one or two cases G is a matter of
+# luck: where it is small, an inverse that stays in use for many steps makes their updates too long.
+_LEAST_STATISTICS = 32
 
 
 class KFACPreconditioner:
@@ -62,9 +67,10 @@ class KFACPreconditioner:
 
     Forward passes in training mode are observed. `step` computes statistics in passes of its own,
     on the fraction `statistics_fraction` of the cases and in the precision of the parameters,
-    whatever autocast does elsewhere. The cases are those of the passes whose gradients are in
-    `.grad`: a backward pass has reached them since the last step, and since the gradients were
-    last cleared. They are copied when the model is called, so a loop may reuse its tensors.
+    whatever autocast does elsewhere. Unless you give the fraction, they are on at least 32 cases of
+    each batch, or on all. The cases are those of the passes whose gradients are in `.grad`: a
+    backward pass has reached them since the last step, and since the gradients were last cleared.
+    They are copied when the model is called, so a loop may reuse its tensors.
 
     The hooks on the model end with this object, with `remove`, or with a `with` block:
 
@@ -143,7 +149,6 @@ class KFACPreconditioner:
         self._group = process_group or process_group_of(model)
         self._registration = register(plain, self.settings)
         check_fused(_OWNER, self.settings, self._registration.sites)
-        self._subset = SubsetRule(least_cases=self._registration.least_cases)
         self._computer = BatchComputer(
             plain,
             distribution=get_distribution(distribution),
@@ -151,6 +156,7 @@ class KFACPreconditioner:
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
         )
+        check_factor_memory(self._registration, self._computer.parameters[0])
         self._guard = ModelGuard(plain, _OWNER)
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._schedule = StepSchedule(
@@ -165,7 +171,10 @@ class KFACPreconditioner:
             self._computer.parameters,
             keep=partial(
                 statistics_rows,
-                subset=self._subset,
+                # Who sets the fraction gets it; by default a small batch is used as a whole.
+                subset=self._subset_rule(
+                    least=1 if "statistics_fraction" in options else _LEAST_STATISTICS
+                ),
                 fraction=self.settings.statistics_fraction,
                 dtype=self._computer.parameters[0].dtype,
             ),
@@ -214,7 +223,7 @@ class KFACPreconditioner:
         """
         self._check_state()
         plan = self._schedule.plan(self.step_count + 1)
-        with torch.no_grad(), full_precision(self._device), own_passes():
+        with torch.no_grad(), full_precision(self._device), unobserved():
             self._update_factors(plan)
             self._check_gradients(plan)
             self._count(plan.step)  # a refused step raises before this line and does not count
@@ -302,6 +311,11 @@ class KFACPreconditioner:
         for other in parts[1:]:
             total.add_(other)
         return total, num_cases
+
+    def _subset_rule(self, *, least: int) -> SubsetRule:
+        """Return the rule for one batch of this process, if a batch of all has `least` cases."""
+        least = -(-least // self._place()[1])
+        return SubsetRule(least_cases=max(self._registration.least_cases, least))
 
     def _place(self) -> tuple[int, int]:
         if self._group is None:

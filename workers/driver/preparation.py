@@ -10,6 +10,7 @@ from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
 from kfac_dist.data import MapDataset, StartCheck, check_before_start
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype, working_folder
 from workers.planning import batch_size
 
@@ -66,6 +67,9 @@ def prepare(
         model = build_model(task, spec.seed, torch_dtype(spec.dtype))
         settings = spec.optimizer
         registration = register(model, settings) if isinstance(settings, KFACSpec) else None
+        if registration is not None:
+            like = next(p for p in model.parameters() if p.requires_grad)
+            check_factor_memory(registration, like)
         train, test = task.train_data(), task.test_data()
         check_model(task, model, train)
     _check_batch_size(spec, len(train))

@@ -163,6 +163,6 @@ def admit(
 
 
 def _newest(steps: Sequence[int], at_most: int | None) -> int:
-    """Return the last of ascending steps, at most `at_most`; 0 if there is none."""
+    """Return the last of ascending steps, at most `at_most`, or 0."""
     number = len(steps) if at_most is None else bisect_right(steps, at_most)
     return steps[number - 1] if number else 0

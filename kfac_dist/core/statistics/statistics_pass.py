@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.blocks.sites import Site
@@ -121,7 +122,8 @@ class StatisticsPass:
 
         Raises:
             InvalidSpecError: the model uses a layer's weight without calling the layer, also beside
-                its calls, or a call has no axis of cases although the Fisher type needs it.
+                its calls, or calls it inside a transform of torch.func; or a call has no axis of
+                cases although the Fisher type needs it.
         """
         collector = StatisticsSums(
             self._registration, self._fisher_type, len(inputs), self._like, links, bases
@@ -162,8 +164,32 @@ class StatisticsPass:
         with capturing(self._observed()) as captures:
             outputs = self._model(inputs)
         check_full_outputs(outputs, self._model)
+        self._check_plain(captures)
         used = used_calls(outputs, captures)
         return _Observed(outputs, captures, used, partial(output_gradients, outputs, used))
+
+    def _check_plain(self, captures: Captures) -> None:
+        """Check that no layer was called inside a transform of torch.func.
+
+        What it saw there is no value that could be used outside.
+        """
+        inside = {
+            module
+            for module, calls in captures.items()
+            if any(is_functorch_wrapped_tensor(call.inputs) for call in calls)
+        }
+        names = [
+            name
+            for site in self._registration.sites
+            if inside.intersection(site.modules)
+            for name in site.parameters
+        ]
+        if names:
+            raise InvalidSpecError(
+                f"the model calls the modules of {', '.join(names)} inside torch.func.vmap, grad "
+                "or another of its transforms, where K-FAC cannot observe them; ask for diagonal "
+                f"blocks with diagonal: [{', '.join(names)}]"
+            )
 
     def _observed(self) -> Iterator[nn.Module]:
         yield from self._modules

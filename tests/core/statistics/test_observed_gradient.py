@@ -10,7 +10,7 @@ from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.errors import InvalidSpecError
-from tests.core.passes.used_twice import USES, Routed, Twice
+from tests.core.passes.used_twice import USES, Jacobian, Lazy, Routed, Slope, Twice
 
 
 def computer_of(model, **options):
@@ -131,3 +131,27 @@ def test_gradients_that_hooks_rescale_are_not_taken_for_other_uses():
     model = Twice(lambda model, h: h)
     model.hidden.weight.register_hook(lambda gradient: 0.5 * gradient)
     computer_of(model).statistics(torch.randn(12, 4), None, step=1)
+
+
+def test_a_model_of_derivatives_trains_with_diagonal_blocks_however_it_is_written():
+    """Fisher products, measured losses and blocks are those of the same function."""
+    ends = []
+    for kind in (Slope, Jacobian, Lazy):
+        torch.manual_seed(0)
+        model = kind().double()
+        damping = {"initial": 1.0, "adapt_period": 1}
+        optimizer = KFAC(model, distribution="gaussian", diagonal=["*"], damping=damping)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            inputs, targets = torch.randn(2, 16, 4, generator=generator, dtype=torch.float64)
+            result = optimizer.step(inputs, targets)
+            assert result.applied
+            assert result.reduction_ratio is not None
+        ends.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.allclose(ends[0], ends[1], rtol=1e-9)
+    assert torch.allclose(ends[0], ends[2], rtol=1e-9)
+
+
+def test_layers_inside_a_transform_of_torch_func_are_refused_by_name():
+    with pytest.raises(InvalidSpecError, match=r"first\.weight.* inside torch\.func"):
+        computer_of(Jacobian()).statistics(torch.randn(8, 4), None, step=1)
