@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.errors import DataError, InvalidSpecError
 
 Split = Literal["train", "test"]
@@ -165,8 +166,8 @@ def _describe(value: object) -> str:
     return f"{kind} of length {len(value)}" if isinstance(value, tuple | list) else kind
 
 
-def check_finite(dataset: MapDataset, split: Split) -> None:
-    """Raise DataError at the first NaN or infinity in `dataset`.
+def check_finite(dataset: MapDataset, split: Split, allowed: TargetRange | None = None) -> None:
+    """Raise DataError at the first NaN or infinity in `dataset`, or target that is not `allowed`.
 
     The message names the split, the case, the position in the case and the value.
     """
@@ -177,18 +178,30 @@ def check_finite(dataset: MapDataset, split: Split) -> None:
         _check_part(inputs, start, f"{split} data, input")
         if targets is not inputs:
             _check_part(targets, start, f"{split} data, target")
+        if allowed is not None:
+            _check_range(targets, start, f"{split} data, target", allowed)
 
 
 def _check_part(values: Tensor, first_case: int, what: str) -> None:
     bad = ~torch.isfinite(values)
     if not bad.any():
         return
-    row, *inside = bad.nonzero()[0].tolist()
-    where = f" at position {inside[0] if len(inside) == 1 else tuple(inside)}" if inside else ""
-    value = values[(row, *inside)].item()
+    place = tuple(bad.nonzero()[0].tolist())
     raise DataError(
-        f"{what} of case {first_case + row}{where} is {value}: every value must be a finite number"
+        f"{_found(values, place, first_case, what)}: every value must be a finite number"
     )
+
+
+def _check_range(targets: Tensor, first_case: int, what: str, allowed: TargetRange) -> None:
+    place = allowed.first_outside(targets)
+    if place is not None:
+        raise DataError(f"{_found(targets, place, first_case, what)}: it must be {allowed}")
+
+
+def _found(values: Tensor, place: tuple[int, ...], first_case: int, what: str) -> str:
+    row, *inside = place
+    where = f" at position {inside[0] if len(inside) == 1 else tuple(inside)}" if inside else ""
+    return f"{what} of case {first_case + row}{where} is {values[place].item()}"
 
 
 def num_limited(split: Split, num_cases: int, limit: int | None, name: str) -> int:

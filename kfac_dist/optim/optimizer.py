@@ -39,6 +39,7 @@ from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.axes import cases_of, checked_case_axis
 from kfac_dist.optim.precision import choose_precondition_dtype
 from kfac_dist.optim.schedules import kfac_schedule
 from kfac_dist.optim.step_result import StepResult
@@ -59,11 +60,17 @@ class KFAC(torch.optim.Optimizer):
             print(result.step, result.loss)
 
     Args:
-        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
-            of outputs, which parametrise `distribution`.
+        model: called with one tensor of inputs; returns one tensor of outputs, which parametrise
+            `distribution`.
         distribution: predictive distribution of the outputs, which also defines the loss:
-            `"bernoulli"` (outputs are logits), `"categorical"` (logits along the last axis) or
-            `"gaussian"` (means; the variance is 1).
+            `"bernoulli"` (outputs are logits), `"categorical"` (logits of the classes along
+            `class_axis`; a label of -100 leaves its position out) or `"gaussian"` (means; the
+            variance is 1).
+        case_axis: the axis of the inputs along which the cases lie: 1 for a sequence-first model.
+            Where they lie inside the model and in its outputs is found out at the first step.
+        class_axis: the axis of the outputs with the classes: -1 is the last, 1 that of torch's
+            `cross_entropy`. Without it the last one is taken, and shapes that leave a choice are
+            refused.
         seed: seed of the targets that are sampled for the factors.
         delay_steps: simulates an asynchronous run. Maps patterns of layer names to the number of
             steps by which a refresh of the inverses is used late; the last pattern that matches
@@ -89,6 +96,8 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module,
         *,
         distribution: DistributionName,
+        case_axis: int = 0,
+        class_axis: int | None = None,
         seed: int = 0,
         delay_steps: Mapping[str, int] | None = None,
         warmup_steps: int = 0,
@@ -98,11 +107,13 @@ class KFAC(torch.optim.Optimizer):
         self._registration = register(model, self.settings)
         self._computer = BatchComputer(
             model,
-            distribution=get_distribution(distribution),
+            distribution=get_distribution(distribution, class_axis),
             seed=seed,
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
+            case_axis=checked_case_axis(case_axis),
         )
+        self._case_axis = case_axis
         self._parameters = self._computer.parameters
         super().__init__(self._parameters, {})
         precondition_dtype = choose_precondition_dtype(
@@ -134,18 +145,25 @@ class KFAC(torch.optim.Optimizer):
         are left as they are, and the result has `applied=False`.
 
         Args:
-            inputs: [N, ...], the cases along the first axis.
-            targets: [N, ...], in the form that the loss of `distribution` takes them.
+            inputs: [N, ...], the cases along the first axis, or along `case_axis`.
+            targets: what the loss of `distribution` takes; their cases lie as those of the outputs.
 
         Raises:
-            InvalidSpecError: the batch is empty.
+            InvalidSpecError: the batch is empty, is no pair of tensors, or its targets do not fit
+                the outputs or are not possible; or it cannot be told where the model has the cases.
         """
+        inputs = cases_of(inputs, self._case_axis, "KFAC.step")
         if len(inputs) == 0:
             raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
+        if not isinstance(targets, Tensor):
+            raise InvalidSpecError(
+                f"KFAC.step: the targets are {type(targets).__name__}, not one tensor"
+            )
+        targets = self._computer.targets_first(inputs, targets)
         plan = self._schedule.plan(self.step_count + 1)
-        self.step_count = plan.step
-        self._update.begin_step(plan.damping)
         loss, objective, gradient, trace = self._compute(inputs, targets)
+        self.step_count = plan.step  # a refused batch raises before this line and does not count
+        self._update.begin_step(plan.damping)
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets, trace)
@@ -153,7 +171,7 @@ class KFAC(torch.optim.Optimizer):
         admitted = self._admit(plan)
         gammas = self._tried_gammas(plan, admitted)
         directions = self._precondition(gradient, admitted, gammas)
-        fisher = self._fisher_products(plan, inputs, directions, trace)
+        fisher = self._fisher_products(plan, inputs, targets, directions, trace)
         choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
@@ -255,7 +273,12 @@ class KFAC(torch.optim.Optimizer):
         return directions
 
     def _fisher_products(
-        self, plan: StepPlan, inputs: Tensor, directions: Tensor, trace: Trace | None
+        self,
+        plan: StepPlan,
+        inputs: Tensor,
+        targets: Tensor,
+        directions: Tensor,
+        trace: Trace | None,
     ) -> FisherMeans | None:
         fraction = self._update.fisher_fraction(len(inputs), measure=plan.measure)
         if fraction is None:
@@ -263,7 +286,8 @@ class KFAC(torch.optim.Optimizer):
         rows = subset_positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
         traced = trace and trace.rows_at(rows)
-        return self._computer.fisher_sums(rows_at(inputs, rows), vectors, traced).mean(len(rows))
+        own = rows_at(inputs, rows), rows_at(targets, rows)
+        return self._computer.fisher_sums(own[0], vectors, traced, own[1]).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))

@@ -24,6 +24,7 @@ from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, rows_at, trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.axes import cases_of, checked_case_axis
 from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
 
 # Options of `KFAC` about the step, which here is the user's own optimizer's.
@@ -64,11 +65,13 @@ class KFACPreconditioner:
     T). If your loss is a mean over positions, multiply the damping and the learning rate by T.
 
     Args:
-        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
-            of outputs, which parametrise `distribution`. It may be wrapped in
-            DistributedDataParallel, and compiled.
+        model: called with one tensor of inputs; returns one tensor of outputs, which parametrise
+            `distribution`. It may be wrapped in DistributedDataParallel, and compiled.
         distribution: predictive distribution of the outputs: `"bernoulli"`, `"categorical"` or
             `"gaussian"`, as for `KFAC`.
+        case_axis: the axis of the inputs along which the cases lie, as for `KFAC`.
+        class_axis: the axis of the outputs with the classes, as for `KFAC`. Targets are not seen
+            here, so outputs with more than two dimensions need it.
         damping: lambda. The strength of the factored damping, gamma, is its square root.
         norm_constraint: bound c on what a step may change. Directions are scaled by
             `min(1, sqrt(c / (direction . gradient)) / lr)`.
@@ -98,6 +101,8 @@ class KFACPreconditioner:
         model: nn.Module,
         *,
         distribution: DistributionName,
+        case_axis: int = 0,
+        class_axis: int | None = None,
         damping: float = 1e-2,
         norm_constraint: float | None = None,
         lr: float | Callable[[], float] | None = None,
@@ -118,11 +123,13 @@ class KFACPreconditioner:
         self._registration = register(plain, self.settings)
         self._computer = BatchComputer(
             plain,
-            distribution=get_distribution(distribution),
+            distribution=get_distribution(distribution, class_axis),
             seed=seed,
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
+            case_axis=checked_case_axis(case_axis),
         )
+        self._case_axis = case_axis
         _check_dtypes(plain)
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._schedule = StepSchedule(
@@ -184,7 +191,8 @@ class KFACPreconditioner:
         rank, num_processes = self._place()
         links, bases = self._curvature.structure.links, self._curvature.shelf.bases()
         first_row, num_cases, parts = 0, 0, []
-        for part in inputs:
+        for given in inputs:
+            part = cases_of(given, self._case_axis, "KFACPreconditioner.step")
             rows = subset_positions(len(part), self.settings.statistics_fraction)
             parts.append(
                 self._computer.statistics(

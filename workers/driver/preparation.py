@@ -8,6 +8,7 @@ from pathlib import Path
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.data import MapDataset, check_finite
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype
@@ -19,13 +20,15 @@ class Preparation:
     """A task that was loaded and checked in this process.
 
     `registration` is None for a baseline, which has no curvature blocks. `has_buffers`: the model
-    has state beside its parameters.
+    has state beside its parameters. `allowed_targets` are those that the model's outputs allow,
+    None if all numbers are possible.
     """
 
     train: MapDataset
     test: MapDataset
     registration: Registration | None
     has_buffers: bool
+    allowed_targets: TargetRange | None
 
     @property
     def num_train_cases(self) -> int:
@@ -33,13 +36,13 @@ class Preparation:
         return len(self.train)
 
     def check_data(self) -> None:
-        """Check that every number of both data sets is finite.
+        """Check that every number of both data sets is finite, and every target possible.
 
         Raises:
-            DataError: a number is not finite; the message says where.
+            DataError: a number is not; the message says where.
         """
-        check_finite(self.train, "train")
-        check_finite(self.test, "test")
+        check_finite(self.train, "train", self.allowed_targets)
+        check_finite(self.test, "test", self.allowed_targets)
 
 
 def prepare(
@@ -57,10 +60,17 @@ def prepare(
     settings = spec.optimizer
     registration = register(model, settings) if isinstance(settings, KFACSpec) else None
     train, test = task.train_data(), task.test_data()
-    check_model(task, model, train)
+    allowed = check_model(task, model, train, "train")
+    check_model(task, model, test, "test")
     _check_batch_size(spec, len(train))
     has_buffers = next(model.buffers(), None) is not None
-    return Preparation(train=train, test=test, registration=registration, has_buffers=has_buffers)
+    return Preparation(
+        train=train,
+        test=test,
+        registration=registration,
+        has_buffers=has_buffers,
+        allowed_targets=allowed,
+    )
 
 
 def _check_batch_size(spec: JobSpec, num_cases: int) -> None:

@@ -179,7 +179,8 @@ class GradientWork:
             vectors = [*directions.vectors, self._previous_update]
             traced = trace and trace.rows_at(rows.positions)
             with self._user_code("the Fisher products"):
-                sums = self._computer.fisher_sums(rows.select(part.inputs), vectors, traced)
+                inputs, targets = rows.select(part.inputs), rows.select(part.targets)
+                sums = self._computer.fisher_sums(inputs, vectors, traced, targets)
             self._joined.side.send_fisher(sums)
 
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
