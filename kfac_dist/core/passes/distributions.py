@@ -36,13 +36,13 @@ def _shapes(outputs: Tensor, targets: Tensor) -> str:
     return f"outputs have shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
 
 
-def _squeezed_hint(outputs: Tensor, targets: Tensor) -> str:
-    """Return how to repair shapes that differ in axes of length 1, "" if that is not it."""
-    if targets.shape == (*outputs.shape, 1) or (*targets.shape, 1) == outputs.shape:
-        return (
-            "; unsqueeze(-1) or squeeze(-1) one of them, for without it they would be combined in "
-            "all pairs"
-        )
+def _squeezed_hint(right: tuple[int, ...], targets: Tensor) -> str:
+    """Return how to repair targets that differ from `right` in an axis of length 1, else ""."""
+    shape = tuple(targets.shape)
+    if right == (*shape, 1):
+        return "; use targets.unsqueeze(-1), or squeeze(-1) the outputs"
+    if shape == (*right, 1):
+        return "; use targets.squeeze(-1)"
     return ""
 
 
@@ -85,7 +85,7 @@ class Distribution(ABC):
         if outputs.shape != targets.shape:
             raise InvalidSpecError(
                 f"{_shapes(outputs, targets)}: for {self.name} they must be the same"
-                + _squeezed_hint(outputs, targets)
+                + _squeezed_hint(tuple(outputs.shape), targets)
             )
 
     def check_values(self, outputs: Tensor, targets: Tensor) -> None:
@@ -252,7 +252,7 @@ class Categorical(Distribution):
             elif targets.shape == outputs.shape:
                 problem += ", and be indices of classes, not probabilities or one-hot vectors"
             else:
-                problem += _squeezed_hint(outputs, targets)
+                problem += _squeezed_hint(_without(outputs.shape, axis), targets)
         elif len(fitting) > 1 and self._class_axis is None:
             problem = (
                 f"the classes could lie along axis {' or '.join(map(str, fitting))}: give "
