@@ -5,7 +5,7 @@ from torch.utils.data import TensorDataset
 
 from kfac_dist.errors import UserTaskError
 from kfac_dist.tasks import build_model, check_model, load_task
-from tests.tasks.specs import spec
+from tests.tasks.specs import spec, write_task
 
 X = torch.rand(4, 3)
 
@@ -80,6 +80,40 @@ def test_what_does_not_fit_together(distribution, model, targets, message):
     with pytest.raises(UserTaskError, match=message) as caught:
         check_model(Sample(distribution), model, TensorDataset(X, targets))
     assert caught.value.message.startswith("task Sample")
+
+
+def test_the_split_is_named_and_the_allowed_targets_are_returned():
+    right = TensorDataset(X, torch.tensor([0, 1, -100, 1]))
+    allowed = check_model(Sample("categorical"), nn.Linear(3, 2), right)
+    assert (allowed.lowest, allowed.highest, allowed.are_labels) == (0, 1, True)
+    assert check_model(Sample(), nn.Linear(3, 2), TensorDataset(X, torch.rand(4, 2))) is None
+    with pytest.raises(UserTaskError, match="task Sample, test data: outputs have shape"):
+        check_model(Sample(), nn.Linear(3, 2), TensorDataset(X, torch.rand(4, 1)), "test")
+
+
+SEGMENTS = """
+
+class Segments:
+    distribution = "categorical"
+
+    def model(self):
+        return nn.Conv2d(1, 3, 3, padding=1)
+
+    def train_data(self, data_dir):
+        return TensorDataset(torch.zeros(3, 1, 5, 4), torch.zeros(3, 5, 4).long())
+
+    test_data = train_data
+"""
+
+
+def test_a_task_says_which_axis_has_its_classes(tmp_path):
+    write_task(tmp_path, more=SEGMENTS)
+    write_task(tmp_path, name="said.py", more=SEGMENTS + "    class_axis = 1\n")
+    silent, said = (load_task(spec(f"{f}.py:Segments"), tmp_path) for f in ("mine", "said"))
+
+    assert check_model(said, said.model(), said.train_data()).highest == 2
+    with pytest.raises(UserTaskError, match="axis 1: say so by class_axis=1"):
+        check_model(silent, silent.model(), silent.train_data())
 
 
 @pytest.mark.parametrize(
