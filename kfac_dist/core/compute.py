@@ -23,7 +23,7 @@ from kfac_dist.core.passes.case_axes import (
     CaseAxes,
     cases_first,
     find_case_axes,
-    one_tensor,
+    outputs_of,
 )
 from kfac_dist.core.passes.chain import Trace, find_chain
 from kfac_dist.core.passes.chain_products import ChainProducts
@@ -92,7 +92,7 @@ class BatchComputer:
         """Return where the model has the cases, which is found out once, from cases [N, ...].
 
         Raises:
-            InvalidSpecError: it cannot be found out, or the model does not return one tensor.
+            InvalidSpecError: the passes do not show it, or the model does not return one tensor.
         """
         if self._axes is None:
             cases = CaseAxes(PLAIN, 0, {})
@@ -134,7 +134,7 @@ class BatchComputer:
             if len(inputs) == 0:
                 return self.parameters[0].new_zeros((), dtype=torch.float64)
             with self._cases_first(inputs) as axes:
-                outputs = one_tensor(self.model(inputs))
+                outputs = outputs_of(self.model, inputs)
             return axes.distribution.loss(outputs, targets).double().sum()
 
     def gradient(self, inputs: Tensor, targets: Tensor, out: Tensor | None = None) -> GradientSums:
@@ -162,9 +162,9 @@ class BatchComputer:
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Trace | None]:
         if self._chain is None:
-            return one_tensor(self.model(inputs)), None
+            return outputs_of(self.model, inputs), None
         with capturing(self._chain.modules) as captures:
-            outputs: Tensor = self.model(inputs)
+            outputs = outputs_of(self.model, inputs)
         return outputs, Trace.from_captures(self._chain.modules, captures, outputs)
 
     def statistics(

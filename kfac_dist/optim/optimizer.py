@@ -149,8 +149,8 @@ class KFAC(torch.optim.Optimizer):
             targets: what the loss of `distribution` takes; their cases lie as those of the outputs.
 
         Raises:
-            InvalidSpecError: the batch is empty, is no pair of tensors, or its targets do not fit
-                the outputs or are not possible; or it cannot be told where the model has the cases.
+            InvalidSpecError: the batch is empty or is not a pair of tensors; its targets do not
+                fit the outputs or are not possible; or nothing shows where the model has the cases.
         """
         inputs = cases_of(inputs, self._case_axis, "KFAC.step")
         if len(inputs) == 0:

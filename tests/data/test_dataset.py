@@ -163,9 +163,7 @@ def test_a_probability_out_of_range_is_found_where_the_inputs_are_the_targets():
     images[2, 1] = 1.5
     allowed = TargetRange(lowest=0, highest=1, are_labels=False)
 
-    with pytest.raises(
-        DataError, match=r"case 2 at position 1 is 1\.5: .* between 0 and"
-    ):
+    with pytest.raises(DataError, match=r"case 2 at position 1 is 1\.5: .* between 0 and"):
         check_finite(Items([(image, image) for image in images]), "train", allowed)
 
 

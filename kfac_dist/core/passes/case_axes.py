@@ -8,8 +8,9 @@ of [T, N, ...].
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -23,7 +24,9 @@ from kfac_dist.core.passes.running_statistics import (
     batch_statistics_fixed,
     running_statistics_kept,
 )
-from kfac_dist.errors import InvalidSpecError
+from kfac_dist.errors import InvalidSpecError, KfacDistError
+
+_LOG = logging.getLogger(__name__)
 
 
 class Order(Enum):
@@ -142,15 +145,25 @@ def find_case_axes(
     The model takes the cases along `input_axis`.
 
     Raises:
-        InvalidSpecError: the outputs have no place of the cases, or it cannot be told.
+        InvalidSpecError: the outputs have no place of the cases, or the passes do not show it.
     """
     probe = _Probe(model, input_axis, modules)
     two, three = (inputs[:1].repeat(n, *[1] * (inputs.dim() - 1)) for n in (2, 3))
-    few, many = probe.run(two), probe.run(three)
     other: _Seen | None = None
-    if any(_is_shared(*pair) for pair in few.pairs(many)):
-        changed = _with_another_case(two, inputs)
-        other = None if changed is None else probe.run(changed, few.captures)
+    try:
+        few, many = probe.run(two), probe.run(three)
+        if any(_is_shared(*pair) for pair in few.pairs(many)):
+            changed = _with_another_case(two, inputs)
+            other = None if changed is None else probe.run(changed, few.captures)
+    except KfacDistError:
+        raise
+    except Exception as error:
+        # A model of one fixed number of cases, such as the nodes of a graph. If it is an error of
+        # the model itself, the pass over the whole batch raises it again.
+        if input_axis != 0:
+            raise
+        _LOG.info("the model does not run on 2 or 3 cases, so its axes are not known: %s", error)
+        return CaseAxes(PLAIN, inputs.dim(), {})
     places = {
         module: tuple(
             _place(a, b, None if other is None else other.values(module, number))
@@ -199,21 +212,30 @@ class _Probe:
         """Run the model; batch normalisations use the statistics of `like`, if it is given."""
         devices = [cases.device] if cases.is_cuda else []
         inputs = cases.movedim(0, self._input_axis).contiguous()
-        with torch.random.fork_rng(devices), torch.no_grad(), running_statistics_kept(self._model):
-            try:
-                with capturing(self._modules) as captures:
-                    if like is None:
-                        outputs = self._model(inputs)
-                    else:
-                        with batch_statistics_fixed(self._model, like):
-                            outputs = self._model(inputs)
-            except Exception as error:
-                error.add_note(
-                    f"K-FAC ran the model on {len(cases)} cases, inputs {tuple(inputs.shape)}, to "
-                    "find the axes of the cases"
-                )
-                raise
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(running_statistics_kept(self._model))
+            captures = stack.enter_context(capturing(self._modules))
+            if like is not None:
+                stack.enter_context(batch_statistics_fixed(self._model, like))
+            outputs = self._model(inputs)
         return _Seen(one_tensor(outputs), captures)
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the outputs of a model that takes and returns the cases first.
+
+    Raises:
+        InvalidSpecError: they are not one tensor with one row for each case.
+    """
+    outputs = one_tensor(model(inputs))
+    if outputs.shape[:1] != inputs.shape[:1]:
+        raise InvalidSpecError(
+            f"the model returned outputs of shape {tuple(outputs.shape)} for {len(inputs)} cases; "
+            "return them as [cases, ...]"
+        )
+    return outputs
 
 
 def one_tensor(outputs: object) -> Tensor:

@@ -69,7 +69,7 @@ class Distribution(ABC):
         """Check what can be seen of outputs without targets.
 
         Raises:
-            InvalidSpecError: they are no floats, or their axes can mean several things.
+            InvalidSpecError: they are not floats, or their axes can mean several things.
         """
         if not outputs.is_floating_point():
             raise InvalidSpecError(f"the model returned a tensor of {outputs.dtype}, not of floats")
@@ -272,7 +272,7 @@ class Categorical(Distribution):
         return TargetRange(lowest=0, highest=num_classes - 1, are_labels=True)
 
     def kept(self, outputs: Tensor, targets: Tensor | None) -> Tensor | None:
-        """Return 0 at positions whose target is LEFT_OUT; None if there are none."""
+        """Return 0 at positions whose target is LEFT_OUT; None if every position counts."""
         if targets is None:
             return None
         left_out = targets == LEFT_OUT

@@ -19,7 +19,7 @@ from kfac_dist.core.passes.capture import (
     capturing,
     output_gradients,
 )
-from kfac_dist.core.passes.case_axes import CaseAxes
+from kfac_dist.core.passes.case_axes import CaseAxes, outputs_of
 from kfac_dist.core.passes.case_gradients import CaseGradients
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.chain_products import ChainProducts
@@ -152,7 +152,7 @@ class StatisticsPass:
             back = partial(self._chain.output_gradients, trace)
             return _Observed(trace.outputs, self._chain.captures(trace), back)
         with capturing(self._observed()) as captures:
-            outputs = self._model(inputs)
+            outputs = outputs_of(self._model, inputs)
         return _Observed(outputs, captures, partial(output_gradients, outputs, captures))
 
     def _observed(self) -> Iterator[nn.Module]:

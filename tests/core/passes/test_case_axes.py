@@ -11,6 +11,7 @@ from kfac_dist.core.passes.case_axes import (
     Order,
     cases_first,
     find_case_axes,
+    outputs_of,
 )
 from kfac_dist.errors import InvalidSpecError
 
@@ -100,10 +101,18 @@ def test_outputs_without_a_place_for_the_cases_are_refused(function, message):
         find_case_axes(Returns(function), INPUTS, 0, [])
 
 
-def test_an_error_of_the_model_is_its_own_and_says_who_ran_it():
-    with pytest.raises(RuntimeError) as caught:
-        find_case_axes(nn.Linear(7, 2, dtype=torch.float64), INPUTS, 0, [])
-    assert "K-FAC ran the model on 2 cases" in caught.value.__notes__[0]
+def test_a_model_of_a_fixed_number_of_cases_tells_nothing():
+    graph = torch.ones(4, 4, dtype=torch.float64)
+    axes = find_case_axes(Returns(lambda x: (graph @ x.flatten(1)).view_as(x)), INPUTS, 0, [])
+    assert axes.outputs == PLAIN
+    assert axes.of_call(nn.Identity(), 0) is NoAxis.UNKNOWN
+    with pytest.raises(RuntimeError):
+        find_case_axes(nn.Linear(7, 2, dtype=torch.float64), INPUTS, 1, [])
+
+
+def test_outputs_have_a_row_for_each_case():
+    with pytest.raises(InvalidSpecError, match=r"outputs of shape \(20, 3\) for 4 cases"):
+        outputs_of(nn.Flatten(0, 1), INPUTS)
 
 
 @pytest.mark.parametrize(
