@@ -162,6 +162,11 @@ def find_case_axes(
         # the model itself, the pass over the whole batch raises it again.
         if input_axis != 0:
             raise
+        if inputs.dim() == 1:
+            raise InvalidSpecError(
+                f"the model does not run on two cases, inputs of shape (2,): {error}. If inputs of "
+                f"shape {tuple(inputs.shape)} are one case, give inputs.unsqueeze(0)"
+            ) from error
         _LOG.info("the model does not run on 2 or 3 cases, so its axes are not known: %s", error)
         return CaseAxes(PLAIN, inputs.dim(), {})
     places = {

@@ -87,6 +87,8 @@ class Distribution(ABC):
                 f"{_shapes(outputs, targets)}: for {self.name} they must be the same"
                 + _squeezed_hint(tuple(outputs.shape), targets)
             )
+        if targets.is_complex():
+            raise InvalidSpecError(f"targets of {self.name} must be real, not {targets.dtype}")
 
     def check_values(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that every target is possible, given the shape of the outputs.

@@ -153,13 +153,13 @@ class StatisticsSums:
                     yield SiteCall(site.rule, module, rows, self._num_cases, axis)
                     continue
                 known = place is NoAxis.WITHOUT_CASES
-                num_cases = self._num_cases
-                if known or not site.rule.has_case_axis(module, inputs, num_cases):
+                if known:
                     self._check_sampled(owner, inputs)
-                    num_cases = 1
-                if not known and self._needs_cases(site):
+                has_axis = site.rule.has_case_axis(module, inputs, self._num_cases)
+                single = known or not has_axis or self._needs_cases(site)
+                if single and not known:
                     self._check_known(owner, inputs)
-                    num_cases = 1
+                num_cases = 1 if single else self._num_cases
                 yield SiteCall(site.rule, module, inputs, num_cases)
 
     def _usable(self, place: Place, num_axes: int, inputs: Tensor) -> CaseAxis | None:
@@ -180,11 +180,12 @@ class StatisticsSums:
         """
         if self._fisher_type == "mc" and not self._reduces:
             return
+        setting = "weight_sharing: reduce" if self._reduces else f"fisher_type: {self._fisher_type}"
         raise InvalidSpecError(
             f"layer {owner}: nothing shows which part of its input {tuple(inputs.shape)} belongs "
-            f"to which of the {self._num_cases} cases, which the sums over its positions need. "
-            "Call it with [cases, positions, ...], ask for a diagonal block with diagonal, or use "
-            "fisher_type: mc with weight_sharing: expand"
+            f"to which of the {self._num_cases} cases, which {setting} needs. Call it with [cases, "
+            "positions, ...], ask for a diagonal block with diagonal, or use fisher_type: mc with "
+            "weight_sharing: expand"
         )
 
     def _check_sampled(self, owner: str, inputs: Tensor) -> None:

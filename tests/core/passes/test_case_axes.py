@@ -110,6 +110,11 @@ def test_a_model_of_a_fixed_number_of_cases_tells_nothing():
         find_case_axes(nn.Linear(7, 2, dtype=torch.float64), INPUTS, 1, [])
 
 
+def test_a_vector_of_features_is_not_a_batch():
+    with pytest.raises(InvalidSpecError, match=r"shape \(5,\) are one case, give inputs.unsqueeze"):
+        find_case_axes(nn.Linear(5, 5, dtype=torch.float64), INPUTS[0, :, 0], 0, [])
+
+
 def test_outputs_have_a_row_for_each_case():
     with pytest.raises(InvalidSpecError, match=r"outputs of shape \(20, 3\) for 4 cases"):
         outputs_of(nn.Flatten(0, 1), INPUTS)
