@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_dist.coordination.steps.sampling import SubsetRule
-from kfac_dist.core.passes.outputs import check_outputs
+from kfac_dist.core.passes.outputs import checked_outputs
 from kfac_dist.core.vector import rows_at
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.axes import cases_of
 
 # More backward passes than this belong to no step of a usual loop. The statistics are an estimate,
 # which the first thousand of equal passes serve as well as all of them.
@@ -133,7 +134,7 @@ class ForwardObserver:
         if begun is None:
             return
         name = type(plain_module(module)).__name__
-        check_outputs(output, f"KFACPreconditioner: {name}")
+        checked_outputs(output, f"KFACPreconditioner: {name}")
         kept, source, version = begun
         given = source()
         if given is not None and version_of(given) != version and self._is_changed(kept, given):
@@ -249,21 +250,17 @@ class ObserverHook:
 
 
 def statistics_rows(
-    inputs: Tensor, *, subset: SubsetRule, fraction: float, dtype: torch.dtype
+    inputs: Tensor, *, subset: SubsetRule, fraction: float, dtype: torch.dtype, case_axis: int
 ) -> Tensor:
-    """Return the cases of an input that the statistics are computed on, as a copy.
+    """Return the cases of an input that the statistics are computed on, as a copy [n, ...].
 
     Raises:
         InvalidSpecError: the tensor has no axis of cases.
     """
-    if inputs.dim() == 0:
-        raise InvalidSpecError(
-            "KFACPreconditioner: the model was called with a tensor without axes; it must have one "
-            "of the cases, the first"
-        )
-    kept = rows_at(inputs, subset.positions(len(inputs), fraction))
+    cases = cases_of(inputs, case_axis, "KFACPreconditioner")
+    kept = rows_at(cases, subset.positions(len(cases), fraction))
     rows = in_type_of_parameters(kept, dtype)
-    return rows.clone() if rows is inputs else rows
+    return rows.clone() if rows is cases else rows
 
 
 def in_type_of_parameters(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,6 +26,7 @@ from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, unflatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.axes import checked_case_axis
 from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.optim.model_guard import ModelGuard, check_model
 from kfac_dist.optim.observer import (
@@ -86,11 +87,13 @@ class KFACPreconditioner:
     T). If your loss is a mean over positions, multiply the damping and the learning rate by T.
 
     Args:
-        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
-            of outputs, which parametrise `distribution`. It may be wrapped in
-            DistributedDataParallel, and compiled.
+        model: called with one tensor of inputs; returns one tensor of outputs, which parametrise
+            `distribution`. It may be wrapped in DistributedDataParallel, and compiled.
         distribution: predictive distribution of the outputs: `"bernoulli"`, `"categorical"` or
             `"gaussian"`, as for `KFAC`.
+        case_axis: the axis of the inputs along which the cases lie, as for `KFAC`.
+        class_axis: the axis of the outputs with the classes, as for `KFAC`. Targets are not seen
+            here, so outputs with more than two dimensions need it.
         damping: lambda. The strength of the factored damping, gamma, is its square root.
         norm_constraint: bound c on what a step may change. Directions are scaled by
             `min(1, sqrt(c / (direction . gradient)) / lr)`.
@@ -122,6 +125,8 @@ class KFACPreconditioner:
         model: nn.Module,
         *,
         distribution: DistributionName,
+        case_axis: int = 0,
+        class_axis: int | None = None,
         damping: float = 1e-2,
         norm_constraint: float | None = None,
         lr: float | Callable[[], float] | None = None,
@@ -151,10 +156,11 @@ class KFACPreconditioner:
         check_fused(_OWNER, self.settings, self._registration.sites)
         self._computer = BatchComputer(
             plain,
-            distribution=get_distribution(distribution),
+            distribution=get_distribution(distribution, class_axis),
             seed=check_count(_OWNER, "seed", seed),
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
+            case_axis=checked_case_axis(case_axis),
         )
         check_factor_memory(self._registration, self._computer.parameters[0])
         self._guard = ModelGuard(plain, _OWNER)
@@ -165,18 +171,18 @@ class KFACPreconditioner:
             gamma_adapt_period=None,
             damping_adapt_period=None,
         )
+        # Who sets the fraction gets it; by default a small batch is used as a whole.
+        least = 1 if "statistics_fraction" in options else -(-_LEAST_STATISTICS // self._place()[1])
         # `keep` must not refer to this object, or nothing would end the hooks with it.
         self._observer = ForwardObserver(
             model,
             self._computer.parameters,
             keep=partial(
                 statistics_rows,
-                # Who sets the fraction gets it; by default a small batch is used as a whole.
-                subset=self._subset_rule(
-                    least=1 if "statistics_fraction" in options else _LEAST_STATISTICS
-                ),
+                subset=SubsetRule(least_cases=max(self._registration.least_cases, least)),
                 fraction=self.settings.statistics_fraction,
                 dtype=self._computer.parameters[0].dtype,
+                case_axis=case_axis,
             ),
         )
 
@@ -311,11 +317,6 @@ class KFACPreconditioner:
         for other in parts[1:]:
             total.add_(other)
         return total, num_cases
-
-    def _subset_rule(self, *, least: int) -> SubsetRule:
-        """Return the rule for one batch of this process, if a batch of all has `least` cases."""
-        least = -(-least // self._place()[1])
-        return SubsetRule(least_cases=max(self._registration.least_cases, least))
 
     def _place(self) -> tuple[int, int]:
         if self._group is None:

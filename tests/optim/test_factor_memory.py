@@ -42,7 +42,7 @@ def test_the_memory_of_each_layer_is_that_of_its_tensors():
 def test_it_is_what_a_run_allocates(limit):
     """Factors are counted as a statistics pass and the inverses hold them, shared ones once."""
     model = Mixed()
-    optimizer = KFAC(model, distribution="categorical", max_factor_dim=limit)
+    optimizer = KFAC(model, distribution="categorical", class_axis=-1, max_factor_dim=limit)
     inputs, targets = torch.randint(11, (16, 3)), torch.randint(30, (16, 3))
     optimizer.step(inputs, targets)
     sums = optimizer._computer.statistics(inputs, None, step=1)

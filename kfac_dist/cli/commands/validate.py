@@ -13,7 +13,8 @@ def validate(
 ) -> None:
     """Check a job specification and its task.
 
-    All problems are reported at once.
+    All problems are reported at once. Model and data are not read: `plan` and `train --dry-run`
+    check them.
     """
     from kfac_dist.config import load_spec
 

@@ -78,17 +78,6 @@ class Routed(nn.Module):
         )
 
 
-def doubled(layer):
-    layer.register_forward_hook(lambda module, args, out: 2 * out)
-    return layer
-
-
-def hooked():
-    model = Twice(lambda model, h: h)
-    doubled(model.hidden)
-    return model
-
-
 USES = {
     "output by the embedding": lambda: (Tied(), "tokens.weight", torch.randint(7, (6, 3))),
     "linear": lambda: (
@@ -107,5 +96,4 @@ USES = {
         torch.randn(12, 4),
     ),
     "derivative by the inputs": lambda: (Slope(), "first.weight", torch.randn(12, 4)),
-    "hook": lambda: (hooked(), "hidden.weight", torch.randn(12, 4)),
 }

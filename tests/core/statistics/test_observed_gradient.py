@@ -58,7 +58,7 @@ def slow_diagonal(model, name, inputs):
 @pytest.mark.parametrize("optimizer", [KFAC, KFACPreconditioner])
 def test_both_optimizers_refuse_it(optimizer):
     model, name, inputs = USES["output by the embedding"]()
-    made = optimizer(model, distribution="categorical")
+    made = optimizer(model, distribution="categorical", class_axis=-1)
     model(inputs).sum().backward()
     batch = (inputs, torch.randint(7, inputs.shape)) if optimizer is KFAC else ()
     with pytest.raises(InvalidSpecError, match=name):
@@ -105,18 +105,11 @@ def test_calls_that_are_no_part_of_the_loss_do_not_count(name, weight_sharing):
     assert torch.equal(found.G, expected.G)
 
 
-@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal", "ekfac"])
-def test_an_expert_without_tokens_is_a_layer_without_statistics(inverse, weight_sharing):
+def test_an_expert_without_tokens_is_a_layer_without_statistics(inverse):
     torch.manual_seed(0)
     model = Routed()
-    optimizer = KFAC(
-        model,
-        distribution="categorical",
-        inverse=inverse,
-        weight_sharing=weight_sharing,
-        inverse_update_period=1,
-    )
+    optimizer = KFAC(model, distribution="categorical", inverse=inverse, inverse_update_period=1)
     inputs, targets = torch.randn(24, 4), torch.randint(3, (24,))
     for step in range(5):
         model.used = step % 2  # one expert, then the other
@@ -125,6 +118,32 @@ def test_an_expert_without_tokens_is_a_layer_without_statistics(inverse, weight_
     factors = optimizer._computer.statistics(inputs, None, step=9).factors
     assert not factors["experts.0"].A.any()
     assert factors["experts.1"].A.any()
+
+
+def test_reduce_refuses_an_expert_whose_cases_are_not_known_by_name():
+    torch.manual_seed(0)
+    model = Routed()
+    optimizer = KFAC(model, distribution="categorical", weight_sharing="reduce")
+    inputs, targets = torch.randn(24, 4), torch.randint(3, (24,))
+    assert optimizer.step(inputs, targets).applied  # the other expert has no rows
+    model.used = 1
+    with pytest.raises(InvalidSpecError, match=r"layer experts\.1: .*weight_sharing: reduce"):
+        optimizer._computer.statistics(inputs, None, step=2)
+
+
+def test_a_hook_that_changes_the_output_counts_as_what_follows_the_layer():
+    torch.manual_seed(0)
+    model = Twice(lambda model, h: h)
+    inputs = torch.randn(12, 4)
+    model.hidden.register_forward_hook(lambda module, args, out: 2 * out)
+    found = computer_of(model).statistics(inputs, None, step=1).factors["hidden"]
+    model.hidden._forward_hooks.clear()
+    model.forward = lambda x: model.out(
+        torch.tanh(2 * model.hidden(model.norm(torch.tanh(model.first(x)))))
+    )
+    expected = computer_of(model).statistics(inputs, None, step=1).factors["hidden"]
+    assert torch.allclose(found.A, expected.A)
+    assert torch.allclose(found.G, expected.G)
 
 
 def test_gradients_that_hooks_rescale_are_not_taken_for_other_uses():
