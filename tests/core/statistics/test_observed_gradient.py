@@ -146,6 +146,30 @@ def test_a_hook_that_changes_the_output_counts_as_what_follows_the_layer():
     assert torch.allclose(found.G, expected.G)
 
 
+class Peeks(torch.nn.Module):
+    """Calls its layer with the positions first, for nothing, and then with the cases first."""
+
+    def __init__(self, peeks):
+        super().__init__()
+        self.layer, self.peeks = torch.nn.Linear(4, 3), peeks
+
+    def forward(self, x):
+        if self.peeks:
+            with torch.no_grad():
+                self.layer(x.transpose(0, 1))
+        return self.layer(x)
+
+
+def test_the_axes_of_a_call_are_its_own_if_calls_before_it_do_not_count():
+    inputs, found = torch.randn(6, 5, 4), []
+    for peeks in (False, True):
+        torch.manual_seed(0)
+        computer = computer_of(Peeks(peeks), weight_sharing="reduce")
+        found.append(computer.statistics(inputs, None, step=1).factors["layer"])
+    assert torch.equal(found[0].A, found[1].A)
+    assert torch.equal(found[0].G, found[1].G)
+
+
 def test_gradients_that_hooks_rescale_are_not_taken_for_other_uses():
     model = Twice(lambda model, h: h)
     model.hidden.weight.register_hook(lambda gradient: 0.5 * gradient)
