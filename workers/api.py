@@ -10,6 +10,7 @@ from kfac_dist._home import default_home
 from kfac_dist.config import JobSpec, KFACSpec, load_spec, parse_spec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.runs import JobSummary
 from kfac_dist.tasks import build_model, load_task, torch_dtype, working_folder
 from workers.driver.launch import run_job
@@ -81,4 +82,6 @@ def layers_report(
     with working_folder(base_dir):
         task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
         model = build_model(task, spec.seed, torch_dtype(spec.dtype))
-    return [row._asdict() for row in register(model, spec.optimizer).report]
+    registration = register(model, spec.optimizer)
+    check_factor_memory(registration, next(p for p in model.parameters() if p.requires_grad))
+    return [row._asdict() for row in registration.report]

@@ -36,8 +36,8 @@ def only_this_user() -> Iterator[None]:
 def ready_home(say: Callable[[str], None]) -> Path:
     """Return the home, after making sure that it can be written and that only its user reads it.
 
-    `say` is called with what had to be changed. A folder that is also used for other things, or
-    that belongs to another user, keeps its mode; then only its parts are closed.
+    `say` receives what had to be changed. A folder that is also used for other things, or that
+    belongs to another user, keeps its mode; then only its parts are closed.
 
     Raises:
         UsageError: the home cannot be made or written.

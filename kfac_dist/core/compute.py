@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,21 @@ from torch import Tensor, nn
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.passes.capture import capturing
+from kfac_dist.core.passes.case_axes import (
+    PLAIN,
+    CaseAxes,
+    cases_first,
+    find_case_axes,
+)
 from kfac_dist.core.passes.chain import Trace, find_chain
 from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.distributions import Distribution
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.core.passes.jacobian_products import JacobianProducts
-from kfac_dist.core.passes.outputs import check_full_outputs
+from kfac_dist.core.passes.outputs import outputs_of
 from kfac_dist.core.passes.own_passes import RandomStreams, own_passes
 from kfac_dist.core.passes.running_statistics import running_statistics_kept
-from kfac_dist.core.statistics.statistics_pass import StatisticsPass
+from kfac_dist.core.statistics.statistics_pass import ModelAxes, StatisticsPass
 from kfac_dist.core.statistics.sums import BatchStatistics, FisherType
 from kfac_dist.core.vector import flatten, trainable_parameters
 
@@ -45,8 +52,11 @@ class GradientSums(NamedTuple):
 class BatchComputer:
     """Loss, gradient, curvature statistics and Fisher products of a model on parts of batches.
 
-    Inputs have the cases along their first axis, [N, ...]; targets are as the distribution defines
-    them. Empty parts (N = 0) give zeros.
+    Inputs and targets have the cases along their first axis, [N, ...], wherever the model has them;
+    targets are as the distribution defines them. Empty parts (N = 0) give zeros.
+
+    With a registration, the axes of the cases are found at the first pass. Without one, the model
+    must have them first.
 
     Args:
         model: the model, whose parameters may change between calls but not be replaced.
@@ -54,6 +64,7 @@ class BatchComputer:
         seed: the seed of the sampled targets.
         registration: the blocks of the model; only `statistics` needs it.
         fisher_type: where the targets of the statistics come from.
+        case_axis: the axis along which the model takes the cases.
     """
 
     def __init__(
@@ -64,6 +75,7 @@ class BatchComputer:
         seed: int,
         registration: Registration | None = None,
         fisher_type: FisherType = "mc",
+        case_axis: int = 0,
     ) -> None:
         self.model = model
         self.distribution = distribution
@@ -71,12 +83,53 @@ class BatchComputer:
         self._products = JacobianProducts(model)
         chain = find_chain(model)
         self._chain = ChainProducts(model, chain) if chain else None
+        self._differentiates = False
         self._streams: RandomStreams | None = None
+        self._case_axis = case_axis
+        self._axes: ModelAxes | None = None
         self._statistics: StatisticsPass | None = None
         if registration is not None:
-            self._statistics = StatisticsPass(
-                model, distribution, seed, registration, fisher_type, self._chain
-            )
+            self._statistics = StatisticsPass(model, seed, registration, fisher_type, self._chain)
+
+    def axes(self, inputs: Tensor) -> ModelAxes:
+        """Return where the model has the cases, which is found out once, from cases [N, ...].
+
+        Raises:
+            InvalidSpecError: the passes do not show it, or the model does not return one tensor.
+        """
+        if self._axes is None:
+            cases = CaseAxes(PLAIN, 0, {})
+            if self._statistics is not None:
+                modules = self._statistics.modules
+                cases = find_case_axes(self.model, inputs, self._case_axis, modules)
+            distribution = self.distribution
+            if cases.outputs != PLAIN:
+                distribution = distribution.with_cases_moved(
+                    cases.outputs.axis, splits=cases.outputs.splits, num_dims=cases.num_output_dims
+                )
+            if cases.outputs != PLAIN or self._case_axis != 0:
+                self._chain = None  # a trace would have other axes
+            self._axes = ModelAxes(cases=cases, distribution=distribution)
+        return self._axes
+
+    @contextmanager
+    def _cases_first(self, inputs: Tensor) -> Iterator[ModelAxes]:
+        """Let the model take and return the cases along axis 0."""
+        axes = self.axes(inputs)
+        with cases_first(self.model, self._case_axis, axes.cases.outputs):
+            yield axes
+
+    def targets_first(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return targets that lie as the outputs of the model do, with the cases first.
+
+        Targets that do not lie so are returned as they are.
+        """
+        place = self.axes(inputs).cases.outputs
+        if place == PLAIN:
+            return targets
+        axis = self.distribution.target_axis(place.axis, self.axes(inputs).cases.num_output_dims)
+        place = replace(place, axis=axis)
+        return place.split(targets, len(inputs)) if place.fits(targets, len(inputs)) else targets
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the random streams, which only matter within a step."""
@@ -86,8 +139,24 @@ class BatchComputer:
         """Return the sum of the losses over the cases, float64, shape []."""
         if len(inputs) == 0:
             return self.parameters[0].new_zeros((), dtype=torch.float64)
-        with torch.no_grad(), self._own_passes(), running_statistics_kept(self.model):
-            return self.distribution.loss(self.model(inputs), targets).double().sum()
+        if not self._differentiates:
+            try:
+                with torch.no_grad():
+                    return self._measured(inputs, targets)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # A model that calls torch.autograd.grad itself needs a graph. An error of another
+                # kind is raised again below.
+                self._differentiates = True
+        with torch.enable_grad():
+            return self._measured(inputs, targets).detach()
+
+    def _measured(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with self._cases_first(inputs) as axes:
+            with self._own_passes(), running_statistics_kept(self.model):
+                outputs = outputs_of(self.model, inputs)
+            return axes.distribution.loss(outputs, targets).double().sum()
 
     @contextmanager
     def _own_passes(self) -> Iterator[None]:
@@ -111,14 +180,18 @@ class BatchComputer:
 
         This is the user's training pass: the only one that may move random streams, or change
         running statistics and other buffers of the model.
+
+        Raises:
+            InvalidSpecError: the targets do not fit the outputs, or one of them is not possible.
         """
         if len(inputs) == 0:
             zero = self.parameters[0].new_zeros((), dtype=torch.float64)
             zeros = [torch.zeros_like(parameter) for parameter in self.parameters]
             return GradientSums(zero, flatten(zeros, out))
-        with torch.enable_grad():
+        with torch.enable_grad(), self._cases_first(inputs) as axes:
             outputs, trace = self._forward(inputs)
-            losses = self.distribution.loss(outputs, targets)
+            axes.distribution.check_values(outputs, targets)
+            losses = axes.distribution.loss(outputs, targets)
             gradients = torch.autograd.grad(losses.sum(), self.parameters, materialize_grads=True)
         dense = [g.to_dense() if g.is_sparse else g for g in gradients]
         return GradientSums(losses.detach().double().sum(), flatten(dense, out), trace)
@@ -126,11 +199,9 @@ class BatchComputer:
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Trace | None]:
         if self._chain is None:
             self._streams = RandomStreams(self.model)
-            outputs = self.model(inputs)
-            check_full_outputs(outputs, self.model)
-            return outputs, None
+            return outputs_of(self.model, inputs), None
         with capturing(self._chain.modules) as captures:
-            outputs = self.model(inputs)
+            outputs = outputs_of(self.model, inputs)
         return outputs, Trace.from_captures(self._chain.modules, captures, outputs)
 
     def statistics(
@@ -149,35 +220,47 @@ class BatchComputer:
         See `StatisticsPass.run` for the arguments.
         """
         assert self._statistics is not None, "statistics need the registration of the model"
-        return self._statistics.run(
-            inputs,
-            targets,
-            step=step,
-            first_row=first_row,
-            links=links,
-            bases=bases or {},
-            trace=trace,
-        )
+        if len(inputs) == 0:  # a worker without cases still sends sums, which are zero
+            return self._statistics.zero(links, bases or {})
+        with self._cases_first(inputs) as axes:
+            return self._statistics.run(
+                inputs,
+                targets,
+                axes,
+                step=step,
+                first_row=first_row,
+                links=links,
+                bases=bases or {},
+                trace=trace,
+            )
 
     def fisher_sums(
-        self, inputs: Tensor, vectors: Sequence[Tensor], trace: Trace | None = None
+        self,
+        inputs: Tensor,
+        vectors: Sequence[Tensor],
+        trace: Trace | None = None,
+        targets: Tensor | None = None,
     ) -> FisherSums:
         """Return the sums over cases of `(B^T J u) . (B^T J v)` for all pairs of `vectors` [P].
 
         These are products with the exact Fisher of the predictive distribution (paper appendix C,
         docs/algorithm.md#step-size-and-momentum), by one forward-mode pass for each vector if the
-        model permits it. A `trace` must come from the same cases and the same parameters.
+        model permits it. A `trace` must come from the same cases and the same parameters. Positions
+        that `targets` leave out are left out.
         """
         if len(inputs) == 0:
             return FisherSums.zero(len(vectors), self.parameters[0])
-        outputs, derivatives = self._derivatives(inputs, vectors, trace)
+        with self._cases_first(inputs) as axes:
+            outputs, derivatives = self._derivatives(inputs, vectors, trace)
         with torch.no_grad():
             roots = torch.stack(
                 [
-                    self.distribution.root_transpose_product(outputs, derivative)
+                    axes.distribution.root_transpose_product(outputs, derivative)
                     for derivative in derivatives
                 ]
             )
+            kept = axes.distribution.kept(outputs, targets)
+        roots = roots if kept is None else roots * kept
         return FisherSums.from_roots(roots)
 
     def _derivatives(

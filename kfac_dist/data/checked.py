@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.data.dataset import MapDataset, Split, check_cases, fetch
 
 _SAMPLE = 16  # cases that are read one by one first, from the first case to the last
@@ -39,18 +40,25 @@ class StartCheck:
         return self.seconds * self.num_cases / max(1, self.num_checked)
 
 
-def fetch_checked(dataset: MapDataset, indices: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+def fetch_checked(
+    dataset: MapDataset, indices: Tensor, split: Split, allowed: TargetRange | None = None
+) -> tuple[Tensor, Tensor]:
     """Fetch the cases `indices` (int64 `[n]`), and check that their values can be used.
 
+    `allowed` are the targets that the model's outputs allow, None if all numbers are possible.
+
     Raises:
-        DataError: a value is NaN or infinite; the message names split, case, position and value.
+        DataError: a value is NaN or infinite, or a target is not allowed; the message names split,
+            case, position and value.
     """
     inputs, targets = fetch(dataset, indices)
-    check_cases(inputs, targets, indices, split)
+    check_cases(inputs, targets, indices, split, allowed)
     return inputs, targets
 
 
-def check_before_start(dataset: MapDataset, split: Split, seconds: float) -> StartCheck:
+def check_before_start(
+    dataset: MapDataset, split: Split, seconds: float, allowed: TargetRange | None = None
+) -> StartCheck:
     """Check a spread of cases, then all from the first on, until `seconds` are over.
 
     At least the first and the last case are read, however long that takes.
@@ -63,14 +71,14 @@ def check_before_start(dataset: MapDataset, split: Split, seconds: float) -> Sta
     sample = _spread(num_cases)
     num_read = 0
     for num_read, index in enumerate(sample, start=1):
-        fetch_checked(dataset, torch.tensor([index]), split)
+        fetch_checked(dataset, torch.tensor([index]), split, allowed)
         if num_read > 1 and time.monotonic() - started > seconds:
             break
     num_checked = 0
     while num_checked < num_cases and (spent := time.monotonic() - started) < seconds:
         chunk = _chunk(spent / (num_read + num_checked))
         stop = min(num_checked + chunk, num_cases)
-        fetch_checked(dataset, torch.arange(num_checked, stop), split)
+        fetch_checked(dataset, torch.arange(num_checked, stop), split, allowed)
         num_checked = stop
     spent = time.monotonic() - started
     whole = num_checked == num_cases

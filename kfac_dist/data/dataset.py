@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.errors import DataError, InvalidSpecError
 
 Split = Literal["train", "test"]
@@ -165,25 +166,33 @@ def _describe(value: object) -> str:
     return f"{kind} of length {len(value)}" if isinstance(value, tuple | list) else kind
 
 
-def check_finite(dataset: MapDataset, split: Split) -> None:
-    """Raise DataError at the first NaN or infinity in `dataset`.
+def check_finite(dataset: MapDataset, split: Split, allowed: TargetRange | None = None) -> None:
+    """Raise DataError at the first NaN or infinity in `dataset`, or target that is not `allowed`.
 
     The message names the split, the case, the position in the case and the value.
     """
     num_cases = len(dataset)
     for start in range(0, num_cases, _CHECK_CHUNK):
         indices = torch.arange(start, min(start + _CHECK_CHUNK, num_cases))
-        check_cases(*fetch(dataset, indices), indices, split)
+        check_cases(*fetch(dataset, indices), indices, split, allowed)
 
 
-def check_cases(inputs: Tensor, targets: Tensor, indices: Tensor, split: Split) -> None:
-    """Raise DataError at the first NaN or infinity among the cases `indices` (int64 `[n]`).
+def check_cases(
+    inputs: Tensor,
+    targets: Tensor,
+    indices: Tensor,
+    split: Split,
+    allowed: TargetRange | None = None,
+) -> None:
+    """Raise DataError at the first bad value among the cases `indices` (int64 `[n]`).
 
-    `inputs` and `targets` are `[n, ...]`. The message is that of `check_finite`.
+    `inputs` and `targets` are `[n, ...]`. What is bad, and the message, are as in `check_finite`.
     """
     _check_part(inputs, indices, f"{split} data, input")
     if targets is not inputs:
         _check_part(targets, indices, f"{split} data, target")
+    if allowed is not None:
+        _check_range(targets, indices, f"{split} data, target", allowed)
 
 
 def _check_part(values: Tensor, indices: Tensor, what: str) -> None:
@@ -195,12 +204,20 @@ def _check_part(values: Tensor, indices: Tensor, what: str) -> None:
     bad = ~torch.isfinite(values)
     if not bad.any():
         return
-    row, *inside = bad.nonzero()[0].tolist()
+    place = tuple(bad.nonzero()[0].tolist())
+    raise DataError(f"{_found(values, place, indices, what)}: every value must be a finite number")
+
+
+def _check_range(targets: Tensor, indices: Tensor, what: str, allowed: TargetRange) -> None:
+    place = allowed.first_outside(targets)
+    if place is not None:
+        raise DataError(f"{_found(targets, place, indices, what)}: it must be {allowed}")
+
+
+def _found(values: Tensor, place: tuple[int, ...], indices: Tensor, what: str) -> str:
+    row, *inside = place
     where = f" at position {inside[0] if len(inside) == 1 else tuple(inside)}" if inside else ""
-    value = values[(row, *inside)].item()
-    raise DataError(
-        f"{what} of case {int(indices[row])}{where} is {value}: every value must be a finite number"
-    )
+    return f"{what} of case {int(indices[row])}{where} is {values[place].item()}"
 
 
 def num_limited(split: Split, num_cases: int, limit: int | None, name: str) -> int:

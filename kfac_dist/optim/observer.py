@@ -16,18 +16,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_dist.coordination.steps.sampling import SubsetRule
-from kfac_dist.core.passes.outputs import check_outputs
+from kfac_dist.core.passes.outputs import checked_outputs
 from kfac_dist.core.vector import rows_at
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.axes import cases_of
 
 # More backward passes than this belong to no step of a usual loop. The statistics are an estimate,
 # which the first thousand of equal passes serve as well as all of them.
 _MOST_PASSES = 1000
 _OWN = threading.local()
+_BY_INPUTS = (
+    "KFACPreconditioner: the inputs require gradients, and a backward pass with create_graph makes "
+    "derivatives by them, but K-FAC's curvature knows nothing of such derivatives in your loss. "
+    "Let the model return the derivatives, with diagonal blocks for its layers; if the pass is not "
+    "part of the loss, run it in evaluation mode; otherwise detach the inputs"
+)
 
 
 @contextmanager
-def own_passes() -> Iterator[None]:
+def unobserved() -> Iterator[None]:
     """Let no observer see the passes of this thread inside: they are K-FAC's own."""
     _OWN.depth = getattr(_OWN, "depth", 0) + 1
     try:
@@ -67,7 +74,8 @@ class ForwardObserver:
 
     Raises:
         InvalidSpecError: in an observed pass, the model was not called with one tensor, did not
-            return one, or changed its input in place.
+            return one, or changed its input in place; or derivatives by its input are part of a
+            graph.
     """
 
     def __init__(
@@ -126,18 +134,24 @@ class ForwardObserver:
         if begun is None:
             return
         name = type(plain_module(module)).__name__
-        check_outputs(output, f"KFACPreconditioner: {name}")
+        checked_outputs(output, f"KFACPreconditioner: {name}")
         kept, source, version = begun
         given = source()
         if given is not None and version_of(given) != version and self._is_changed(kept, given):
             raise InvalidSpecError(f"KFACPreconditioner: {in_place_message(name)}")
         self.num_forward += 1
         observer = weakref.ref(self)
+        by_inputs = given is not None and given.requires_grad and given.is_leaf
+        by_inputs = by_inputs and not isinstance(given, nn.Parameter)
 
         def reached(_gradients: tuple[Tensor | None, ...]) -> None:
             alive = observer()
-            if alive is not None:
-                alive._take(kept)
+            if alive is None:
+                return
+            # With create_graph, the derivatives themselves are to be differentiated.
+            if by_inputs and torch.is_grad_enabled():
+                raise InvalidSpecError(_BY_INPUTS)
+            alive._take(kept)
 
         # A view that is overwritten later is left out of the graph, its base is not.
         tensors = (output, output._base) if output._base is not None else (output,)
@@ -236,21 +250,17 @@ class ObserverHook:
 
 
 def statistics_rows(
-    inputs: Tensor, *, subset: SubsetRule, fraction: float, dtype: torch.dtype
+    inputs: Tensor, *, subset: SubsetRule, fraction: float, dtype: torch.dtype, case_axis: int
 ) -> Tensor:
-    """Return the cases of an input that the statistics are computed on, as a copy.
+    """Return the cases of an input that the statistics are computed on, as a copy [n, ...].
 
     Raises:
         InvalidSpecError: the tensor has no axis of cases.
     """
-    if inputs.dim() == 0:
-        raise InvalidSpecError(
-            "KFACPreconditioner: the model was called with a tensor without axes; it must have one "
-            "of the cases, the first"
-        )
-    kept = rows_at(inputs, subset.positions(len(inputs), fraction))
+    cases = cases_of(inputs, case_axis, "KFACPreconditioner")
+    kept = rows_at(cases, subset.positions(len(cases), fraction))
     rows = in_type_of_parameters(kept, dtype)
-    return rows.clone() if rows is inputs else rows
+    return rows.clone() if rows is cases else rows
 
 
 def in_type_of_parameters(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,18 +40,20 @@ from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.axes import cases_of, checked_case_axis
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.optim.learning_rate import LearningRate
 from kfac_dist.optim.model_guard import ModelGuard, check_model
 from kfac_dist.optim.observer import (
     in_place_message,
     in_type_of_parameters,
-    own_passes,
+    unobserved,
     version_of,
 )
 from kfac_dist.optim.option_checks import check_count, check_delays, check_fused
 from kfac_dist.optim.precision import choose_precondition_dtype
 from kfac_dist.optim.schedules import kfac_schedule
-from kfac_dist.optim.step_result import StepResult
+from kfac_dist.optim.step_result import StepResult, step_result
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,11 +71,17 @@ class KFAC(torch.optim.Optimizer):
             print(result.step, result.loss)
 
     Args:
-        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
-            of outputs, which parametrise `distribution`.
+        model: called with one tensor of inputs; returns one tensor of outputs, which parametrise
+            `distribution`.
         distribution: predictive distribution of the outputs, which also defines the loss:
-            `"bernoulli"` (outputs are logits), `"categorical"` (logits along the last axis) or
-            `"gaussian"` (means; the variance is 1).
+            `"bernoulli"` (outputs are logits), `"categorical"` (logits of the classes along
+            `class_axis`; a label of -100 leaves its position out) or `"gaussian"` (means; the
+            variance is 1).
+        case_axis: the axis of the inputs along which the cases lie: 1 for a sequence-first model.
+            Where they lie inside the model and in its outputs is found out at the first step.
+        class_axis: the axis of the outputs with the classes: -1 is the last, 1 that of torch's
+            `cross_entropy`. Without it the last one is taken, and shapes that leave a choice are
+            refused.
         seed: seed of the targets that are sampled for the factors.
         delay_steps: simulates an asynchronous run. Maps patterns of layer names to the number of
             steps by which a refresh of the inverses is used late; the last pattern that matches
@@ -101,6 +109,8 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module,
         *,
         distribution: DistributionName,
+        case_axis: int = 0,
+        class_axis: int | None = None,
         seed: int = 0,
         delay_steps: Mapping[str, int] | None = None,
         warmup_steps: int = 0,
@@ -113,12 +123,15 @@ class KFAC(torch.optim.Optimizer):
         self._subset = SubsetRule(least_cases=self._registration.least_cases)
         self._computer = BatchComputer(
             model,
-            distribution=get_distribution(distribution),
+            distribution=get_distribution(distribution, class_axis),
             seed=check_count("KFAC", "seed", seed),
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
+            case_axis=checked_case_axis(case_axis),
         )
+        self._case_axis = case_axis
         self._parameters = self._computer.parameters
+        check_factor_memory(self._registration, self._parameters[0])
         self._guard = ModelGuard(model, "KFAC")
         precondition_dtype = choose_precondition_dtype(
             self.settings, self._registration.blocks, self._parameters[0]
@@ -151,25 +164,33 @@ class KFAC(torch.optim.Optimizer):
         are left as they are, and the result has `applied=False`.
 
         Args:
-            inputs: [N, ...], the cases along the first axis.
-            targets: [N, ...], in the form that the loss of `distribution` takes them.
+            inputs: [N, ...], the cases along the first axis, or along `case_axis`.
+            targets: what the loss of `distribution` takes; their cases lie as those of the outputs.
 
         Raises:
-            InvalidSpecError: the batch is empty, the model has changed since the start, changes its
-                input in place or does not return one tensor, or the learning rate is out of range.
+            InvalidSpecError: the batch is empty or is not a pair of tensors; its targets do not
+                fit the outputs or are not possible; nothing shows where the model has the cases;
+                the model has changed since the start, changes its input in place or does not
+                return one tensor; or the learning rate is out of range.
         """
+        inputs = cases_of(inputs, self._case_axis, "KFAC.step")
         if len(inputs) == 0:
             raise InvalidSpecError("KFAC.step: the batch has no cases, at least one is needed")
+        if not isinstance(targets, Tensor):
+            raise InvalidSpecError(
+                f"KFAC.step: the targets are {type(targets).__name__}, not one tensor"
+            )
         self._guard.check()
         plan = self._lr.planned(self._schedule.plan(self.step_count + 1), self.param_groups[0])
-        with full_precision(self._theta.device), own_passes():
+        with full_precision(self._theta.device), unobserved():
             return self._step(plan, inputs, targets)
 
     def _step(self, plan: StepPlan, inputs: Tensor, targets: Tensor) -> StepResult:
         inputs = in_type_of_parameters(inputs, self._theta.dtype)
-        self._update.begin_step(plan.damping)
+        targets = self._computer.targets_first(inputs, targets)
         loss, objective, gradient, trace = self._compute(inputs, targets)
         self.step_count = plan.step  # a refused step raises before this line and does not count
+        self._update.begin_step(plan.damping)
         if not self._is_finite(loss, gradient):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets, trace)
@@ -177,14 +198,14 @@ class KFAC(torch.optim.Optimizer):
         admitted = self._admit(plan)
         gammas = self._tried_gammas(plan, admitted)
         directions = self._precondition(gradient, admitted, gammas)
-        fisher = self._fisher_products(plan, inputs, directions, trace)
+        fisher = self._fisher_products(plan, inputs, targets, directions, trace)
         choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
         self._curvature.shelf.use(admitted, choice.gamma, search_open=self._update.search_open)
         self._apply(plan, choice, directions)
         ratio = self._adapt_damping(plan, choice, objective, inputs, targets)
-        return self._result(plan, loss, objective, choice, ratio)
+        return step_result(plan, self._update, (loss, objective), choice, ratio)
 
     def _compute(
         self, inputs: Tensor, targets: Tensor
@@ -213,30 +234,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _skipped(self, plan: StepPlan, loss: float, objective: float) -> StepResult:
         self.numeric_events["bad_step"] += 1
-        return self._result(plan, loss, objective, None, None)
-
-    def _result(
-        self,
-        plan: StepPlan,
-        loss: float,
-        objective: float,
-        choice: Choice | None,
-        ratio: float | None,
-    ) -> StepResult:
-        return StepResult(
-            step=plan.step,
-            loss=loss,
-            objective=objective,
-            alpha=choice.alpha if choice else 0.0,
-            mu=choice.mu if choice else 0.0,
-            damping=self._update.damping,
-            gamma=self._update.gamma,
-            update_norm=choice.update_norm if choice else 0.0,
-            predicted_change=choice.predicted_change if choice else None,
-            reduction_ratio=ratio,
-            lr=plan.lr,
-            applied=choice is not None,
-        )
+        return step_result(plan, self._update, (loss, objective), None, None)
 
     def _update_factors(
         self, plan: StepPlan, inputs: Tensor, targets: Tensor, trace: Trace | None
@@ -283,7 +281,12 @@ class KFAC(torch.optim.Optimizer):
         return directions
 
     def _fisher_products(
-        self, plan: StepPlan, inputs: Tensor, directions: Tensor, trace: Trace | None
+        self,
+        plan: StepPlan,
+        inputs: Tensor,
+        targets: Tensor,
+        directions: Tensor,
+        trace: Trace | None,
     ) -> FisherMeans | None:
         fraction = self._update.fisher_fraction(len(inputs), measure=plan.measure)
         if fraction is None:
@@ -291,7 +294,8 @@ class KFAC(torch.optim.Optimizer):
         rows = self._subset.positions(len(inputs), fraction)
         vectors = [*directions, self._update.previous_update]
         traced = trace and trace.rows_at(rows)
-        return self._computer.fisher_sums(rows_at(inputs, rows), vectors, traced).mean(len(rows))
+        own = rows_at(inputs, rows), rows_at(targets, rows)
+        return self._computer.fisher_sums(own[0], vectors, traced, own[1]).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
         add_to_parameters(self._parameters, self._update.advance(choice, directions))

@@ -26,13 +26,15 @@ from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, unflatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.axes import checked_case_axis
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.optim.model_guard import ModelGuard, check_model
 from kfac_dist.optim.observer import (
     ForwardObserver,
-    own_passes,
     plain_module,
     process_group_of,
     statistics_rows,
+    unobserved,
     unseen_message,
 )
 from kfac_dist.optim.option_checks import (
@@ -45,6 +47,10 @@ from kfac_dist.optim.option_checks import (
 _OWNER = "KFACPreconditioner"
 # Set on a gradient that is a direction: its version, which the next backward pass changes.
 _MARK = "_kfac_direction_version"
+
+# Cases that statistics have by default, if a batch has them. On one or two cases G is a matter of
+# luck: where it is small, an inverse that stays in use for many steps makes their updates too long.
+_LEAST_STATISTICS = 32
 
 
 class KFACPreconditioner:
@@ -62,9 +68,10 @@ class KFACPreconditioner:
 
     Forward passes in training mode are observed. `step` computes statistics in passes of its own,
     on the fraction `statistics_fraction` of the cases and in the precision of the parameters,
-    whatever autocast does elsewhere. The cases are those of the passes whose gradients are in
-    `.grad`: a backward pass has reached them since the last step, and since the gradients were
-    last cleared. They are copied when the model is called, so a loop may reuse its tensors.
+    whatever autocast does elsewhere. Unless you give the fraction, they are on at least 32 cases of
+    each batch, or on all. The cases are those of the passes whose gradients are in `.grad`: a
+    backward pass has reached them since the last step, and since the gradients were last cleared.
+    They are copied when the model is called, so a loop may reuse its tensors.
 
     The hooks on the model end with this object, with `remove`, or with a `with` block:
 
@@ -80,11 +87,13 @@ class KFACPreconditioner:
     T). If your loss is a mean over positions, multiply the damping and the learning rate by T.
 
     Args:
-        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
-            of outputs, which parametrise `distribution`. It may be wrapped in
-            DistributedDataParallel, and compiled.
+        model: called with one tensor of inputs; returns one tensor of outputs, which parametrise
+            `distribution`. It may be wrapped in DistributedDataParallel, and compiled.
         distribution: predictive distribution of the outputs: `"bernoulli"`, `"categorical"` or
             `"gaussian"`, as for `KFAC`.
+        case_axis: the axis of the inputs along which the cases lie, as for `KFAC`.
+        class_axis: the axis of the outputs with the classes, as for `KFAC`. Targets are not seen
+            here, so outputs with more than two dimensions need it.
         damping: lambda. The strength of the factored damping, gamma, is its square root.
         norm_constraint: bound c on what a step may change. Directions are scaled by
             `min(1, sqrt(c / (direction . gradient)) / lr)`.
@@ -116,6 +125,8 @@ class KFACPreconditioner:
         model: nn.Module,
         *,
         distribution: DistributionName,
+        case_axis: int = 0,
+        class_axis: int | None = None,
         damping: float = 1e-2,
         norm_constraint: float | None = None,
         lr: float | Callable[[], float] | None = None,
@@ -143,14 +154,15 @@ class KFACPreconditioner:
         self._group = process_group or process_group_of(model)
         self._registration = register(plain, self.settings)
         check_fused(_OWNER, self.settings, self._registration.sites)
-        self._subset = SubsetRule(least_cases=self._registration.least_cases)
         self._computer = BatchComputer(
             plain,
-            distribution=get_distribution(distribution),
+            distribution=get_distribution(distribution, class_axis),
             seed=check_count(_OWNER, "seed", seed),
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
+            case_axis=checked_case_axis(case_axis),
         )
+        check_factor_memory(self._registration, self._computer.parameters[0])
         self._guard = ModelGuard(plain, _OWNER)
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._schedule = StepSchedule(
@@ -159,15 +171,18 @@ class KFACPreconditioner:
             gamma_adapt_period=None,
             damping_adapt_period=None,
         )
+        # Who sets the fraction gets it; by default a small batch is used as a whole.
+        least = 1 if "statistics_fraction" in options else -(-_LEAST_STATISTICS // self._place()[1])
         # `keep` must not refer to this object, or nothing would end the hooks with it.
         self._observer = ForwardObserver(
             model,
             self._computer.parameters,
             keep=partial(
                 statistics_rows,
-                subset=self._subset,
+                subset=SubsetRule(least_cases=max(self._registration.least_cases, least)),
                 fraction=self.settings.statistics_fraction,
                 dtype=self._computer.parameters[0].dtype,
+                case_axis=case_axis,
             ),
         )
 
@@ -214,7 +229,7 @@ class KFACPreconditioner:
         """
         self._check_state()
         plan = self._schedule.plan(self.step_count + 1)
-        with torch.no_grad(), full_precision(self._device), own_passes():
+        with torch.no_grad(), full_precision(self._device), unobserved():
             self._update_factors(plan)
             self._check_gradients(plan)
             self._count(plan.step)  # a refused step raises before this line and does not count

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kfac_dist.coordination.steps.plan import StepPlan
+from kfac_dist.core.step.choice import Choice
+from kfac_dist.core.step.update import KFACUpdate
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -36,3 +40,30 @@ class StepResult:
     reduction_ratio: float | None
     lr: float | None
     applied: bool
+
+
+def step_result(
+    plan: StepPlan,
+    update: KFACUpdate,
+    losses: tuple[float, float],
+    choice: Choice | None,
+    ratio: float | None,
+) -> StepResult:
+    """Return the result of a step with these `losses`: loss and objective.
+
+    `choice` is None if no update was applied.
+    """
+    return StepResult(
+        step=plan.step,
+        loss=losses[0],
+        objective=losses[1],
+        alpha=choice.alpha if choice else 0.0,
+        mu=choice.mu if choice else 0.0,
+        damping=update.damping,
+        gamma=update.gamma,
+        update_norm=choice.update_norm if choice else 0.0,
+        predicted_change=choice.predicted_change if choice else None,
+        reduction_ratio=ratio,
+        lr=plan.lr,
+        applied=choice is not None,
+    )

@@ -1,6 +1,6 @@
 """Tasks: a model, its data and its predictive distribution, built in or written by the user."""
 
-from kfac_dist.tasks.build import build_model, check_model
+from kfac_dist.tasks.build import build_model, check_model, class_axis_of, distribution_of
 from kfac_dist.tasks.load_task import BUILT_IN, load_task, torch_dtype
 from kfac_dist.tasks.task import Task
 from kfac_dist.tasks.user import UserTask, user_code
@@ -12,6 +12,8 @@ __all__ = [
     "UserTask",
     "build_model",
     "check_model",
+    "class_axis_of",
+    "distribution_of",
     "enter_working_folder",
     "load_task",
     "torch_dtype",

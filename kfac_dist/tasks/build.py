@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.data import MapDataset, fetch
-from kfac_dist.errors import UserTaskError
+from kfac_dist.core.passes.distributions import Distribution, get_distribution
+from kfac_dist.core.passes.target_range import TargetRange
+from kfac_dist.data import MapDataset, Split, fetch
+from kfac_dist.errors import InvalidSpecError, UserTaskError
 from kfac_dist.tasks.blame import describe
 from kfac_dist.tasks.task import Task
 from kfac_dist.tasks.user import UserTask
@@ -27,12 +29,33 @@ def build_model(task: Task, seed: int, dtype: torch.dtype) -> nn.Module:
         return task.model().to(dtype)
 
 
-def check_model(task: Task, model: nn.Module, dataset: MapDataset) -> None:
-    """Run `model` on the first two cases and check that its outputs fit the distribution.
+def class_axis_of(task: Task) -> int | None:
+    """Return the axis of the outputs that has the classes, as `Categorical` takes it.
 
-    Outputs and targets must have the same shape. For `categorical`, outputs have one more
-    dimension, and targets are integers below its size. The model runs in evaluation mode, and is
-    then set back to its mode. Raises UserTaskError that says what does not fit.
+    It is the last one, unless the class of a user's task has an attribute `class_axis`. Without
+    that attribute, shapes that leave a choice are refused.
+    """
+    return task.class_axis if isinstance(task, UserTask) else -1
+
+
+def distribution_of(task: Task) -> Distribution:
+    """Return the predictive distribution of the task's outputs."""
+    return get_distribution(task.distribution, class_axis_of(task))
+
+
+def check_model(
+    task: Task, model: nn.Module, dataset: MapDataset, split: Split = "train"
+) -> TargetRange | None:
+    """Run `model` on the first two cases of `split`, and check that its outputs fit the targets.
+
+    `Distribution.check_values` says what fits. The model runs in evaluation mode, and is then set
+    back to its mode.
+
+    Returns:
+        the values that targets may have, None if all numbers are possible.
+
+    Raises:
+        UserTaskError: something does not fit; the message says what.
     """
     name = task.files.label if isinstance(task, UserTask) else type(task).__name__
     indices = torch.arange(min(_NUM_PROBE_CASES, len(dataset)))
@@ -45,33 +68,26 @@ def check_model(task: Task, model: nn.Module, dataset: MapDataset) -> None:
     except Exception as error:
         place = task.files.location(error) if isinstance(task, UserTask) else None
         doing = f"the model, given inputs of shape {tuple(inputs.shape)},"
-        raise UserTaskError(f"task {name}: {describe(doing, error, place)}") from error
+        raise UserTaskError(
+            f"task {name}, {split} data: {describe(doing, error, place)}"
+        ) from error
     finally:
         model.train(was_training)
-    problem = _misfit(task.distribution, outputs, targets)
+    problem = _misfit(task, outputs, targets)
     if problem is None:
         problem = _bad_metrics(task.metrics(outputs, targets), len(outputs))
     if problem is not None:
-        raise UserTaskError(f"task {name}: {problem}")
+        raise UserTaskError(f"task {name}, {split} data: {problem}")
+    return distribution_of(task).target_range(outputs)
 
 
-def _misfit(distribution: str, outputs: object, targets: Tensor) -> str | None:
+def _misfit(task: Task, outputs: object, targets: Tensor) -> str | None:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         return f"the model returned {_kind(outputs)}; it must return one tensor of floats"
-    shapes = f"outputs have shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
-    if distribution != "categorical":
-        if outputs.shape != targets.shape:
-            return f"{shapes}: for {distribution} they must be the same"
-        if distribution == "bernoulli" and not ((targets >= 0) & (targets <= 1)).all():
-            return "targets of a bernoulli distribution must lie in [0, 1]"
-        return None
-    if outputs.dim() < 2 or outputs.shape[:-1] != targets.shape:
-        return f"{shapes}: for categorical, outputs must have one more dimension, the classes"
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        return f"targets of a categorical distribution must be integers, not {targets.dtype}"
-    num_classes = outputs.shape[-1]
-    if targets.min() < 0 or targets.max() >= num_classes:
-        return f"a target lies outside 0..{num_classes - 1}, the classes of the model's outputs"
+    try:
+        distribution_of(task).check_values(outputs, targets)
+    except InvalidSpecError as error:
+        return error.message
     return None
 
 

@@ -19,8 +19,8 @@ class Task(Protocol):
     `load_task` has given it the folders of its data. The model's shape may depend on the data.
 
     `distribution` is what the model's outputs parametrise: logits of independent Bernoulli
-    variables, logits of a categorical variable (last dimension), or the mean of a Gaussian with
-    unit variance.
+    variables, logits of a categorical variable (last dimension, unless the class has an attribute
+    `class_axis`), or the mean of a Gaussian with unit variance.
     """
 
     @property

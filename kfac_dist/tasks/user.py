@@ -41,6 +41,11 @@ class UserTask:
         """The user's distribution; `check_user_task` has checked it."""
         return cast("DistributionName", self.instance.distribution)
 
+    @property
+    def class_axis(self) -> int | None:
+        """The user's `class_axis`, None if the class has none."""
+        return cast("int | None", getattr(self.instance, "class_axis", None))
+
     def model(self) -> nn.Module:
         """Return a new model of the user; UserTaskError if it is not a torch module."""
         with self._blame("model()"):

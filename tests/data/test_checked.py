@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.data import ArrayDataset, check_before_start, fetch_checked
 from kfac_dist.data import checked as checked_module
 from kfac_dist.errors import DataError
@@ -91,3 +92,16 @@ def test_a_chunk_takes_a_fraction_of_a_second() -> None:
     assert checked_module._chunk(0.001) == 250
     assert checked_module._chunk(10.0) == 1
     assert checked_module._chunk(0.0) == checked_module._MAX_CHUNK
+
+
+def test_labels_out_of_range_are_found_by_the_sample_and_by_every_later_read():
+    labels = torch.arange(5000) % 10
+    labels[4321] = 10
+    dataset = ArrayDataset(torch.zeros(5000, 2), labels)
+    allowed = TargetRange(lowest=0, highest=9, are_labels=True)
+    message = r"train data, target of case 4321 is 10: it must be a class from 0 to 9"
+    with pytest.raises(DataError, match=message):
+        check_before_start(dataset, "train", 60.0, allowed)
+    with pytest.raises(DataError, match=message):
+        fetch_checked(dataset, torch.tensor([7, 4321, 3]), "train", allowed)
+    fetch_checked(dataset, torch.arange(100), "train", allowed)

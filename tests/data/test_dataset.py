@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.data import ArrayDataset, ImageDataset, check_finite, fetch, limit_cases
 from kfac_dist.errors import DataError, InvalidSpecError
 
@@ -139,6 +140,36 @@ def test_check_finite_names_a_position_of_many_dimensions():
 
     with pytest.raises(DataError, match=r"case 1 at position \(2, 0\) is inf"):
         check_finite(ArrayDataset(inputs, torch.zeros(2)), "train")
+
+
+LABELS = TargetRange(lowest=0, highest=9, are_labels=True)
+
+
+@pytest.mark.parametrize("label", [10, -1])
+def test_a_label_out_of_range_is_named_with_split_case_and_value(label):
+    targets = torch.arange(5000) % 10
+    targets[17] = -100  # left out, as torch's cross_entropy does
+    targets[4321] = label
+
+    with pytest.raises(
+        DataError,
+        match=rf"test data, target of case 4321 is {label}: it must be a class from 0 to 9,",
+    ):
+        check_finite(ArrayDataset(torch.zeros(5000, 2), targets), "test", LABELS)
+
+
+def test_a_probability_out_of_range_is_found_where_the_inputs_are_the_targets():
+    images = torch.rand(3, 2)
+    images[2, 1] = 1.5
+    allowed = TargetRange(lowest=0, highest=1, are_labels=False)
+
+    with pytest.raises(DataError, match=r"case 2 at position 1 is 1\.5: .* between 0 and"):
+        check_finite(Items([(image, image) for image in images]), "train", allowed)
+
+
+def test_labels_in_range_pass():
+    check_finite(ArrayDataset(torch.zeros(11, 2), torch.arange(11) % 10), "train", LABELS)
+    check_finite(ArrayDataset(torch.zeros(1, 2), torch.tensor([-100])), "train", LABELS)
 
 
 def test_check_finite_accepts_integers_and_good_floats():

@@ -357,5 +357,5 @@ def test_a_process_without_a_pass_takes_part_with_zeros():
 
 def test_an_input_without_axes_is_refused():
     model = network()
-    with preconditioner_for(model), pytest.raises(InvalidSpecError, match="without axes"):
+    with preconditioner_for(model), pytest.raises(InvalidSpecError, match="no axis 0 of cases"):
         model(torch.tensor(1.0))

@@ -197,7 +197,7 @@ def test_fisher_products_that_are_not_finite_skip_the_step_once(monkeypatch):
     monkeypatch.setattr(
         optimizer._computer,
         "fisher_sums",
-        lambda _inputs, vectors, _trace: FisherSums.unpacked(
+        lambda _inputs, vectors, *_others: FisherSums.unpacked(
             torch.full((len(vectors) + 1, len(vectors)), math.nan, dtype=torch.float64)
         ),
     )

@@ -69,3 +69,26 @@ def test_several_refusals_in_a_row_give_one_warning_that_names_the_layers(caplog
     assert "3 updates in a row were refused" in record.message
     assert "(layers first)" in record.message
     assert preconditioner.numeric_events["refused_statistics"] == 11
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "expected"),
+    [
+        ([8], {}, 8),
+        ([64], {}, 32),
+        ([512], {}, 64),
+        ([16, 16, 16, 16], {}, 64),
+        ([64], {"statistics_fraction": 0.125}, 8),
+    ],
+)
+def test_the_preconditioner_has_32_cases_unless_a_fraction_is_given(sizes, options, expected):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    preconditioner = KFACPreconditioner(model, distribution="categorical", **options)
+    found = []
+    alone = preconditioner._curvature.update
+    preconditioner._curvature.update = lambda step, sums, n: (found.append(n), alone(step, sums, n))
+    for size in sizes:
+        model(torch.randn(size, 6)).square().mean().backward()
+    preconditioner.step()
+    assert found == [expected]

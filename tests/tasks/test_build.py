@@ -5,7 +5,7 @@ from torch.utils.data import TensorDataset
 
 from kfac_dist.errors import UserTaskError
 from kfac_dist.tasks import build_model, check_model, load_task
-from tests.tasks.specs import spec
+from tests.tasks.specs import spec, write_task
 
 X = torch.rand(4, 3)
 
@@ -68,10 +68,10 @@ class Dictionary(nn.Linear):
     [
         ("gaussian", nn.Linear(3, 2), torch.rand(4), r"shape \(2, 2\), targets \(2,\)"),
         ("bernoulli", nn.Linear(3, 2), torch.rand(4, 1), "for bernoulli they must be the same"),
-        ("bernoulli", nn.Linear(3, 2), torch.full((4, 2), 7.0), r"must lie in \[0, 1\]"),
-        ("categorical", nn.Linear(3, 2), torch.zeros(4, 2).long(), "one more dimension"),
+        ("bernoulli", nn.Linear(3, 2), torch.full((4, 2), 7.0), "is 7.0: for bernoulli it"),
+        ("categorical", nn.Linear(3, 2), torch.zeros(4, 2).long(), "classes, .* and be indices"),
         ("categorical", nn.Linear(3, 2), torch.zeros(4), "must be integers, not torch.float32"),
-        ("categorical", nn.Linear(3, 2), torch.full((4,), 2), r"lies outside 0\.\.1"),
+        ("categorical", nn.Linear(3, 2), torch.full((4,), 2), "of case 0 is 2: for categorical"),
         ("gaussian", nn.Linear(5, 2), torch.rand(4, 2), r"shape \(2, 3\), raised RuntimeError"),
         ("gaussian", Dictionary(3, 2), torch.rand(4, 2), "the model returned dict"),
     ],
@@ -79,7 +79,41 @@ class Dictionary(nn.Linear):
 def test_what_does_not_fit_together(distribution, model, targets, message):
     with pytest.raises(UserTaskError, match=message) as caught:
         check_model(Sample(distribution), model, TensorDataset(X, targets))
-    assert caught.value.message.startswith("task Sample: ")
+    assert caught.value.message.startswith("task Sample")
+
+
+def test_the_split_is_named_and_the_allowed_targets_are_returned():
+    right = TensorDataset(X, torch.tensor([0, 1, -100, 1]))
+    allowed = check_model(Sample("categorical"), nn.Linear(3, 2), right)
+    assert (allowed.lowest, allowed.highest, allowed.are_labels) == (0, 1, True)
+    assert check_model(Sample(), nn.Linear(3, 2), TensorDataset(X, torch.rand(4, 2))) is None
+    with pytest.raises(UserTaskError, match="task Sample, test data: outputs have shape"):
+        check_model(Sample(), nn.Linear(3, 2), TensorDataset(X, torch.rand(4, 1)), "test")
+
+
+SEGMENTS = """
+
+class Segments:
+    distribution = "categorical"
+
+    def model(self):
+        return nn.Conv2d(1, 3, 3, padding=1)
+
+    def train_data(self, data_dir):
+        return TensorDataset(torch.zeros(3, 1, 5, 4), torch.zeros(3, 5, 4).long())
+
+    test_data = train_data
+"""
+
+
+def test_a_task_says_which_axis_has_its_classes(tmp_path):
+    write_task(tmp_path, more=SEGMENTS)
+    write_task(tmp_path, name="said.py", more=SEGMENTS + "    class_axis = 1\n")
+    silent, said = (load_task(spec(f"{f}.py:Segments"), tmp_path) for f in ("mine", "said"))
+
+    assert check_model(said, said.model(), said.train_data()).highest == 2
+    with pytest.raises(UserTaskError, match="axis 1: say so by class_axis=1"):
+        check_model(silent, silent.model(), silent.train_data())
 
 
 @pytest.mark.parametrize(

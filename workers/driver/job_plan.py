@@ -21,10 +21,17 @@ from torch import Tensor, nn
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
 from kfac_dist.coordination.steps.forecast import crowding, forecast_staleness
-from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.data import fetch
 from kfac_dist.optim.optimizer import KFAC
-from kfac_dist.tasks import Task, build_model, load_task, torch_dtype, working_folder
+from kfac_dist.tasks import (
+    Task,
+    build_model,
+    class_axis_of,
+    distribution_of,
+    load_task,
+    torch_dtype,
+    working_folder,
+)
 from workers.driver.memory import available_bytes, peak_bytes, reset_peak, resident_bytes
 from workers.driver.preparation import Preparation, prepare
 from workers.exchange.messages import InverseSetup
@@ -56,6 +63,7 @@ def job_plan(
     Raises:
         InvalidSpecError: the specification does not fit the task, its data or its model.
         DataNotFoundError: the data are in neither folder.
+        DataError: a value of the data cannot be used.
         UserTaskError: the user's task raised an error.
     """
     machine = _machine()
@@ -65,6 +73,7 @@ def job_plan(
         num_parameters = _num_parameters(spec, task)
         model = resident_bytes()
         preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=cache_dir)
+        preparation.check_data()
         data = resident_bytes()
         reset_peak()
         step_seconds = _step_seconds(spec, task, preparation)
@@ -229,12 +238,16 @@ def _step_function(spec: JobSpec, task: Task) -> Callable[[Tensor, Tensor], obje
     # Inverse workers refresh beside the steps, so the steps that are timed must not.
     never = {"inverse_update_period": max(spec.optimizer.inverse_update_period, 1000)}
     return KFAC(
-        model, distribution=task.distribution, seed=spec.seed, **(dict(options) | never)
+        model,
+        distribution=task.distribution,
+        class_axis=class_axis_of(task),
+        seed=spec.seed,
+        **(dict(options) | never),
     ).step
 
 
 def _gradient_function(model: nn.Module, task: Task) -> Callable[[Tensor, Tensor], object]:
-    distribution = get_distribution(task.distribution)
+    distribution = distribution_of(task)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step(inputs: Tensor, targets: Tensor) -> None:

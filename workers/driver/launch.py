@@ -118,6 +118,7 @@ def run_job(
                 cache_dir=data_cache(home),
                 run_dir=folder.path,
                 replay_script=replay_script,
+                allowed_targets=preparation.allowed_targets,
             )
             journal = JobJournal(folder, job.attempt)
             with journal.served(metrics, job.job):

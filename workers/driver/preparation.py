@@ -8,8 +8,10 @@ from pathlib import Path
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.data import MapDataset, StartCheck, check_before_start
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype, working_folder
 from workers.planning import batch_size
 
@@ -21,7 +23,8 @@ class Preparation:
     """A task that was loaded and checked in this process.
 
     The user's code runs in `base_dir`. `registration` is None for a baseline, which has no
-    curvature blocks. `has_buffers`: the model has state beside its parameters.
+    curvature blocks. `has_buffers`: the model has state beside its parameters. `allowed_targets`
+    are those that the model's outputs allow, None if all numbers are possible.
     """
 
     base_dir: Path
@@ -29,6 +32,7 @@ class Preparation:
     test: MapDataset
     registration: Registration | None
     has_buffers: bool
+    allowed_targets: TargetRange | None
 
     @property
     def num_train_cases(self) -> int:
@@ -36,17 +40,19 @@ class Preparation:
         return len(self.train)
 
     def check_data(self) -> tuple[str, ...]:
-        """Check that the numbers of both data sets are finite, as many as can be read in seconds.
+        """Check that the values of both data sets can be used, as many as can be read in seconds.
 
-        Returns what was left for the workers to check, in a sentence for each split.
+        Numbers must be finite, and targets possible. Returns what was left for the workers to
+        check, in a sentence for each split.
 
         Raises:
-            DataError: a number is not finite; the message says where.
+            DataError: a number is not; the message says where.
         """
+        allowed = self.allowed_targets
         with working_folder(self.base_dir):
             checks = (
-                check_before_start(self.train, "train", _CHECK_SECONDS),
-                check_before_start(self.test, "test", _CHECK_SECONDS),
+                check_before_start(self.train, "train", _CHECK_SECONDS, allowed),
+                check_before_start(self.test, "test", _CHECK_SECONDS, allowed),
             )
         return tuple(_rest(check) for check in checks if not check.is_whole)
 
@@ -66,8 +72,12 @@ def prepare(
         model = build_model(task, spec.seed, torch_dtype(spec.dtype))
         settings = spec.optimizer
         registration = register(model, settings) if isinstance(settings, KFACSpec) else None
+        if registration is not None:
+            like = next(p for p in model.parameters() if p.requires_grad)
+            check_factor_memory(registration, like)
         train, test = task.train_data(), task.test_data()
-        check_model(task, model, train)
+        allowed = check_model(task, model, train, "train")
+        check_model(task, model, test, "test")
     _check_batch_size(spec, len(train))
     return Preparation(
         base_dir=base_dir,
@@ -75,6 +85,7 @@ def prepare(
         test=test,
         registration=registration,
         has_buffers=next(model.buffers(), None) is not None,
+        allowed_targets=allowed,
     )
 
 

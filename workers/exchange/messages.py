@@ -16,6 +16,7 @@ from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.recorded import BeyondBound, ReplayScript
 from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.core.factors import Link
+from kfac_dist.core.passes.target_range import TargetRange
 from workers.exchange.parcels import InverseParcel, StatisticsParcel
 
 
@@ -23,7 +24,8 @@ from workers.exchange.parcels import InverseParcel, StatisticsParcel
 class JobContext:
     """What every actor needs to build its part of a job; paths are those of its own machine.
 
-    With a `replay_script` the job repeats what was recorded.
+    With a `replay_script` the job repeats what was recorded. `allowed_targets` are those that the
+    model's outputs allow, None if all numbers are possible.
     """
 
     job: str
@@ -34,6 +36,7 @@ class JobContext:
     cache_dir: Path
     run_dir: Path
     replay_script: ReplayScript | None = None
+    allowed_targets: TargetRange | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kfac_dist.coordination.steps.sampling import BatchWindow, SubsetRule, worker_part
 from kfac_dist.core.passes.noise import permutation
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.vector import rows_at
 from kfac_dist.data import MapDataset, fetch_checked
 
@@ -57,7 +58,8 @@ class BatchPart:
 class BatchReader:
     """Reads the parts of the batches that belong to worker `rank` of `num_workers`.
 
-    `least_cases` is the number of cases that a pass over the model needs.
+    `least_cases` is the number of cases that a pass over the model needs. `allowed_targets` are
+    those that the model's outputs allow, None if all numbers are possible.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class BatchReader:
         rank: int,
         device: torch.device,
         least_cases: int = 1,
+        allowed_targets: TargetRange | None = None,
     ) -> None:
+        self._allowed_targets = allowed_targets
         self._dataset = dataset
         self._seed = seed
         self._num_workers = num_workers
@@ -79,11 +83,11 @@ class BatchReader:
         self._order: tuple[int, Tensor] | None = None
 
     def read(self, window: BatchWindow) -> BatchPart:
-        """Return this worker's part of the batch; DataError if a value in it is not finite."""
+        """Return this worker's part of the batch; DataError if a value in it cannot be used."""
         part = worker_part(window.size, self._num_workers, self._rank)
         order = self._epoch_order(window.epoch)
         indices = order[window.start + part.start : window.start + part.stop]
-        inputs, targets = fetch_checked(self._dataset, indices, "train")
+        inputs, targets = fetch_checked(self._dataset, indices, "train", self._allowed_targets)
         return BatchPart(
             inputs=inputs.to(self._device),
             targets=targets.to(self._device),

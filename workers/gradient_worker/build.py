@@ -7,9 +7,8 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.data import MapDataset, Split
-from kfac_dist.tasks import build_model, load_task, torch_dtype
+from kfac_dist.tasks import build_model, distribution_of, load_task, torch_dtype
 from workers.exchange.messages import JobContext
 from workers.gradient_worker.batches import BatchReader
 from workers.gradient_worker.statistics_sender import SendStatistics, StatisticsSender
@@ -34,7 +33,7 @@ def build_gradient_work(
     registration = register(model, settings) if settings else None
     computer = BatchComputer(
         model,
-        distribution=get_distribution(task.distribution),
+        distribution=distribution_of(task),
         seed=spec.seed,
         registration=registration,
         fisher_type=settings.fisher_type if settings else "mc",
@@ -46,6 +45,7 @@ def build_gradient_work(
         rank=rank,
         device=device,
         least_cases=registration.least_cases if registration else 1,
+        allowed_targets=job.allowed_targets,
     )
     sender: StatisticsSender | None = None
     moment_layers: tuple[str, ...] = ()
@@ -63,4 +63,5 @@ def build_gradient_work(
         sender=sender,
         moment_layers=moment_layers,
         evaluation_limit=spec.evaluation.limit,
+        allowed_targets=job.allowed_targets,
     )

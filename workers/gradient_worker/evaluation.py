@@ -10,6 +10,7 @@ from torch import Tensor
 from kfac_dist.coordination.steps.sampling import worker_part
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.passes.own_passes import own_passes
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import MapDataset, Split, fetch_checked
 from kfac_dist.tasks import Task
@@ -29,6 +30,7 @@ def evaluate(
     num_workers: int,
     rank: int,
     before: EvaluationSums | None = None,
+    allowed: TargetRange | None = None,
 ) -> EvaluationSums:
     """Return the sums over the part of `dataset` that belongs to worker `rank`.
 
@@ -45,9 +47,10 @@ def evaluate(
         num_workers: the number of gradient workers that share the cases.
         rank: which of them this is.
         before: what the previous call for the same parameters returned; None for the first.
+        allowed: the targets that the model's outputs allow; None if all numbers are possible.
 
     Raises:
-        DataError: a value in the data set is not finite.
+        DataError: a value in the data set cannot be used.
     """
     deadline = time.monotonic() + _CALL_SECONDS
     parameters = flatten(computer.parameters)
@@ -63,7 +66,7 @@ def evaluate(
             while done < len(part):
                 rows = part[done : done + _CHUNK]
                 indices = torch.arange(rows.start, rows.stop)
-                inputs, targets = fetch_checked(dataset, indices, split)
+                inputs, targets = fetch_checked(dataset, indices, split, allowed)
                 chunk_loss, chunk_metrics = _chunk(computer, task, inputs, targets)
                 loss += chunk_loss
                 for name, value in chunk_metrics.items():

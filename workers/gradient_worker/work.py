@@ -15,6 +15,7 @@ import torch
 
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
+from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
 from kfac_dist.data import MapDataset, Split
@@ -59,6 +60,7 @@ class GradientWork:
         sender: StatisticsSender | None,
         moment_layers: Sequence[str],
         evaluation_limit: int | None,
+        allowed_targets: TargetRange | None = None,
     ) -> None:
         """Store the parts.
 
@@ -73,6 +75,7 @@ class GradientWork:
             moment_layers: the layers with second moments to send (EKFAC), empty without any.
             evaluation_limit: how many cases of each split are evaluated, over all workers; None
                 for all.
+            allowed_targets: the targets that the model's outputs allow, None if all are possible.
         """
         self._rank = rank
         self._num_workers = num_workers
@@ -83,6 +86,7 @@ class GradientWork:
         self._sender = sender
         self._moment_layers = moment_layers
         self._evaluation_limit = evaluation_limit
+        self._allowed_targets = allowed_targets
         self._parameters = computer.parameters
         self._previous_update = torch.zeros_like(flatten(computer.parameters))
         self._joined: Joined  # set by `join`
@@ -183,7 +187,8 @@ class GradientWork:
             vectors = [*directions.vectors, self._previous_update]
             traced = trace and trace.rows_at(rows.positions)
             with self._user_code("the Fisher products"):
-                sums = self._computer.fisher_sums(rows.select(part.inputs), vectors, traced)
+                inputs, targets = rows.select(part.inputs), rows.select(part.targets)
+                sums = self._computer.fisher_sums(inputs, vectors, traced, targets)
             self._joined.side.send_fisher(sums)
 
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
@@ -227,6 +232,7 @@ class GradientWork:
                     num_workers=self._num_workers,
                     rank=self._rank,
                     before=before,
+                    allowed=self._allowed_targets,
                 )
         finally:
             assign_parameters(self._parameters, own)

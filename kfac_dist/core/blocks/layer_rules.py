@@ -31,13 +31,11 @@ class LayerRule(Generic[M]):
     """The rule for layers of one family; the layer itself is an argument of each method.
 
     Layers that are `is_linear` can be linked in a block-tridiagonal inverse and can have fused
-    outputs. A weight that is `transposed` has a column for each output instead of a row. If a model
-    has layers that `may_lack_cases`, two extra passes find inputs without an axis of cases.
+    outputs. A weight that is `transposed` has a column for each output instead of a row.
     """
 
     is_linear: ClassVar[bool] = False
     transposed: ClassVar[bool] = False
-    may_lack_cases: ClassVar[bool] = False
 
     def why_not(self, layer: M) -> str:
         """Return why the rule does not hold for this layer, "" if it does."""
@@ -58,6 +56,13 @@ class LayerRule(Generic[M]):
     def least_dims(self, layer: M) -> int:
         """Return the least number of dimensions of an input that has an axis of cases."""
         return 2
+
+    def num_leading_axes(self, layer: M, inputs: Tensor) -> int:
+        """Return how many of the first axes may be cases or positions, in any order.
+
+        The outputs have the same ones.
+        """
+        return max(0, inputs.dim() - self.least_dims(layer) + 1)
 
     def has_case_axis(self, layer: M, inputs: Tensor, num_cases: int) -> bool:
         """Return whether the first axis of an input is the cases, or a multiple of them."""
@@ -82,8 +87,6 @@ class EmbeddingRule(LayerRule[nn.Embedding]):
     """`s = W a` with one-hot a, of which only the index is kept: A is diagonal."""
 
     transposed = True
-    # A position embedding of arange(T) is called once for all cases.
-    may_lack_cases = True
 
     def why_not(self, layer: nn.Embedding) -> str:
         """Exclude embeddings with max_norm, whose forward pass changes the weight."""
@@ -202,6 +205,10 @@ class ChannelNormRule(LayerRule[nn.Module]):
     def block_kind(self, layer: nn.Module, *, has_weight: bool) -> BlockKind:
         """Return the kind; each channel is a unit."""
         return "unit-wise"
+
+    def num_leading_axes(self, layer: nn.Module, inputs: Tensor) -> int:
+        """Return 1, as the channels come next."""
+        return 1
 
     def input_rows(self, layer: nn.Module, inputs: Tensor, group: int | None) -> Tensor:
         """Return the channels of xhat at each position."""

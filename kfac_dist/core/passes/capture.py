@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from kfac_dist.core.passes.outputs import full
 class Call:
     """One call of a module: its input, and the shape and the autograd edge of its output.
 
+    `number` counts the calls of the module in the pass from 0.
+
     The edge is recorded at the call, so operations that later overwrite the output in place do
     not change it. It is None if the output needs no gradient.
     """
@@ -25,6 +27,7 @@ class Call:
     inputs: Tensor
     shape: torch.Size
     edge: GradientEdge | None
+    number: int = 0
 
 
 Captures = dict[nn.Module, list[Call]]
@@ -38,9 +41,13 @@ def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
     def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
         edge = get_gradient_edge(out) if out.requires_grad else None
-        captures[module].append(Call(full(inputs.detach()), out.shape, edge))
+        calls = captures[module]
+        calls.append(Call(full(inputs.detach()), out.shape, edge, len(calls)))
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in captures]
+    # Before all other hooks, so that the output is still the module's own.
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True, prepend=True) for module in captures
+    ]
     try:
         yield captures
     finally:
@@ -72,22 +79,3 @@ def output_gradients(outputs: Tensor, captures: Captures, derivative: Tensor) ->
 
 def _or_zeros(gradient: Tensor | None, call: Call, like: Tensor) -> Tensor:
     return like.new_zeros(call.shape) if gradient is None else full(gradient)
-
-
-def modules_without_cases(
-    model: nn.Module, inputs: Tensor, modules: Iterable[nn.Module]
-) -> frozenset[nn.Module]:
-    """Return the modules whose input has no axis of cases: two passes of 2 and 3 cases show it.
-
-    A position embedding of arange(T) is such a module. The length of its input alone is not
-    enough to recognise it, because T can be a multiple of the number of cases.
-    """
-    lengths: list[Mapping[nn.Module, list[int]]] = []
-    # Dropout draws random numbers in these passes; the draws of later passes must stay the same.
-    devices = [inputs.device] if inputs.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        for num_cases in (2, 3):
-            with capturing(modules) as captures:
-                model(inputs[:1].expand(num_cases, *inputs.shape[1:]))
-            lengths.append({m: [c.inputs.shape[0] for c in calls] for m, calls in captures.items()})
-    return frozenset(m for m, calls in lengths[0].items() if calls and calls == lengths[1][m])

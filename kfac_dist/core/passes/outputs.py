@@ -10,14 +10,14 @@ from kfac_dist.errors import InvalidSpecError
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def check_outputs(outputs: object, model: str) -> None:
-    """Check that a model returned one tensor.
+def checked_outputs(outputs: object, model: str) -> Tensor:
+    """Return what a model returned, which must be one tensor.
 
     Raises:
         InvalidSpecError: it did not; the message begins with `model`.
     """
     if isinstance(outputs, Tensor):
-        return
+        return outputs
     what = type(outputs).__name__
     if isinstance(outputs, dict):
         what += f" with the keys {', '.join(map(str, outputs))}"
@@ -29,19 +29,35 @@ def check_outputs(outputs: object, model: str) -> None:
     )
 
 
-def check_full_outputs(outputs: object, model: nn.Module) -> None:
-    """Check that a pass of K-FAC, for which autocast is off, gave one tensor in full precision.
+def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the outputs of a model that takes and returns the cases first.
+
+    Raises:
+        InvalidSpecError: they are not one tensor of full precision with one row for each case.
+    """
+    outputs = full_outputs(model(inputs), model)
+    if outputs.shape[:1] != inputs.shape[:1]:
+        raise InvalidSpecError(
+            f"{type(model).__name__} returned outputs of shape {tuple(outputs.shape)} for "
+            f"{len(inputs)} cases; return them as [cases, ...]"
+        )
+    return outputs
+
+
+def full_outputs(outputs: object, model: nn.Module) -> Tensor:
+    """Return what a pass of K-FAC, for which autocast is off, gave: a tensor of full precision.
 
     Raises:
         InvalidSpecError: it did not.
     """
     name = type(model).__name__
-    check_outputs(outputs, name)
-    if isinstance(outputs, Tensor) and outputs.dtype in _HALF:
+    outputs = checked_outputs(outputs, name)
+    if outputs.dtype in _HALF:
         raise InvalidSpecError(
             f"{name} returned outputs in {outputs.dtype}, although autocast was off; the loss and "
             "its derivatives need float32 or float64. Return outputs.float()"
         )
+    return outputs
 
 
 def full(values: Tensor) -> Tensor:

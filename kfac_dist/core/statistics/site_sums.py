@@ -23,6 +23,7 @@ from kfac_dist.core.blocks.block import Range
 from kfac_dist.core.blocks.layer_rules import LayerRule
 from kfac_dist.core.blocks.sites import Site, WeightSharing
 from kfac_dist.core.factors import KroneckerPair, LayerFactors
+from kfac_dist.core.passes.case_axes import CaseAxis
 
 # Columns of X^T X computed at a time. Narrower panels skip more of the upper triangle, but their
 # products are less efficient.
@@ -30,15 +31,21 @@ _PANEL = 256
 
 
 class SiteCall(NamedTuple):
-    """The input of one call of a module, and the rule that reads it.
+    """The input of one call of a module, its rows case by case, and the rule that reads it.
 
-    `num_cases` is 1 if the input has no axis of cases.
+    `num_cases` is 1 if the input has no axis of cases. `axis` is where the module has the cases,
+    None if its rows are case by case already.
     """
 
     rule: LayerRule[Any]
     module: nn.Module
     inputs: Tensor
     num_cases: int
+    axis: CaseAxis | None = None
+
+    def rows(self, gradient: Tensor) -> Tensor:
+        """Return the derivative with respect to the output of the call, its rows case by case."""
+        return gradient if self.axis is None else self.axis.rows(gradient, self.num_cases)
 
 
 class ObservedGradient(NamedTuple):
@@ -76,7 +83,10 @@ class SiteSums(ABC):
 
     @abstractmethod
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Add derivatives with respect to the outputs of these calls, one tensor for each."""
+        """Add derivatives with respect to the outputs of these calls, one tensor for each.
+
+        Their rows are in the order that `SiteCall.rows` gives them.
+        """
 
     @abstractmethod
     def observed_gradient(self) -> ObservedGradient | None:

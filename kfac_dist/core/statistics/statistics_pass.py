@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.blocks.sites import Site
@@ -17,29 +19,37 @@ from kfac_dist.core.passes.capture import (
     Captures,
     Gradients,
     capturing,
-    modules_without_cases,
     output_gradients,
 )
+from kfac_dist.core.passes.case_axes import CaseAxes
 from kfac_dist.core.passes.case_gradients import CaseGradients
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.chain_products import ChainProducts
 from kfac_dist.core.passes.distributions import Distribution
 from kfac_dist.core.passes.noise import keyed_noise, stream_key
-from kfac_dist.core.passes.outputs import check_full_outputs
+from kfac_dist.core.passes.outputs import outputs_of
 from kfac_dist.core.passes.own_passes import own_passes
 from kfac_dist.core.passes.running_statistics import (
     batch_norms,
     batch_statistics_fixed,
     running_statistics_kept,
 )
-from kfac_dist.core.passes.used_calls import used_calls
 from kfac_dist.core.statistics.observed_gradient import check_observed
 from kfac_dist.core.statistics.sums import BatchStatistics, FisherType, StatisticsSums
+from kfac_dist.core.statistics.used_calls import used_calls
 from kfac_dist.errors import InvalidSpecError
 
 # The passes, counted from 1, that compare the gradient with what the calls give. One alone could
 # miss a use whose derivatives are zero at the start.
 _CHECKED_PASSES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAxes:
+    """Where a model has the cases, and the distribution of its outputs with the cases first."""
+
+    cases: CaseAxes
+    distribution: Distribution
 
 
 class _Observed(NamedTuple):
@@ -59,7 +69,6 @@ class StatisticsPass:
 
     Args:
         model: the model to observe.
-        distribution: the predictive distribution of its outputs.
         seed: the seed of the sampled targets.
         registration: the blocks of the model.
         fisher_type: where the targets come from; see `run`.
@@ -70,7 +79,6 @@ class StatisticsPass:
     def __init__(
         self,
         model: nn.Module,
-        distribution: Distribution,
         seed: int,
         registration: Registration,
         fisher_type: FisherType,
@@ -78,21 +86,20 @@ class StatisticsPass:
     ) -> None:
         self._model = model
         self._chain = chain
-        self._distribution = distribution
         self._seed = seed
         self._registration = registration
         self._fisher_type = fisher_type
         self._like = next(p for p in model.parameters() if p.requires_grad)
-        self._modules = tuple(dict.fromkeys(m for s in registration.sites for m in s.modules))
+        self.modules = tuple(dict.fromkeys(m for s in registration.sites for m in s.modules))
         diagonal = [s.parameters[0] for s in registration.sites if s.kind == "diagonal"]
         self._case_gradients = CaseGradients(model, diagonal) if diagonal else None
-        self._without_cases: frozenset[nn.Module] | None = None
         self._num_passes = 0
 
     def run(
         self,
         inputs: Tensor,
         targets: Tensor | None,
+        axes: ModelAxes,
         *,
         step: int,
         first_row: int,
@@ -109,7 +116,9 @@ class StatisticsPass:
 
         Args:
             inputs: the cases, [N, ...].
-            targets: their training targets, which only `empirical` uses.
+            targets: their training targets. `empirical` uses them, and the other types look at
+                which positions are left out; without targets, none are.
+            axes: where the model has the cases; it takes them and returns them along axis 0.
             step: the step, on which the sampled targets depend.
             first_row: the place of the first case among the statistics cases of the whole batch.
                 The sampled targets of a case depend on (seed, step, place) alone.
@@ -121,18 +130,20 @@ class StatisticsPass:
 
         Raises:
             InvalidSpecError: the model uses a layer's weight without calling the layer, also beside
-                its calls, or a call has no axis of cases although the Fisher type needs it.
+                its calls, or calls it inside a transform of torch.func; or a call has no axis of
+                cases although the Fisher type needs it.
         """
-        collector = StatisticsSums(
-            self._registration, self._fisher_type, len(inputs), self._like, links, bases
-        )
-        if len(inputs) == 0:  # a worker without cases still sends sums, which are zero
-            return collector.sums
+        collector = self._collector(len(inputs), links, bases)
         self._num_passes += 1
         with torch.enable_grad(), self._own_passes(step, first_row):
             outputs, captures, used, back = self._observe(inputs, trace)
-            collector.add_inputs(used, self._modules_without_cases(inputs))
-            for derivative in self._output_derivatives(outputs, targets, step, first_row):
+            collector.add_inputs(used, axes.cases)
+            distribution = axes.distribution
+            if targets is None:
+                distribution.check_outputs(outputs)
+            kept = distribution.kept(outputs, targets)
+            for full in self._output_derivatives(distribution, outputs, targets, step, first_row):
+                derivative = full if kept is None else full * kept
                 self._check_uncalled(outputs, derivative, captures)
                 collector.add_gradients(back(derivative))
                 if trace is None and self._num_passes in _CHECKED_PASSES:
@@ -153,6 +164,17 @@ class StatisticsPass:
             streams.seed(stream_key(self._seed, step, first_row))
             yield
 
+    def zero(self, links: Iterable[Link], bases: Mapping[str, KroneckerPair]) -> BatchStatistics:
+        """Return the sums over no cases."""
+        return self._collector(0, links, bases).sums
+
+    def _collector(
+        self, num_cases: int, links: Iterable[Link], bases: Mapping[str, KroneckerPair]
+    ) -> StatisticsSums:
+        return StatisticsSums(
+            self._registration, self._fisher_type, num_cases, self._like, links, bases
+        )
+
     def _observe(self, inputs: Tensor, trace: Trace | None) -> _Observed:
         if trace is not None:
             assert self._chain is not None, "only a chain has a trace"
@@ -160,28 +182,38 @@ class StatisticsPass:
             calls = self._chain.captures(trace)
             return _Observed(trace.outputs, calls, calls, back)
         with capturing(self._observed()) as captures:
-            outputs = self._model(inputs)
-        check_full_outputs(outputs, self._model)
+            outputs = outputs_of(self._model, inputs)
+        self._check_plain(captures)
         used = used_calls(outputs, captures)
         return _Observed(outputs, captures, used, partial(output_gradients, outputs, used))
 
+    def _check_plain(self, captures: Captures) -> None:
+        """Check that no layer was called inside a transform of torch.func.
+
+        What it saw there is no value that could be used outside.
+        """
+        inside = {
+            module
+            for module, calls in captures.items()
+            if any(is_functorch_wrapped_tensor(call.inputs) for call in calls)
+        }
+        names = [
+            name
+            for site in self._registration.sites
+            if inside.intersection(site.modules)
+            for name in site.parameters
+        ]
+        if names:
+            raise InvalidSpecError(
+                f"the model calls the modules of {', '.join(names)} inside torch.func.vmap, grad "
+                "or another of its transforms, where K-FAC cannot observe them; ask for diagonal "
+                f"blocks with diagonal: [{', '.join(names)}]"
+            )
+
     def _observed(self) -> Iterator[nn.Module]:
-        yield from self._modules
+        yield from self.modules
         if self._case_gradients is not None:
             yield from batch_norms(self._model)
-
-    def _modules_without_cases(self, inputs: Tensor) -> frozenset[nn.Module]:
-        """Return the modules without an axis of cases, which are searched for only once."""
-        if self._without_cases is None:
-            sites = self._registration.sites
-            # Two extra passes, which only models with such layers need to pay for.
-            suspected = any(site.rule is not None and site.rule.may_lack_cases for site in sites)
-            self._without_cases = (
-                modules_without_cases(self._model, inputs, self._modules)
-                if suspected
-                else frozenset()
-            )
-        return self._without_cases
 
     def _check_uncalled(self, outputs: Tensor, derivative: Tensor, captures: Captures) -> None:
         """Check that layers that were not called have no gradient.
@@ -212,7 +244,12 @@ class StatisticsPass:
             )
 
     def _output_derivatives(
-        self, outputs: Tensor, targets: Tensor | None, step: int, first_row: int
+        self,
+        distribution: Distribution,
+        outputs: Tensor,
+        targets: Tensor | None,
+        step: int,
+        first_row: int,
     ) -> Iterator[Tensor]:
         """Yield the derivatives of per-case losses with respect to the outputs, shaped like them.
 
@@ -220,21 +257,21 @@ class StatisticsPass:
         """
         detached = outputs.detach()
         if self._fisher_type == "exact":
-            yield from _root_columns(self._distribution, detached)
+            yield from _root_columns(distribution, detached)
             return
         if self._fisher_type == "mc":
             noise = keyed_noise(
-                self._distribution.noise,
+                distribution.noise,
                 seed=self._seed,
                 step=step,
                 rows=range(first_row, first_row + len(detached)),
-                shape=self._distribution.noise_shape(detached),
+                shape=distribution.noise_shape(detached),
                 like=detached,
             )
-            targets = self._distribution.sample(detached, noise)
+            targets = distribution.sample(detached, noise)
         assert targets is not None, "the empirical Fisher needs the training targets"
         leaf = detached.clone().requires_grad_()
-        loss = self._distribution.loss(leaf, targets).sum()
+        loss = distribution.loss(leaf, targets).sum()
         yield torch.autograd.grad(loss, leaf)[0]
 
 

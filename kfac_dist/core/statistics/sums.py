@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfac_dist.core.blocks.block import LayerBlock
 from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.blocks.sites import Site
 from kfac_dist.core.factors import KroneckerPair, LayerFactors, Link
 from kfac_dist.core.passes.capture import Captures, Gradients
+from kfac_dist.core.passes.case_axes import CaseAxes, CaseAxis, NoAxis, Place
 from kfac_dist.core.statistics.site_sums import KroneckerSums, SiteCall, SiteSums
 from kfac_dist.core.statistics.unit_sums import DiagonalSums, sums_for
 from kfac_dist.core.vector import is_finite
@@ -108,6 +109,7 @@ class StatisticsSums:
         bases: Mapping[str, KroneckerPair],
     ) -> None:
         self._num_cases = num_cases
+        self._reduces = registration.weight_sharing == "reduce"
         self._fisher_type = fisher_type
         self._links = tuple(links)
         self._bases = bases
@@ -134,16 +136,15 @@ class StatisticsSums:
             G=like.new_zeros((left.dim_G, right.dim_G)),
         )
 
-    def add_inputs(self, captures: Captures, without_cases: frozenset[nn.Module]) -> None:
-        """Add the inputs of the calls of each module.
-
-        The inputs of modules `without_cases` have no axis of cases, whatever their shape.
+    def add_inputs(self, captures: Captures, axes: CaseAxes) -> None:
+        """Add the inputs of the calls of each module, whose cases lie along `axes`.
 
         Raises:
-            InvalidSpecError: a call has no axis of cases, but the gradients of cases are needed.
+            InvalidSpecError: a call has no axis of cases, or it is not known which one it is, but
+                the gradients of cases are needed.
         """
         for sums in self._sites:
-            sums.add_inputs(list(self._calls(sums.site, captures, without_cases)))
+            sums.add_inputs(list(self._calls(sums.site, captures, axes)))
         for name, next_name in self._links:
             left, right = self._kronecker(name), self._kronecker(next_name)
             rows, next_rows = left.averaged_inputs, right.averaged_inputs
@@ -152,21 +153,53 @@ class StatisticsSums:
                 cross = torch.cat(rows).T @ torch.cat(next_rows)
                 self.sums.crosses[name].A.add_(cross / positions)
 
-    def _calls(
-        self, site: Site, captures: Captures, without_cases: frozenset[nn.Module]
-    ) -> Iterator[SiteCall]:
+    def _calls(self, site: Site, captures: Captures, axes: CaseAxes) -> Iterator[SiteCall]:
         """Yield the calls of the modules of a site, in order; a diagonal site observes none."""
         if site.rule is None:
             return
         for owner, module in zip(site.owners, site.modules, strict=True):
             for call in captures[module]:
-                num_cases = self._num_cases
-                if module in without_cases or not site.rule.has_case_axis(
-                    module, call.inputs, num_cases
-                ):
-                    self._check_sampled(owner, call.inputs)
-                    num_cases = 1
-                yield SiteCall(site.rule, module, call.inputs, num_cases)
+                inputs, place = call.inputs, axes.of_call(module, call.number)
+                axis = self._usable(place, site.rule.num_leading_axes(module, inputs), inputs)
+                if axis is not None:
+                    rows = axis.rows(inputs, self._num_cases)
+                    yield SiteCall(site.rule, module, rows, self._num_cases, axis)
+                    continue
+                known = place is NoAxis.WITHOUT_CASES
+                if known:
+                    self._check_sampled(owner, inputs)
+                has_axis = site.rule.has_case_axis(module, inputs, self._num_cases)
+                single = known or not has_axis or self._needs_cases(site)
+                if single and not known:
+                    self._check_known(owner, inputs)
+                num_cases = 1 if single else self._num_cases
+                yield SiteCall(site.rule, module, inputs, num_cases)
+
+    def _usable(self, place: Place, num_axes: int, inputs: Tensor) -> CaseAxis | None:
+        """Return where the cases lie if the rows of a call can be brought into their order."""
+        if not isinstance(place, CaseAxis) or place.axis >= num_axes:
+            return None
+        return place if place.fits(inputs, self._num_cases) else None
+
+    def _needs_cases(self, site: Site) -> bool:
+        """Return whether the sums of a site need to know which rows belong to one case."""
+        has_moments = any(block.name in self._bases for block in site.blocks)
+        return self._num_cases > 1 and (self._reduces or has_moments or site.kind == "unit-wise")
+
+    def _check_known(self, owner: str, inputs: Tensor) -> None:
+        """Refuse an input whose cases are not known, where a sum over all of them will not do.
+
+        The square of a sum of sampled derivatives will: see `site_sums`.
+        """
+        if self._fisher_type == "mc" and not self._reduces:
+            return
+        setting = "weight_sharing: reduce" if self._reduces else f"fisher_type: {self._fisher_type}"
+        raise InvalidSpecError(
+            f"layer {owner}: nothing shows which part of its input {tuple(inputs.shape)} belongs "
+            f"to which of the {self._num_cases} cases, which {setting} needs. Call it with [cases, "
+            "positions, ...], ask for a diagonal block with diagonal, or use fisher_type: mc with "
+            "weight_sharing: expand"
+        )
 
     def _check_sampled(self, owner: str, inputs: Tensor) -> None:
         """Refuse an input without an axis of cases unless the targets are sampled."""
@@ -198,7 +231,9 @@ class StatisticsSums:
         Sums of several derivatives, as for the columns of a root, are added by several calls.
         """
         for sums in self._sites:
-            sums.add_gradients([g for module in sums.site.modules for g in gradients[module]])
+            derivatives = [g for module in sums.site.modules for g in gradients[module]]
+            pairs = zip(sums.calls, derivatives, strict=True)
+            sums.add_gradients([call.rows(gradient) for call, gradient in pairs])
         for name, next_name in self._links:
             left, right = self._kronecker(name), self._kronecker(next_name)
             rows, next_rows = left.added_gradients, right.added_gradients

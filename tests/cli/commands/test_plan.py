@@ -124,3 +124,46 @@ def test_workers_that_share_the_cores_take_longer() -> None:
     assert step(1, 4) == 2.0
     assert step(3, 4) == 2.0  # with the server, four threads on four cores
     assert step(7, 4) == 4.0
+
+
+TASK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Labels:
+    distribution = "categorical"
+
+    def __init__(self, label):
+        self.label = label
+
+    def model(self):
+        return nn.Linear(3, 4)
+
+    def train_data(self, data_dir):
+        targets = torch.arange(40) % 4
+        targets[31] = self.label
+        return TensorDataset(torch.zeros(40, 3), targets)
+
+    def test_data(self, data_dir):
+        return TensorDataset(torch.zeros(40, 3), torch.arange(40) % 4)
+"""
+
+
+def test_a_label_out_of_range_is_named_by_every_check_of_the_data(
+    kfac_dist: KfacDist, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(TASK)
+    path = tmp_path / "labels.yaml"
+    path.write_text(
+        "{name: labels, task: 'mine.py:Labels', task_args: {label: 4}, steps: 2, batch_size: 8}"
+    )
+    for command in (("plan", path), ("validate", path), ("train", path, "--dry-run")):
+        done = kfac_dist(*command)
+        assert (done.code, done.out) == (1, "")
+        assert done.err == (
+            "error: train data, target of case 31 is 4: it must be a class from 0 to 3, or -100 "
+            "to be left out\n"
+        )
+    assert kfac_dist("plan", path, "--set", "task_args.label=-100").code == 0

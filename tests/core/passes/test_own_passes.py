@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 from kfac_dist import KFAC, KFACPreconditioner
 from kfac_dist.core.passes.own_passes import RandomStreams, own_passes
+from kfac_dist.errors import InvalidSpecError
 
 
 class Busy(nn.Module):
@@ -160,3 +161,17 @@ def test_the_measured_loss_is_that_of_the_same_dropout():
     computer = KFAC(model, distribution="categorical")._computer
     gradient = computer.gradient(inputs, targets)
     assert computer.loss(inputs, targets) == pytest.approx(float(gradient.loss), rel=1e-6)
+
+
+def test_derivatives_by_the_inputs_that_may_be_in_the_loss_are_refused_in_training():
+    """Derivatives by the inputs in the loss would be missing from the curvature."""
+    inputs, _ = batch()
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    preconditioner = KFACPreconditioner(model, distribution="gaussian")
+    outputs = model(inputs.requires_grad_())
+    with pytest.raises(InvalidSpecError, match="require gradients"):
+        torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+    # As in an attack, whose passes are no part of the loss.
+    torch.autograd.grad(model.eval()(inputs).sum(), inputs, create_graph=True)
+    model.train()(nn.Linear(5, 5)(inputs)).sum().backward()  # from another network
+    preconditioner.step()

@@ -86,3 +86,51 @@ def test_a_distributed_run_agrees_with_the_serial_optimizer(
     check = assert_bitwise_serial if num_workers == 1 else assert_serial_to_rounding
     with closing(LocalJob(spec, tmp_path)) as job:
         check(job, spec, tmp_path)
+
+
+PADDED = '''\
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Parities:
+    """Labels each of six symbols by its parity; the last ones of a sequence are left out."""
+
+    distribution = "categorical"
+
+    def model(self):
+        return SequenceFirst()
+
+    def train_data(self, data_dir):
+        generator = torch.Generator().manual_seed(1)
+        symbols = torch.randint(0, 7, (120, 6), generator=generator)
+        lengths = torch.randint(0, 7, (120, 1), generator=generator)
+        labels = (symbols % 2).masked_fill(torch.arange(6) >= lengths, -100)
+        return TensorDataset(symbols, labels)
+
+    def test_data(self, data_dir):
+        return self.train_data(data_dir)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.symbols = nn.Embedding(7, 6)
+        self.norm = nn.LayerNorm(6)
+        self.output = nn.Linear(6, 2)
+
+    def forward(self, symbols):
+        return self.output(torch.tanh(self.norm(self.symbols(symbols.T)))).transpose(0, 1)
+'''
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_padded_sequences_in_a_sequence_first_model_agree_with_the_serial_optimizer(
+    num_workers: int, tmp_path: Path
+) -> None:
+    workers = {"gradient": num_workers, "inverse": 1}
+    spec = user_spec(tmp_path, PADDED, "Parities", optimizer={"inverse": "ekfac"}, workers=workers)
+    check = assert_bitwise_serial if num_workers == 1 else assert_serial_to_rounding
+    with closing(LocalJob(spec, tmp_path)) as job:
+        check(job, spec, tmp_path)
