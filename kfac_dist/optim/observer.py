@@ -8,24 +8,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.calls import ModelCall, ModelCalls
 
 
 class ForwardObserver:
     """Keeps the inputs of forward passes in training mode with gradients enabled.
 
-    It keeps them only while `wants()` is true, in the steps that need statistics.
+    It keeps them only while `wants()` is true, in the steps that need statistics, as `calls` reads
+    them.
 
     Raises:
-        InvalidSpecError: in such a pass, the model was not called with one tensor.
+        InvalidSpecError: in such a pass, the model was called with inputs that cannot be divided
+            into cases.
     """
 
-    def __init__(self, model: nn.Module, wants: Callable[[], bool]) -> None:
+    def __init__(self, model: nn.Module, wants: Callable[[], bool], calls: ModelCalls) -> None:
         self._wants = wants
-        self._inputs: list[Tensor] = []
+        self._calls = calls
+        self._inputs: list[ModelCall] = []
         self._paused = False
         model.register_forward_pre_hook(self._observe, with_kwargs=True)
 
@@ -34,17 +37,11 @@ class ForwardObserver:
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or not (module.training and torch.is_grad_enabled()):
             return
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise InvalidSpecError(
-                f"KFACPreconditioner: {type(plain_module(module)).__name__} was called with "
-                f"{len(args)} positional and {len(kwargs)} keyword arguments; it must be called "
-                "with one tensor. Wrap it in a module that takes one tensor and passes on its parts"
-            )
         if self._wants():
-            self._inputs.append(args[0].detach())
+            self._inputs.append(self._calls.read(plain_module(module), args, kwargs))
 
-    def pop_inputs(self) -> list[Tensor]:
-        """Return the inputs since the last call, in order, and forget them."""
+    def pop_inputs(self) -> list[ModelCall]:
+        """Return the calls since the last call, in order, and forget them."""
         taken, self._inputs = self._inputs, []
         return taken
 

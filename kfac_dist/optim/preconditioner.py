@@ -22,8 +22,9 @@ from kfac_dist.core.inverse.precondition import matrices_of, vector_of
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
 from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
-from kfac_dist.core.vector import is_finite, rows_at, trainable_parameters, unflatten
+from kfac_dist.core.vector import is_finite, trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
+from kfac_dist.optim.calls import ModelCall, ModelCalls, RepeatedCalls
 from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
 
 # Options of `KFAC` about the step, which here is the user's own optimizer's.
@@ -64,7 +65,7 @@ class KFACPreconditioner:
     T). If your loss is a mean over positions, multiply the damping and the learning rate by T.
 
     Args:
-        model: called with one tensor of inputs, the cases along its first axis; returns one tensor
+        model: called with tensors of inputs, the cases along their first axes; returns one tensor
             of outputs, which parametrise `distribution`. It may be wrapped in
             DistributedDataParallel, and compiled.
         distribution: predictive distribution of the outputs: `"bernoulli"`, `"categorical"` or
@@ -78,6 +79,7 @@ class KFACPreconditioner:
             directions. By default it is the group of DistributedDataParallel, or else the default
             group of torch.distributed if that is initialised.
         seed: seed of the targets that are sampled for the factors.
+        calls: how to read calls of the model and what it returns, if that is not one tensor.
         options: further options of `KFAC`: `inverse`, `fisher_type` (`"mc"` or `"exact"`),
             `factor_decay`, `factor_update_period`, `inverse_update_period`,
             `statistics_fraction`, `pi_norm`, and those that choose the layers' blocks.
@@ -103,6 +105,7 @@ class KFACPreconditioner:
         lr: float | Callable[[], float] | None = None,
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
+        calls: ModelCalls | None = None,
         **options: Any,
     ) -> None:
         self.settings = _settings(damping, options)
@@ -116,8 +119,9 @@ class KFACPreconditioner:
         self._group = process_group or process_group_of(model)
         plain = plain_module(model)
         self._registration = register(plain, self.settings)
+        self._repeated = RepeatedCalls(plain)
         self._computer = BatchComputer(
-            plain,
+            self._repeated,
             distribution=get_distribution(distribution),
             seed=seed,
             registration=self._registration,
@@ -132,7 +136,9 @@ class KFACPreconditioner:
             damping_adapt_period=None,
         )
         self._observer = ForwardObserver(
-            model, wants=lambda: self._schedule.plan(self.step_count + 1).update_factors
+            model,
+            wants=lambda: self._schedule.plan(self.step_count + 1).update_factors,
+            calls=calls or ModelCalls(),
         )
 
     @property
@@ -173,29 +179,28 @@ class KFACPreconditioner:
         statistics, num_cases = self._statistics(plan.step, inputs)
         self._curvature.update(plan.step, statistics, num_cases)
 
-    def _statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
+    def _statistics(self, step: int, inputs: list[ModelCall]) -> tuple[BatchStatistics, int]:
         """Return the sums over all micro-batches and processes, and their number of cases."""
         with self._observer.paused():
             statistics, num_cases = self._own_statistics(step, inputs)
         return statistics, self._reduce(statistics, num_cases)
 
-    def _own_statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
+    def _own_statistics(self, step: int, inputs: list[ModelCall]) -> tuple[BatchStatistics, int]:
         """Return the sums over the micro-batches of this process, and their number of cases."""
         rank, num_processes = self._place()
         links, bases = self._curvature.structure.links, self._curvature.shelf.bases()
         first_row, num_cases, parts = 0, 0, []
-        for part in inputs:
-            rows = subset_positions(len(part), self.settings.statistics_fraction)
-            parts.append(
-                self._computer.statistics(
-                    rows_at(part, rows),
-                    None,
-                    step=step,
-                    first_row=first_row + rank * len(rows),
-                    links=links,
-                    bases=bases,
-                )
-            )
+        for call in inputs:
+            rows = subset_positions(call.num_cases, self.settings.statistics_fraction)
+            row = first_row + rank * len(rows)
+            for part in call.parts(rows):
+                with self._repeated.repeating(part) as cases:
+                    parts.append(
+                        self._computer.statistics(
+                            cases, None, step=step, first_row=row, links=links, bases=bases
+                        )
+                    )
+                row += part.num_cases
             first_row += num_processes * len(rows)
             num_cases += len(rows)
         total = parts[0]

@@ -301,11 +301,15 @@ def test_mistakes_are_reported(make, message):
         make()
 
 
-def test_a_model_of_two_inputs_is_refused_with_advice():
-    model = TwoInputs()
-    preconditioner_for(model)
-    with pytest.raises(InvalidSpecError, match="Wrap it in a module"):
-        model(torch.zeros(2, 6), torch.zeros(2, 6))
+def test_a_model_of_two_inputs_is_the_function_of_both():
+    one, two = nn.Linear(6, 3), TwoInputs()
+    two.linear.load_state_dict(one.state_dict())
+    left, right = job.data(0)[0], job.data(1)[0]
+    for model, inputs in ((one, (left + right,)), (two, (left, right))):
+        preconditioner = preconditioner_for(model, statistics_fraction=0.5)
+        model(*inputs).square().sum().backward()
+        preconditioner.step()
+    assert torch.equal(one.weight.grad, two.linear.weight.grad)
 
 
 def test_options_are_those_of_kfac():
