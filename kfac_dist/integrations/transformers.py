@@ -44,17 +44,18 @@ def _base(model: nn.Module) -> nn.Module:
     inner = getattr(model, "get_base_model", None)
     if inner is None:
         return model
-    prompts = [
-        name
-        for name, config in getattr(model, "peft_config", {}).items()
-        if config.is_prompt_learning
-    ]
-    if prompts:
-        raise InvalidSpecError(
-            f"kfac_dist.integrations: adapter {prompts[0]} of {type(model).__name__} adds "
-            "positions to the inputs, which labels and masks of a call do not have; use LoRA "
-            "or another adapter of weights"
-        )
+    for name, config in getattr(model, "peft_config", {}).items():
+        if config.is_prompt_learning:
+            raise InvalidSpecError(
+                f"kfac_dist.integrations: adapter {name} of {type(model).__name__} adds positions "
+                "to the inputs, which labels and masks of a call do not have; use LoRA"
+            )
+        if getattr(config, "use_dora", False):
+            raise InvalidSpecError(
+                f"kfac_dist.integrations: adapter {name} of {type(model).__name__} uses DoRA, "
+                "which calls its layers on an identity matrix, too; K-FAC would count its rows as "
+                "cases. Use LoRA without use_dora"
+            )
     base: nn.Module = inner()
     return base
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.core.passes.running_statistics import batch_norms
 from kfac_dist.errors import InvalidSpecError
 
 Arguments = Mapping[str, Any]
@@ -248,6 +249,21 @@ class RepeatedCalls(nn.Module):
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules of the model, itself among them."""
         yield from self.__dict__["inner"].named_modules(*args, **kwargs)
+
+    def parts(self, call: ModelCall, cases: Sequence[int]) -> list[ModelCall]:
+        """Return the parts of a call with the cases at these places, as `ModelCall.parts` does.
+
+        Raises:
+            InvalidSpecError: there are several parts, and batch normalisation couples the cases.
+        """
+        parts = list(call.parts(cases))
+        if len(parts) > 1 and batch_norms(self):
+            raise InvalidSpecError(
+                f"KFACPreconditioner: {call.model} has batch normalisation, and its cases have "
+                f"{len(parts)} different lengths without their padding, so statistics of the whole "
+                "batch cannot be repeated; give all cases of a batch one length"
+            )
+        return parts
 
     @contextmanager
     def repeating(self, call: ModelCall) -> Iterator[Tensor]:

@@ -193,7 +193,7 @@ class KFACPreconditioner:
         for call in inputs:
             rows = subset_positions(call.num_cases, self.settings.statistics_fraction)
             row = first_row + rank * len(rows)
-            for part in call.parts(rows):
+            for part in self._repeated.parts(call, rows):
                 with self._repeated.repeating(part) as cases:
                     parts.append(
                         self._computer.statistics(

@@ -1,7 +1,7 @@
 """A torchvision that does not import is hidden.
 
-One that was built for another torch fails with a RuntimeError. No library of the extra needs it, but
-all of them import it if they find it.
+One that was built for another torch fails with a RuntimeError. No library of the extra needs it,
+but all of them import it if they find it.
 """
 
 import importlib.metadata

@@ -126,6 +126,23 @@ class Sequence(Plain):
     """Rows of a case as positions of its outputs."""
 
 
+def test_batch_normalisation_needs_one_length():
+    class Normalised(Ragged):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, inputs, mask):
+            return super().forward(self.norm(inputs.mT).mT, mask)
+
+    inputs, mask = torch.stack([X, Y], dim=1), torch.ones(CASES, 2)
+    calls = ModelCalls(padded={"mask": ["inputs"]})
+    first_step(Normalised(), inputs, mask, calls=calls)
+    mask[1, 1] = 0
+    with pytest.raises(InvalidSpecError, match="batch normalisation.*2 different lengths"):
+        first_step(Normalised(), inputs, mask, calls=calls)
+
+
 def test_outputs_that_the_loss_does_not_count_have_no_derivative():
     inputs = torch.stack([X, Y], dim=1)
     counted = torch.tensor([True, False]).expand(CASES, -1)
