@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kfac_dist._version import __version__
 
 if TYPE_CHECKING:
-    from kfac_dist.optim.calls import ModelCalls
+    from kfac_dist.optim.model_calls import ModelCalls
     from kfac_dist.optim.optimizer import KFAC
     from kfac_dist.optim.preconditioner import KFACPreconditioner
     from kfac_dist.optim.step_result import StepResult
@@ -22,7 +22,7 @@ _MODULES = {
     "Client": "kfac_dist.service.client",
     "KFAC": "kfac_dist.optim.optimizer",
     "KFACPreconditioner": "kfac_dist.optim.preconditioner",
-    "ModelCalls": "kfac_dist.optim.calls",
+    "ModelCalls": "kfac_dist.optim.model_calls",
     "StepResult": "kfac_dist.optim.step_result",
     "train": "workers.api",
 }

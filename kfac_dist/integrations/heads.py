@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kfac_dist.core.passes.distributions import DistributionName
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.optim.calls import Arguments, ModelCalls
+from kfac_dist.optim.model_calls import Arguments, ModelCalls
 
 # The label of positions without a target, in torch's cross-entropy and in these models.
 IGNORED = -100
@@ -41,19 +41,21 @@ _PADDED = {
         "inputs_embeds",
         "token_type_ids",
         "position_ids",
+        "input_values",
+        "input_features",
     ),
     "decoder_attention_mask": ("decoder_input_ids", "decoder_inputs_embeds"),
 }
 
 
-class Head(NamedTuple):
+class ModelHead(NamedTuple):
     """The predictive distribution of a model, and how its calls are read."""
 
     distribution: DistributionName
     calls: ModelCalls
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: nn.Module) -> ModelHead:
     """Return what the class and the configuration of a model say about its predictions.
 
     Raises:
@@ -63,19 +65,19 @@ def head_of(model: nn.Module) -> Head:
     if name.endswith(_CAUSAL):
         padded = _with_labels(_PADDED, "attention_mask")
         # The last position has no next token.
-        return Head(
+        return ModelHead(
             "categorical",
             _calls(outputs=lambda result: result.logits[:, :-1], padded=padded, counted=_next),
         )
     if name.endswith(_BY_POSITION):
         padded = _with_labels(_PADDED, "attention_mask")
-        return Head("categorical", _calls(padded=padded, counted=_labelled))
+        return ModelHead("categorical", _calls(padded=padded, counted=_labelled))
     if name.endswith(_SEQ2SEQ) and hasattr(model, "prepare_decoder_input_ids_from_labels"):
         padded = _with_labels(_PADDED, "decoder_attention_mask")
         prepare = partial(_with_decoder_inputs, model)
-        return Head("categorical", _calls(padded=padded, counted=_labelled, prepare=prepare))
+        return ModelHead("categorical", _calls(padded=padded, counted=_labelled, prepare=prepare))
     if name.endswith(_BY_CASE):
-        return Head(_distribution(model), _calls(padded=_padded_cases(name)))
+        return ModelHead(_distribution(model), _calls(padded=_PADDED))
     known = ", ".join((*_CAUSAL, *_BY_POSITION, *_SEQ2SEQ, *_BY_CASE))
     raise InvalidSpecError(
         f"kfac_dist.integrations: {name} ends with no head that is known ({known}); give "
@@ -91,12 +93,6 @@ def _calls(**fields: Any) -> ModelCalls:
 def _with_labels(padded: Mapping[str, tuple[str, ...]], mask: str) -> Mapping[str, tuple[str, ...]]:
     """Return which arguments have padding, where the labels have that of one mask."""
     return {**padded, mask: (*padded[mask], "labels")}
-
-
-def _padded_cases(name: str) -> Mapping[str, tuple[str, ...]]:
-    if not name.endswith("ForAudioClassification"):
-        return _PADDED
-    return {"attention_mask": ("input_values", "input_features")}
 
 
 def _distribution(model: Any) -> DistributionName:

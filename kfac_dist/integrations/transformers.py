@@ -109,8 +109,8 @@ class KFACTrainerCallback(TrainerCallback):
                 self.preconditioner.load_state_dict(saved)
                 return
         warnings.warn(
-            f"KFACTrainerCallback: training goes on at step {step}, but {folders[0]} has no "
-            f"{STATE_FILE}; the factors start anew",
+            f"KFACTrainerCallback: training resumes at step {step}, but {folders[0]} has no "
+            f"{STATE_FILE}; the factors start again from nothing",
             stacklevel=2,
         )
 

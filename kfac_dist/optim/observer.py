@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfac_dist.optim.calls import ModelCall, ModelCalls
+from kfac_dist.optim.model_calls import ModelCall, ModelCalls
 
 
 class ForwardObserver:

@@ -24,7 +24,7 @@ from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, trainable_parameters, unflatten
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.optim.calls import ModelCall, ModelCalls, RepeatedCalls
+from kfac_dist.optim.model_calls import ModelCall, ModelCalls, RepeatedCalls
 from kfac_dist.optim.observer import ForwardObserver, plain_module, process_group_of
 
 # Options of `KFAC` about the step, which here is the user's own optimizer's.

@@ -8,6 +8,7 @@ from torch import nn
 
 from kfac_dist import KFACPreconditioner
 from kfac_dist.config import kfac_settings
+from kfac_dist.core.blocks.layer_rules import rule_for
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
 
@@ -244,6 +245,25 @@ def test_a_masked_language_model_counts_the_masked_tokens():
     )
 
 
+def test_sounds_are_computed_without_their_padding():
+    config = hf.Wav2Vec2Config(
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        conv_dim=(6,), conv_kernel=(4,), conv_stride=(2,), feat_extract_norm="layer",
+        num_conv_pos_embeddings=3, num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
+        classifier_proj_size=WIDTH, layerdrop=0.0, hidden_dropout=0.0, attention_dropout=0.0,
+        activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0, num_labels=3,
+    )  # fmt: skip
+    lengths = [12, 20, 16]
+    mask = (torch.arange(20) < torch.tensor(lengths).unsqueeze(1)).long()
+    sounds = torch.randn(CASES, 20, dtype=torch.float64) * mask
+    check(
+        built(hf.Wav2Vec2ForSequenceClassification, config),
+        lambda m: m(input_values=sounds, attention_mask=mask),
+        lambda m, x: m(x).logits,
+        cases_of(sounds, lengths),
+    )
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -293,6 +313,15 @@ def test_conv1d_is_a_linear_layer_with_its_weight_transposed(inverse):
         transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
         other = other.T if transposed and other.dim() == 2 else other
         torch.testing.assert_close(direction, other, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_conv1d_that_computes_something_else_has_no_rule():
+    class Scaled(Conv1D):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert rule_for(Conv1D(3, 2)) is not None
+    assert rule_for(Scaled(3, 2)) is None
 
 
 def test_the_factors_of_conv1d_are_those_of_a_linear_layer():

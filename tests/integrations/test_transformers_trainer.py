@@ -84,7 +84,7 @@ def test_a_resumed_trainer_continues_with_the_same_factors(tmp_path):
 
 def test_a_checkpoint_without_factors_is_warned_of(tmp_path):
     trainer(tmp_path, steps=2, save_steps=2).train()
-    with pytest.warns(UserWarning, match="at step 2.*the factors start anew"):
+    with pytest.warns(UserWarning, match="at step 2.*the factors start again"):
         trainer(tmp_path, KFACTrainerCallback(**tiny.OPTIONS)).train(resume_from_checkpoint=True)
 
 

@@ -268,7 +268,7 @@ def rule_for(module: nn.Module) -> LayerRule[Any] | None:
             return rule
     for base in type(module).__mro__:
         foreign = FOREIGN_LAYER_RULES.get(f"{base.__module__}.{base.__qualname__}")
-        if foreign is not None and type(module).forward is base.__dict__["forward"]:
+        if foreign is not None and type(module).forward is base.__dict__.get("forward"):
             return foreign
     return None
 

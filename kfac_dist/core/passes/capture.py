@@ -35,7 +35,7 @@ def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
 
     def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        edge = get_gradient_edge(out) if out.requires_grad else None
+        edge = get_gradient_edge(_written_by(out)) if out.requires_grad else None
         captures[module].append(Call(inputs.detach(), out.shape, edge))
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in captures]
@@ -44,6 +44,17 @@ def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _written_by(out: Tensor) -> Tensor:
+    """Return the base of an output that is all of it in another shape, else the output.
+
+    Writing in place into a view moves its history to its base, so only the edge of that stays.
+    """
+    base = out._base
+    if base is None or not base.requires_grad or base.numel() != out.numel():
+        return out
+    return base if base.is_contiguous() and out.is_contiguous() else out
 
 
 Gradients = dict[nn.Module, list[Tensor]]
@@ -69,7 +80,7 @@ def output_gradients(outputs: Tensor, captures: Captures, derivative: Tensor) ->
 
 
 def _or_zeros(gradient: Tensor | None, call: Call, like: Tensor) -> Tensor:
-    return like.new_zeros(call.shape) if gradient is None else gradient
+    return like.new_zeros(call.shape) if gradient is None else gradient.reshape(call.shape)
 
 
 def modules_without_cases(

@@ -139,7 +139,7 @@ def test_batch_normalisation_needs_one_length():
     calls = ModelCalls(padded={"mask": ["inputs"]})
     first_step(Normalised(), inputs, mask, calls=calls)
     mask[1, 1] = 0
-    with pytest.raises(InvalidSpecError, match="batch normalisation.*2 different lengths"):
+    with pytest.raises(InvalidSpecError, match=r"batch normalisation.*2 different lengths"):
         first_step(Normalised(), inputs, mask, calls=calls)
 
 
@@ -224,3 +224,31 @@ def test_names_are_needed_where_options_name_arguments():
     with pytest.raises(InvalidSpecError, match="call it with keywords"):
         first_step(Wrapper(), X, calls=calls)
     first_step(Wrapper(), X)
+
+
+class Overwriting(nn.Module):
+    """Sets positions of a layer's outputs to zero, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.in_place = in_place
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        hole = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        hole[:, 0] = True
+        if self.in_place:
+            hidden[hole] = 0  # the output of a linear layer is a view here
+        else:
+            hidden = hidden.masked_fill(hole.unsqueeze(-1), 0)
+        return self.last(torch.tanh(hidden))
+
+
+def test_outputs_of_a_layer_may_be_overwritten_in_place():
+    inputs = torch.stack([X, Y], dim=1)
+    seen, expected = (
+        direction(Overwriting(in_place), lambda model: model(inputs)) for in_place in (True, False)
+    )
+    torch.testing.assert_close(seen, expected)

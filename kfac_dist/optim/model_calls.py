@@ -154,7 +154,7 @@ class ModelCall:
         """Yield calls with the cases at these places, those of equal lengths without padding.
 
         Raises:
-            InvalidSpecError: padding is not on the right, or a case is nothing but padding.
+            InvalidSpecError: padding is not on the right, or a case is only padding.
         """
         some = self if len(cases) == self.num_cases else self.take(torch.tensor(cases))
         masks = [name for name in self.reader.padded if some.arguments.get(name) is not None]
