@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kfac_dist._version import __version__
 
 if TYPE_CHECKING:
+    from kfac_dist.optim.model_calls import ModelCalls
     from kfac_dist.optim.optimizer import KFAC
     from kfac_dist.optim.preconditioner import KFACPreconditioner
     from kfac_dist.optim.step_result import StepResult
@@ -21,11 +22,20 @@ _MODULES = {
     "Client": "kfac_dist.service.client",
     "KFAC": "kfac_dist.optim.optimizer",
     "KFACPreconditioner": "kfac_dist.optim.preconditioner",
+    "ModelCalls": "kfac_dist.optim.model_calls",
     "StepResult": "kfac_dist.optim.step_result",
     "train": "workers.api",
 }
 
-__all__ = ["KFAC", "Client", "KFACPreconditioner", "StepResult", "__version__", "train"]
+__all__ = [
+    "KFAC",
+    "Client",
+    "KFACPreconditioner",
+    "ModelCalls",
+    "StepResult",
+    "__version__",
+    "train",
+]
 
 
 def __getattr__(name: str) -> object:

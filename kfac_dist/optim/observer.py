@@ -5,21 +5,20 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from kfac_dist.coordination.steps.sampling import SubsetRule
-from kfac_dist.core.passes.outputs import checked_outputs
-from kfac_dist.core.vector import rows_at
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.optim.axes import cases_of
+from kfac_dist.optim.model_calls import ModelCall, ModelCalls, tensors_in
 
 # More backward passes than this belong to no step of a usual loop. The statistics are an estimate,
 # which the first thousand of equal passes serve as well as all of them.
@@ -44,14 +43,29 @@ def unobserved() -> Iterator[None]:
 
 
 class ObservedPass:
-    """One forward pass: what is kept of its inputs, None once a step has taken it.
+    """One forward pass: what is kept of its call, None once a step has taken it.
 
     The graph of the pass owns this object until a backward pass reaches it. So a pass without a
     backward pass is forgotten with its graph.
     """
 
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs: Tensor | None = inputs
+    def __init__(self, inputs: ModelCall) -> None:
+        self.inputs: ModelCall | None = inputs
+
+
+Keep = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], ModelCall]
+
+
+class _Begun(NamedTuple):
+    """A pass that has begun: its arguments, and the versions of the tensors among them."""
+
+    kept: ObservedPass
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+
+    def given(self) -> list[Tensor]:
+        return list(tensors_in((self.args, self.kwargs)))
 
 
 class ForwardObserver:
@@ -65,7 +79,9 @@ class ForwardObserver:
     Args:
         model: the model to observe.
         parameters: its trainable parameters, whose `.grad` tells when gradients were cleared.
-        keep: returns what is kept of an input, as a copy: the loop may overwrite its tensor.
+        keep: returns what is kept of a call of the plain model, as a copy: the loop may overwrite
+            its tensors.
+        outputs: returns the outputs of the model of this name from its result.
 
     Attributes:
         wanted: whether passes are observed, as in the steps that need statistics.
@@ -73,20 +89,24 @@ class ForwardObserver:
             backward pass.
 
     Raises:
-        InvalidSpecError: in an observed pass, the model was not called with one tensor, did not
-            return one, or changed its input in place; or derivatives by its input are part of a
-            graph.
+        InvalidSpecError: in an observed pass, the call cannot be divided into cases, its result
+            has no outputs, or the model changed its input in place; or derivatives by its input
+            are part of a graph.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[Tensor], keep: Callable[[Tensor], Tensor]
+        self,
+        model: nn.Module,
+        parameters: Sequence[Tensor],
+        keep: Keep,
+        outputs: Callable[[str, Any], Tensor],
     ) -> None:
         self.wanted = True
         self.num_forward = 0
         self._parameters = list(parameters)
         self._keep = keep
-        # By thread: what is kept of the input, the input itself, and its version.
-        self._begun: dict[int, tuple[ObservedPass, weakref.ref[Tensor], int]] = {}
+        self._outputs = outputs
+        self._begun: dict[int, _Begun] = {}  # by thread
         self._passes: list[ObservedPass] = []
         self._backward = -1  # the last backward pass that reached an observed pass
         for hook in [h for h in model._forward_pre_hooks.values() if isinstance(h, ObserverHook)]:
@@ -116,33 +136,27 @@ class ForwardObserver:
             return
         if not (module.training and torch.is_grad_enabled()):
             return
-        name = type(plain_module(module)).__name__
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            given = ", ".join([type(a).__name__ for a in args] + [f"{key}=" for key in kwargs])
-            raise InvalidSpecError(
-                f"KFACPreconditioner: {name} was called with ({given}); it must be called with "
-                "one tensor. Wrap it in a module that takes one tensor and passes on its parts"
-            )
         if self.wanted:
-            kept = ObservedPass(self._keep(args[0].detach()))
-            source = weakref.ref(args[0])
-            self._begun[threading.get_ident()] = kept, source, version_of(args[0])
+            given = (args, dict(kwargs))
+            kept = ObservedPass(self._keep(plain_module(module), *given))
+            versions = [version_of(tensor) for tensor in tensors_in(given)]
+            self._begun[threading.get_ident()] = _Begun(kept, *given, versions)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Give the kept input of the pass to its graph, for a backward pass to hand over."""
+        """Give the kept call of the pass to its graph, for a backward pass to hand over."""
         begun = self._begun.pop(threading.get_ident(), None)
         if begun is None:
             return
-        name = type(plain_module(module)).__name__
-        checked_outputs(output, f"KFACPreconditioner: {name}")
-        kept, source, version = begun
-        given = source()
-        if given is not None and version_of(given) != version and self._is_changed(kept, given):
-            raise InvalidSpecError(f"KFACPreconditioner: {in_place_message(name)}")
+        model = plain_module(module)
+        outputs = self._outputs(type(model).__name__, output)
+        if self._is_changed(begun, model):
+            raise InvalidSpecError(f"KFACPreconditioner: {in_place_message(type(model).__name__)}")
         self.num_forward += 1
-        observer = weakref.ref(self)
-        by_inputs = given is not None and given.requires_grad and given.is_leaf
-        by_inputs = by_inputs and not isinstance(given, nn.Parameter)
+        observer, kept = weakref.ref(self), begun.kept
+        by_inputs = any(
+            tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, nn.Parameter)
+            for tensor in begun.given()
+        )
 
         def reached(_gradients: tuple[Tensor | None, ...]) -> None:
             alive = observer()
@@ -153,14 +167,18 @@ class ForwardObserver:
                 raise InvalidSpecError(_BY_INPUTS)
             alive._take(kept)
 
-        # A view that is overwritten later is left out of the graph, its base is not.
-        tensors = (output, output._base) if output._base is not None else (output,)
-        for node in [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]:
+        for node in _nodes([outputs, *tensors_in(output)]):
             node.register_prehook(reached)
 
-    def _is_changed(self, kept: ObservedPass, given: Tensor) -> bool:
+    def _is_changed(self, begun: _Begun, model: nn.Module) -> bool:
+        if [version_of(tensor) for tensor in begun.given()] == begun.versions:
+            return False
+        if begun.kept.inputs is None:
+            return True
         # Views of one tensor have one version: another thread may have filled another part.
-        return kept.inputs is None or not torch.equal(kept.inputs, self._keep(given.detach()))
+        again = self._keep(model, begun.args, begun.kwargs)
+        pairs = zip(begun.kept.inputs.tensors(), again.tensors(), strict=True)
+        return not all(torch.equal(one, other) for one, other in pairs)
 
     def _take(self, reached: ObservedPass) -> None:
         """Note that a backward pass has reached an observed pass, before it gives gradients."""
@@ -190,13 +208,23 @@ class ForwardObserver:
         """Observed passes that a backward pass has reached, whose inputs are kept."""
         return len(self._passes)
 
-    def pop_inputs(self) -> list[Tensor]:
-        """Return what was kept of the inputs since the last call, in order, and forget it."""
+    def pop_inputs(self) -> list[ModelCall]:
+        """Return what was kept of the calls since the last call, in order, and forget it."""
         taken, self._passes, self.num_forward = self._passes, [], 0
         kept = [one.inputs for one in taken if one.inputs is not None]
         for one in taken:
             one.inputs = None  # the user may keep the graph
         return kept
+
+
+def _nodes(tensors: Iterable[Tensor]) -> list[Node]:
+    """Return the operations whose derivatives the tensors' graphs begin with, each once.
+
+    A view that is overwritten later is left out of the graph, its base is not; and outputs that
+    are a slice of a result are not in the graph of a loss of the whole result.
+    """
+    both = [one for tensor in tensors for one in (tensor, tensor._base) if one is not None]
+    return list(dict.fromkeys(one.grad_fn for one in both if one.grad_fn is not None))
 
 
 def unseen_message(step: int, num_forward: int) -> str:
@@ -249,18 +277,31 @@ class ObserverHook:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def statistics_rows(
-    inputs: Tensor, *, subset: SubsetRule, fraction: float, dtype: torch.dtype, case_axis: int
-) -> Tensor:
-    """Return the cases of an input that the statistics are computed on, as a copy [n, ...].
+def statistics_part(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    calls: ModelCalls,
+    subset: SubsetRule,
+    fraction: float,
+    dtype: torch.dtype,
+    case_axis: int,
+) -> ModelCall:
+    """Return the cases of a call that the statistics are computed on, as copies.
 
     Raises:
-        InvalidSpecError: the tensor has no axis of cases.
+        InvalidSpecError: the call cannot be divided into cases.
     """
-    cases = cases_of(inputs, case_axis, "KFACPreconditioner")
-    kept = rows_at(cases, subset.positions(len(cases), fraction))
-    rows = in_type_of_parameters(kept, dtype)
-    return rows.clone() if rows is cases else rows
+    call = calls.read(model, args, kwargs, case_axis)
+    positions = subset.positions(call.num_cases, fraction)
+    part = call if len(positions) == call.num_cases else call.take(torch.tensor(positions))
+
+    def copied(tensor: Tensor) -> Tensor:
+        kept = in_type_of_parameters(tensor, dtype)
+        return kept.clone() if kept is tensor else kept
+
+    return part.changed(copied)
 
 
 def in_type_of_parameters(values: Tensor, dtype: torch.dtype) -> Tensor:

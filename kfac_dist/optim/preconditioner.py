@@ -21,19 +21,25 @@ from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.inverse.curvature import Curvature
 from kfac_dist.core.inverse.precondition import matrices_of, vector_of
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
-from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.core.step.step_rule import constrained_step
 from kfac_dist.core.vector import is_finite, unflatten
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
 from kfac_dist.optim.axes import checked_case_axis
+from kfac_dist.optim.call_statistics import (
+    RepeatedCalls,
+    place_in,
+    reduce_statistics,
+    statistics_of_calls,
+)
 from kfac_dist.optim.factor_memory import check_factor_memory
+from kfac_dist.optim.model_calls import ModelCalls
 from kfac_dist.optim.model_guard import ModelGuard, check_model
 from kfac_dist.optim.observer import (
     ForwardObserver,
     plain_module,
     process_group_of,
-    statistics_rows,
+    statistics_part,
     unobserved,
     unseen_message,
 )
@@ -87,7 +93,7 @@ class KFACPreconditioner:
     T). If your loss is a mean over positions, multiply the damping and the learning rate by T.
 
     Args:
-        model: called with one tensor of inputs; returns one tensor of outputs, which parametrise
+        model: called with tensors of inputs; returns one tensor of outputs, which parametrise
             `distribution`. It may be wrapped in DistributedDataParallel, and compiled.
         distribution: predictive distribution of the outputs: `"bernoulli"`, `"categorical"` or
             `"gaussian"`, as for `KFAC`.
@@ -103,6 +109,7 @@ class KFACPreconditioner:
             directions. By default it is the group of DistributedDataParallel, or else the default
             group of torch.distributed if that is initialised.
         seed: seed of the targets that are sampled for the factors.
+        calls: how to read calls of the model and what it returns, if that is not one tensor.
         options: further options of `KFAC`: `inverse`, `fisher_type` (`"mc"` or `"exact"`),
             `factor_decay`, `factor_update_period`, `inverse_update_period`,
             `statistics_fraction`, `pi_norm`, and those that choose the layers' blocks.
@@ -132,6 +139,7 @@ class KFACPreconditioner:
         lr: float | Callable[[], float] | None = None,
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
+        calls: ModelCalls | None = None,
         **options: Any,
     ) -> None:
         self.settings = preconditioner_settings(damping, options)
@@ -155,12 +163,11 @@ class KFACPreconditioner:
         self._registration = register(plain, self.settings)
         check_fused(_OWNER, self.settings, self._registration.sites)
         self._computer = BatchComputer(
-            plain,
+            RepeatedCalls(plain),
             distribution=get_distribution(distribution, class_axis),
             seed=check_count(_OWNER, "seed", seed),
             registration=self._registration,
             fisher_type=self.settings.fisher_type,
-            case_axis=checked_case_axis(case_axis),
         )
         check_factor_memory(self._registration, self._computer.parameters[0])
         self._guard = ModelGuard(plain, _OWNER)
@@ -172,18 +179,22 @@ class KFACPreconditioner:
             damping_adapt_period=None,
         )
         # Who sets the fraction gets it; by default a small batch is used as a whole.
-        least = 1 if "statistics_fraction" in options else -(-_LEAST_STATISTICS // self._place()[1])
+        num_processes = place_in(self._group)[1]
+        least = 1 if "statistics_fraction" in options else -(-_LEAST_STATISTICS // num_processes)
+        calls = calls or ModelCalls()
         # `keep` must not refer to this object, or nothing would end the hooks with it.
         self._observer = ForwardObserver(
             model,
             self._computer.parameters,
             keep=partial(
-                statistics_rows,
+                statistics_part,
+                calls=calls,
                 subset=SubsetRule(least_cases=max(self._registration.least_cases, least)),
                 fraction=self.settings.statistics_fraction,
                 dtype=self._computer.parameters[0].dtype,
-                case_axis=case_axis,
+                case_axis=checked_case_axis(case_axis),
             ),
+            outputs=calls.outputs_of,
         )
 
     def remove(self) -> None:
@@ -278,11 +289,13 @@ class KFACPreconditioner:
             return
         num_forward = self._observer.num_forward
         inputs = self._observer.pop_inputs()
-        num_processes = self._place()[1]
-        if not inputs and num_processes == 1:
+        place = place_in(self._group)
+        if not inputs and place[1] == 1:
             raise InvalidSpecError(unseen_message(plan.step, num_forward))
-        statistics, num_cases = self._own_statistics(plan.step, inputs)
-        num_cases = self._reduce(statistics, num_cases)
+        statistics, num_cases = statistics_of_calls(
+            self._computer, self._curvature, inputs, step=plan.step, place=place
+        )
+        num_cases = reduce_statistics(statistics, num_cases, self._group)
         if num_cases == 0:
             if not inputs:
                 raise InvalidSpecError(unseen_message(plan.step, num_forward))
@@ -291,49 +304,6 @@ class KFACPreconditioner:
                 "needs at least one"
             )
         self._curvature.update(plan.step, statistics, num_cases)
-
-    def _own_statistics(self, step: int, inputs: list[Tensor]) -> tuple[BatchStatistics, int]:
-        """Return the sums over the micro-batches of this process, and their number of cases.
-
-        A process without cases takes part with sums that are zero, so that no other waits for it.
-        """
-        rank, num_processes = self._place()
-        links, bases = self._curvature.structure.links, self._curvature.shelf.bases()
-        first_row, num_cases, parts = 0, 0, []
-        for part in inputs or [self._computer.parameters[0].new_zeros(0)]:
-            parts.append(
-                self._computer.statistics(
-                    part,
-                    None,
-                    step=step,
-                    first_row=first_row + rank * len(part),
-                    links=links,
-                    bases=bases,
-                )
-            )
-            first_row += num_processes * len(part)
-            num_cases += len(part)
-        total = parts[0]
-        for other in parts[1:]:
-            total.add_(other)
-        return total, num_cases
-
-    def _place(self) -> tuple[int, int]:
-        if self._group is None:
-            return 0, 1
-        return dist.get_rank(self._group), dist.get_world_size(self._group)
-
-    def _reduce(self, statistics: BatchStatistics, num_cases: int) -> int:
-        """Sum over the processes, in place; return the number of cases of all processes."""
-        if self._group is None:
-            return num_cases
-        tensors = list(statistics.tensors())
-        count = tensors[0].new_tensor([num_cases])
-        flat = torch.cat([tensor.reshape(-1) for tensor in (*tensors, count)])
-        dist.all_reduce(flat, group=self._group)
-        for tensor, piece in zip(tensors, unflatten(flat[:-1], tensors), strict=True):
-            tensor.copy_(piece)
-        return int(flat[-1])
 
     def _invert(self, plan: StepPlan) -> None:
         if plan.refresh_inverses:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kfac_dist import KFAC, KFACPreconditioner
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim import observer as observer_module
+from kfac_dist.optim.call_statistics import statistics_of_calls
 
 INPUTS, TARGETS = torch.randn(32, 6), torch.randint(3, (32,))
 
@@ -53,8 +54,8 @@ def watched(preconditioner):
     """Return a list that gets a weak reference to whatever is kept of an input from now on."""
     keep, kept = preconditioner._observer._keep, []
 
-    def and_note(inputs):
-        rows = keep(inputs)
+    def and_note(*call):
+        rows = keep(*call)
         kept.append(weakref.ref(rows))
         return rows
 
@@ -350,7 +351,9 @@ def test_other_parts_of_a_buffer_may_be_filled_during_a_pass():
 
 def test_a_process_without_a_pass_takes_part_with_zeros():
     preconditioner = preconditioner_for(network())
-    statistics, num_cases = preconditioner._own_statistics(1, [])
+    statistics, num_cases = statistics_of_calls(
+        preconditioner._computer, preconditioner._curvature, [], step=1, place=(0, 1)
+    )
     assert num_cases == 0
     assert not any(tensor.any() for tensor in statistics.tensors())
 

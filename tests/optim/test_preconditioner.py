@@ -17,7 +17,7 @@ from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.passes.distributions import get_distribution
 from kfac_dist.errors import InvalidSpecError
 
-JOB = Path(__file__).parent / "ddp_job.py"
+JOB = Path(__file__).parent / "processes" / "ddp_job.py"
 _spec = importlib.util.spec_from_file_location("ddp_job", JOB)
 job = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(job)
@@ -301,12 +301,15 @@ def test_mistakes_are_reported(make, message):
         make()
 
 
-def test_a_model_of_two_inputs_is_refused_with_advice():
-    model = TwoInputs()
-    preconditioner = preconditioner_for(model)
-    with pytest.raises(InvalidSpecError, match="Wrap it in a module"):
-        model(torch.zeros(2, 6), torch.zeros(2, 6))
-    preconditioner.remove()
+def test_a_model_of_two_inputs_is_the_function_of_both():
+    one, two = nn.Linear(6, 3), TwoInputs()
+    two.linear.load_state_dict(one.state_dict())
+    left, right = job.data(0)[0], job.data(1)[0]
+    for model, inputs in ((one, (left + right,)), (two, (left, right))):
+        preconditioner = preconditioner_for(model, statistics_fraction=0.5)
+        model(*inputs).square().sum().backward()
+        preconditioner.step()
+    assert torch.equal(one.weight.grad, two.linear.weight.grad)
 
 
 def test_options_are_those_of_kfac():

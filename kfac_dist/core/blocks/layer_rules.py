@@ -7,8 +7,9 @@ and positions, cases first. The homogeneous coordinate is left out. In each row 
 `s = W a`. If its units share no parameters, unit u is `s_u = w_u . a_u` instead, and the features
 are the a_u one after the other.
 
-To add a type of layer, add its rule (unless one here fits) and its row in `LAYER_RULES`. Nothing
-else in the library asks for the type of a layer.
+To add a type of layer, add its rule (unless one here fits) and its row in `LAYER_RULES`, or in
+`FOREIGN_LAYER_RULES` if the class is another library's. Nothing else in this library
+asks for the type of a layer.
 """
 
 from __future__ import annotations
@@ -81,6 +82,13 @@ class LinearRule(LayerRule[nn.Linear]):
     """`s = W a` in the last axis; the axes between it and the cases are positions."""
 
     is_linear = True
+
+
+class TransposedLinearRule(LayerRule[nn.Module]):
+    """`s = W^T a` in the last axis: Hugging Face's Conv1D, whose weight is [inputs, outputs]."""
+
+    is_linear = True
+    transposed = True
 
 
 class EmbeddingRule(LayerRule[nn.Embedding]):
@@ -251,6 +259,11 @@ LAYER_RULES: dict[type[nn.Module], LayerRule[Any]] = {
     nn.BatchNorm3d: ChannelNormRule(_batch_norm),
 }
 
+# Layers of libraries that this one does not import, by the full name of the class.
+FOREIGN_LAYER_RULES: dict[str, LayerRule[Any]] = {
+    "transformers.pytorch_utils.Conv1D": TransposedLinearRule(),
+}
+
 
 def rule_for(module: nn.Module) -> LayerRule[Any] | None:
     """Return the rule in the table for a module, None if its type is not there.
@@ -260,6 +273,10 @@ def rule_for(module: nn.Module) -> LayerRule[Any] | None:
     for kind, rule in LAYER_RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return rule
+    for base in type(module).__mro__:
+        foreign = FOREIGN_LAYER_RULES.get(f"{base.__module__}.{base.__qualname__}")
+        if foreign is not None and type(module).forward is base.__dict__.get("forward"):
+            return foreign
     return None
 
 

@@ -40,7 +40,7 @@ def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
 
     def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        edge = get_gradient_edge(out) if out.requires_grad else None
+        edge = get_gradient_edge(_written_by(out)) if out.requires_grad else None
         calls = captures[module]
         calls.append(Call(full(inputs.detach()), out.shape, edge, len(calls)))
 
@@ -53,6 +53,17 @@ def capturing(modules: Iterable[nn.Module]) -> Iterator[Captures]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _written_by(out: Tensor) -> Tensor:
+    """Return the base of an output that is all of it in another shape, else the output.
+
+    Writing in place into a view moves its history to its base, so only the edge of that stays.
+    """
+    base = out._base
+    if base is None or not base.requires_grad or base.numel() != out.numel():
+        return out
+    return base if base.is_contiguous() and out.is_contiguous() else out
 
 
 Gradients = dict[nn.Module, list[Tensor]]
@@ -78,4 +89,6 @@ def output_gradients(outputs: Tensor, captures: Captures, derivative: Tensor) ->
 
 
 def _or_zeros(gradient: Tensor | None, call: Call, like: Tensor) -> Tensor:
-    return like.new_zeros(call.shape) if gradient is None else full(gradient)
+    if gradient is None:
+        return like.new_zeros(call.shape)
+    return full(gradient).reshape(call.shape)

@@ -10,11 +10,14 @@ from kfac_dist.errors import InvalidSpecError
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def checked_outputs(outputs: object, model: str) -> Tensor:
+_ADVICE = "Wrap it in a module that returns only these"
+
+
+def checked_outputs(outputs: object, model: str, advice: str = _ADVICE) -> Tensor:
     """Return what a model returned, which must be one tensor.
 
     Raises:
-        InvalidSpecError: it did not; the message begins with `model`.
+        InvalidSpecError: it did not; the message begins with `model` and ends with `advice`.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -25,7 +28,7 @@ def checked_outputs(outputs: object, model: str) -> Tensor:
         what += f" of {len(outputs)} elements"
     raise InvalidSpecError(
         f"{model} returned a {what}; it must return one tensor, the outputs that parametrise the "
-        "distribution. Wrap it in a module that returns only these"
+        f"distribution. {advice}"
     )
 
 
