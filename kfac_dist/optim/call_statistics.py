@@ -134,9 +134,8 @@ def statistics_of_calls(
     assert isinstance(repeated, RepeatedCalls)
     rank, num_processes = place
     links, bases = curvature.structure.links, curvature.shelf.bases()
-    nothing = torch.zeros(0, dtype=torch.int64)
-    total = computer.statistics(nothing, None, step=step, links=links, bases=bases)
-    first_row, num_cases, is_first = 0, 0, True
+    total: BatchStatistics | None = None
+    first_row, num_cases = 0, 0
     for call in calls:
         row = first_row + rank * call.num_cases
         for part in repeated.parts(call):
@@ -144,13 +143,16 @@ def statistics_of_calls(
                 sums = computer.statistics(
                     cases, None, step=step, first_row=row, links=links, bases=bases
                 )
-            if is_first:
-                total, is_first = sums, False
+            if total is None:
+                total = sums
             else:
                 total.add_(sums)
             row += part.num_cases
         first_row += num_processes * call.num_cases
         num_cases += call.num_cases
+    if total is None:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        total = computer.statistics(nothing, None, step=step, links=links, bases=bases)
     return total, num_cases
 
 

@@ -26,7 +26,17 @@ _FOREIGN = (
     "momentum",
     "precondition_dtype",
 )
-_ARGUMENTS = ("distribution", "damping", "norm_constraint", "lr", "process_group", "seed")
+_ARGUMENTS = (
+    "distribution",
+    "case_axis",
+    "class_axis",
+    "damping",
+    "norm_constraint",
+    "lr",
+    "process_group",
+    "seed",
+    "calls",
+)
 _PRECONDITIONER = "KFACPreconditioner"
 _SHOWN = 8  # names in a message
 
