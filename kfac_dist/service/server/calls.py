@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -32,7 +33,9 @@ from kfac_dist.service.wire.status import to_status
 
 _log = logging.getLogger(__name__)
 
-_MAX_DETAILS_BYTES = 4000  # clients in other languages accept 8 KiB of metadata in all
+# gRPC's default allows 8 KiB of metadata in all and above that refuses at random. A message is sent
+# up to three times: as the status's text, in the rich status, and as the violation of a field.
+_MAX_DETAILS_BYTES = 2000
 _RECHECK_SECONDS = 30.0  # a stream whose token was revoked ends within this time
 
 if TYPE_CHECKING:
@@ -230,10 +233,16 @@ def _internal(error: Exception) -> KfacDistError:
 
 def _shortened(error: KfacDistError) -> KfacDistError:
     """Cut the error's message to what fits into metadata, and replace what is not text."""
-    text = error.message.encode(errors="replace")
-    cut = text[:_MAX_DETAILS_BYTES].decode(errors="ignore")
-    error.message = cut if len(text) <= _MAX_DETAILS_BYTES else f"{cut} ..."
+    text = error.message.encode(errors="replace").decode()
+    sent = accumulate(_sent_bytes(character) for character in text)
+    kept = sum(size <= _MAX_DETAILS_BYTES for size in sent)
+    error.message = text if kept == len(text) else f"{text[:kept]} ..."
     return error
+
+
+def _sent_bytes(character: str) -> int:
+    """Return the bytes of a character in a status's text: %XX for all but printable ASCII."""
+    return 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
 
 
 def _serialize(message: Message) -> bytes:

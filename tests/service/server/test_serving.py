@@ -140,6 +140,10 @@ def test_a_message_too_long_for_metadata_is_shortened(server: Serving) -> None:
             )
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "unknown_key_0" in caught.value.details()
+    details = caught.value.details().encode()
+    rich = [len(value) for key, value in caught.value.trailing_metadata() if key.endswith("-bin")]
+    assert len(details) > 1000
+    assert 3 * details.count("ü".encode()) * 2 + len(details) + sum(rich) < 7000  # of 8 KiB
 
 
 SINGLE = {
