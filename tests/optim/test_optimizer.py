@@ -1,4 +1,3 @@
-import io
 import math
 
 import pytest
@@ -14,6 +13,7 @@ from kfac_dist.core.statistics.sums import BatchStatistics
 from kfac_dist.errors import InvalidSpecError
 from tests.oracles.truth import dense
 from tests.oracles.truth.cases import DISTRIBUTIONS, Case
+from tests.saved_optimizers import assert_same_next_steps
 
 RULES = {
     "adaptive": {
@@ -78,28 +78,12 @@ def test_training_lowers_the_objective(distribution, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("saved_after", [0, 1, 5, 8])
 def test_state_round_trip_gives_the_same_next_steps_bitwise(saved_after, rule, fisher_type):
-    case = case_for("categorical")
-    inputs, targets = case.data()
     options = {"fisher_type": fisher_type, "averaging": {"decay": 0.9, "start": 4}}
-    model = case.model()
-    optimizer = optimizer_for(model, "categorical", rule, **options)
-    for _ in range(saved_after):
-        optimizer.step(inputs, targets)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    for _ in range(7):
-        expected = optimizer.step(inputs, targets)
 
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    other_model = case.model()
-    other_model.load_state_dict(saved["model"])
-    other = optimizer_for(other_model, "categorical", rule, **options)
-    other.load_state_dict(saved["optimizer"])
-    for _ in range(7):
-        result = other.step(inputs, targets)
-    assert result == expected
-    assert torch.equal(dense.parameter_vector(other_model), dense.parameter_vector(model))
+    def optimizer_of(model):
+        return optimizer_for(model, "categorical", rule, **options)
+
+    optimizer, other = assert_same_next_steps(case_for("categorical"), optimizer_of, saved_after)
     assert torch.equal(other.averaged_parameters, optimizer.averaged_parameters)
 
 

@@ -3,7 +3,6 @@
 Each step is compared with dense matrices in `tests/oracles/test_serial_against_slow_kfac.py`.
 """
 
-import io
 from functools import cache
 from itertools import pairwise
 
@@ -13,8 +12,8 @@ from torch import nn
 
 from kfac_dist import KFAC
 from kfac_dist.errors import InvalidSpecError
-from tests.oracles.truth import dense
 from tests.oracles.truth.cases import DISTRIBUTIONS, Case
+from tests.saved_optimizers import assert_same_next_steps
 
 INVERSES = ("block_tridiagonal", "ekfac")
 
@@ -54,27 +53,10 @@ def test_training_lowers_the_objective(inverse, distribution, step_rule):
 @pytest.mark.parametrize("inverse", INVERSES)
 @pytest.mark.parametrize("saved_after", [0, 1, 5, 8])
 def test_state_round_trip_gives_the_same_next_steps_bitwise(saved_after, inverse, fisher_type):
-    case = case_for("categorical")
-    inputs, targets = case.data()
-    model = case.model()
-    optimizer = optimizer_for(model, "categorical", inverse, fisher_type=fisher_type)
-    for _ in range(saved_after):
-        optimizer.step(inputs, targets)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    for _ in range(7):
-        expected = optimizer.step(inputs, targets)
+    def optimizer_of(model):
+        return optimizer_for(model, "categorical", inverse, fisher_type=fisher_type)
 
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    other_model = case.model()
-    other_model.load_state_dict(saved["model"])
-    other = optimizer_for(other_model, "categorical", inverse, fisher_type=fisher_type)
-    other.load_state_dict(saved["optimizer"])
-    for _ in range(7):
-        result = other.step(inputs, targets)
-    assert result == expected
-    assert torch.equal(dense.parameter_vector(other_model), dense.parameter_vector(model))
+    assert_same_next_steps(case_for("categorical"), optimizer_of, saved_after)
 
 
 @pytest.mark.parametrize("inverse", INVERSES)
