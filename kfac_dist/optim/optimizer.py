@@ -2,7 +2,8 @@
 
 `KFAC.step` reads like the paper. The distributed run does the same work with the same functions:
 `BatchComputer` in the gradient workers, `FactorAverages` and a `Structure` in the inverse workers,
-`KFACUpdate` in the parameter server.
+`DirectionComputer` and `KFACUpdate` in the
+parameter server.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.sampling import SubsetRule
 from kfac_dist.coordination.steps.staleness import StalenessBound
+from kfac_dist.core.blocks.layout import BlockLayout
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.blocks.registration_report import ReportRow
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import LayerFactors
 from kfac_dist.core.inverse.curvature import Curvature
+from kfac_dist.core.inverse.directions import DirectionComputer
 from kfac_dist.core.inverse.shelf import (
     InverseVersion,
     all_inverted_for,
@@ -35,7 +38,14 @@ from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.distributions import DistributionName, get_distribution
 from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.averaging import ParameterAverage
-from kfac_dist.core.step.choice import Choice
+from kfac_dist.core.step.block_numbers import (
+    DirectionNumbers,
+    block_numbers,
+    block_squares,
+    direction_numbers,
+    total_square,
+)
+from kfac_dist.core.step.choice import Choice, combine
 from kfac_dist.core.step.update import KFACUpdate
 from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
@@ -149,7 +159,10 @@ class KFAC(torch.optim.Optimizer):
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
         self._theta = flatten(self._parameters)
         self._gradient = torch.empty_like(self._theta)
-        self._update = KFACUpdate(self.settings, self._registration, torch.zeros_like(self._theta))
+        self._layout = BlockLayout(self._registration.blocks)
+        self._previous_update = torch.zeros_like(self._theta)
+        self._update = KFACUpdate(self.settings)
+        self._directions = DirectionComputer(self.settings, self._curvature.structure)
         averaging = self.settings.averaging
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
         self.step_count = 0
@@ -197,9 +210,9 @@ class KFAC(torch.optim.Optimizer):
         self._invert(plan)
         admitted = self._admit(plan)
         gammas = self._tried_gammas(plan, admitted)
-        directions = self._precondition(gradient, admitted, gammas)
+        directions, numbers = self._precondition(gradient, admitted, gammas)
         fisher = self._fisher_products(plan, inputs, targets, directions, trace)
-        choice = self._update.choose(gradient, directions, gammas, fisher, lr=plan.lr)
+        choice = self._update.choose(numbers, gammas, fisher, lr=plan.lr)
         if not choice.applied:
             return self._skipped(plan, loss, objective)
         self._curvature.shelf.use(admitted, choice.gamma, search_open=self._update.search_open)
@@ -226,7 +239,14 @@ class KFAC(torch.optim.Optimizer):
         return flatten(self._parameters, self._theta)
 
     def _l2_term(self, theta: Tensor) -> float:
-        return 0.5 * self.settings.l2 * float(torch.dot(theta, theta))
+        if self.settings.l2 == 0:
+            return 0.0
+        squares = block_squares(self._matrices(theta).values())
+        return 0.5 * self.settings.l2 * total_square(squares)
+
+    def _matrices(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return each block's matrix [dim_G, dim_A] in `vector` [P], copied."""
+        return self._layout.matrices(self._layout.gather(vector))
 
     @staticmethod
     def _is_finite(loss: float, gradient: Tensor) -> bool:
@@ -274,11 +294,17 @@ class KFAC(torch.optim.Optimizer):
         gradient: Tensor,
         admitted: Mapping[str, InverseVersion],
         gammas: tuple[float, ...],
-    ) -> Tensor:
+    ) -> tuple[Tensor, DirectionNumbers]:
+        """Return one direction for each gamma, [C, P], and what the step rule needs of them."""
         inverses = [layer_inverses(nearest_inverses(admitted, gamma)) for gamma in gammas]
-        directions, fallen = self._update.directions(gradient, inverses, gammas)
+        matrices = self._matrices(gradient)
+        solved, fallen = self._directions.compute(matrices, inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
-        return directions
+        numbers = block_numbers(matrices, solved, self._matrices(self._previous_update))
+        directions = gradient.new_empty((len(solved), len(gradient)))
+        for by_block, direction in zip(solved, directions, strict=True):
+            self._layout.write_parameters(by_block, direction)
+        return directions, direction_numbers(numbers)
 
     def _fisher_products(
         self,
@@ -292,13 +318,15 @@ class KFAC(torch.optim.Optimizer):
         if fraction is None:
             return None
         rows = self._subset.positions(len(inputs), fraction)
-        vectors = [*directions, self._update.previous_update]
+        vectors = [*directions, self._previous_update]
         traced = trace and trace.rows_at(rows)
         own = rows_at(inputs, rows), rows_at(targets, rows)
         return self._computer.fisher_sums(own[0], vectors, traced, own[1]).mean(len(rows))
 
     def _apply(self, plan: StepPlan, choice: Choice, directions: Tensor) -> None:
-        add_to_parameters(self._parameters, self._update.advance(choice, directions))
+        direction = directions[choice.candidate]
+        update = combine(direction, self._previous_update, choice.alpha, choice.mu)
+        add_to_parameters(self._parameters, update)
         if self._average is not None:
             self._average.update(plan.step, self._flat_parameters())
 
@@ -363,7 +391,10 @@ class KFAC(torch.optim.Optimizer):
         """Return all that the next step depends on, except for the parameters themselves."""
         state = {
             "step_count": self.step_count,
-            "update": self._update.state_dict(),
+            "update": {
+                **self._update.state_dict(),
+                "previous_update": self._previous_update.clone(),
+            },
             "param_groups": [self._lr.state(self.param_groups[0])],
             **self._curvature.state_dict(),
         }
@@ -390,7 +421,7 @@ class KFAC(torch.optim.Optimizer):
         self._lr.restore(self.param_groups[0], state_dict["param_groups"][0])
         self.step_count = state_dict["step_count"]
         self._update.load_state_dict(state_dict["update"])
-        self._update.previous_update = self._update.previous_update.to(self._theta)
+        self._previous_update.copy_(state_dict["update"]["previous_update"])
         self._curvature.load_state_dict(state_dict, self._theta)
         if self._average is not None and "average" in state_dict:
             self._average.load_state_dict(state_dict["average"])

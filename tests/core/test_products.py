@@ -6,8 +6,10 @@ import torch
 from kfac_dist.config import KFACSpec, kfac_settings
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.factors import KroneckerPair
+from kfac_dist.core.inverse.directions import DirectionComputer
+from kfac_dist.core.inverse.precondition import matrices_of, vector_of
+from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.products import RoundedCopies, aligned_empty, two_sided
-from kfac_dist.core.step.update import KFACUpdate
 from tests.core.inverse.layers_of_a_chain import STRUCTURES, at, gradients, prepared, structure_of
 from tests.oracles.truth.cases import Case
 
@@ -87,10 +89,12 @@ def test_the_update_applies_what_the_settings_say():
     }
     directions = {}
     for dtype in ("float32", "bfloat16"):
-        update = KFACUpdate(
-            kfac_settings({"precondition_dtype": dtype}), registration, torch.zeros_like(gradient)
-        )
-        directions[dtype], fallen = update.directions(gradient, [inverses], [1.0])
+        settings = kfac_settings({"precondition_dtype": dtype})
+        structure = structure_for(settings, registration.names, registration.links)
+        computer = DirectionComputer(settings, structure)
+        matrices = matrices_of(gradient, registration.blocks)
+        (solved,), fallen = computer.compute(matrices, [inverses], [1.0])
+        directions[dtype] = vector_of(solved, registration.blocks, gradient)
         assert fallen == ()
     error = (directions["float32"] - directions["bfloat16"]).norm()
     assert 0 < error <= 4 * UNIT * directions["float32"].norm()

@@ -11,11 +11,11 @@ is a quadratic in (alpha, mu), with F the exact Fisher on the current batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from kfac_dist.core.step.block_numbers import DirectionNumbers
 
 # Below this relative determinant the two vectors are parallel to working precision.
 _PARALLEL = 1e-12
@@ -75,36 +75,20 @@ def _form(matrix: tuple[float, float, float], x: float, y: float) -> float:
     return matrix[0] * x * x + 2 * matrix[1] * x * y + matrix[2] * y * y
 
 
-def plane_models(
-    gradient: Tensor, directions: Iterable[Tensor], previous_update: Tensor, gram: Tensor | None
-) -> list[PlaneModel]:
-    """Return the model on the plane of each direction and the previous update, all [P].
+def plane_models(numbers: DirectionNumbers, gram: Tensor | None) -> list[PlaneModel]:
+    """Return the model on the plane of each direction and the previous update.
 
     `gram` [C + 1, C + 1] holds the Fisher products of the C directions and, last, the previous
     update, means over cases. If it is None, the Fisher products of the models are 0.
     """
-    slope_previous = torch.dot(gradient, previous_update)
-    square_previous = torch.dot(previous_update, previous_update)
+    size = len(numbers.directions) + 1
+    products = [[0.0] * size] * size if gram is None else gram.tolist()
     # Delta is minus the direction, hence the signs.
-    rows = [
-        torch.stack(
-            (
-                -torch.dot(gradient, direction),
-                slope_previous,
-                torch.dot(direction, direction),
-                -torch.dot(direction, previous_update),
-                square_previous,
-            )
-        )
-        for direction in directions
-    ]
-    numbers = torch.stack(rows).double().tolist()  # one transfer to the host for all candidates
-    products = [[0.0] * (len(rows) + 1)] * (len(rows) + 1) if gram is None else gram.tolist()
     return [
         PlaneModel(
-            slopes=(row[0], row[1]),
-            squares=(row[2], row[3], row[4]),
+            slopes=(-with_gradient, numbers.gradient_previous),
+            squares=(square, -with_previous, numbers.previous_previous),
             fisher=(products[c][c], -products[c][-1], products[-1][-1]),
         )
-        for c, row in enumerate(numbers)
+        for c, (with_gradient, square, with_previous) in enumerate(numbers.directions)
     ]

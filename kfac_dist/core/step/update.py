@@ -1,7 +1,7 @@
-"""The parameter server's part of the algorithm: direction, step, damping, gamma.
+"""The decisions of a step: step size, momentum, damping, gamma.
 
-The serial optimizer and the parameter server both hold one `KFACUpdate`. It owns damping, gamma
-and the previous update, and does not depend on where the gradient was computed.
+The serial optimizer and the first shard of the parameter server hold one `KFACUpdate`. It decides
+from a few numbers of the whole vectors, and does not depend on where these are.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from kfac_dist.config import KFACSpec
-from kfac_dist.core.blocks.registration import Registration
-from kfac_dist.core.inverse.precondition import LayerInverse, matrices_of, write_matrices
-from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.passes.fisher import FisherMeans, fisher_fraction
-from kfac_dist.core.products import RoundedCopies
-from kfac_dist.core.step.choice import Choice, combine, skipped_choice
+from kfac_dist.core.step.block_numbers import DirectionNumbers
+from kfac_dist.core.step.choice import Choice, skipped_choice
 from kfac_dist.core.step.plane_model import PlaneModel, plane_models
 from kfac_dist.core.step.step_rule import step_rule_for
 
@@ -27,7 +24,7 @@ _RATIO_GOOD, _RATIO_BAD = 3 / 4, 1 / 4
 
 
 class KFACUpdate:
-    """Damping, gamma and the previous update, and the rules by which they move.
+    """Damping and gamma, and the rules by which they move.
 
     `damping` is adapted (docs/algorithm.md#damping), stays fixed, or is set each step by a
     schedule. `gamma`, the strength of the factored damping, starts at sqrt(damping + l2) unless it
@@ -36,19 +33,13 @@ class KFACUpdate:
     along a direction, infinite before the first.
     """
 
-    def __init__(
-        self, settings: KFACSpec, registration: Registration, previous_update: Tensor
-    ) -> None:
+    def __init__(self, settings: KFACSpec) -> None:
         self.settings = settings
         self.damping = settings.damping.first
         self.gamma = self._gamma_for(self.damping)
-        self.previous_update = previous_update
         self.fisher_noise = math.inf
         self._rule = step_rule_for(settings)
         self._search: tuple[float, ...] | None = None  # gammas of a search that is still open
-        self._blocks = registration.blocks
-        self._copies = RoundedCopies() if settings.precondition_dtype == "bfloat16" else None
-        self._structure = structure_for(settings, registration.names, registration.links)
 
     def _gamma_for(self, damping: float) -> float:
         """Return the gamma that goes with a damping if gamma is not searched for."""
@@ -105,29 +96,6 @@ class KFACUpdate:
         tried, self._search = self._search, None
         return tried
 
-    def directions(
-        self,
-        gradient: Tensor,
-        inverses: Sequence[Mapping[str, LayerInverse]],
-        gammas: Sequence[float],
-    ) -> tuple[Tensor, tuple[str, ...]]:
-        """Return one direction for each set of inverses, [C, P].
-
-        Also the layers that fell back to the gradient in any of them.
-        """
-        matrices = matrices_of(gradient, self._blocks)
-        if self._copies is not None:
-            inverses = self._copies.round(inverses)
-        tried = [
-            self._structure.precondition(matrices, by_layer, gamma)
-            for by_layer, gamma in zip(inverses, gammas, strict=True)
-        ]
-        directions = gradient.new_empty((len(tried), len(gradient)))
-        for direction, (solved, _) in zip(directions, tried, strict=True):
-            write_matrices(solved, self._blocks, direction)
-        fallen = dict.fromkeys(name for _, names in tried for name in names)
-        return directions, tuple(fallen)
-
     def fisher_fraction(self, num_cases: int, *, measure: bool) -> float | None:
         """Return the fraction of the batch for the exact Fisher products of a step.
 
@@ -140,8 +108,7 @@ class KFACUpdate:
 
     def choose(
         self,
-        gradient: Tensor,
-        directions: Tensor,
+        numbers: DirectionNumbers,
         gammas: Sequence[float],
         fisher: FisherMeans | None,
         *,
@@ -153,15 +120,15 @@ class KFACUpdate:
         candidate is finite, the choice is to apply nothing, and the damping is raised.
 
         Args:
-            gradient: gradient of the objective [P].
-            directions: one direction a candidate, [C, P].
+            numbers: inner products of the gradient of the objective, of one direction a candidate,
+                and of the previous update.
             gammas: the gamma of each candidate.
             fisher: Fisher products of the directions and, last, the previous update; None if
                 `fisher_fraction` was None.
             lr: learning rate of the step, None under a rule that does not take one.
         """
         gram = None if fisher is None else fisher.gram
-        models = plane_models(gradient, directions, self.previous_update, gram)
+        models = plane_models(numbers, gram)
         tried = [
             self._choice(number, gamma, model, lr, has_fisher=fisher is not None)
             for number, (gamma, model) in enumerate(zip(gammas, models, strict=True))
@@ -198,13 +165,6 @@ class KFACUpdate:
             predicted_change=model.change(alpha, mu, ridge) if has_fisher else None,
             prediction_for_ratio=model.change(alpha, mu, included) if has_fisher else None,
         )
-
-    def advance(self, choice: Choice, directions: Tensor) -> Tensor:
-        """Return the update [P] of a choice and remember it as the previous update."""
-        self.previous_update = combine(
-            directions[choice.candidate], self.previous_update, choice.alpha, choice.mu
-        )
-        return self.previous_update
 
     def adapt_damping(self, choice: Choice, actual_change: float) -> float | None:
         """Move the damping by the reduction ratio (docs/algorithm.md#damping), and return it.
@@ -246,7 +206,6 @@ class KFACUpdate:
             "gamma": torch.tensor(self.gamma, dtype=torch.float64),
             "fisher_noise": torch.tensor(self.fisher_noise, dtype=torch.float64),
             "search": torch.tensor(self._search or (), dtype=torch.float64),
-            "previous_update": self.previous_update.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -255,4 +214,3 @@ class KFACUpdate:
         self.gamma = float(state["gamma"])
         self.fisher_noise = float(state["fisher_noise"])
         self._search = tuple(state["search"].tolist()) or None
-        self.previous_update = state["previous_update"].clone()

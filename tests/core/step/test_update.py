@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kfac_dist.config import kfac_settings
-from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.passes.fisher import FisherMeans
-from kfac_dist.core.step.choice import Choice
+from kfac_dist.core.step.block_numbers import block_numbers, direction_numbers
+from kfac_dist.core.step.choice import Choice, combine
 from kfac_dist.core.step.update import KFACUpdate
 
 W1 = 19 / 20
@@ -16,11 +16,14 @@ ASKEW = torch.tensor([4.0, 0.0, 3.0], dtype=torch.float64)
 
 
 def update_for(**options):
-    settings = kfac_settings({"fisher_type": "exact", **options})
-    nothing = Registration(
-        sites=(), weight_sharing="expand", report=(), num_parameters=len(GRADIENT)
-    )
-    return KFACUpdate(settings, nothing, torch.zeros_like(GRADIENT))
+    return KFACUpdate(kfac_settings({"fisher_type": "exact", **options}))
+
+
+def numbers_of(directions, gradient=GRADIENT, previous=None):
+    """The numbers of vectors that are one block."""
+    previous = torch.zeros_like(gradient) if previous is None else previous
+    tried = [{"all": direction} for direction in directions]
+    return direction_numbers(block_numbers({"all": gradient}, tried, {"all": previous}))
 
 
 def flat_fisher(count):
@@ -61,7 +64,7 @@ def test_the_candidate_with_the_lowest_model_wins(winner):
     update = update_for(damping={"initial": 1.0})
     gammas = update.gammas(search=True)
     directions = torch.stack([ALONG if c == winner else ASKEW for c in range(3)])
-    choice = update.choose(GRADIENT, directions, gammas, flat_fisher(3), lr=None)
+    choice = update.choose(numbers_of(directions), gammas, flat_fisher(3), lr=None)
     assert choice.applied
     assert choice.candidate == winner
     assert update.gamma == choice.gamma == gammas[winner]
@@ -82,7 +85,7 @@ def test_gamma_moves_both_ways_up_to_its_bounds(winner, bound):
             winner if len(gammas) == 3 else gammas.index(min(gammas, key=lambda g: abs(g - bound)))
         )
         directions = torch.stack([ALONG if c == best else ASKEW for c in range(len(gammas))])
-        update.choose(GRADIENT, directions, gammas, flat_fisher(len(gammas)), lr=None)
+        update.choose(numbers_of(directions), gammas, flat_fisher(len(gammas)), lr=None)
         seen.append(update.gamma)
     assert seen[-1] == bound
     assert seen == sorted(seen, reverse=winner == 1)
@@ -157,7 +160,7 @@ def test_a_number_that_is_not_finite_is_not_applied(where, bad):
     gradient, directions, fisher = GRADIENT.clone(), ALONG.unsqueeze(0).clone(), flat_fisher(1)
     {"gradient": gradient, "directions": directions, "gram": fisher.gram}[where].view(-1)[0] = bad
     before = update.gamma
-    choice = update.choose(gradient, directions, (before,), fisher, lr=None)
+    choice = update.choose(numbers_of(directions, gradient), (before,), fisher, lr=None)
     assert not choice.applied
     assert (choice.alpha, choice.mu, choice.update_norm) == (0.0, 0.0, 0.0)
     assert update.damping == pytest.approx(8.0 / W1**5)
@@ -173,7 +176,7 @@ def test_a_candidate_that_is_not_finite_leaves_the_choice_to_the_others(spoiled,
     directions[spoiled, 0] = bad
     fisher = flat_fisher(3)
     fisher.gram[spoiled, :] = fisher.gram[:, spoiled] = bad
-    choice = update.choose(GRADIENT, directions, gammas, fisher, lr=None)
+    choice = update.choose(numbers_of(directions), gammas, fisher, lr=None)
     assert choice.applied
     assert choice.candidate == winner
     assert update.gamma == gammas[winner]
@@ -182,11 +185,12 @@ def test_a_candidate_that_is_not_finite_leaves_the_choice_to_the_others(spoiled,
 
 def test_update_is_alpha_and_mu_times_the_two_vectors():
     update = update_for(damping={"initial": 1.0})
-    update.previous_update = torch.ones_like(GRADIENT)
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), flat_fisher(1), lr=None)
-    delta = update.advance(choice, ALONG.unsqueeze(0))
+    previous = torch.ones_like(GRADIENT)
+    numbers = numbers_of([ALONG], previous=previous)
+    choice = update.choose(numbers, (1.0,), flat_fisher(1), lr=None)
+    delta = combine(ALONG, previous, choice.alpha, choice.mu)
     torch.testing.assert_close(delta, choice.mu * torch.ones(3).double() - choice.alpha * ALONG)
-    assert update.previous_update is delta or torch.equal(update.previous_update, delta)
+    assert delta is previous
     assert choice.update_norm == pytest.approx(delta.norm().item())
 
 
@@ -195,12 +199,12 @@ def test_norm_constraint_bounds_the_step():
     update = update_for(norm_constraint=0.01, **options)
     assert update.fisher_fraction(1000, measure=False) is None
     assert update.fisher_fraction(1000, measure=True) == 1.0
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), None, lr=10.0)
+    choice = update.choose(numbers_of([ALONG]), (1.0,), None, lr=10.0)
     assert choice.alpha == pytest.approx(math.sqrt(0.01 / 50.0))
     assert choice.mu == 0.9
     assert choice.predicted_change is None
     free = update_for(norm_constraint=1e6, **options)
-    assert free.choose(GRADIENT, ALONG.unsqueeze(0), (1.0,), None, lr=10.0).alpha == 10.0
+    assert free.choose(numbers_of([ALONG]), (1.0,), None, lr=10.0).alpha == 10.0
 
 
 def test_the_adaptive_rule_always_needs_fisher_products():
@@ -209,8 +213,7 @@ def test_the_adaptive_rule_always_needs_fisher_products():
 
 def test_state_round_trip():
     update = update_for(damping={"initial": 2.0, "adapt_period": 1})
-    choice = update.choose(GRADIENT, ALONG.unsqueeze(0), (update.gamma,), flat_fisher(1), lr=None)
-    update.advance(choice, ALONG.unsqueeze(0))
+    choice = update.choose(numbers_of([ALONG]), (update.gamma,), flat_fisher(1), lr=None)
     update.adapt_damping(choice, -1.0)
     other = update_for(damping={"initial": 9.0})
     assert update.fisher_noise == math.inf  # products of zero tell nothing
@@ -218,4 +221,3 @@ def test_state_round_trip():
     other.load_state_dict(update.state_dict())
     assert (other.damping, other.gamma) == (update.damping, update.gamma)
     assert other.fisher_noise == update.fisher_noise
-    assert torch.equal(other.previous_update, update.previous_update)
