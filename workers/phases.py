@@ -12,6 +12,11 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Return the seconds since this was made."""
+        return time.perf_counter() - self._started
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -28,6 +28,7 @@ from kfac_dist.optim.schedules import kfac_schedule, schedule_of
 from kfac_dist.tasks import torch_dtype
 from workers.device import DevicePlan
 from workers.exchange.messages import InverseSetup
+from workers.exchange.shard_plan import ShardPlan, plan_shards
 
 _MEASURED_ORDERS = (96, 192, 384)
 _REPEATS = 2
@@ -92,6 +93,19 @@ def batch_size(spec: JobSpec, step: int, num_cases: int) -> int:
 def structure_of(settings: KFACSpec, registration: Registration) -> Structure[Any]:
     """Return the structure of the inverse for the layers of a model."""
     return structure_for(settings, registration.names, registration.links)
+
+
+def shard_plan(
+    spec: JobSpec, registration: Registration | None, num_parameters: int, num_shards: int
+) -> ShardPlan:
+    """Return how the parameters are cut into at most `num_shards` shards.
+
+    `registration` is None for a first-order optimizer. Layers that the inverse links stay together.
+    """
+    links: tuple[Link, ...] = ()
+    if isinstance(spec.optimizer, KFACSpec) and registration is not None:
+        links = structure_of(spec.optimizer, registration).links
+    return plan_shards(registration, links, num_parameters, num_shards)
 
 
 def layer_costs(registration: Registration) -> tuple[LayerCost, ...]:

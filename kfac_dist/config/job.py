@@ -50,20 +50,13 @@ class WorkersSpec(Section):
     """Number of gradient workers; the batch is split among them."""
     inverse: Count = 1
     """Number of inverse workers; the layers are assigned to them."""
-    parameter_server: Count = 1
-    """Number of parameter-server shards; only 1 is supported."""
+    parameter_server: Count | Literal["auto"] = "auto"
+    """Number of parameter-server shards; auto is 1 for one or two gradient workers, and for more
+    a shard in the process of each gradient worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where gradient workers and the parameter server compute; auto uses a GPU if there is one."""
     threads: Count | None = None
     """CPU threads of each gradient worker; null means 1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.parameter_server != 1:
-            raise_problems(
-                [f"parameter_server: {self.parameter_server} shards are not supported yet, use 1"]
-            )
-        return self
 
 
 class StalenessSpec(Section):

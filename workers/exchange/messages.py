@@ -6,9 +6,11 @@ here, and a parcel of arrays (`workers.exchange.parcels`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
@@ -18,6 +20,8 @@ from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.core.factors import Link
 from kfac_dist.core.passes.target_range import TargetRange
 from workers.exchange.parcels import InverseParcel, StatisticsParcel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +47,21 @@ class JobContext:
 class Rendezvous:
     """Where the members of a process group meet.
 
-    The parameter server hosts the store and is the last rank, `num_gradient_workers`. `epoch`
-    numbers the group: members of different epochs never meet.
+    The driver hosts the store. Ranks 0..N-1 are the gradient workers, the shards of the parameter
+    server follow. `epoch` numbers the group: members of different epochs never meet.
     """
 
     host: str
     port: int
     epoch: int
     num_gradient_workers: int
+    num_shards: int
     timeout_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOrder:
-    """One step, from the driver to all gradient workers and the parameter server."""
+    """One step, from the driver to all gradient workers and shards of the parameter server."""
 
     plan: StepPlan
     window: BatchWindow
@@ -83,6 +88,58 @@ class WorkerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepDecision:
+    """What the deciding shard knows of a step; the fields are those of `ServerReport`."""
+
+    applied: bool
+    loss: float
+    objective: float
+    num_cases: int
+    alpha: float | None
+    mu: float | None
+    update_norm: float
+    predicted_change: float | None
+    reduction_ratio: float | None
+    damping: float | None
+    gamma: float | None
+    lr: float | None
+    next_gammas: tuple[float, ...]
+    refused_in_a_row: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What a shard of the parameter server reports after a step.
+
+    The fields are those of `ServerReport`, for the layers of the shard. `decision` is the first
+    shard's. `traffic` is what the shard exchanged with all others.
+    """
+
+    step: int
+    parameter_version: int
+    decision: StepDecision | None
+    inverse_version_step: Mapping[str, int]
+    inverse_gammas: Mapping[str, tuple[float, ...]]
+    stale_layers: Mapping[str, BeyondBound]
+    accepted: tuple[InverseHeader, ...]
+    stale_applied_total: int
+    numeric_events: Mapping[str, int]
+    waited_seconds: float
+    phase_seconds: Mapping[str, float]
+    traffic: Traffic
+    step_seconds: float
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberReport:
+    """What a member of the group reports after a step: as a gradient worker, as a shard, or both."""
+
+    worker: WorkerReport | None
+    shard: ShardReport | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerReport:
     """What the parameter server reports after a step.
 
@@ -106,6 +163,8 @@ class ServerReport:
             after the other, although the gradients were finite.
         waited_seconds: how long this step waited for inverses.
         phase_seconds: the time of each phase of this step.
+        step_seconds: the time of the whole step.
+        time: when it ended, in Unix time.
     """
 
     step: int
@@ -131,20 +190,59 @@ class ServerReport:
     numeric_events: Mapping[str, int]
     waited_seconds: float
     phase_seconds: Mapping[str, float]
+    step_seconds: float
+    time: float
     refused_in_a_row: int = 0
+
+
+def merge_reports(reports: Sequence[ShardReport], names: Sequence[str]) -> ServerReport:
+    """Return the report of the whole server from those of its shards, the first one's first.
+
+    Layers are in the order of `names`. A phase takes as long as in the slowest shard.
+    """
+    first = reports[0]
+    assert first.decision is not None, "the first shard decides"
+    versions = _joined(report.inverse_version_step for report in reports)
+    gammas = _joined(report.inverse_gammas for report in reports)
+    used = [name for name in names if name in versions]
+    phases = {phase for report in reports for phase in report.phase_seconds}
+    events: Counter[str] = Counter()
+    for report in reports:
+        events.update(report.numeric_events)
+    return ServerReport(
+        **vars(first.decision),
+        step=first.step,
+        parameter_version=first.parameter_version,
+        inverse_version_step={name: versions[name] for name in used},
+        inverse_gammas={name: gammas[name] for name in used},
+        stale_layers=_joined(report.stale_layers for report in reports),
+        accepted=tuple(header for report in reports for header in report.accepted),
+        stale_applied_total=sum(report.stale_applied_total for report in reports),
+        numeric_events=dict(events),
+        waited_seconds=max(report.waited_seconds for report in reports),
+        phase_seconds={
+            phase: max(report.phase_seconds.get(phase, 0.0) for report in reports)
+            for phase in sorted(phases)
+        },
+        step_seconds=max(report.step_seconds for report in reports),
+        time=max(report.time for report in reports),
+    )
+
+
+def _joined(mappings: Iterable[Mapping[str, T]]) -> dict[str, T]:
+    return {name: value for mapping in mappings for name, value in mapping.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsHeader:
-    """Describes sums of batch factors over `num_cases` cases, for the inverses of `layers`.
+    """Describes sums of batch factors of `layers` over all `num_cases` cases of a step.
 
-    `rank` is that of the gradient worker. `usable` is False where a number was not finite; the
-    message then has no parcel, and every inverse worker refuses the step.
+    `usable` is False where a number of some gradient worker was not finite; the message then has
+    no parcel, and every inverse worker refuses the step.
     """
 
     job: str
     step: int
-    rank: int
     num_cases: int
     layers: tuple[str, ...]
     assignment_epoch: int
@@ -153,7 +251,7 @@ class StatisticsHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsMessage:
-    """One gradient worker's statistics of a step, on their way to one inverse worker."""
+    """Statistics of a step for some layers, on their way to the inverse worker that owns them."""
 
     header: StatisticsHeader
     parcel: StatisticsParcel | None

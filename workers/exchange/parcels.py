@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from kfac_dist.core.factors import KroneckerPair, Link, PackedFactors
 from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.packing import pack_symmetric, unpack_symmetric
 from kfac_dist.core.statistics.sums import BatchStatistics
-from workers.exchange.arrays import Arrays, to_array, to_arrays, to_tensor, to_tensors
+from workers.exchange.arrays import Array, Arrays, to_array, to_arrays, to_tensor, to_tensors
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> Arrays:
@@ -46,6 +47,23 @@ class StatisticsParcel(NamedTuple):
             factors={name: self.factors[name] for name in needed},
             crosses={name: self.crosses[name] for name in own},
         )
+
+    def with_values(self, values: Array) -> StatisticsParcel:
+        """Return a parcel of the same names and shapes with other `values`, in one flat array."""
+        arrays = flat_arrays(self)
+        starts = np.cumsum([0, *(array.size for array in arrays)])
+        replaced = {
+            id(array): values[start : start + array.size].reshape(array.shape)
+            for array, start in zip(arrays, starts, strict=False)
+        }
+
+        def layers(by_layer: Mapping[str, Arrays]) -> dict[str, Arrays]:
+            return {
+                layer: {name: replaced[id(array)] for name, array in own.items()}
+                for layer, own in by_layer.items()
+            }
+
+        return StatisticsParcel(factors=layers(self.factors), crosses=layers(self.crosses))
 
 
 def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
@@ -101,24 +119,21 @@ def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
     )
 
 
-def add_up(parcels: Sequence[StatisticsParcel]) -> StatisticsParcel:
-    """Return the sum of parcels that hold the same layers, added in the order given."""
+def merged(parcels: Sequence[StatisticsParcel]) -> StatisticsParcel:
+    """Return what several parcels hold; a layer that is in several has the same sums in all."""
     return StatisticsParcel(
-        factors=_add_layers([parcel.factors for parcel in parcels]),
-        crosses=_add_layers([parcel.crosses for parcel in parcels]),
+        factors={name: arrays for parcel in parcels for name, arrays in parcel.factors.items()},
+        crosses={name: arrays for parcel in parcels for name, arrays in parcel.crosses.items()},
     )
 
 
-def _add_layers(parts: Sequence[Mapping[str, Arrays]]) -> Mapping[str, Arrays]:
-    return {name: _add([part[name] for part in parts]) for name in parts[0]}
-
-
-def _add(parts: Sequence[Arrays]) -> Arrays:
-    total = dict(parts[0])
-    for part in parts[1:]:
-        for name, array in part.items():
-            total[name] = total[name] + array
-    return total
+def flat_arrays(parcel: StatisticsParcel) -> list[Array]:
+    """Return the arrays of a parcel in an order that depends on its names alone, each once."""
+    arrays: dict[int, Array] = {}
+    for by_name in (parcel.factors, parcel.crosses):
+        for layer in by_name.values():
+            arrays |= {id(array): array for array in layer.values()}
+    return list(arrays.values())
 
 
 class InverseParcel(NamedTuple):

@@ -1,8 +1,8 @@
-"""The torch.distributed group of the gradient workers and the parameter server.
+"""The torch.distributed group of the gradient workers and the shards of the parameter server.
 
-Ranks 0..N-1 are gradient workers, rank N is the parameter server. A group is a value and not the
-process-wide default group, so a process can leave it and join another one, and tests run its
-members as threads.
+Ranks 0..N-1 are gradient workers, ranks N..N+S-1 the shards. A shard that shares the process of a
+gradient worker is a member of its own. A group is a value and not the process-wide default group,
+so a process can leave it and join another one, and tests run its members as threads.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from enum import IntEnum, auto
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def host_store(host: str, timeout_seconds: float) -> c10d.TCPStore:
 
 
 def join_store(rendezvous: Rendezvous) -> c10d.TCPStore:
-    """Connect to the store that the parameter server hosts."""
+    """Connect to the store that the driver hosts."""
     return c10d.TCPStore(
         rendezvous.host,
         rendezvous.port,
@@ -54,84 +55,129 @@ def join_store(rendezvous: Rendezvous) -> c10d.TCPStore:
     )
 
 
-class Group:
-    """One member's end of a group: sums go to the parameter server, broadcasts come from it.
+class Kind(IntEnum):
+    """What a message is; gloo keeps messages of different kinds apart."""
 
-    Workers send their parts of a sum straight to the server, which adds them in the order of the
-    ranks. So the result does not depend on how a collective would split it, each worker sends its
-    part once, and the server sends nothing, where in a ring it would pass on its own zeros. What
-    the server can receive limits the number of workers.
+    STATE = 1
+    BEGIN = auto()
+    GRADIENT = auto()
+    SUMS = auto()
+    STATISTICS = auto()
+    USABLE = auto()
+    MOMENTS = auto()
+    FINITE = auto()
+    VERDICT = auto()
+    COMPLETE = auto()
+    GAMMAS = auto()
+    HEADER = auto()
+    DIRECTIONS = auto()
+    NUMBERS = auto()
+    FISHER = auto()
+    CHOICE = auto()
+    BASES_HEADER = auto()
+    BASES = auto()
+    LOSS = auto()
+    SQUARES = auto()
+    PARAMETERS = auto()
+
+
+class Group:
+    """One member's end of a group: messages from one member to another, in order by kind.
+
+    Sums are received part by part and added in the order of the ranks. So the result does not
+    depend on how a collective would split it, and each worker sends its part once.
 
     Tensors may be on any device; they are moved to the one that the backend works on.
     """
 
-    def __init__(self, backend: c10d.Backend, *, rank: int, size: int, device: torch.device):
+    def __init__(
+        self,
+        backend: c10d.Backend,
+        *,
+        rank: int,
+        num_workers: int,
+        num_shards: int,
+        device: torch.device,
+    ) -> None:
         self._backend: c10d.Backend | None = backend
         self.rank = rank
-        self.size = size
+        self.workers = range(num_workers)
+        self.shards = range(num_workers, num_workers + num_shards)
         self.device = device
         self._sending: list[tuple[Any, Tensor]] = []
-        self._num_sums = 0
         self._traffic = Traffic()
 
     @property
-    def server(self) -> int:
-        """Rank of the parameter server."""
-        return self.size - 1
+    def decider(self) -> int:
+        """Rank of the shard that decides about a step: the first."""
+        return self.shards.start
 
-    def send(self, tensor: Tensor) -> None:
-        """Send this worker's part of a sum, and return at once.
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return self.shards.stop
 
-        The caller must leave `tensor` unchanged until the next broadcast.
+    def send(self, kind: Kind, tensor: Tensor, to: int) -> None:
+        """Send a tensor and return at once.
+
+        The caller must leave `tensor` unchanged until `finish_sending` has returned.
         """
         tensor = tensor.to(self.device).contiguous()
-        work = self._start("send", [tensor], self.server, self._next_tag())
-        self._sending.append((work, tensor))
+        self._sending.append((self._start("send", [tensor], to, int(kind)), tensor))
         self._count(sent=tensor.nbytes)
 
-    def receive_sum(self, like: Tensor) -> Tensor:
-        """Return, at the server, the sum of what all workers send, as a new tensor.
+    def finish_sending(self) -> None:
+        """Wait until everything that was sent may be overwritten."""
+        for work, _ in self._sending:
+            self._wait("send", work)
+        self._sending.clear()
 
-        `like` gives its shape and dtype.
-        """
-        return self.receive_sum_into(self.new_parts(like))
+    def receive(self, kind: Kind, into: Tensor, source: int) -> Tensor:
+        """Receive a tensor into the memory of `into`, which is on the backend's device."""
+        (received,) = self.receive_all(kind, [(into, source)])
+        return received
 
-    def new_parts(self, like: Tensor) -> list[Tensor]:
-        """Return memory for the parts of all workers, to be used by `receive_sum_into`."""
-        return [torch.empty_like(like, device=self.device) for _ in range(self.server)]
-
-    def receive_sum_into(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return, at the server, the sum of what all workers send.
-
-        `parts` is memory that is overwritten; the sum is the first of them.
-        """
-        tag = self._next_tag()
-        works = [self._start("recv", [part], rank, tag) for rank, part in enumerate(parts)]
+    def receive_all(self, kind: Kind, messages: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """Receive one tensor from each source, all at the same time, and return them in order."""
+        works = [self._start("recv", [into], source, int(kind)) for into, source in messages]
         for work in works:
             self._wait("recv", work)
-        self._count(received=sum(part.nbytes for part in parts), messages=len(parts))
+        received = [into for into, _ in messages]
+        self._count(received=sum(t.nbytes for t in received), messages=len(received))
+        return received
+
+    def receive_sum(self, kind: Kind, parts: Sequence[Tensor]) -> Tensor:
+        """Return the sum of what all workers send.
+
+        `parts` is memory for the part of each worker, which is overwritten; the sum is the first.
+        """
+        self.receive_all(kind, list(zip(parts, self.workers, strict=True)))
         total, *others = parts
         for part in others:
             total.add_(part)
         return total
 
-    def _next_tag(self) -> int:
-        """Return the number of the next sum; all members count the sums in the same order."""
-        self._num_sums += 1
-        return self._num_sums
+    def new_parts(self, like: Tensor) -> list[Tensor]:
+        """Return memory for the parts of all workers, to be used by `receive_sum`."""
+        return [torch.empty_like(like, device=self.device) for _ in self.workers]
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Return the server's tensor; the other members' `tensor` gives its shape and dtype."""
-        self._finish_sending()
-        options = c10d.BroadcastOptions()
-        options.rootRank = self.server
-        tensor = tensor.to(self.device)
-        self._wait("broadcast", self._start("broadcast", [tensor], options))
-        if self.rank == self.server:
-            self._count(sent=tensor.nbytes * self.server, messages=self.server)
-        else:
-            self._count(received=tensor.nbytes)
-        return tensor
+    def send_numbers(self, kind: Kind, numbers: Sequence[float], to: Sequence[int]) -> None:
+        """Send a few numbers, exactly as they are, to each of some members."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        for rank in to:
+            self.send(kind, tensor, rank)
+
+    def receive_numbers(self, kind: Kind, count: int, source: int) -> list[float]:
+        """Receive `count` numbers from one member."""
+        into = torch.empty(count, dtype=torch.float64, device=self.device)
+        numbers: list[float] = self.receive(kind, into, source).tolist()
+        return numbers
+
+    def sum_numbers(self, kind: Kind, count: int) -> list[float]:
+        """Return the sums of the numbers that all workers send."""
+        like = torch.empty(count, dtype=torch.float64)
+        numbers: list[float] = self.receive_sum(kind, self.new_parts(like)).tolist()
+        return numbers
 
     def take_traffic(self) -> Traffic:
         """Return what this member has sent and received since the last call."""
@@ -145,11 +191,6 @@ class Group:
             received_bytes=so_far.received_bytes + received,
             num_messages=so_far.num_messages + messages,
         )
-
-    def _finish_sending(self) -> None:
-        for work, _ in self._sending:
-            self._wait("send", work)
-        self._sending.clear()
 
     def _start(self, call: str, tensors: Sequence[Tensor], *arguments: Any) -> Any:
         if self._backend is None:
@@ -190,7 +231,7 @@ def join_group(
     Raises:
         PeerLostError: a member did not come within the timeout.
     """
-    size = rendezvous.num_gradient_workers + 1
+    size = rendezvous.num_gradient_workers + rendezvous.num_shards
     numbered = c10d.PrefixStore(f"group-{rendezvous.epoch}", store)
     timeout = timedelta(seconds=rendezvous.timeout_seconds)
     try:
@@ -198,7 +239,7 @@ def join_group(
             nccl = c10d.ProcessGroupNCCL.Options()
             nccl._timeout = timeout
             member: c10d.Backend = c10d.ProcessGroupNCCL(numbered, rank, size, nccl)
-            return Group(member, rank=rank, size=size, device=device)
+            return _group(member, rendezvous, rank, device)
         # torch keeps the options that name the address private and out of its stubs; the public
         # way to set the address is an environment variable of the whole process.
         gloo: Any = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -209,4 +250,14 @@ def join_group(
         raise PeerLostError(
             f"rank {rank} could not join group {rendezvous.epoch}: {error}"
         ) from error
-    return Group(member, rank=rank, size=size, device=torch.device("cpu"))
+    return _group(member, rendezvous, rank, torch.device("cpu"))
+
+
+def _group(member: c10d.Backend, rendezvous: Rendezvous, rank: int, device: torch.device) -> Group:
+    return Group(
+        member,
+        rank=rank,
+        num_workers=rendezvous.num_gradient_workers,
+        num_shards=rendezvous.num_shards,
+        device=device,
+    )

@@ -1,54 +1,50 @@
-"""The protocol of one step between the gradient workers and the parameter server.
+"""The protocol of one step between the gradient workers and the shards of the parameter server.
 
-    gradient workers                              parameter server
-    1  send_gradient      -- sum [P], [2] -->     receive_gradient
-    1a send_usable        -- sum [1] -->          receive_usable       (when statistics are due)
-    1b send               -- sum [moments] -->    receive              (when statistics are due)
-    2  receive_directions <-- broadcast [2], [C, P] --  send_directions, or skip_step
-    3  send_fisher        -- sum [C+2, C+1] -->   receive_fisher       (when the rule needs it)
-    4  receive_choice     <-- broadcast [5] --    send_choice
-    5  both apply   update = mu previous - alpha directions[candidate]
-    5b receive_bases      <-- broadcast [L, 2], [bases that changed] --  send_bases
-    6  send_loss          -- sum [1] -->          receive_loss         (when a measure is due)
+    gradient workers          shards                            the first shard, which decides
+    1  send_gradient  ------> receive_gradient  (slices)   and  receive_sums     (loss, cases)
+    2                         report_finite  ----------------->  collect_finite
+                              receive_verdict  <---------------  send_verdict     (go on? search?)
+    2a send_usable, moments-> receive_usable, moments            (when statistics are due)
+    2b                        report_complete  --------------->  collect_complete (in a search)
+                              receive_gammas  <----------------  send_gammas
+    3  receive_header  <---------------------------------------  send_header      (candidates)
+       receive_directions <-- send_directions   (slices)
+    3a                        report_numbers  ---------------->  collect_numbers  (by block)
+    4  send_fisher  ------------------------------------------>  receive_fisher   (if needed)
+    5  receive_choice  <----  receive_choice  <----------------  send_choice
+    6  all apply   update = mu previous - alpha directions[candidate]
+    6a receive_bases  <-----  send_bases                         (EKFAC)
+    7  send_loss  -------------------------------------------->  receive_loss     (if measured)
+                              report_squares  ---------------->  collect_squares
 
-P is the number of parameters, C the number of directions, L the number of layers. All sums run
-over the cases of the whole batch. Small numbers travel in float64, exactly as the server has them,
-so that all members do the same arithmetic.
+A slice is what a shard owns of a vector [P], as a block vector [Q] (`core.blocks.layout`). Sums run
+over the cases of the whole batch and are added in the order of the workers' ranks; numbers of
+whole vectors are added in the order of the model's blocks. So the number of shards changes no bit.
+Small numbers travel in float64, exactly as they are, so that all members do the same arithmetic.
 
-The workers compute their statistics between 1 and 1a. Meanwhile the server preconditions, if it
+The workers compute their statistics between 1 and 2a. Meanwhile a shard preconditions, if it
 already has every inverse that the step may use.
 
-1b and 5b are for EKFAC only (`workers.exchange.moments`). In 1b the workers send the second
-moments of the gradients of single cases, in the bases of the inverses in use; the server averages
-them into those inverses before it admits newer ones. In 5b it sends the bases of the inverses that
-the step used. A member that joins receives all bases at once.
-
-First-order optimizers use 1, and then only `receive_parameters` <-- broadcast [2], [P] --
-`send_parameters`.
+2a's moments and 6a are for EKFAC only (`workers.exchange.moments`). First-order optimizers use 1
+and 2, and then only `receive_parameters` <-- `send_parameters`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kfac_dist.core.blocks.layout import BlockLayout
 from kfac_dist.core.compute import GradientSums
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.core.step.choice import Choice
-from workers.exchange.process_group import Group
+from workers.exchange.process_group import Group, Kind
+from workers.exchange.shard_plan import ShardPlan
 
-_SKIP = (0.0, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSums:
-    """Sums over the batch, at the server: `loss` float64, `gradient` [P]."""
-
-    loss: float
-    num_cases: int
-    gradient: Tensor
+_MOST_GAMMAS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +61,30 @@ class Directions:
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """The server's choice of direction, step size and momentum, as the workers need it."""
+    """The choice of direction, step size and momentum, as all members need it.
+
+    `search_open`: inverses for all gammas of a search are still kept.
+    """
 
     candidate: int
     alpha: float
     mu: float
+    gamma: float
+    search_open: bool
     measure: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a step goes on after its gradient was seen, and at which gammas.
+
+    `search` are the gammas of a search that can be decided in this step, empty without one;
+    `gamma` is the current one.
+    """
+
+    goes_on: bool
+    gamma: float
+    search: tuple[float, ...]
 
 
 class WorkerSide:
@@ -79,120 +93,244 @@ class WorkerSide:
     Every method raises PeerLostError if another member is gone.
     """
 
-    def __init__(self, group: Group, num_parameters: int, like: Tensor) -> None:
+    def __init__(self, group: Group, plan: ShardPlan, like: Tensor) -> None:
         self._group = group
-        self._num_parameters = num_parameters
+        self._plan = plan
         self._like = like
+        self._slices = [like.new_zeros(layout.size) for layout in plan.layouts]
 
     def send_gradient(self, sums: GradientSums, num_cases: int) -> None:
         """Send the sums over this worker's part of the batch."""
-        self._group.send(sums.gradient)
-        self._group.send(_numbers(float(sums.loss), num_cases))
+        self._group.finish_sending()  # the slices of the step before
+        numbers = [float(sums.loss), float(num_cases)]
+        self._group.send_numbers(Kind.SUMS, numbers, [self._group.decider])
+        for layout, values, rank in self._shards():
+            self._group.send(Kind.GRADIENT, layout.gather(sums.gradient, values), rank)
+
+    def _shards(self) -> list[tuple[BlockLayout, Tensor, int]]:
+        return list(zip(self._plan.layouts, self._slices, self._group.shards, strict=True))
 
     def send_usable(self, usable: bool) -> None:
         """Send whether the statistics of this worker's part were finite."""
-        self._group.send(_numbers(usable))
+        self._group.send_numbers(Kind.USABLE, [float(usable)], self._group.shards)
 
     def receive_directions(self) -> Directions | None:
         """Return the directions, None if the step is skipped."""
-        count, fraction = self._receive_header()
+        numbers = self._group.receive_numbers(Kind.HEADER, 2, self._group.decider)
+        count, fraction = int(numbers[0]), numbers[1]
         if count == 0:
             return None
-        vectors = self._receive(count, self._num_parameters)
+        vectors = self._receive(Kind.DIRECTIONS, count)
         return Directions(vectors=vectors, fisher_fraction=fraction or None)
 
     def send_fisher(self, sums: FisherSums) -> None:
         """Send the Fisher products of the C directions and the previous update."""
-        self._group.send(sums.packed())
+        self._group.send(Kind.FISHER, sums.packed(), self._group.decider)
 
     def receive_choice(self) -> Coefficients | None:
         """Return what was chosen, None if the step is not applied."""
-        numbers = self._group.broadcast(_numbers(*[0.0] * 5)).tolist()
-        applied, candidate, alpha, mu, measure = numbers
-        if not applied:
-            return None
-        return Coefficients(candidate=int(candidate), alpha=alpha, mu=mu, measure=bool(measure))
+        return _receive_choice(self._group)
 
     def send_loss(self, loss_sum: Tensor) -> None:
         """Send the sum of the losses at the new parameters, float64 []."""
-        self._group.send(loss_sum.reshape(1))
+        self._group.send(Kind.LOSS, loss_sum.reshape(1), self._group.decider)
 
     def receive_parameters(self) -> Tensor | None:
         """Return the new parameters [P], None if the step is skipped."""
-        count, _ = self._receive_header()
-        return None if count == 0 else self._receive(self._num_parameters)
+        (count,) = self._group.receive_numbers(Kind.HEADER, 1, self._group.decider)
+        return self._receive(Kind.PARAMETERS, 1)[0] if count else None
 
     def receive_state(self) -> tuple[Tensor, Tensor]:
         """Return parameters and previous update, [P] each, when this worker joins."""
-        parameters, previous = self._receive(2, self._num_parameters)
-        # Memory of their own, as at the server: how a product rounds depends on alignment.
+        parameters, previous = self._receive(Kind.STATE, 2)
+        # Memory of their own, as in other processes: how a product rounds may depend on alignment.
         return parameters.clone(), previous.clone()
 
-    def _receive_header(self) -> tuple[int, float]:
-        count, fraction = self._group.broadcast(_numbers(*_SKIP)).tolist()
-        return int(count), fraction
+    def _receive(self, kind: Kind, count: int) -> Tensor:
+        """Return `count` vectors [count, P] from the slices of all shards."""
+        into = [
+            torch.empty((count, layout.size), dtype=self._like.dtype, device=self._group.device)
+            for layout in self._plan.layouts
+        ]
+        received = self._group.receive_all(kind, list(zip(into, self._group.shards, strict=True)))
+        vectors = self._like.new_empty((count, self._plan.num_parameters))
+        for layout, slices in zip(self._plan.layouts, received, strict=True):
+            for values, vector in zip(slices.to(self._like.device), vectors, strict=True):
+                layout.scatter(values, vector)
+        return vectors
 
-    def _receive(self, *shape: int) -> Tensor:
-        received = self._group.broadcast(self._like.new_empty(shape))
-        return received.to(self._like.device)
 
+class ShardSide:
+    """A shard's side of the exchange with the gradient workers and with the deciding shard.
 
-class ServerSide:
-    """The parameter server's side; its methods answer those of `WorkerSide`."""
+    `like` is any tensor with the dtype and device of the parameters, `layout` that of the shard.
+    """
 
-    def __init__(self, group: Group, num_parameters: int, like: Tensor) -> None:
+    def __init__(self, group: Group, plan: ShardPlan, like: Tensor) -> None:
         self._group = group
-        self._num_workers = group.size - 1
-        self._num_parameters = num_parameters
         self._like = like
-        self._gradients = group.new_parts(like.new_empty(num_parameters))
+        self.number = group.rank - group.decider
+        self._layout = plan.layouts[self.number]
+        self._gradients = group.new_parts(like.new_empty(self._layout.size))
 
-    def receive_gradient(self) -> BatchSums:
-        """Return the sums over the batch; the next call overwrites their memory."""
-        gradient = self._group.receive_sum_into(self._gradients)
-        loss, num_cases = self._group.receive_sum(_numbers(0.0, 0.0)).tolist()
-        return BatchSums(
-            loss=loss, num_cases=int(num_cases), gradient=gradient.to(self._like.device)
-        )
+    def receive_gradient(self) -> Tensor:
+        """Return the sum of the slices over the batch; the next call overwrites its memory."""
+        self._group.finish_sending()  # what was sent in the step before
+        return self._group.receive_sum(Kind.GRADIENT, self._gradients).to(self._like.device)
 
     def receive_usable(self) -> bool:
         """Return whether the statistics of every worker were finite."""
-        return self._group.receive_sum(_numbers(0.0)).item() == self._num_workers
+        (count,) = self._group.sum_numbers(Kind.USABLE, 1)
+        return count == len(self._group.workers)
+
+    def report(self, kind: Kind, numbers: Tensor) -> None:
+        """Send numbers of this shard's blocks to the deciding shard, float64 [...]."""
+        if self.number > 0:
+            self._group.send(kind, numbers, self._group.decider)
+
+    def receive_shared(self) -> bool:
+        """Return the fact that the deciding shard shares with those that join."""
+        (value,) = self._group.receive_numbers(Kind.BEGIN, 1, self._group.decider)
+        return bool(value)
+
+    def receive_verdict(self) -> Verdict:
+        """Return how the step goes on."""
+        numbers = self._group.receive_numbers(Kind.VERDICT, 3 + _MOST_GAMMAS, self._group.decider)
+        goes_on, gamma, count, *gammas = numbers
+        return Verdict(goes_on=bool(goes_on), gamma=gamma, search=tuple(gammas[: int(count)]))
+
+    def receive_gammas(self, search: Sequence[float], gamma: float) -> tuple[float, ...]:
+        """Return the gammas that the step tries: all of a search, or the current one alone."""
+        (decided,) = self._group.receive_numbers(Kind.GAMMAS, 1, self._group.decider)
+        return tuple(search) if decided else (gamma,)
+
+    def send_directions(self, slices: Tensor) -> None:
+        """Send this shard's slices of the directions [C, Q] to all workers."""
+        self._send_to_workers(Kind.DIRECTIONS, slices)
+
+    def receive_choice(self) -> Coefficients | None:
+        """Return what was chosen, None if the step is not applied."""
+        return _receive_choice(self._group)
+
+    def send_parameters(self, parameters: Tensor) -> None:
+        """Send this shard's slice of the new parameters [Q]."""
+        self._send_to_workers(Kind.PARAMETERS, parameters.unsqueeze(0))
+
+    def send_state(self, parameters: Tensor, previous_update: Tensor) -> None:
+        """Send this shard's slices of parameters and previous update, [Q] each."""
+        self._send_to_workers(Kind.STATE, torch.stack([parameters, previous_update]))
+
+    def _send_to_workers(self, kind: Kind, tensor: Tensor) -> None:
+        for rank in self._group.workers:
+            self._group.send(kind, tensor, rank)
+
+
+class DecidingSide:
+    """The first shard's side of the exchange with the other shards and all workers.
+
+    What concerns this shard itself does not travel.
+    """
+
+    def __init__(self, group: Group, plan: ShardPlan, like: Tensor) -> None:
+        self._group = group
+        self._plan = plan
+        self._like = like
+        self._others = group.shards[1:]
+
+    def receive_sums(self) -> tuple[float, int]:
+        """Return the sum of the losses over the batch, and the number of cases."""
+        loss, num_cases = self._group.sum_numbers(Kind.SUMS, 2)
+        return loss, int(num_cases)
+
+    def collect(self, kind: Kind, own: Tensor) -> list[Tensor]:
+        """Return the numbers that each shard has reported, float64 [...], in order.
+
+        Those of all shards have the shape of `own`.
+        """
+        return self._collect(kind, own, [own.shape] * len(self._others))
+
+    def collect_blocks(self, kind: Kind, own: Tensor) -> Tensor:
+        """Return numbers of all blocks [B, ...] in the model's order, from those of each shard."""
+        shapes = [(len(layout.blocks), *own.shape[1:]) for layout in self._plan.layouts[1:]]
+        return self._plan.in_model_order(self._collect(kind, own, shapes))
+
+    def _collect(self, kind: Kind, own: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        into = [
+            torch.empty(tuple(shape), dtype=torch.float64, device=self._group.device)
+            for shape in shapes
+        ]
+        received = self._group.receive_all(kind, list(zip(into, self._others, strict=True)))
+        return [own.cpu(), *(numbers.cpu() for numbers in received)]
+
+    def share(self, value: bool) -> bool:
+        """Tell the other shards a fact when they join, and return it."""
+        self._group.send_numbers(Kind.BEGIN, [float(value)], self._others)
+        return value
+
+    def send_verdict(self, verdict: Verdict) -> None:
+        """Tell the other shards how the step goes on."""
+        padding = [0.0] * (_MOST_GAMMAS - len(verdict.search))
+        numbers = [
+            float(verdict.goes_on),
+            verdict.gamma,
+            float(len(verdict.search)),
+            *verdict.search,
+            *padding,
+        ]
+        self._group.send_numbers(Kind.VERDICT, numbers, self._others)
+
+    def send_gammas(self, *, decided: bool) -> None:
+        """Tell the other shards whether the search is decided in this step."""
+        self._group.send_numbers(Kind.GAMMAS, [float(decided)], self._others)
+
+    def send_header(self, num_directions: int, fisher_fraction: float | None) -> None:
+        """Announce the directions to the workers."""
+        numbers = [float(num_directions), fisher_fraction or 0.0]
+        self._group.send_numbers(Kind.HEADER, numbers, self._group.workers)
 
     def skip_step(self) -> None:
         """Tell the workers that this step is skipped."""
-        self._group.broadcast(_numbers(*_SKIP))
+        self.send_header(0, None)
 
-    def send_directions(self, directions: Directions) -> None:
-        """Send the directions."""
-        fraction = directions.fisher_fraction or 0.0
-        self._group.broadcast(_numbers(len(directions.vectors), fraction))
-        self._group.broadcast(directions.vectors)
+    def send_applied(self, *, applied: bool) -> None:
+        """Tell the workers of a first-order optimizer whether new parameters come."""
+        self._group.send_numbers(Kind.HEADER, [float(applied)], self._group.workers)
 
     def receive_fisher(self, num_vectors: int) -> FisherSums:
         """Return the Fisher products of all vectors, summed over the Fisher cases."""
-        sums = FisherSums.zero(num_vectors, self._like).packed()
-        return FisherSums.unpacked(self._group.receive_sum(sums).to(self._like.device))
+        like = FisherSums.zero(num_vectors, self._like).packed()
+        total = self._group.receive_sum(Kind.FISHER, self._group.new_parts(like))
+        return FisherSums.unpacked(total.to(self._like.device))
 
-    def send_choice(self, choice: Choice, *, measure: bool) -> None:
-        """Send the coefficients, or that the step is not applied."""
-        self._group.broadcast(
-            _numbers(choice.applied, choice.candidate, choice.alpha, choice.mu, measure)
-        )
+    def send_choice(self, choice: Choice, *, search_open: bool, measure: bool) -> None:
+        """Send the coefficients to all members, or that the step is not applied."""
+        numbers = [
+            float(choice.applied),
+            float(choice.candidate),
+            choice.alpha,
+            choice.mu,
+            choice.gamma,
+            float(search_open),
+            float(measure),
+        ]
+        self._group.send_numbers(Kind.CHOICE, numbers, [*self._group.workers, *self._others])
 
     def receive_loss(self) -> float:
         """Return the sum of the losses at the new parameters."""
-        return float(self._group.receive_sum(_numbers(0.0)).item())
-
-    def send_parameters(self, parameters: Tensor) -> None:
-        """Send the new parameters [P]."""
-        self._group.broadcast(_numbers(1.0, 0.0))
-        self._group.broadcast(parameters)
-
-    def send_state(self, parameters: Tensor, previous_update: Tensor) -> None:
-        """Send parameters and previous update, [P] each."""
-        self._group.broadcast(torch.stack([parameters, previous_update]))
+        (loss,) = self._group.sum_numbers(Kind.LOSS, 1)
+        return loss
 
 
-def _numbers(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def _receive_choice(group: Group) -> Coefficients | None:
+    numbers = group.receive_numbers(Kind.CHOICE, 7, group.decider)
+    applied, candidate, alpha, mu, gamma, search_open, measure = numbers
+    if not applied:
+        return None
+    return Coefficients(
+        candidate=int(candidate),
+        alpha=alpha,
+        mu=mu,
+        gamma=gamma,
+        search_open=bool(search_open),
+        measure=bool(measure),
+    )

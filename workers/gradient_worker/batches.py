@@ -48,15 +48,19 @@ class BatchPart:
 
     def subset(self, fraction: float) -> Subset:
         """Return the cases of this part that are in the evenly strided subset of the batch."""
-        positions = self.subset_rule.positions(self.batch_size, fraction)
+        positions = self.subset_positions(fraction)
         first = bisect_left(positions, self.slice.start)
         stop = bisect_left(positions, self.slice.stop)
         own = tuple(position - self.slice.start for position in positions[first:stop])
         return Subset(positions=own, first_row=first)
 
+    def subset_positions(self, fraction: float) -> list[int]:
+        """Return the positions of the subset in the whole batch."""
+        return self.subset_rule.positions(self.batch_size, fraction)
+
 
 class BatchReader:
-    """Reads the parts of the batches that belong to worker `rank` of `num_workers`.
+    """Reads a worker's parts of the batches; `place` says which they are.
 
     `least_cases` is the number of cases that a pass over the model needs. `allowed_targets` are
     those that the model's outputs allow, None if all numbers are possible.
@@ -67,8 +71,6 @@ class BatchReader:
         dataset: MapDataset,
         *,
         seed: int,
-        num_workers: int,
-        rank: int,
         device: torch.device,
         least_cases: int = 1,
         allowed_targets: TargetRange | None = None,
@@ -76,11 +78,15 @@ class BatchReader:
         self._allowed_targets = allowed_targets
         self._dataset = dataset
         self._seed = seed
-        self._num_workers = num_workers
-        self._rank = rank
         self._device = device
-        self._subset_rule = SubsetRule(least_cases=least_cases, num_workers=num_workers)
+        self._least_cases = least_cases
         self._order: tuple[int, Tensor] | None = None
+        self._rank: int  # set by `place`
+        self._num_workers: int  # set by `place`
+
+    def place(self, rank: int, num_workers: int) -> None:
+        """Read the parts of worker `rank` of `num_workers` from now on."""
+        self._rank, self._num_workers = rank, num_workers
 
     def read(self, window: BatchWindow) -> BatchPart:
         """Return this worker's part of the batch; DataError if a value in it cannot be used."""
@@ -93,7 +99,7 @@ class BatchReader:
             targets=targets.to(self._device),
             slice=part,
             batch_size=window.size,
-            subset_rule=self._subset_rule,
+            subset_rule=SubsetRule(least_cases=self._least_cases, num_workers=self._num_workers),
         )
 
     def _epoch_order(self, epoch: int) -> Tensor:

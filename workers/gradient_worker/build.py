@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from kfac_dist.config import KFACSpec
@@ -13,13 +15,13 @@ from workers.exchange.messages import JobContext
 from workers.gradient_worker.batches import BatchReader
 from workers.gradient_worker.statistics_sender import SendStatistics, StatisticsSender
 from workers.gradient_worker.work import GradientWork
-from workers.planning import structure_of
+from workers.planning import shard_plan, structure_of
 
 
 def build_gradient_work(
-    job: JobContext, rank: int, device: torch.device, send: SendStatistics
+    job: JobContext, device: torch.device, send: SendStatistics
 ) -> GradientWork:
-    """Build the work of gradient worker `rank`; it sends its statistics through `send`.
+    """Build the work of a gradient worker; it sends its statistics through `send`.
 
     Raises:
         InvalidSpecError: the model has a parameter that K-FAC has no block for.
@@ -41,27 +43,25 @@ def build_gradient_work(
     reader = BatchReader(
         data["train"],
         seed=spec.seed,
-        num_workers=spec.workers.gradient,
-        rank=rank,
         device=device,
         least_cases=registration.least_cases if registration else 1,
         allowed_targets=job.allowed_targets,
     )
     sender: StatisticsSender | None = None
-    moment_layers: tuple[str, ...] = ()
+    has_moments = False
     if settings is not None and registration is not None:
         structure = structure_of(settings, registration)
-        sender = StatisticsSender(job, settings, rank, computer, structure.links, send)
-        moment_layers = registration.names if structure.observes_moments else ()
+        sender = StatisticsSender(job, settings, computer, structure.links, send)
+        has_moments = structure.observes_moments
+    num_parameters = sum(parameter.numel() for parameter in computer.parameters)
     return GradientWork(
-        rank=rank,
-        num_workers=spec.workers.gradient,
         task=task,
         data=data,
         computer=computer,
         reader=reader,
         sender=sender,
-        moment_layers=moment_layers,
+        plan_shards=partial(shard_plan, spec, registration, num_parameters),
+        has_moments=has_moments,
         evaluation_limit=spec.evaluation.limit,
         allowed_targets=job.allowed_targets,
     )

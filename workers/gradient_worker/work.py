@@ -1,13 +1,13 @@
 """A gradient worker's part of the algorithm; read `GradientWork.step` first.
 
-No Ray here: the actor in `workers.gradient_worker.actor` is a shell around this. The parameter
-server owns the parameters and the previous update; a gradient worker mirrors them by doing the
-same arithmetic.
+No Ray here: the actor in `workers.member.actor` is a shell around this. The shards of the parameter
+server own the parameters and the previous update; a gradient worker mirrors them by doing the same
+arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from workers.exchange.checksum import checksum
 from workers.exchange.messages import EvaluationSums, StepOrder, WorkerReport
 from workers.exchange.moments import WorkerMoments
 from workers.exchange.process_group import Group
+from workers.exchange.shard_plan import ShardPlan
 from workers.exchange.step import Coefficients, Directions, WorkerSide
 from workers.gradient_worker.batches import BatchPart, BatchReader, Subset
 from workers.gradient_worker.buffers import read_buffers, write_buffers
@@ -35,15 +36,16 @@ from workers.phases import Phases
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """A gradient worker's ends of the exchange with the parameter server, once it has joined."""
+    """A gradient worker's ends of the exchange with the shards, once it has joined."""
 
     group: Group
+    plan: ShardPlan
     side: WorkerSide
     moments: WorkerMoments
 
 
 class GradientWork:
-    """Model, data and mirror of the parameters of gradient worker `rank`.
+    """Model, data and mirror of the parameters of one gradient worker.
 
     `build_gradient_work` makes one; `join` comes before the first step.
     """
@@ -51,40 +53,37 @@ class GradientWork:
     def __init__(
         self,
         *,
-        rank: int,
-        num_workers: int,
         task: Task,
         data: Mapping[Split, MapDataset],
         computer: BatchComputer,
         reader: BatchReader,
         sender: StatisticsSender | None,
-        moment_layers: Sequence[str],
+        plan_shards: Callable[[int], ShardPlan],
+        has_moments: bool,
         evaluation_limit: int | None,
         allowed_targets: TargetRange | None = None,
     ) -> None:
         """Store the parts.
 
         Args:
-            rank: the worker's place among `num_workers` gradient workers, from 0.
-            num_workers: see `rank`.
             task: the user's task; errors of its code are reported as its own.
             data: training and test data.
             computer: computes on the worker's model, which holds the mirrored parameters.
             reader: reads this worker's part of each batch of the training data.
             sender: sends statistics to the inverse workers; None for a first-order optimizer.
-            moment_layers: the layers with second moments to send (EKFAC), empty without any.
+            plan_shards: returns how the parameters are cut into a number of shards.
+            has_moments: whether second moments of gradients are sent (EKFAC).
             evaluation_limit: how many cases of each split are evaluated, over all workers; None
                 for all.
             allowed_targets: the targets that the model's outputs allow, None if all are possible.
         """
-        self._rank = rank
-        self._num_workers = num_workers
         self._task = task
         self._data = data
         self._computer = computer
         self._reader = reader
         self._sender = sender
-        self._moment_layers = moment_layers
+        self._plan_shards = plan_shards
+        self._has_moments = has_moments
         self._evaluation_limit = evaluation_limit
         self._allowed_targets = allowed_targets
         self._parameters = computer.parameters
@@ -92,15 +91,20 @@ class GradientWork:
         self._joined: Joined  # set by `join`
 
     def join(self, group: Group) -> None:
-        """Exchange through `group` from now on, starting from the server's parameters."""
+        """Take a place in `group`, and start from the parameters that the shards have."""
         like = self._previous_update
-        side = WorkerSide(group, like.numel(), like)
+        self._reader.place(group.rank, len(group.workers))
+        plan = self._plan_shards(len(group.shards))
+        side = WorkerSide(group, plan, like)
         parameters, self._previous_update = side.receive_state()
         assign_parameters(self._parameters, parameters)
-        moments = WorkerMoments(group, self._moment_layers, like)
+        layers = [layout.names if self._has_moments else () for layout in plan.layouts]
+        moments = WorkerMoments(group, layers, like)
         moments.receive_bases()
+        if self._sender is not None:
+            self._sender.join(group)
         group.take_traffic()  # traffic is counted per step, and joining is not part of one
-        self._joined = Joined(group=group, side=side, moments=moments)
+        self._joined = Joined(group=group, plan=plan, side=side, moments=moments)
 
     def connect(
         self, assignment: Mapping[int, tuple[str, ...]], assignment_epochs: Mapping[int, int]
@@ -131,7 +135,7 @@ class GradientWork:
         return WorkerReport(phase_seconds=phases.seconds, traffic=traffic)
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
-        return user_code(self._task, f"{doing} in gradient worker {self._rank}")
+        return user_code(self._task, f"{doing} in gradient worker {self._joined.group.rank}")
 
     def _read(self, order: StepOrder, phases: Phases) -> BatchPart:
         with phases("read"):
@@ -229,8 +233,8 @@ class GradientWork:
                     self._data[split],
                     split,
                     limit=self._evaluation_limit,
-                    num_workers=self._num_workers,
-                    rank=self._rank,
+                    num_workers=len(self._joined.group.workers),
+                    rank=self._joined.group.rank,
                     before=before,
                     allowed=self._allowed_targets,
                 )
@@ -245,9 +249,13 @@ class GradientWork:
         """Set the buffers of this worker's model."""
         write_buffers(self._computer.model, values)
 
-    def checksum(self) -> str:
-        """Return the checksum of the mirrored parameters and previous update."""
-        return checksum(flatten(self._parameters), self._previous_update)
+    def checksums(self) -> tuple[str, ...]:
+        """Return the checksum of what this worker mirrors of each shard."""
+        parameters = flatten(self._parameters)
+        return tuple(
+            checksum(layout.gather(parameters), layout.gather(self._previous_update))
+            for layout in self._joined.plan.layouts
+        )
 
 
 def _is_finite(sums: GradientSums) -> bool:

@@ -31,7 +31,7 @@ from workers.exchange.messages import (
 )
 from workers.exchange.parcels import (
     ReceivedStatistics,
-    add_up,
+    merged,
     pack_inverses,
     read_statistics,
 )
@@ -56,10 +56,10 @@ class InverseWork:
         self._setup = setup
         self._settings = job.spec.optimizer
         self._policy = job.spec.staleness.refresh_policy
-        self._ledger = StatisticsLedger(job.spec.workers.gradient, setup.applied_step)
-        self._waiting: dict[int, dict[int, StatisticsMessage]] = {}  # by step and rank
-        self._handled_step = setup.applied_step
         self._layers = {layer.name: layer for layer in setup.layers}
+        self._ledger = StatisticsLedger(self._layers, setup.applied_step)
+        self._waiting: dict[int, list[StatisticsMessage]] = {}  # by step
+        self._handled_step = setup.applied_step
         self._structure = structure_for(self._settings, list(self._layers), setup.links)
         self._averages = {name: self._averages_of(name) for name in self._layers}
         self._restore(averages or {})
@@ -96,16 +96,16 @@ class InverseWork:
         if not self._is_mine(header):
             self._counts["foreign"] += 1
             return
-        receipt = self._ledger.receive(header.step, header.rank)
+        receipt = self._ledger.receive(header.step, header.layers)
         self._counts[receipt] += 1
         if receipt == "accepted":
-            self._waiting.setdefault(header.step, {})[header.rank] = message
+            self._waiting.setdefault(header.step, []).append(message)
 
     def _is_mine(self, header: StatisticsHeader) -> bool:
         return (
             header.job == self._job.job
             and header.assignment_epoch == self._setup.assignment_epoch
-            and header.layers == tuple(self._layers)
+            and self._layers.keys() >= set(header.layers)
         )
 
     def request(self, request: RefreshRequest) -> None:
@@ -132,28 +132,27 @@ class InverseWork:
         Statistics that the next exact version must not contain are left for later.
         """
         for step in self._ledger.complete_steps(self._last_wanted_step):
-            messages = self._waiting.pop(step)
-            self._update(step, [messages[rank] for rank in sorted(messages)])
+            self._update(step, self._waiting.pop(step))
             self._handled_step = step
         # Steps of which some messages never came; the ledger counts them as dropped.
         for step in [step for step in self._waiting if step < self._ledger.applied_step]:
             del self._waiting[step]
 
     def _update(self, step: int, messages: Sequence[StatisticsMessage]) -> None:
-        sums = self._sum(messages)
+        sums = self._sums(messages)
         if sums is None:
             self._counts["refused"] += 1
             return
-        num_cases = sum(message.header.num_cases for message in messages)
+        num_cases = messages[0].header.num_cases
         for averages in self._averages.values():
             averages.update(step, sums.factors, num_cases, sums.crosses)
 
-    def _sum(self, messages: Sequence[StatisticsMessage]) -> ReceivedStatistics | None:
-        """Add up the ranks' sums in rank order; return None if a number is not finite."""
+    def _sums(self, messages: Sequence[StatisticsMessage]) -> ReceivedStatistics | None:
+        """Return the sums of all layers; None if a number is not finite."""
         if not all(message.header.usable for message in messages):
             return None
-        total = add_up([message.parcel for message in messages if message.parcel is not None])
-        sums = read_statistics(total)
+        parcels = [message.parcel for message in messages if message.parcel is not None]
+        sums = read_statistics(merged(parcels))
         return sums if sums.is_finite() else None
 
     def invert_next(self) -> InverseMessage | None:

@@ -1,62 +1,113 @@
-"""The parameter server for first-order optimizers: SGD with momentum, and Adam."""
+"""A shard's part of the first-order optimizers: SGD with momentum, and Adam."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kfac_dist.config import AdamSpec, SGDSpec
+from kfac_dist.core.step.block_numbers import block_squares, total_square
+from kfac_dist.core.vector import is_finite
 from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
 from workers.exchange.checksum import checksum
-from workers.exchange.messages import ServerReport, StepOrder
-from workers.exchange.process_group import Group
-from workers.exchange.step import ServerSide
-from workers.parameter_server.state import MeanGradient, ServerState
+from workers.exchange.messages import ShardReport, StepDecision, StepOrder
+from workers.exchange.process_group import Group, Kind
+from workers.exchange.shard_plan import ShardPlan
+from workers.exchange.step import DecidingSide, ShardSide, Verdict
+from workers.parameter_server.decider import BatchLosses, l2_term
+from workers.parameter_server.state import ShardState
 from workers.phases import Phases
 
 
-class FirstOrderServer:
-    """A torch optimizer on the parameter vector.
+class FirstOrderShard:
+    """A torch optimizer on a shard's slice [Q] of the parameter vector.
 
     Workers receive the new parameters after each step.
     """
 
-    def __init__(self, settings: SGDSpec | AdamSpec, state: ServerState) -> None:
+    def __init__(
+        self,
+        settings: SGDSpec | AdamSpec,
+        plan_shards: Callable[[int], ShardPlan],
+        state: ShardState,
+    ) -> None:
         self.state = state
+        self._plan_shards = plan_shards
         self._optimizer = _optimizer(settings, state.parameters)
         self._counts: Counter[str] = Counter()
-        self._side: ServerSide  # set by `join`
+        self._group: Group  # set by `join`
+        self._side: ShardSide  # set by `join`
+        self._deciding: DecidingSide  # set by `join`, used by the first shard
 
     def join(self, group: Group) -> None:
-        """Exchange through `group` from now on, and send the workers the parameters."""
+        """Exchange through `group` from now on, and send the workers this shard's parameters."""
         parameters = self.state.parameters
-        self._side = ServerSide(group, parameters.numel(), parameters)
+        self._group = group
+        plan = self._plan_shards(len(group.shards))
+        self._side = ShardSide(group, plan, parameters)
+        self._deciding = DecidingSide(group, plan, parameters)
         self._side.send_state(parameters, torch.zeros_like(parameters))
+        group.take_traffic()
 
-    def step(self, order: StepOrder) -> ServerReport:
-        """Do the server's part of one step.
+    def step(self, order: StepOrder) -> ShardReport:
+        """Do the shard's part of one step.
 
         Raises:
-            PeerLostError: a gradient worker is gone.
+            PeerLostError: another member is gone.
         """
         phases = Phases()
         with phases("reduce"):
-            mean = self.state.mean(self._side.receive_gradient())
-        if not mean.is_finite():
-            self._side.skip_step()
-            self._counts["bad_step"] += 1
-            return self._report(order, mean, None, phases)
+            size = order.window.size
+            gradient = self.state.mean_gradient(self._side.receive_gradient(), size)
+            losses, goes_on = self._agree(gradient)
+        change = torch.zeros(len(self.state.layout.blocks)).double()
+        if goes_on:
+            change = self._apply(order, gradient, phases)
+        norm = self._norm(change) if goes_on else None
+        return self._report(order, losses, norm, phases)
+
+    def _agree(self, gradient: Tensor) -> tuple[BatchLosses | None, bool]:
+        """Return the losses, at the first shard, and whether all numbers are finite."""
+        finite = torch.tensor([float(is_finite(gradient))]).double()
+        if self._side.number > 0:
+            self._side.report(Kind.FINITE, finite)
+            if self.state.l2:
+                self._side.report(Kind.SQUARES, self.state.squares())
+            return None, self._side.receive_verdict().goes_on
+        loss_sum, num_cases = self._deciding.receive_sums()
+        squares = self.state.squares() if self.state.l2 else finite
+        before = l2_term(self._deciding, self.state.l2, squares)
+        losses = BatchLosses(loss_sum, num_cases, before)
+        found = self._deciding.collect(Kind.FINITE, finite)
+        goes_on = math.isfinite(losses.loss) and all(bool(flag) for flag in found)
+        self._deciding.send_verdict(Verdict(goes_on=goes_on, gamma=0.0, search=()))
+        self._deciding.send_applied(applied=goes_on)
+        self._counts["bad_step"] += not goes_on
+        return losses, goes_on
+
+    def _apply(self, order: StepOrder, gradient: Tensor, phases: Phases) -> Tensor:
+        """Do torch's step, send the parameters, and return each block's squared change [B]."""
         before = self.state.parameters.clone()
         with phases("apply"):
             self._set_lr(order.plan.lr)
-            self.state.parameters.grad = mean.gradient
+            self.state.parameters.grad = gradient
             self._optimizer.step()
             self.state.applied(order.plan.step)
             self._side.send_parameters(self.state.parameters)
-        norm = float(torch.linalg.vector_norm(self.state.parameters - before))
-        return self._report(order, mean, norm, phases)
+        moved = self.state.layout.matrices(self.state.parameters - before)
+        return block_squares(moved.values())
+
+    def _norm(self, squares: Tensor) -> float | None:
+        """Return the norm of the update, at the first shard."""
+        if self._side.number > 0:
+            self._side.report(Kind.NUMBERS, squares)
+            return None
+        return math.sqrt(total_square(self._deciding.collect_blocks(Kind.NUMBERS, squares)))
 
     def _set_lr(self, lr: float | None) -> None:
         assert lr is not None, "a first-order optimizer has an lr in every step"
@@ -64,24 +115,17 @@ class FirstOrderServer:
             group["lr"] = lr
 
     def _report(
-        self, order: StepOrder, mean: MeanGradient, update_norm: float | None, phases: Phases
-    ) -> ServerReport:
-        return ServerReport(
+        self,
+        order: StepOrder,
+        losses: BatchLosses | None,
+        update_norm: float | None,
+        phases: Phases,
+    ) -> ShardReport:
+        decision = None if losses is None else _decision(order, losses, update_norm)
+        return ShardReport(
             step=order.plan.step,
-            applied=update_norm is not None,
-            loss=mean.loss,
-            objective=mean.objective,
-            num_cases=order.window.size,
             parameter_version=self.state.version,
-            alpha=None,
-            mu=None,
-            update_norm=update_norm or 0.0,
-            predicted_change=None,
-            reduction_ratio=None,
-            damping=None,
-            gamma=None,
-            lr=order.plan.lr,
-            next_gammas=(),
+            decision=decision,
             inverse_version_step={},
             inverse_gammas={},
             stale_layers={},
@@ -90,6 +134,9 @@ class FirstOrderServer:
             numeric_events=dict(self._counts),
             waited_seconds=0.0,
             phase_seconds=phases.seconds,
+            traffic=self._group.take_traffic(),
+            step_seconds=phases.elapsed(),
+            time=time.time(),
         )
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
@@ -107,7 +154,7 @@ class FirstOrderServer:
         return self.state.snapshot() | to_arrays(optimizer | counts)
 
     def restore(self, snapshot: Arrays) -> None:
-        """Restore a snapshot of the same model."""
+        """Restore a shard's part of a snapshot of the same model."""
         self.state.restore(snapshot)
         self._counts = Counter({k: int(v) for k, v in section(snapshot, "count:").items()})
         optimizer = to_tensors(section(snapshot, "optimizer:"))
@@ -120,6 +167,24 @@ class FirstOrderServer:
     def checksum(self) -> str:
         """Return the checksum of what the gradient workers mirror."""
         return checksum(self.state.parameters, torch.zeros_like(self.state.parameters))
+
+
+def _decision(order: StepOrder, losses: BatchLosses, update_norm: float | None) -> StepDecision:
+    return StepDecision(
+        applied=update_norm is not None,
+        loss=losses.loss,
+        objective=losses.objective,
+        num_cases=losses.num_cases,
+        alpha=None,
+        mu=None,
+        update_norm=update_norm or 0.0,
+        predicted_change=None,
+        reduction_ratio=None,
+        damping=None,
+        gamma=None,
+        lr=order.plan.lr,
+        next_gammas=(),
+    )
 
 
 def _optimizer(settings: SGDSpec | AdamSpec, parameters: Tensor) -> torch.optim.Optimizer:

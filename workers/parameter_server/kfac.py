@@ -1,106 +1,172 @@
-"""The parameter server's part of K-FAC; read `KFACServer.step` first, beside `KFAC.step`.
+"""A shard's part of K-FAC; read `KFACShard.step` first, beside `KFAC.step`.
 
-No Ray here: the actor in `workers.parameter_server.actor` is a shell around this. The server owns
-the parameters, the previous update, damping and gamma, and the inverses it has received.
+No Ray here: the actor in `workers.member.actor` is a shell around this. A shard owns whole blocks:
+their parameters and previous update, and the inverses it has received for them. The first shard
+also decides for all (`workers.parameter_server.decider`).
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kfac_dist.config import JobSpec, KFACSpec
-from kfac_dist.coordination.steps.plan import StepPlan, StepSchedule
+from kfac_dist.config import KFACSpec
+from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.sampling import SubsetRule
-from kfac_dist.core.blocks.registration import Registration
-from kfac_dist.core.passes.fisher import FisherMeans
-from kfac_dist.core.step.choice import Choice
-from kfac_dist.core.step.update import KFACUpdate
-from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
+from kfac_dist.core.inverse.directions import DirectionComputer
+from kfac_dist.core.step.block_numbers import block_numbers
+from kfac_dist.core.step.choice import combine
+from kfac_dist.core.vector import is_finite
+from workers.exchange.arrays import Array, Arrays, section, to_array, to_tensor
 from workers.exchange.checksum import checksum
-from workers.exchange.messages import ServerReport, StepOrder
-from workers.exchange.moments import ServerMoments
-from workers.exchange.process_group import Group
-from workers.exchange.step import Directions, ServerSide
+from workers.exchange.messages import ShardReport, StepOrder
+from workers.exchange.moments import ShardMoments
+from workers.exchange.process_group import Group, Kind
+from workers.exchange.shard_plan import ShardPlan
+from workers.exchange.step import Coefficients, DecidingSide, ShardSide, Verdict
+from workers.parameter_server.decider import BatchLosses, KFACDecider, l2_term
 from workers.parameter_server.inverse_store import AdmittedInverses, InverseStore
-from workers.parameter_server.state import MeanGradient, ServerState
+from workers.parameter_server.state import ShardState
 from workers.phases import Phases
 
+_ROUNDED = "bfloat16"
 
-class KFACServer:
-    """Decides direction, step size, damping and gamma, and applies the update."""
+
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """What a step tries: the admitted inverses, and by candidate the directions [C, Q].
+
+    `numbers` [B, 2 + 3C] are the inner products of this shard's blocks.
+    """
+
+    inverses: AdmittedInverses
+    directions: Tensor
+    numbers: Tensor
+
+
+class KFACShard:
+    """Preconditions its slice of the gradient and applies the update to its parameters."""
 
     def __init__(
         self,
-        spec: JobSpec,
-        schedule: StepSchedule,
-        registration: Registration,
-        state: ServerState,
+        settings: KFACSpec,
+        plan_shards: Callable[[int], ShardPlan],
+        state: ShardState,
         store: InverseStore,
+        least_cases: int,
+        decider: KFACDecider | None,
     ) -> None:
-        assert isinstance(spec.optimizer, KFACSpec)
+        """Store the parts.
+
+        Args:
+            settings: the options of K-FAC.
+            plan_shards: returns how the parameters are cut into a number of shards.
+            state: the shard's parameters.
+            store: the inverses of its blocks.
+            least_cases: the number of cases that a pass over the model needs.
+            decider: that of the first shard, None in the others.
+        """
         self.state = state
-        self._settings = spec.optimizer
-        self._schedule = schedule
+        self._settings = settings
+        self._plan_shards = plan_shards
         self._store = store
-        self._subset = SubsetRule(
-            least_cases=registration.least_cases, num_workers=spec.workers.gradient
-        )
-        self._layers = registration.names  # in the order of the model, as reports show them
-        self._update = KFACUpdate(spec.optimizer, registration, torch.zeros_like(state.parameters))
+        self._least_cases = least_cases
+        self._decider = decider
+        self._previous_update = torch.zeros_like(state.parameters)
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
-        self._refused_in_a_row = 0
-        observes = store.structure.observes_moments
-        self._moment_layers = registration.names if observes else ()
-        self._side: ServerSide  # set by `join`
-        self._moments: ServerMoments  # set by `join`
+        self._group: Group  # set by `join`
+        self._subset: SubsetRule  # set by `join`
+        self._side: ShardSide  # set by `join`
+        self._deciding: DecidingSide  # set by `join`, used by the first shard
+        self._moments: ShardMoments  # set by `join`
+        self._directions: DirectionComputer  # set by `join`
 
     def join(self, group: Group) -> None:
-        """Exchange through `group` from now on, and send the workers the server's state."""
+        """Exchange through `group` from now on, and send the workers this shard's state."""
         parameters = self.state.parameters
-        self._side = ServerSide(group, parameters.numel(), parameters)
-        self._side.send_state(parameters, self._update.previous_update)
-        self._moments = ServerMoments(group, self._moment_layers, parameters)
+        self._group = group
+        self._subset = SubsetRule(least_cases=self._least_cases, num_workers=len(group.workers))
+        plan = self._plan_shards(len(group.shards))
+        self._side = ShardSide(group, plan, parameters)
+        self._deciding = DecidingSide(group, plan, parameters)
+        if self._decider is not None:
+            self._decider.join(self._deciding, self._subset)
+        self._agree_on_type()
+        self._side.send_state(parameters, self._previous_update)
+        layers = self._store.layers if self._store.structure.observes_moments else ()
+        self._moments = ShardMoments(group, layers, parameters)
         self._moments.send_bases(self._store.bases())
+        group.take_traffic()  # traffic is counted per step, and joining is not part of one
 
-    def step(self, order: StepOrder) -> ServerReport:
-        """Do the server's part of one step.
+    def _agree_on_type(self) -> None:
+        """Precondition in the type of the first shard, which each shard may have measured."""
+        is_first = self._decider is not None
+        own = self._settings.precondition_dtype == _ROUNDED
+        rounded = self._deciding.share(own) if is_first else self._side.receive_shared()
+        dtype = _ROUNDED if rounded else "float32"
+        settings = self._settings.model_copy(update={"precondition_dtype": dtype})
+        self._directions = DirectionComputer(settings, self._store.structure)
+
+    def step(self, order: StepOrder) -> ShardReport:
+        """Do the shard's part of one step.
 
         Raises:
-            PeerLostError: a gradient worker is gone.
+            PeerLostError: another member is gone.
             TimedOutError: an inverse that the step must wait for does not come.
         """
         plan, phases = order.plan, Phases()
-        self._update.begin_step(plan.damping)
-        mean = self._receive_gradient(phases)
-        finite = mean.is_finite()
-        # The workers compute their statistics now. The server preconditions meanwhile, if it can.
-        ahead = finite and not self._needs_statistics(plan)
-        if ahead:
-            inverses, directions = self._precondition(plan, mean, phases)
-        self._receive_statistics(order, phases, finite=finite)
-        if not finite:
-            self._side.skip_step()
-            return self._skipped(order, mean, phases)
-        if not ahead:
-            inverses, directions = self._precondition(plan, mean, phases)
-        fisher = self._receive_fisher_products(order, directions, phases)
-        gammas = inverses.gammas
-        choice = self._update.choose(mean.gradient, directions, gammas, fisher, lr=plan.lr)
-        self._side.send_choice(choice, measure=plan.measure)
-        if not choice.applied:
-            return self._skipped(order, mean, phases, inverses)
-        self._apply(plan, inverses, choice, directions, phases)
-        self._send_bases(phases)
-        ratio = self._adapt_damping(order, choice, mean, phases)
-        return self._report(order, mean, inverses, choice, ratio, phases)
+        if self._decider is not None:
+            self._decider.begin_step(plan)
+        gradient = self._receive_gradient(order, phases)
+        verdict = self._verdict(plan, gradient, phases)
+        # The workers compute their statistics now. The shard preconditions meanwhile, if it can.
+        ahead = verdict.goes_on and not self._needs_statistics(plan)
+        tried = self._precondition(plan, gradient, verdict, phases) if ahead else None
+        self._receive_statistics(order, phases, is_finite=verdict.goes_on)
+        if not verdict.goes_on:
+            if self._decider is not None:
+                self._decider.skip_step()
+            return self._report(plan, None, phases)
+        if tried is None:
+            tried = self._precondition(plan, gradient, verdict, phases)
+        with phases("send_directions"):
+            self._side.send_directions(tried.directions)
+        choice = self._choice(order, tried, phases)
+        if choice is not None:
+            self._apply(plan, tried, choice, phases)
+            if plan.measure:
+                self._measure(phases)
+        return self._report(plan, tried.inverses, phases)
 
-    def _receive_gradient(self, phases: Phases) -> MeanGradient:
+    def _receive_gradient(self, order: StepOrder, phases: Phases) -> Tensor:
         with phases("reduce"):
-            return self.state.mean(self._side.receive_gradient())
+            total = self._side.receive_gradient()
+            return self.state.mean_gradient(total, order.window.size)
+
+    def _verdict(self, plan: StepPlan, gradient: Tensor, phases: Phases) -> Verdict:
+        finite = is_finite(gradient)
+        with phases("reduce"):
+            if self._decider is None:
+                self._side.report(Kind.FINITE, torch.tensor([float(finite)]).double())
+                self._report_squares()
+                return self._side.receive_verdict()
+            loss_sum, num_cases = self._deciding.receive_sums()
+            before = l2_term(self._deciding, self.state.l2, self._squares())
+            losses = BatchLosses(loss_sum, num_cases, before)
+            return self._decider.verdict(plan, losses, is_finite=finite)
+
+    def _squares(self) -> Tensor:
+        return self.state.squares() if self.state.l2 else torch.zeros(0)
+
+    def _report_squares(self) -> None:
+        if self.state.l2:
+            self._side.report(Kind.SQUARES, self.state.squares())
 
     def _needs_statistics(self, plan: StepPlan) -> bool:
         """Return whether the direction of a step depends on the statistics of the same step.
@@ -112,33 +178,40 @@ class KFACServer:
             self._store.structure.observes_moments or not self._store.is_ready(plan.step)
         )
 
-    def _receive_statistics(self, order: StepOrder, phases: Phases, *, finite: bool) -> None:
+    def _receive_statistics(self, order: StepOrder, phases: Phases, *, is_finite: bool) -> None:
         """Average the moments of a step into the inverses, unless its statistics were refused."""
         if not order.plan.update_factors:
             return
         with phases("wait_statistics"):
             usable = self._side.receive_usable()
             moments = self._moments.receive()
-        if not usable:
-            self._refused_in_a_row += finite  # a gradient that is not finite is a bad step instead
-        else:
-            self._refused_in_a_row = 0
+        if self._decider is not None:
+            self._decider.note_statistics(usable=usable, is_finite=is_finite)
+        if usable:
             self._store.note_statistics(order.plan.step)
             rows = self._subset.positions(order.window.size, self._settings.statistics_fraction)
             self._store.observe(moments, len(rows))
 
     def _precondition(
-        self, plan: StepPlan, mean: MeanGradient, phases: Phases
-    ) -> tuple[AdmittedInverses, Tensor]:
-        inverses = self._wait_for_inverses(plan, phases)
+        self, plan: StepPlan, gradient: Tensor, verdict: Verdict, phases: Phases
+    ) -> _Tried:
+        inverses = self._wait_for_inverses(plan, verdict, phases)
         with phases("precondition"):
-            directions, fallen = self._update.directions(
-                mean.gradient, inverses.candidates(), inverses.gammas
+            layout = self.state.layout
+            matrices = layout.matrices(gradient)
+            solved, fallen = self._directions.compute(
+                matrices, inverses.candidates(), inverses.gammas
             )
-        self._counts["gradient_fallback"] += len(fallen)
-        return inverses, directions
+            self._counts["gradient_fallback"] += len(fallen)
+            numbers = block_numbers(matrices, solved, layout.matrices(self._previous_update))
+            directions = gradient.new_zeros((len(solved), layout.size))
+            for by_block, direction in zip(solved, directions, strict=True):
+                layout.write(by_block, direction)
+        return _Tried(inverses=inverses, directions=directions, numbers=numbers)
 
-    def _wait_for_inverses(self, plan: StepPlan, phases: Phases) -> AdmittedInverses:
+    def _wait_for_inverses(
+        self, plan: StepPlan, verdict: Verdict, phases: Phases
+    ) -> AdmittedInverses:
         """Return the inverses of a step: at one gamma, or at several when a search is decided.
 
         A search is decided in the first step in which every layer has an inverse for all gammas.
@@ -147,125 +220,101 @@ class KFACServer:
             inverses = self._store.admit(plan.step)
         with phases("install"):
             inverses = self._store.install(inverses)
-        gammas = self._update.tried_gammas(inverses.carry, search=plan.search_gamma)
+        gammas: tuple[float, ...] = (verdict.gamma,)
+        if verdict.search:
+            with phases("wait_inverse"):
+                gammas = self._searched_gammas(verdict, inverses.carry(verdict.search))
         return self._store.at_gammas(inverses, gammas)
 
-    def _receive_fisher_products(
-        self, order: StepOrder, directions: Tensor, phases: Phases
-    ) -> FisherMeans | None:
-        size = order.window.size
-        fraction = self._update.fisher_fraction(size, measure=order.plan.measure)
-        with phases("send_directions"):
-            self._side.send_directions(Directions(vectors=directions, fisher_fraction=fraction))
-        if fraction is None:
-            return None
+    def _searched_gammas(self, verdict: Verdict, is_complete: bool) -> tuple[float, ...]:
+        if self._decider is not None:
+            return self._decider.gammas(verdict, is_complete=is_complete)
+        self._side.report(Kind.COMPLETE, torch.tensor([float(is_complete)]).double())
+        return self._side.receive_gammas(verdict.search, verdict.gamma)
+
+    def _choice(self, order: StepOrder, tried: _Tried, phases: Phases) -> Coefficients | None:
+        if self._decider is not None:
+            return self._decider.choose(order, tried.numbers, tried.inverses.gammas, phases)
+        self._side.report(Kind.NUMBERS, tried.numbers)
         with phases("fisher_products"):
-            sums = self._side.receive_fisher(len(directions) + 1)
-            return sums.mean(len(self._subset.positions(size, fraction)))
+            return self._side.receive_choice()
 
-    def _apply(
-        self,
-        plan: StepPlan,
-        inverses: AdmittedInverses,
-        choice: Choice,
-        directions: Tensor,
-        phases: Phases,
-    ) -> None:
+    def _apply(self, plan: StepPlan, tried: _Tried, choice: Coefficients, phases: Phases) -> None:
         with phases("apply"):
-            self.state.parameters.add_(self._update.advance(choice, directions))
+            direction = tried.directions[choice.candidate]
+            update = combine(direction, self._previous_update, choice.alpha, choice.mu)
+            self.state.parameters.add_(update)
             self.state.applied(plan.step)
-        self._store.use(inverses, choice.gamma, search_open=self._update.search_open)
-        self._stale_applied += len(inverses.admission.stale)
-
-    def _send_bases(self, phases: Phases) -> None:
+        self._store.use(tried.inverses, choice.gamma, search_open=choice.search_open)
+        self._stale_applied += len(tried.inverses.admission.stale)
         with phases("send_bases"):
             self._moments.send_bases(self._store.bases())
 
-    def _adapt_damping(
-        self,
-        order: StepOrder,
-        choice: Choice,
-        mean: MeanGradient,
-        phases: Phases,
-    ) -> float | None:
-        if not order.plan.measure:
-            return None
+    def _measure(self, phases: Phases) -> None:
         with phases("measure"):
-            after = self._side.receive_loss() / order.window.size + self.state.l2_term()
-            return self._update.adapt_damping(choice, after - mean.objective)
-
-    def _skipped(
-        self,
-        order: StepOrder,
-        mean: MeanGradient,
-        phases: Phases,
-        inverses: AdmittedInverses | None = None,
-    ) -> ServerReport:
-        self._counts["bad_step"] += 1
-        return self._report(order, mean, inverses, None, None, phases)
+            if self._decider is None:
+                self._report_squares()
+            else:
+                self._decider.adapt_damping(self._squares())
 
     def _report(
-        self,
-        order: StepOrder,
-        mean: MeanGradient,
-        inverses: AdmittedInverses | None,
-        choice: Choice | None,
-        ratio: float | None,
-        phases: Phases,
-    ) -> ServerReport:
+        self, plan: StepPlan, inverses: AdmittedInverses | None, phases: Phases
+    ) -> ShardReport:
         held = inverses.held if inverses else {}
-        names = [name for name in self._layers if name in held]
-        return ServerReport(
-            step=order.plan.step,
-            applied=choice is not None,
-            loss=mean.loss,
-            objective=mean.objective,
-            num_cases=order.window.size,
+        return ShardReport(
+            step=plan.step,
             parameter_version=self.state.version,
-            alpha=choice.alpha if choice else None,
-            mu=choice.mu if choice else None,
-            update_norm=choice.update_norm if choice else 0.0,
-            predicted_change=choice.predicted_change if choice else None,
-            reduction_ratio=ratio,
-            damping=self._update.damping,
-            gamma=self._update.gamma,
-            lr=order.plan.lr,
-            next_gammas=self.next_gammas(order.plan.step + 1),
-            inverse_version_step={name: held[name].version_step for name in names},
-            inverse_gammas={name: tuple(held[name].by_gamma) for name in names},
+            decision=None if self._decider is None else self._decider.decision(plan),
+            inverse_version_step={name: version.version_step for name, version in held.items()},
+            inverse_gammas={name: tuple(version.by_gamma) for name, version in held.items()},
             stale_layers=inverses.admission.beyond_bound if inverses else {},
             accepted=self._store.take_accepted(),
             stale_applied_total=self._stale_applied,
-            numeric_events=dict(self._counts + self._store.counts()),
+            numeric_events=dict(self._events()),
             waited_seconds=inverses.waited_seconds if inverses else 0.0,
             phase_seconds=phases.seconds,
-            refused_in_a_row=self._refused_in_a_row,
+            traffic=self._group.take_traffic(),
+            step_seconds=phases.elapsed(),
+            time=time.time(),
         )
 
+    def _events(self) -> Counter[str]:
+        decided = self._decider.counts if self._decider is not None else Counter[str]()
+        return self._counts + decided + self._store.counts()
+
     def next_gammas(self, step: int) -> tuple[float, ...]:
-        """Return the gammas to invert with for `step`, including those of an open search."""
-        plan = self._schedule.plan(step)
-        return self._update.requested_gammas(search=plan.search_gamma, damping=plan.damping)
+        """Return the gammas to invert with for `step`; only the first shard knows them."""
+        assert self._decider is not None, "the first shard decides"
+        return self._decider.next_gammas(step)
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""
         # Checkpoints contain these names, so they must not change.
-        update = {f"update:{k}": v for k, v in self._update.state_dict().items()}
-        events = self._counts + self._store.counts()
-        counts = {f"count:{k}": torch.tensor(v) for k, v in events.items()}
-        counts["stale_applied"] = torch.tensor(self._stale_applied)
-        inverses = {f"inverse:{k}": v for k, v in self._store.snapshot().items()}
-        return self.state.snapshot() | to_arrays(update | counts) | inverses
+        own: dict[str, Array] = {
+            f"count:{kind}": to_array(torch.tensor(number))
+            for kind, number in self._events().items()
+        }
+        own["stale_applied"] = to_array(torch.tensor(self._stale_applied))
+        own["update:previous_update"] = to_array(self._previous_update.clone())
+        if self._decider is not None:
+            own |= self._decider.snapshot()
+        own |= {f"inverse:{name}": array for name, array in self._store.snapshot().items()}
+        return self.state.snapshot() | own
 
     def restore(self, snapshot: Arrays) -> None:
-        """Restore a snapshot of the same model."""
+        """Restore a shard's part of a snapshot of the same model."""
         self.state.restore(snapshot)
-        update = to_tensors(section(snapshot, "update:"), self.state.parameters.device)
-        self._update.load_state_dict(update)
-        self._counts = Counter({k: int(v) for k, v in section(snapshot, "count:").items()})
-        self._stale_applied = int(snapshot["stale_applied"])
+        self._previous_update.copy_(to_tensor(snapshot["update:previous_update"]))
+        self._counts = _counts(snapshot)
+        self._stale_applied = int(snapshot.get("stale_applied", 0))
+        if self._decider is not None:
+            self._decider.restore(snapshot)
         self._store.restore(section(snapshot, "inverse:"))
 
     def checksum(self) -> str:
         """Return the checksum of what the gradient workers mirror."""
-        return checksum(self.state.parameters, self._update.previous_update)
+        return checksum(self.state.parameters, self._previous_update)
+
+
+def _counts(snapshot: Mapping[str, Array]) -> Counter[str]:
+    return Counter({kind: int(n) for kind, n in section(snapshot, "count:").items()})

@@ -1,16 +1,14 @@
-"""What the parameter server owns for every optimizer: parameters, their version and average."""
+"""What a shard owns for every optimizer: its parameters, their version and average."""
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_dist.config import AveragingSpec
+from kfac_dist.core.blocks.layout import BlockLayout
 from kfac_dist.core.step.averaging import ParameterAverage
-from kfac_dist.core.vector import is_finite
+from kfac_dist.core.step.block_numbers import block_squares
 from workers.exchange.arrays import (
     Array,
     Arrays,
@@ -20,43 +18,30 @@ from workers.exchange.arrays import (
     to_tensor,
     to_tensors,
 )
-from workers.exchange.step import BatchSums
 
 
-class MeanGradient(NamedTuple):
-    """Means over a batch: `loss` in nats a case, `objective` and `gradient` [P] with l2 terms."""
-
-    loss: float
-    objective: float
-    gradient: Tensor
-
-    def is_finite(self) -> bool:
-        """Return whether loss and gradient are finite; if not, the step is skipped."""
-        return math.isfinite(self.loss) and is_finite(self.gradient)
-
-
-class ServerState:
-    """The parameter vector [P], its version and its Polyak average.
+class ShardState:
+    """A shard's slice [Q] of the parameter vector, its version and its Polyak average.
 
     `version` grows by one with each applied update.
     """
 
-    def __init__(self, parameters: Tensor, l2: float, averaging: AveragingSpec | None) -> None:
+    def __init__(
+        self, parameters: Tensor, layout: BlockLayout, l2: float, averaging: AveragingSpec | None
+    ) -> None:
         self.parameters = parameters
+        self.layout = layout
         self.version = 0
-        self._l2 = l2
+        self.l2 = l2
         self._average = ParameterAverage(averaging.decay, averaging.start) if averaging else None
 
-    def l2_term(self) -> float:
-        """Return (l2 / 2) ||theta||^2."""
-        return 0.5 * self._l2 * float(torch.dot(self.parameters, self.parameters))
+    def squares(self) -> Tensor:
+        """Return the sum of squares of each block's parameters, float64 [B]."""
+        return block_squares(self.layout.matrices(self.parameters).values())
 
-    def mean(self, sums: BatchSums) -> MeanGradient:
-        """Return the means over a batch; the gradient is computed in the memory of the sum."""
-        loss = sums.loss / sums.num_cases
-        objective = loss + self.l2_term()
-        gradient = sums.gradient.div_(sums.num_cases).add_(self.parameters, alpha=self._l2)
-        return MeanGradient(loss, objective, gradient)
+    def mean_gradient(self, total: Tensor, num_cases: int) -> Tensor:
+        """Return the mean gradient [Q] with the l2 term, in the memory of the sum over cases."""
+        return total.div_(num_cases).add_(self.parameters, alpha=self.l2)
 
     def applied(self, step: int) -> None:
         """Count an update that has just been made to `parameters`, and average them."""
@@ -65,7 +50,7 @@ class ServerState:
             self._average.update(step, self.parameters)
 
     def averaged(self) -> Array | None:
-        """Return a copy of the averaged parameters [P], None before there is an average."""
+        """Return a copy of the averaged parameters [Q], None before there is an average."""
         value = None if self._average is None else self._average.value
         return None if value is None else to_array(value).copy()
 

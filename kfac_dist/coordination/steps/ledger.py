@@ -5,6 +5,7 @@ See docs/algorithm.md#asynchrony.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from kfac_dist.coordination.checks import check_interval
@@ -13,47 +14,48 @@ Receipt = Literal["accepted", "duplicate", "late"]
 
 
 class StatisticsLedger:
-    """Notes the statistics messages that one inverse worker gets from all gradient workers.
+    """Notes the statistics messages that one inverse worker gets for its `layers`.
 
-    The statistics of a step are the sum over all ranks, so a step is used once it is *whole*: all
-    ranks have sent their message. Each rank sends its steps in order. So when a step is whole, an
-    earlier step that is not whole never will be: it is dropped, and its messages are late from
-    then on.
+    A message has the sums over the whole batch for some of the layers. A step is used once it is
+    *whole*: every layer has come. The next step with statistics begins only after all messages of
+    a step have arrived. So when a step is whole, an earlier step that is not whole never will be:
+    it is dropped, and its messages are late from then on. A step that is repeated sends its
+    messages again, perhaps with the layers divided in another way; what is there already is a
+    duplicate.
 
     The ledger does not hold the statistics themselves. Its user keeps the accepted ones, applies
     the steps that `complete_steps` returns, and discards older steps that were not returned.
 
     `applied_step` is the last step that `complete_steps` has returned; after a restart it starts at
-    the step of the saved statistics. `dropped` counts the steps
-    that were begun and never became whole.
+    the step of the saved statistics. `dropped` counts the steps that were begun and never became
+    whole.
     """
 
-    def __init__(self, num_ranks: int, applied_step: int = 0) -> None:
-        check_interval("num_ranks", num_ranks, 1)
+    def __init__(self, layers: Collection[str], applied_step: int = 0) -> None:
+        check_interval("number of layers", len(layers), 1)
         check_interval("applied_step", applied_step, 0)
-        self.num_ranks = num_ranks
+        self._layers = frozenset(layers)
         self.applied_step = applied_step
         self.dropped = 0
         self._whole: list[int] = []
-        self._received: dict[int, set[int]] = {}
+        self._received: dict[int, set[str]] = {}
 
-    def receive(self, step: int, rank: int) -> Receipt:
-        """Note a message of `rank` for `step`; the caller may use it only if it is accepted.
+    def receive(self, step: int, layers: Collection[str]) -> Receipt:
+        """Note a message with `layers` for `step`; the caller may use it only if it is accepted.
 
-        A message is a "duplicate" if the rank has already sent one for the step, and "late" if the
-        step has been applied or dropped.
+        A message is a "duplicate" if all its layers have come for the step, and "late" if the step
+        has been applied or dropped.
         """
         check_interval("step", step, 1)
-        check_interval("rank", rank, 0, self.num_ranks - 1)
         if step in self._whole:
             return "duplicate"
         if step <= self._newest_whole:
             return "late"
-        ranks = self._received.setdefault(step, set())
-        if rank in ranks:
+        received = self._received.setdefault(step, set())
+        if received.issuperset(layers):
             return "duplicate"
-        ranks.add(rank)
-        if len(ranks) == self.num_ranks:
+        received.update(layers)
+        if received >= self._layers:
             self._close(step)
         return "accepted"
 

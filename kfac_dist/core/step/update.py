@@ -80,6 +80,16 @@ class KFACUpdate:
         """Return the gammas to invert with in a step, including those of an open search."""
         return self.gammas(search=search or self.search_open, damping=damping)
 
+    def wanted_gammas(self, *, search: bool) -> tuple[float, ...]:
+        """Return the gammas of the search that is open, none if none is; `search` opens one."""
+        if search:
+            self._search = self.gammas(search=True)
+        return self._search or ()
+
+    def decide_search(self) -> None:
+        """Note that the step in hand decides the open search."""
+        self._search = None
+
     def tried_gammas(
         self, all_inverted_for: Callable[[Sequence[float]], bool], *, search: bool
     ) -> tuple[float, ...]:
@@ -89,12 +99,11 @@ class KFACUpdate:
         `all_inverted_for` returns True: the layers' inverses for all gammas of the search are
         there.
         """
-        if search:
-            self._search = self.gammas(search=True)
-        if self._search is None or not all_inverted_for(self._search):
+        wanted = self.wanted_gammas(search=search)
+        if not wanted or not all_inverted_for(wanted):
             return (self.gamma,)
-        tried, self._search = self._search, None
-        return tried
+        self.decide_search()
+        return wanted
 
     def fisher_fraction(self, num_cases: int, *, measure: bool) -> float | None:
         """Return the fraction of the batch for the exact Fisher products of a step.

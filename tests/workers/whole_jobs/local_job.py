@@ -14,28 +14,39 @@ from typing import Any, TypeVar
 
 import torch
 
-from kfac_dist.config import JobSpec, parse_spec
+from kfac_dist.config import JobSpec, KFACSpec, parse_spec
 from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from tests.workers.whole_jobs.jobs import TASK
+from workers.exchange.arrays import to_tensor
 from workers.exchange.messages import (
+    InverseMessage,
     JobContext,
     RefreshRequest,
     Rendezvous,
     ServerReport,
+    ShardReport,
     StatisticsMessage,
     StepOrder,
     WorkerReport,
+    merge_reports,
 )
 from workers.exchange.process_group import Group, host_store, join_group, join_store
+from workers.exchange.shard_plan import merge_snapshots, num_shards_wanted, split_snapshot
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
-from workers.parameter_server.build import build_server
-from workers.planning import batch_size, inverse_setups, staleness_bound, step_schedule
+from workers.parameter_server.build import build_shard
+from workers.planning import (
+    batch_size,
+    inverse_setups,
+    shard_plan,
+    staleness_bound,
+    step_schedule,
+)
 
 T = TypeVar("T")
 HOST = "127.0.0.1"
@@ -115,14 +126,17 @@ def in_threads(calls: list[Callable[[], T]]) -> list[T]:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
-def make_group(num_workers: int, epoch: int = 1, timeout_seconds: float = 20.0) -> list[Group]:
-    """All members of a gloo group on the loopback device; the server is the last."""
+def make_group(
+    num_workers: int, num_shards: int = 1, epoch: int = 1, timeout_seconds: float = 20.0
+) -> list[Group]:
+    """All members of a gloo group on the loopback device; the shards follow the workers."""
     store = host_store(HOST, timeout_seconds)
     meet = Rendezvous(
         host=HOST,
         port=store.port,
         epoch=epoch,
         num_gradient_workers=num_workers,
+        num_shards=num_shards,
         timeout_seconds=timeout_seconds,
     )
 
@@ -130,7 +144,8 @@ def make_group(num_workers: int, epoch: int = 1, timeout_seconds: float = 20.0) 
         own = store if rank == num_workers else join_store(meet)
         return join_group(meet, own, rank=rank, own_host=HOST, backend="gloo", device=CPU)
 
-    return in_threads([lambda rank=rank: member(rank) for rank in range(num_workers + 1)])
+    size = num_workers + num_shards
+    return in_threads([lambda rank=rank: member(rank) for rank in range(size)])
 
 
 @dataclass(frozen=True)
@@ -153,22 +168,31 @@ class LocalJob:
         self.context = job_context(spec, tmp_path)
         self.schedule = step_schedule(spec)
         self.bound = staleness_bound(spec)
-        built = build_server(self.context, CPU, patience_seconds=20.0)
-        self.server, self.store = built.server, built.store
+        model = build_model(
+            load_task(spec, tmp_path, cache_dir=tmp_path), spec.seed, torch_dtype(spec.dtype)
+        )
+        kfac = isinstance(spec.optimizer, KFACSpec)
+        self.registration = register(model, spec.optimizer) if kfac else None
+        num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        wanted = num_shards_wanted(spec.workers)
+        self.plan = shard_plan(spec, self.registration, num_parameters, wanted)
+        self.loops: dict[int, InverseLoop] = {}
+        self.shards = [
+            build_shard(self.context, number, wanted, CPU, 20.0, self._request)
+            for number in range(len(self.plan))
+        ]
         if saved is not None:
-            self.server.restore(saved.server)
-        self.loops = self._inverse_loops()
+            for number, shard in enumerate(self.shards):
+                shard.shard.restore(split_snapshot(self.plan, saved.server, number))
+        self.loops |= self._inverse_loops()
         self.workers = [
-            build_gradient_work(self.context, rank, CPU, self._send)
-            for rank in range(spec.workers.gradient)
+            build_gradient_work(self.context, CPU, self._send) for _ in range(spec.workers.gradient)
         ]
         for worker in self.workers:
             _take_turns(worker)
-        groups = make_group(spec.workers.gradient)
-        joins: list[Callable[[], None]] = [
-            lambda w=w, g=g: w.join(g) for w, g in zip(self.workers, groups, strict=False)
-        ]
-        in_threads([*joins, lambda: self.server.join(groups[-1])])
+        groups = make_group(spec.workers.gradient, len(self.plan))
+        members = [*self.workers, *(built.shard for built in self.shards)]
+        in_threads([lambda m=m, g=g: m.join(g) for m, g in zip(members, groups, strict=True)])
         for worker in self.workers:
             if self.loops:
                 worker.connect(self.assignment, dict.fromkeys(self.assignment, 1))
@@ -176,18 +200,14 @@ class LocalJob:
         self.num_cases = len(self.workers[0]._data["train"])
         self.step_count = saved.step if saved else 0
         self.worker_reports: list[WorkerReport] = []
-        self.gammas = self.server.next_gammas(self.step_count + 1)
+        self.shard_reports: list[ShardReport] = []
 
     def _inverse_loops(self) -> dict[int, InverseLoop]:
-        if self.store is None:
+        if self.registration is None:
             self.assignment: dict[int, tuple[str, ...]] = {}
             return {}
-        spec = self.spec
-        task = load_task(spec, self.context.base_dir, cache_dir=self.context.cache_dir)
-        model = build_model(task, spec.seed, torch_dtype(spec.dtype))
-        registration = register(model, spec.optimizer)
         setups = inverse_setups(
-            spec, registration, applied_step=self.saved.step if self.saved else 0
+            self.spec, self.registration, applied_step=self.saved.step if self.saved else 0
         )
         self.assignment = {
             setup.rank: tuple(layer.name for layer in setup.layers) for setup in setups
@@ -196,12 +216,25 @@ class LocalJob:
         for setup in setups:
             rank = setup.rank
             work = InverseWork(self.context, setup, self.saved.averages if self.saved else None)
-            loops[rank] = InverseLoop(work, self.store.accept)
+            loops[rank] = InverseLoop(work, self._accept)
             loops[rank].start()
         return loops
 
-    def _send(self, worker: int, message: StatisticsMessage) -> None:
-        self.loops[worker].put_statistics(message)
+    def _accept(self, message: InverseMessage) -> None:
+        name = message.header.layer
+        owner = next(n for n, layout in enumerate(self.plan.layouts) if name in layout.names)
+        store = self.shards[owner].store
+        assert store is not None
+        store.accept(message)
+
+    def _send(self, messages: Mapping[int, list[StatisticsMessage]]) -> None:
+        for rank, own in messages.items():
+            for message in own:
+                self.loops[rank].put_statistics(message)
+
+    def _request(self, request: RefreshRequest) -> None:
+        for loop in self.loops.values():
+            loop.put_request(request)
 
     def steps(self, count: int) -> list[ServerReport]:
         """Do `count` steps and return the server's reports."""
@@ -213,26 +246,27 @@ class LocalJob:
         size = batch_size(self.spec, plan.step, self.num_cases)
         window, self.cursor = next_window(self.cursor, size, self.num_cases)
         order = StepOrder(plan=plan, window=window)
-        if plan.refresh_inverses:
-            exact = self.bound.is_exact(plan.step)
-            minimum = plan.step if exact else 1
-            request = RefreshRequest(
-                step=plan.step, gammas=self.gammas, min_statistics_step=minimum, exact=exact
-            )
-            for loop in self.loops.values():
-                loop.put_request(request)
-        calls: list[Callable[[], Any]] = [lambda w=w: w.step(order) for w in self.workers]
-        *self.worker_reports, report = in_threads([*calls, lambda: self.server.step(order)])
-        self.gammas = report.next_gammas
-        assert isinstance(report, ServerReport)
-        return report
+        members = [*self.workers, *(built.shard for built in self.shards)]
+        reports: list[Any] = in_threads([lambda m=m: m.step(order) for m in members])
+        self.worker_reports = reports[: len(self.workers)]
+        self.shard_reports = reports[len(self.workers) :]
+        return merge_reports(
+            self.shard_reports, self.registration.names if self.registration else ()
+        )
 
     def save(self) -> Saved:
         """Return the contents of a checkpoint after the last step."""
         averages: dict[str, Any] = {}
         for loop in self.loops.values():
             averages |= loop.snapshot(self.step_count, timeout_seconds=20.0)
-        return Saved(self.step_count, self.cursor, self.server.snapshot(), averages)
+        snapshots = [built.shard.snapshot() for built in self.shards]
+        merged = merge_snapshots(self.plan, snapshots)
+        return Saved(self.step_count, self.cursor, merged, averages)
+
+    @property
+    def server(self) -> Any:
+        """The first shard, which owns everything if it is the only one."""
+        return self.shards[0].shard
 
     def close(self) -> None:
         """Stop the inverse loops."""
@@ -241,8 +275,14 @@ class LocalJob:
 
     @property
     def parameters(self) -> torch.Tensor:
-        """The server's parameter vector [P]."""
-        return self.server.state.parameters
+        """The parameter vector [P] of all shards."""
+        return self.plan.whole([built.shard.state.parameters for built in self.shards])
+
+    @property
+    def averaged(self) -> torch.Tensor:
+        """The averaged parameter vector [P] of all shards."""
+        slices = [to_tensor(built.shard.state.averaged()) for built in self.shards]
+        return self.plan.whole(slices)
 
 
 _FORWARD_MODE = threading.Lock()

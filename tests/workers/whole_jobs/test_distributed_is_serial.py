@@ -91,7 +91,7 @@ def assert_bitwise_serial(job: LocalJob, spec: JobSpec, folder: Path) -> None:
     theta = flatten(serial._parameters)
     assert torch.equal(job.parameters, theta)
     assert torch.equal(flatten(job.workers[0]._parameters), theta)
-    assert torch.equal(job.server.state._average.value, serial.averaged_parameters)
+    assert torch.equal(job.averaged, serial.averaged_parameters)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -113,7 +113,7 @@ def test_serial_and_distributed_agree_on_the_cases_for_the_fisher_products(
     job = run(spec)
     assert_same = assert_bitwise_serial if exactly else assert_serial_to_rounding
     assert_same(job, spec, tmp_path)
-    assert job.server._update.fisher_fraction(400, measure=False) < 1
+    assert job.server._decider._update.fisher_fraction(400, measure=False) < 1
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -155,7 +155,8 @@ def assert_serial_to_rounding(job: LocalJob, spec: JobSpec, folder: Path) -> Non
     assert torch.linalg.vector_norm(job.parameters - theta) <= 1e-9 * torch.linalg.vector_norm(
         theta
     )
-    assert len({worker.checksum() for worker in job.workers} | {job.server.checksum()}) == 1
+    shards = tuple(built.shard.checksum() for built in job.shards)
+    assert {worker.checksums() for worker in job.workers} == {shards}
 
 
 def test_the_assignment_of_layers_does_not_matter(run):

@@ -1,0 +1,260 @@
+"""A member of the process group as a Ray actor; the work is in `roles` beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from kfac_dist.data import Split
+from kfac_dist.optim.precision import PreconditionDtype
+from workers.actor import Handle, Ref, as_actor, enter_code_folder, logged, node_address, role_log
+from workers.device import DevicePlan
+from workers.exchange.arrays import Array, Arrays
+from workers.exchange.messages import (
+    EvaluationSums,
+    InverseMessage,
+    JobContext,
+    MemberReport,
+    RefreshRequest,
+    Rendezvous,
+    StatisticsMessage,
+    StepOrder,
+)
+from workers.exchange.process_group import Group, join_group, join_store
+from workers.gradient_worker.build import build_gradient_work
+from workers.gradient_worker.work import GradientWork
+from workers.member.roles import MemberRoles
+from workers.parameter_server.build import BuiltShard, build_shard
+
+# A message is normally there in a millisecond. An inverse worker that has stalled holds a step up
+# once, and is not waited for again until it answers.
+_ARRIVAL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberPlace:
+    """The roles of a member: gradient worker `worker`, shard `shard` of `num_shards`, or both."""
+
+    worker: int | None
+    shard: int | None
+    num_shards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberReady:
+    """Tells the driver that a member is built.
+
+    `precondition_dtype` is the type in which it applies inverses, if that was measured; None if
+    the job specification gives the type, and for a first-order optimizer.
+    """
+
+    pid: int
+    precondition_dtype: PreconditionDtype | None
+
+
+class Member:
+    """Computes on its part of every batch, owns a shard of the parameters, or both.
+
+    The driver calls `build` and `join` first, and `connect` when there are inverse workers.
+    """
+
+    def __init__(
+        self,
+        job: JobContext,
+        place: MemberPlace,
+        devices: DevicePlan,
+        host: str | None,
+        threads: int,
+        timeout_seconds: float,
+    ) -> None:
+        self._job = job
+        self._place = place
+        self._devices = devices
+        self._host = host or node_address()
+        self._threads = threads
+        self._timeout_seconds = timeout_seconds
+        self._inverse_workers: Mapping[int, Handle] = {}
+        self._unanswered: dict[int, list[Ref]] = {}
+        self._roles: MemberRoles  # set by `build`
+        role = "parameter_server" if place.worker is None else "gradient_worker"
+        rank = place.worker if place.worker is not None else place.shard
+        self._log = role_log(job, role, rank or 0)
+
+    def build(self, buffers: Arrays, snapshot: Arrays | None) -> MemberReady:
+        """Load task, data and model; restore a checkpoint's state, if it is given.
+
+        Args:
+            buffers: the buffers of the model.
+            snapshot: this shard's part of the server's state; None at the start of a run.
+        """
+        enter_code_folder(self._job)
+        torch.set_num_threads(self._threads)
+        worker = shard = None
+        if self._place.worker is not None:
+            worker = logged(self._log, "build", lambda: self._build_worker(buffers))
+        if self._place.shard is not None:
+            shard = logged(self._log, "build", lambda: self._build_shard(snapshot))
+        self._roles = MemberRoles(worker, shard)
+        self._log.info("built", threads=self._threads, device=self._devices.kind)
+        return MemberReady(
+            pid=os.getpid(),
+            precondition_dtype=shard.precondition_dtype if shard else None,
+        )
+
+    def _build_worker(self, buffers: Arrays) -> GradientWork:
+        device = self._devices.device()
+        worker = build_gradient_work(self._job, device, self._send_statistics)
+        worker.set_buffers(buffers)
+        return worker
+
+    def _build_shard(self, snapshot: Arrays | None) -> BuiltShard:
+        assert self._place.shard is not None
+        built = build_shard(
+            self._job,
+            self._place.shard,
+            self._place.num_shards,
+            self._devices.device(),
+            self._timeout_seconds,
+            self._request_inverses,
+        )
+        if snapshot is not None:
+            built.shard.restore(snapshot)
+        return built
+
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Join a group; the gradient workers start from the parameters of the shards."""
+
+        def join(rank: int) -> Group:
+            return join_group(
+                rendezvous,
+                join_store(rendezvous),
+                rank=rank,
+                own_host=self._host,
+                backend=self._devices.backend,
+                device=self._devices.device(),
+            )
+
+        shard_rank = rendezvous.num_gradient_workers + (self._place.shard or 0)
+        self._roles.join(join, self._place.worker or 0, shard_rank)
+        self._log.info("joined", group=rendezvous.epoch)
+
+    def connect(
+        self,
+        inverse_workers: Mapping[int, Handle],
+        assignment: Mapping[int, tuple[str, ...]],
+        assignment_epochs: Mapping[int, int],
+    ) -> None:
+        """Send statistics and requests to these inverse workers from now on."""
+        self._inverse_workers = inverse_workers
+        self._unanswered = {}
+        if self._roles.worker is not None:
+            self._roles.worker.connect(assignment, assignment_epochs)
+
+    def _send_statistics(self, messages: Mapping[int, list[StatisticsMessage]]) -> None:
+        """Send messages and wait until they have arrived.
+
+        A step that is applied then has its statistics at their owners, whoever dies.
+        """
+        for rank in messages:
+            self._note_answers(rank)
+        waited_for: list[Ref] = []
+        for rank, own in messages.items():
+            silent = bool(self._unanswered.get(rank))
+            refs = [self._inverse_workers[rank].update.remote(message) for message in own]
+            self._unanswered[rank] = [*self._unanswered.get(rank, []), *refs]
+            if not silent:
+                waited_for += refs
+        if waited_for:
+            ray.wait(waited_for, num_returns=len(waited_for), timeout=_ARRIVAL_SECONDS)
+
+    def _note_answers(self, rank: int) -> None:
+        """Forget the messages to an inverse worker that have arrived, or that it died with."""
+        refs = self._unanswered.get(rank)
+        if not refs:
+            return
+        answered, self._unanswered[rank] = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for ref in answered:
+            try:
+                ray.get(ref)
+            except RayActorError:
+                continue  # the driver learns of the death by itself
+
+    def _request_inverses(self, request: RefreshRequest) -> None:
+        for handle in self._inverse_workers.values():
+            handle.refresh.remote(request)
+
+    def run(self, orders: Sequence[StepOrder]) -> list[MemberReport]:
+        """Do this member's part of a window of steps."""
+        first, last = orders[0].plan.step, orders[-1].plan.step
+        doing = f"step {first}" if first == last else f"steps {first} to {last}"
+        return logged(self._log, doing, lambda: self._roles.run(orders))
+
+    @property
+    def _worker(self) -> GradientWork:
+        assert self._roles.worker is not None, "this member is no gradient worker"
+        return self._roles.worker
+
+    @property
+    def _shard(self) -> BuiltShard:
+        assert self._roles.shard is not None, "this member has no shard"
+        return self._roles.shard
+
+    def evaluate(
+        self, split: Split, parameters: Array | None, before: Sequence[EvaluationSums]
+    ) -> EvaluationSums:
+        """Evaluate more of this worker's part of a split; `before`: so far, of each worker."""
+        so_far = before[self._place.worker or 0] if before else None
+        return logged(
+            self._log, "evaluate", lambda: self._worker.evaluate(split, parameters, so_far)
+        )
+
+    def buffers(self) -> dict[str, Array]:
+        """Return the buffers of this worker's model."""
+        return self._worker.buffers()
+
+    def set_buffers(self, values: Arrays) -> None:
+        """Set the buffers of this worker's model."""
+        self._worker.set_buffers(values)
+
+    def mirrored_checksums(self) -> tuple[str, ...]:
+        """Return the checksums of what this worker mirrors of each shard."""
+        return self._worker.checksums()
+
+    def next_gammas(self, step: int) -> tuple[float, ...]:
+        """Return the gammas to invert with for `step`."""
+        return self._shard.shard.next_gammas(step)
+
+    def averaged_parameters(self) -> Array | None:
+        """Return the shard's averaged parameters [Q], None before there is an average."""
+        return self._shard.shard.state.averaged()
+
+    def snapshot(self) -> dict[str, Array]:
+        """Return everything of the shard that the next step depends on."""
+        return self._shard.shard.snapshot()
+
+    def checksum(self) -> str:
+        """Return the checksum of what the gradient workers mirror of this shard."""
+        return self._shard.shard.checksum()
+
+    @ray.method(concurrency_group="mailbox")
+    def accept(self, message: InverseMessage) -> None:
+        """Put the inverses of a layer where the next step finds them."""
+        store = self._shard.store
+        assert store is not None, "a first-order optimizer has no inverses"
+        store.accept(message)
+
+    @ray.method(concurrency_group="control")
+    def set_orphaned(self, layers: tuple[str, ...]) -> None:
+        """Set the layers that nobody refreshes now; a step that waits for one sees it too."""
+        shard = self._roles.shard
+        if shard is not None and shard.store is not None:
+            shard.store.set_orphaned(layers)
+
+
+MemberActor: Any = as_actor(Member, "mailbox", "control")
