@@ -43,8 +43,6 @@ from workers.exchange.messages import InverseSetup, JobContext
 from workers.interrupts import Interrupts
 from workers.planning import arithmetic_of, inverse_setups, layer_costs
 
-_GROUP_TIMEOUT_SECONDS = 60.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
@@ -264,7 +262,6 @@ class _JobAttempt:
         return CrewPlan(
             devices=plan_devices(spec.workers, cluster.room.num_gpus),
             host=cluster.host,
-            group_timeout_seconds=_GROUP_TIMEOUT_SECONDS,
             setups=self._inverse_setups(point),
             server_snapshot=point.server_snapshot,
             averages=point.averages,

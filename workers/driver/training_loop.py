@@ -203,9 +203,10 @@ class TrainingLoop:
             WorkerDiedError: more workers have died than `faults.max_restarts` allows.
         """
         layers = ", ".join(death.layers)
+        how = f"{death.exit}: {death.why}" if death.why else death.exit
         message = (
-            f"{named(f'inverse worker {death.rank}', death.pid)} died ({death.exit}); training "
-            f"continues with the last inverses of {layers}"
+            f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); training continues "
+            f"with the last inverses of {layers}"
         )
         self._journal.event(
             "inverse_worker_died",

@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+import ray
 import torch
 
 from kfac_dist.data import Split
-from workers.actor import Handle, as_actor, enter_code_folder, logged, node_address, role_log
+from workers.actor import (
+    Handle,
+    as_actor,
+    enter_code_folder,
+    logged,
+    node_address,
+    note_preemptions,
+    role_log,
+)
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
@@ -22,6 +31,7 @@ from workers.exchange.messages import (
 from workers.exchange.process_group import Group, join_group, join_store
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
+from workers.heartbeat import Heartbeat, Pulse
 
 
 class GradientWorker:
@@ -41,13 +51,16 @@ class GradientWorker:
         self._inverse_workers: Mapping[int, Handle] = {}
         self._work: GradientWork  # set by `build`
         self._group: Group  # set by `join`
+        self._heartbeat = Heartbeat()
         self._log = role_log(job, "gradient_worker", rank)
+        note_preemptions(self._heartbeat)
 
     def build(self, buffers: Arrays) -> int:
         """Load task, data and model, set the model's `buffers`, and return the process id."""
         enter_code_folder(self._job)
         torch.set_num_threads(self._threads)
-        self._work = logged(self._log, "build", self._build_work)
+        with self._heartbeat.doing("build"):
+            self._work = logged(self._log, "build", self._build_work)
         self._work.set_buffers(buffers)
         self._log.info("built", threads=self._threads, device=self._devices.kind)
         return os.getpid()
@@ -85,7 +98,8 @@ class GradientWorker:
     def step(self, order: StepOrder) -> WorkerReport:
         """Do this worker's part of a step; on an error, leave the group so that nobody waits."""
         try:
-            return logged(self._log, f"step {order.plan.step}", lambda: self._work.step(order))
+            with self._heartbeat.doing("step", order.plan.step):
+                return logged(self._log, f"step {order.plan.step}", lambda: self._work.step(order))
         except Exception:
             self._group.leave()
             raise
@@ -95,7 +109,15 @@ class GradientWorker:
     ) -> EvaluationSums:
         """Evaluate more of this worker's part of a split; `before`: so far, of each worker."""
         so_far = before[self._rank] if before else None
-        return logged(self._log, "evaluate", lambda: self._work.evaluate(split, parameters, so_far))
+        with self._heartbeat.doing("evaluation"):
+            return logged(
+                self._log, "evaluate", lambda: self._work.evaluate(split, parameters, so_far)
+            )
+
+    @ray.method(concurrency_group="heartbeat")
+    def pulse(self) -> Pulse:
+        """Return what this process is doing."""
+        return self._heartbeat.pulse()
 
     def buffers(self) -> dict[str, Array]:
         """Return the buffers of this worker's model."""

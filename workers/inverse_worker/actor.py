@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ray
 
-from workers.actor import Handle, as_actor, logged, role_log
+from workers.actor import Handle, as_actor, logged, note_preemptions, role_log
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
     InverseMessage,
@@ -14,6 +14,7 @@ from workers.exchange.messages import (
     RefreshRequest,
     StatisticsMessage,
 )
+from workers.heartbeat import Pulse
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
 
@@ -27,6 +28,7 @@ class InverseWorker:
         self._server = server
         self._log = role_log(job, "inverse_worker", setup.rank)
         self._loop = InverseLoop(InverseWork(job, setup, averages), self._publish)
+        note_preemptions(self._loop.heartbeat)
         self._loop.start()
         self._log.info("started", layers=[layer.name for layer in setup.layers])
 
@@ -57,6 +59,11 @@ class InverseWorker:
     def status(self) -> InverseStatus:
         """Return the worker's health."""
         return self._loop.status()
+
+    @ray.method(concurrency_group="heartbeat")
+    def pulse(self) -> Pulse:
+        """Return what this process is doing."""
+        return self._loop.heartbeat.pulse()
 
     @ray.method(concurrency_group="lifeline")
     def lifeline(self) -> None:

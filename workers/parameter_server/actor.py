@@ -9,7 +9,14 @@ import ray
 import torch
 
 from kfac_dist.optim.precision import PreconditionDtype
-from workers.actor import as_actor, enter_code_folder, logged, node_address, role_log
+from workers.actor import (
+    as_actor,
+    enter_code_folder,
+    logged,
+    node_address,
+    note_preemptions,
+    role_log,
+)
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
@@ -20,6 +27,7 @@ from workers.exchange.messages import (
     StepOrder,
 )
 from workers.exchange.process_group import Group, host_store, join_group
+from workers.heartbeat import Heartbeat, Pulse
 from workers.parameter_server.build import BuiltServer, build_server
 
 
@@ -52,13 +60,16 @@ class ParameterServer:
         self._timeout_seconds = timeout_seconds
         self._built: BuiltServer  # set by `build`
         self._group: Group  # set by `join`
+        self._heartbeat = Heartbeat()
         self._log = role_log(job, "parameter_server", 0)
+        note_preemptions(self._heartbeat)
 
     def build(self, snapshot: Arrays | None) -> ServerReady:
         """Build the server, restore a checkpoint's snapshot if given one, and open the store."""
         enter_code_folder(self._job)
         torch.set_num_threads(1)
-        self._built = logged(self._log, "build", lambda: self._build(snapshot))
+        with self._heartbeat.doing("build"):
+            self._built = logged(self._log, "build", lambda: self._build(snapshot))
         self._tcp_store = host_store(self._host, self._timeout_seconds)
         self._log.info("built", device=self._devices.kind, backend=self._devices.backend)
         return ServerReady(
@@ -94,7 +105,8 @@ class ParameterServer:
         """Do the server's part of a step; on an error, leave the group so that nobody waits."""
         try:
             doing = f"step {order.plan.step}"
-            return logged(self._log, doing, lambda: self._built.server.step(order))
+            with self._heartbeat.doing("step", order.plan.step):
+                return logged(self._log, doing, lambda: self._built.server.step(order))
         except Exception:
             self._group.leave()
             raise
@@ -105,7 +117,8 @@ class ParameterServer:
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on."""
-        return self._built.server.snapshot()
+        with self._heartbeat.doing("snapshot"):
+            return self._built.server.snapshot()
 
     def checksum(self) -> str:
         """Return the checksum of what the gradient workers mirror."""
@@ -116,6 +129,11 @@ class ParameterServer:
         """Put the inverses of a layer where the next step finds them."""
         assert self._built.store is not None, "a first-order optimizer has no inverses"
         self._built.store.accept(message)
+
+    @ray.method(concurrency_group="heartbeat")
+    def pulse(self) -> Pulse:
+        """Return what this process is doing."""
+        return self._heartbeat.pulse()
 
     @ray.method(concurrency_group="control")
     def set_orphaned(self, layers: tuple[str, ...]) -> None:

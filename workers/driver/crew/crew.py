@@ -19,10 +19,20 @@ from workers.actor import Handle, Ref
 from workers.cluster.lost import lost_node_error
 from workers.cluster.ray_internals import dead_daemons
 from workers.device import DevicePlan
-from workers.driver.crew.failures import Member, failed_among, finished, first_cause, job_error
+from workers.driver.crew.failures import (
+    Member,
+    failed_among,
+    finished,
+    first_cause,
+    job_error,
+    stall_error,
+)
+from workers.driver.crew.health import Health, Stall, patience_seconds
+from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InversePool, InverseWorkerDied
 from workers.exchange.arrays import Array
 from workers.exchange.messages import InverseSetup, JobContext, Rendezvous
+from workers.exchange.process_group import PeerLostError
 from workers.gradient_worker.actor import GradientWorkerActor
 from workers.gradient_worker.buffers import mean_buffers
 from workers.interrupts import Interrupts
@@ -45,13 +55,12 @@ class CrewPlan:
     """Which actors to start, and the state they start from.
 
     `host` is the address that all members share, None where each node has its own.
-    `group_timeout_seconds` is for the process group. `server_snapshot`, `averages` and `buffers`
-    come from a checkpoint, if the run resumes. `has_buffers`: the model has buffers.
+    `server_snapshot`, `averages` and `buffers` come from a checkpoint, if the run resumes.
+    `has_buffers`: the model has buffers.
     """
 
     devices: DevicePlan
     host: str | None
-    group_timeout_seconds: float
     setups: Sequence[InverseSetup]
     server_snapshot: Mapping[str, Array] | None
     averages: Mapping[str, Array]
@@ -82,6 +91,8 @@ class Crew:
         self._plan = plan
         self._interrupts = interrupts
         self._pids: dict[tuple[str, int], int] = {}
+        self._health = Health(job.spec.faults)
+        self._checked_seconds = 0.0
 
     @classmethod
     def launch(
@@ -104,7 +115,7 @@ class Crew:
         """
         num_gpus, threads = plan.devices.gpus_per_member, job.spec.workers.threads or 1
         server = ParameterServerActor.options(num_gpus=num_gpus).remote(
-            job, plan.devices, plan.host, plan.group_timeout_seconds
+            job, plan.devices, plan.host, patience_seconds(job.spec.faults)
         )
         worker = GradientWorkerActor.options(num_cpus=threads, num_gpus=num_gpus)
         return cls(
@@ -123,7 +134,7 @@ class Crew:
     @property
     def group_timeout_seconds(self) -> float:
         """How long a wait for a member of the group, or for an inverse worker, may take."""
-        return self._plan.group_timeout_seconds
+        return patience_seconds(self._job.spec.faults)
 
     def build(self) -> ServerReady:
         """Have all actors load what they need, then form the process group.
@@ -144,7 +155,7 @@ class Crew:
             port=ready.port,
             epoch=self._job.attempt,
             num_gradient_workers=len(self.gradient_workers),
-            timeout_seconds=self._plan.group_timeout_seconds,
+            timeout_seconds=self.group_timeout_seconds,
         )
         self.gather(self.call_server("join", meet) | self.call_workers("join", meet))
         self.connect_inverse_workers()
@@ -190,7 +201,7 @@ class Crew:
         The death of an inverse worker is handled meanwhile and does not end the wait.
 
         Raises:
-            KfacDistError: the cause of the first failure among `calls`.
+            KfacDistError: the cause of the first failure among `calls`, or a member stalls.
             TimedOutError: some calls did not return before the deadline.
         """
         pending = dict(calls)
@@ -220,19 +231,56 @@ class Crew:
         dead = finished(lifelines)
         if dead or not ready:
             self._check_node()
+        self._check_health()
         if not ready:
             self.inverse_pool.poll()
         for ref in dead:
-            self.inverse_pool.handle_death(ref)
+            rank = self.inverse_pool.handle_death(ref)
+            self._health.forget(Member(role=INVERSE_ROLE, rank=rank))
         return finished(pending)
 
     def _check_node(self) -> None:
         if dead := dead_daemons():
             raise lost_node_error(dead[0], self.step)
 
+    def _check_health(self) -> None:
+        """Ask all members for their pulse, from time to time, and kill those that stall.
+
+        Raises:
+            WorkerDiedError: a member stalls that the job cannot continue without.
+        """
+        now = time.monotonic()
+        if now - self._checked_seconds < _WAIT_SECONDS:
+            return
+        self._checked_seconds = now
+        self._health.ask(self._members() | self.inverse_pool.members())
+        for stall in self._health.stalls():
+            if stall.member.role == INVERSE_ROLE:
+                self.inverse_pool.end_stalled(stall)
+                self._health.forget(stall.member)
+            else:
+                raise self._stalled(stall)
+
+    def _members(self) -> dict[Member, Handle]:
+        workers = {
+            self._member(WORKER_ROLE, rank): worker
+            for rank, worker in enumerate(self.gradient_workers)
+        }
+        return {self._member(SERVER_ROLE, 0): self.server} | workers
+
+    def _stalled(self, stall: Stall) -> Exception:
+        """Kill a member and return the error that names it."""
+        member = self._member(stall.member.role, stall.member.rank)
+        ray.kill(self._members()[member])
+        log = self._folder.places.log(member.role, member.rank, self._job.attempt)
+        return stall_error(member, stall.why, step=self.step, log=log)
+
     def _error(self, failed: Calls, pending: Calls) -> Exception:
         self._check_node()  # if the node is lost, who died on it says nothing
         member, error = first_cause(failed, pending)
+        suspect = self._health.suspect() if isinstance(error, PeerLostError) else None
+        if suspect is not None and suspect.member.role != INVERSE_ROLE:
+            return self._stalled(suspect)
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
         return job_error(member, error, step=self.step, log=path)
 
