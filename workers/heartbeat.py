@@ -1,4 +1,4 @@
-"""What a worker's process is doing, told from a thread of its own while the work goes on.
+"""What a worker's process is doing, told from a thread of its own while the work continues.
 
 The process answers `pulse` whatever its work does, so silence means that the process itself is
 stopped. That its work hangs is seen in the answer: one phase of its *own* work, not of waiting for
@@ -27,7 +27,7 @@ class Pulse:
         pid: the process.
         doing: the work, and after a colon its phase, such as `step: compute`; IDLE without any.
         step: the step that the work belongs to, 0 outside the steps.
-        seconds: since the work last went on: a phase began or ended, or a wait did.
+        seconds: since the work last advanced: a phase began or ended, or a wait did.
         waits: it waits for other members, so that its time says nothing about itself.
         preempted: the process has had notice that it will be ended.
     """
@@ -70,7 +70,7 @@ class Heartbeat:
             self._since = time.monotonic()
 
     def beat(self, phase: str) -> None:
-        """Note that the work goes on, now with `phase`."""
+        """Note that the work continues, now with `phase`."""
         with self._lock:
             self._phase = phase
             self._since = time.monotonic()
@@ -104,7 +104,7 @@ _current: ContextVar[Heartbeat | None] = ContextVar("heartbeat", default=None)
 
 
 def beat(phase: str) -> None:
-    """Note that the work of this thread goes on with `phase`; nothing outside `doing`."""
+    """Note that the work of this thread continues with `phase`; nothing outside `doing`."""
     if (heartbeat := _current.get()) is not None:
         heartbeat.beat(phase)
 

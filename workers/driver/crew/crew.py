@@ -16,8 +16,8 @@ import ray
 from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle, Ref
-from workers.cluster.lost import lost_node_error
-from workers.cluster.ray_internals import dead_daemons
+from workers.cluster.daemons import DaemonWatch, daemons_awake
+from workers.cluster.lost import lost_node_error, stopped_daemon_error
 from workers.device import DevicePlan
 from workers.driver.crew.failures import (
     Member,
@@ -93,6 +93,7 @@ class Crew:
         self._pids: dict[tuple[str, int], int] = {}
         self._health = Health(job.spec.faults)
         self._checked_seconds = 0.0
+        self._daemons = DaemonWatch(job.spec.faults.stall_seconds)
 
     @classmethod
     def launch(
@@ -240,8 +241,13 @@ class Crew:
         return finished(pending)
 
     def _check_node(self) -> None:
-        if dead := dead_daemons():
-            raise lost_node_error(dead[0], self.step)
+        lost = self._daemons.lost()
+        if lost is None:
+            return
+        if lost.fate == "died":
+            raise lost_node_error(lost.name, self.step)
+        stall_seconds = self._job.spec.faults.stall_seconds
+        raise stopped_daemon_error(lost.name, self.step, stall_seconds)
 
     def _check_health(self) -> None:
         """Ask all members for their pulse, from time to time, and kill those that stall.
@@ -253,6 +259,7 @@ class Crew:
         if now - self._checked_seconds < _WAIT_SECONDS:
             return
         self._checked_seconds = now
+        self._check_node()
         self._health.ask(self._members() | self.inverse_pool.members())
         for stall in self._health.stalls():
             if stall.member.role == INVERSE_ROLE:
@@ -286,9 +293,10 @@ class Crew:
 
     def kill(self) -> None:
         """End all actors at once."""
-        for actor in (self.server, *self.gradient_workers):
-            ray.kill(actor)
-        self.inverse_pool.kill()
+        with daemons_awake():
+            for actor in (self.server, *self.gradient_workers):
+                ray.kill(actor)
+            self.inverse_pool.kill()
 
 
 def _start_timed_out(pending: Calls, seconds: float) -> TimedOutError:

@@ -134,7 +134,7 @@ def job_error(member: Member, error: BaseException, *, step: int, log: Path) -> 
 
 
 def stall_error(member: Member, why: str, *, step: int, log: Path) -> WorkerDiedError:
-    """Return the error of a job that has killed `member` because it did not go on."""
+    """Return the error of a job that has killed `member` because it did not advance."""
     return WorkerDiedError(
         f"{named(str(member), member.pid or None)} stalled at step {step} and was killed: {why}",
         first_failure=FirstFailure(

@@ -2,7 +2,7 @@
 
 One heartbeat for all roles (`workers.heartbeat`). The driver has one thread, so it never waits for
 an answer: it asks now and reads the answer later. A member that does not answer for `stall_seconds`
-is *stopped*; one that answers, but whose own work does not go on for `step_seconds`, *hangs*. A
+is *stopped*; one that answers, but whose own work does not advance for `step_seconds`, *hangs*. A
 member that waits for others is never to blame.
 """
 
@@ -33,7 +33,7 @@ def patience_seconds(faults: FaultSpec) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Stall:
-    """A member that does not go on, and how that was noticed, as the rest of a sentence."""
+    """A member that does not advance, and how that was noticed, as the rest of a sentence."""
 
     member: Member
     why: str
@@ -102,7 +102,7 @@ class Health:
 
     def _hangs(self, pulse: Pulse) -> str:
         return (
-            f"its process answers, but its work, '{pulse.doing}', did not go on for "
+            f"its process answers, but its work, '{pulse.doing}', did not advance for "
             f"{pulse.seconds:.0f} s; faults.step_seconds is {self._faults.step_seconds:g}"
         )
 

@@ -262,7 +262,7 @@ class InversePool:
         )
 
     def end_stalled(self, stall: Stall) -> None:
-        """Kill a worker that does not go on."""
+        """Kill a worker that does not advance."""
         self._end_stalled(stall.member.rank, stall.why)
 
     def _end_stalled(self, rank: int, why: str) -> None:
