@@ -8,10 +8,12 @@ What a step computes is in `gradient_worker.work`, `parameter_server.kfac` and
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.sampling import next_window
+from kfac_dist.coordination.steps.staleness import degraded_too_long
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
@@ -76,6 +78,7 @@ class TrainingLoop:
         self._first_step = point.step + 1
         self._checkpointed_step = point.step
         self._gammas: tuple[float, ...] = ()
+        self._versions: Mapping[str, int] = {}  # of the inverses in use
         self._bad_steps = 0
         self._warned_of_refusals = False
         self._training_seconds = 0.0
@@ -92,6 +95,7 @@ class TrainingLoop:
         for step in range(self._first_step, self._spec.steps + 1):
             self._journal.step = crew.step = step
             self._connect_started(crew, step)
+            self._limit_degradation(crew, step)
             self._step(crew, self._schedule.plan(step))
             if self._replay_script or self._is_due(step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
@@ -125,6 +129,7 @@ class TrainingLoop:
         self._cursor, self._gammas = cursor, server.next_gammas
         if plan.update_factors:
             self._statistics_step = plan.step
+        self._versions = server.inverse_version_step or self._versions
         self._check_recovery(crew, server)
         crew.inverse_pool.poll()
         seconds = time.perf_counter() - started
@@ -184,6 +189,37 @@ class TrainingLoop:
                 restarts=crew.inverse_pool.num_deaths,
             )
 
+    def _limit_degradation(self, crew: Crew, step: int) -> None:
+        """Wait for successors of inverse workers whose layers have been degraded for too long.
+
+        A successor can make an inverse only in a step that computes statistics, in an exact run
+        only in one that refreshes. There the server waits for it.
+        """
+        plan = self._schedule.plan(step)
+        if not (plan.refresh_inverses if self._bound.is_exact(step) else plan.update_factors):
+            return
+        most = self._spec.staleness.max_degraded_steps
+        orphaned = crew.inverse_pool.orphaned
+        late = degraded_too_long(step, self._versions, self._bound, orphaned, most)
+        if not late:
+            return
+        if ranks := crew.inverse_pool.starting(late):
+            self._journal_wait(step, ranks, late)
+            crew.await_inverse_workers(late)
+        self._connect_started(crew, step)
+        crew.stop_degrading(late)
+
+    def _journal_wait(self, step: int, ranks: Sequence[int], late: Mapping[str, int]) -> None:
+        oldest = max(late, key=late.__getitem__)
+        message = (
+            f"step {step} waits until inverse worker {', '.join(map(str, ranks))} is back: the "
+            f"inverse of {oldest} is {late[oldest]} steps beyond its bound, and "
+            f"staleness.max_degraded_steps is {self._spec.staleness.max_degraded_steps}"
+        )
+        self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
+        kind = "inverse_worker_awaited"
+        self._journal.event(kind, message, severity="warning", role=INVERSE_ROLE)
+
     def _check_recovery(self, crew: Crew, report: ServerReport) -> None:
         """Set the job to RUNNING again once no layer is orphaned any more."""
         versions = report.inverse_version_step
@@ -221,7 +257,8 @@ class TrainingLoop:
         most = self._spec.faults.max_restarts
         if death.num_deaths > most:
             raise WorkerDiedError(
-                f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}"
+                f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}; "
+                f"the last one was {death.rank} ({how})"
             )
         self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
 

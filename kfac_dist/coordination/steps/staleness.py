@@ -175,12 +175,13 @@ def degraded_too_long(
 
     Args:
         step: the step that is to be ordered.
-        versions: the version of each layer's inverse in use; a layer without one is left out.
-        bound: the staleness bound.
+        versions: the version of each layer's inverse in use; a layer without one is left out, and
+            counts as version 0.
+        bound: the staleness bound; a repeated step does what the recorded one did.
         orphaned: the layers whose inverse worker is being replaced.
         max_degraded_steps: how many steps beyond the bound an inverse may be; None for any number.
     """
-    if max_degraded_steps is None:
+    if max_degraded_steps is None or bound.recorded is not None:
         return {}
     beyond = {
         layer: bound.oldest_admissible(step, layer) - versions.get(layer, 0) for layer in orphaned

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +223,20 @@ class Crew:
                 del pending[ref]
         failed = failed_among(calls)
         return list(ray.get([ref for ref in calls if ref not in failed]))
+
+    def await_inverse_workers(self, layers: Collection[str]) -> None:
+        """Wait until the inverse workers that own these layers have started.
+
+        Raises:
+            KfacDistError: they died too often, or another member did.
+        """
+        while self.inverse_pool.starting(layers):
+            self._wait({})
+
+    def stop_degrading(self, layers: Collection[str]) -> None:
+        """Have steps wait for new inverses of these layers, whose workers are there again."""
+        ref = self.inverse_pool.wait_again(layers)
+        self.gather({ref: self._member(SERVER_ROLE, 0)})
 
     def _wait(self, pending: Calls) -> list[Ref]:
         """Return the calls that have ended, possibly none; handle deaths of inverse workers."""

@@ -9,7 +9,7 @@ that stalls is killed, and is then dead like any other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import ray
@@ -77,6 +77,7 @@ class InversePool:
         self._on_death = on_death
         self._workers: dict[int, _Worker] = {}
         self._orphaned: dict[str, int] = {}  # to the rank of the worker that owned it
+        self._awaited: set[str] = set()  # orphaned layers that the server waits for again
         self._num_deaths = 0
         self._statuses = InverseStatuses()
 
@@ -165,6 +166,7 @@ class InversePool:
         ray.kill(dead.handle)  # its work may have failed while the process lives
         layers = self.assignment[rank]
         self._orphaned |= dict.fromkeys(layers, rank)
+        self._awaited -= set(layers)
         self._send_orphaned()
         self._num_deaths += 1
         self._statuses.forget(rank)
@@ -190,8 +192,29 @@ class InversePool:
         steps = [int(self._averages.get(f"{name}:step", 0)) for name in layers]
         return max(steps, default=0)
 
-    def _send_orphaned(self) -> None:
-        self._server.set_orphaned.remote(self.orphaned)
+    def _send_orphaned(self) -> Ref:
+        left = tuple(layer for layer in self._orphaned if layer not in self._awaited)
+        sent: Ref = self._server.set_orphaned.remote(left)
+        return sent
+
+    def wait_again(self, layers: Collection[str]) -> Ref:
+        """Have the server wait for new inverses of orphaned layers, which successors now make.
+
+        Returns a call that ends when the server knows.
+        """
+        self._awaited |= set(layers)
+        return self._send_orphaned()
+
+    def starting(self, layers: Collection[str]) -> tuple[int, ...]:
+        """Return the ranks of the workers that own some of these layers and have not started."""
+        ranks = {rank for rank, own in self.assignment.items() if not set(layers).isdisjoint(own)}
+        started = {
+            rank
+            for rank in ranks
+            if finished([(worker := self._workers[rank]).first_status])
+            or worker.connected_step is not None
+        }
+        return tuple(sorted(ranks - started))
 
     def note_started(self, step: int) -> list[int]:
         """Mark the workers that have started as connected from `step` on, and return their ranks.
@@ -239,6 +262,7 @@ class InversePool:
         ]
         for layer in recovered:
             del self._orphaned[layer]
+            self._awaited.discard(layer)
         if recovered:
             self._send_orphaned()
         return recovered
