@@ -3,11 +3,13 @@
 Actors are thin shells around the roles' work. Long work runs in one thread. Methods that must
 answer during it, such as an inverse worker's `status`, have concurrency groups of their own. Ray
 restarts no actor, because a restarted one would have lost its state without anybody noticing.
+Each actor has a method `pulse` in the group `heartbeat` (`workers.heartbeat`).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -20,6 +22,7 @@ from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.logs import open_log, redirect_output
 from kfac_dist.tasks import enter_working_folder
 from workers.exchange.messages import JobContext
+from workers.heartbeat import Heartbeat
 
 Handle: TypeAlias = Any
 """A Ray actor or its class; untyped, because Ray creates its methods at run time."""
@@ -34,10 +37,14 @@ EXIT_EVENT = "os._exit was called"
 
 
 def as_actor(role: type, *groups: str) -> Handle:
-    """Return the actor class of a role, with one extra thread for each concurrency group."""
+    """Return the actor class of a role, with one extra thread for each concurrency group.
+
+    The group `heartbeat` is always there.
+    """
     # Ray's type stubs do not have concurrency groups.
     remote: Any = ray.remote
-    options = {"max_restarts": 0, "num_cpus": 0, "concurrency_groups": dict.fromkeys(groups, 1)}
+    threads = dict.fromkeys(("heartbeat", *groups), 1)
+    options = {"max_restarts": 0, "num_cpus": 0, "concurrency_groups": threads}
     return remote(**options)(role)
 
 
@@ -63,6 +70,15 @@ def _note_exit(log: FilteringBoundLogger) -> None:
         leave(status)
 
     os._exit = leave_with_a_note
+
+
+def note_preemptions(heartbeat: Heartbeat) -> None:
+    """Have SIGTERM noted by the heartbeat, instead of ending the process.
+
+    It is the notice of a machine, or of its owner, that the process will be ended. Ray itself ends
+    its workers in other ways.
+    """
+    signal.signal(signal.SIGTERM, lambda _number, _frame: heartbeat.note_preemption())
 
 
 def enter_code_folder(job: JobContext) -> None:

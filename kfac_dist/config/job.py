@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from kfac_dist.config.optimizers import KFACSpec, OptimizerSpec
-from kfac_dist.config.section import Count, CountOrZero, Section, raise_problems
+from kfac_dist.config.section import Count, CountOrZero, Positive, Section, raise_problems
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """A name that can also be that of a folder."""
@@ -70,6 +70,9 @@ class StalenessSpec(Section):
     """How an inverse worker chooses the layer to refresh next."""
     warmup_steps: CountOrZero = 0
     """Number of synchronous steps at the start."""
+    max_degraded_steps: CountOrZero | None = 40
+    """Steps beyond the bound that an inverse is used while its inverse worker is replaced; then
+    the job waits for the new worker. null never waits."""
     delay_steps: dict[str, CountOrZero] = Field(default_factory=dict)
     """Use each new inverse exactly this many steps late, by pattern of layer name; reproducible."""
 
@@ -83,36 +86,21 @@ class CheckpointSpec(Section):
     """How many checkpoints stay on disk, the newest ones."""
 
 
-_REMOVED_KEY = "min_gradient_workers"
-
-
 class FaultSpec(Section):
-    """How many failures a job survives."""
+    """Which failures a job survives, and how soon they are noticed."""
 
     max_restarts: CountOrZero = 3
     """Restarts before the job fails: of inverse workers, and with a server of the whole job."""
+    max_preemptions: CountOrZero | None = None
+    """Restarts after a notice that a machine is taken away; null does not limit them."""
     max_bad_steps: CountOrZero = 10
     """Steps without a finite update before the job fails."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_removed_key(cls, values: Any) -> Any:
-        """Accept the default of a key that was never read; refuse any other value of it.
-
-        Every specification that an earlier version resolved contains the default: those of run
-        folders, which are resumed and replayed, and those in the store.
-        """
-        if not isinstance(values, Mapping) or _REMOVED_KEY not in values:
-            return values
-        value = values[_REMOVED_KEY]
-        if value != 1:
-            raise_problems(
-                [
-                    f"{_REMOVED_KEY}: {value!r} has no effect: a job needs all its gradient "
-                    "workers; leave the key out"
-                ]
-            )
-        return {key: values[key] for key in values if key != _REMOVED_KEY}
+    min_gradient_workers: Count = 1
+    """Below this number of gradient workers the job waits for room instead of training."""
+    stall_seconds: Positive = 20.0
+    """A worker whose process does not answer for this long is killed and counts as dead."""
+    step_seconds: Positive = 300.0
+    """A worker in which one phase of its own work, such as a gradient, lasts longer is killed."""
 
 
 def _batch_size_kind(value: Any) -> str:
@@ -174,6 +162,12 @@ class JobSpec(Section):
                 f"use 0 (synchronous) or at least {self.optimizer.inverse_update_period}"
             )
         yield from self._delay_problems()
+        least = self.faults.min_gradient_workers
+        if least > self.workers.gradient:
+            yield (
+                f"faults.min_gradient_workers: {least} is above workers.gradient, "
+                f"{self.workers.gradient}; use at most {self.workers.gradient}"
+            )
         inverse_dtype = isinstance(self.optimizer, KFACSpec) and self.optimizer.precondition_dtype
         if self.dtype == "float64" and inverse_dtype == "bfloat16":
             yield (

@@ -68,12 +68,6 @@ def test_the_example_of_the_contract_is_valid_and_its_values_are_the_defaults(
     assert changed == plain.model_dump(exclude={"workers", "task_args", "data"})
 
 
-def test_the_default_of_the_removed_key_is_still_accepted() -> None:
-    spec = parse_spec(SMALL | {"faults": {"max_restarts": 1, "min_gradient_workers": 1}})
-    assert spec == parse_spec(SMALL | {"faults": {"max_restarts": 1}})
-    assert "min_gradient_workers" not in dump_spec(spec)
-
-
 def test_what_is_dumped_loads_to_the_same(tmp_path: Path) -> None:
     for optimizer in ({"name": "kfac"}, {"name": "sgd"}, {"name": "adam", "betas": [0.8, 0.9]}):
         spec = parse_spec(SMALL | {"optimizer": optimizer, "task_args": {"x": None, "y": "no"}})

@@ -181,8 +181,7 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
         ),
         (
             {"faults": {"min_gradient_workers": 2}},
-            "faults.min_gradient_workers: 2 has no effect: a job needs all its gradient workers; "
-            "leave the key out",
+            "faults.min_gradient_workers: 2 is above workers.gradient, 1; use at most 1",
         ),
     ],
 )

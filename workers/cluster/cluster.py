@@ -17,6 +17,7 @@ import ray
 from kfac_dist.config import WorkersSpec
 from kfac_dist.coordination.jobs.placement import Room, machine_room, room_needed
 from kfac_dist.errors import ConflictError, UnreachableError
+from workers.cluster.daemons import daemons_awake
 from workers.cluster.guard import guarded
 from workers.cluster.leftovers import marking
 from workers.cluster.machine_load import describe_load
@@ -215,7 +216,7 @@ def _shut_down() -> Iterator[None]:
     try:
         yield
     finally:
-        with deferred():
+        with daemons_awake(), deferred():
             ray.shutdown()
 
 

@@ -18,12 +18,23 @@ _MESSAGE = (
     "the workers with it. The usual cause is memory; --resume continues from the newest "
     "checkpoint"
 )
+_STOPPED_MESSAGE = (
+    "the node is lost: {daemon}, a process that Ray cannot do without, was stopped (as by SIGSTOP) "
+    "and still was after faults.stall_seconds, {seconds:g}, at step {step}; --resume continues "
+    "from the newest checkpoint"
+)
 _RAYLET = "raylet"
 
 
 def lost_node_error(daemon: str, step: int) -> JobFailedError:
     """Return the error of a job whose driver has found out that `daemon` is dead."""
     return JobFailedError(_MESSAGE.format(daemon=daemon, step=step), reason=_REASON)
+
+
+def stopped_daemon_error(daemon: str, step: int, stall_seconds: float) -> JobFailedError:
+    """Return the error of a job whose driver has found out that `daemon` is stopped."""
+    message = _STOPPED_MESSAGE.format(daemon=daemon, step=step, seconds=stall_seconds)
+    return JobFailedError(message, reason=_REASON)
 
 
 @contextmanager

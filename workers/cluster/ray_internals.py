@@ -99,6 +99,7 @@ _PRINT = "ray._private.worker.print_to_stdstream"
 _CONNECT = "ray._private.worker.connect"
 _NODE = "ray._private.worker._global_node"
 _DEAD = "ray._private.node.Node.dead_processes"
+_LIVE = "ray._private.node.Node.live_processes"
 _GCS_CLIENT = "ray._raylet.GcsClient"
 _DAEMONS = ("gcs_server", "raylet", "dashboard")
 
@@ -136,6 +137,11 @@ PATCHES = {
     "dead_daemons": RayPatch(
         needs={_NODE: (), _DEAD: ("self",)},
         loss="a cluster that has lost a daemon is not noticed and not started again",
+        protects=False,
+    ),
+    "live_daemons": RayPatch(
+        needs={_NODE: (), _LIVE: ("self",)},
+        loss="a daemon of Ray that is stopped is not noticed",
         protects=False,
     ),
     "cluster_id_of": RayPatch(
@@ -213,6 +219,14 @@ def dead_daemons() -> list[str]:
         return []
     node = pkgutil.resolve_name(_NODE)
     return [] if node is None else [n for n, _ in node.dead_processes() if n in _DAEMONS]
+
+
+def live_daemons() -> dict[int, str]:
+    """Return the daemons of the cluster that this process has started, by process id."""
+    if not PATCHES["live_daemons"].is_usable():
+        return {}
+    node = pkgutil.resolve_name(_NODE)
+    return {} if node is None else {p.pid: n for n, p in node.live_processes() if n in _DAEMONS}
 
 
 def cluster_id_of(gcs_address: str) -> str:

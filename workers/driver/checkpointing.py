@@ -135,7 +135,7 @@ def save_checkpoint(
     for part in parts:
         averages |= part
     averages = crew.inverse_pool.keep_snapshot(averages)
-    (server,) = crew.gather(crew.call_server("snapshot"))
+    server = crew.server_snapshot()
     roles: dict[str, Mapping[str, Array]] = {SERVER_ROLE: server}
     if averages:
         roles[FACTORS_ROLE] = averages
@@ -151,9 +151,7 @@ def save_checkpoint(
 def _check_mirrors(crew: Crew) -> None:
     # Each worker applies updates to its own copy of the parameters; equal checksums prove that
     # none has drifted.
-    calls = crew.call_server("checksum") | crew.call_workers("checksum")
-    server, *workers = crew.gather(calls)
-    diverged = [rank for rank, checksum in enumerate(workers) if checksum != server]
+    diverged = crew.diverged_workers()
     if diverged:
         raise JobFailedError(
             f"the parameters of gradient workers {', '.join(map(str, diverged))} differ from those "

@@ -45,7 +45,7 @@ def evaluate_splits(crew: Crew, journal: JobJournal, l2: float) -> Evaluation:
     """
     evaluator = _Evaluator(crew, journal, l2)
     crew.share_buffers()
-    (averaged,) = crew.gather(crew.call_server("averaged_parameters"))
+    averaged = crew.averaged_parameters()
     train, test = evaluator.evaluate("train", None), evaluator.evaluate("test", None)
     if averaged is None:
         return Evaluation(train=train, test=test)

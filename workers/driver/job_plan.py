@@ -35,6 +35,7 @@ from kfac_dist.tasks import (
 from workers.driver.memory import available_bytes, peak_bytes, reset_peak, resident_bytes
 from workers.driver.preparation import Preparation, prepare
 from workers.exchange.messages import InverseSetup
+from workers.exchange.shard_plan import num_shards_wanted
 from workers.planning import batch_size, inverse_setups
 
 _MEASURED_STEPS = 6
@@ -123,8 +124,9 @@ def _placement(
     matrices = {setup.rank: sum(map(_num_elements, setup.layers)) for setup in setups}
     largest, total = max(matrices.values(), default=0), sum(matrices.values())
     # Each shard of the parameter server owns its part of the layers and of the parameters.
-    own = total // max(1, workers.parameter_server)
-    vectors = math.ceil(num_parameters / max(1, workers.parameter_server))
+    num_shards = num_shards_wanted(workers)
+    own = total // num_shards
+    vectors = math.ceil(num_parameters / num_shards)
     worker = (_WORKER_VECTORS * num_parameters + total) * width
     added = {
         "driver": held.model + held.data,
@@ -138,7 +140,7 @@ def _placement(
         "driver": (1, 0),
         "gradient_worker": (workers.gradient, workers.threads or 1),
         "inverse_worker": (workers.inverse if setups else 0, 0),
-        "parameter_server": (workers.parameter_server, 0),
+        "parameter_server": (num_shards, 0),
     }
     each = held.process + _STORE_COPIES * total * width
     for role, (processes, cpus) in counts.items():

@@ -40,10 +40,9 @@ from workers.driver.records.metrics_server import MetricsServer
 from workers.driver.records.step_records import StepRecords
 from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.exchange.messages import InverseSetup, JobContext
+from workers.exchange.shard_plan import ShardPlan, num_shards_wanted
 from workers.interrupts import Interrupts
-from workers.planning import arithmetic_of, inverse_setups, layer_costs
-
-_GROUP_TIMEOUT_SECONDS = 60.0
+from workers.planning import arithmetic_of, inverse_setups, layer_costs, shard_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,16 +259,26 @@ class _JobAttempt:
         return point
 
     def _plan_crew(self, cluster: Cluster, point: ResumePoint) -> CrewPlan:
-        spec = self._job.spec
+        spec, registration = self._job.spec, self._preparation.registration
         return CrewPlan(
             devices=plan_devices(spec.workers, cluster.room.num_gpus),
             host=cluster.host,
-            group_timeout_seconds=_GROUP_TIMEOUT_SECONDS,
+            shards=self._shards(),
+            layers=registration.names if registration else (),
             setups=self._inverse_setups(point),
             server_snapshot=point.server_snapshot,
             averages=point.averages,
             buffers=point.buffers,
             has_buffers=self._preparation.has_buffers,
+        )
+
+    def _shards(self) -> ShardPlan:
+        workers, preparation = self._job.spec.workers, self._preparation
+        return shard_plan(
+            self._job.spec,
+            preparation.registration,
+            preparation.num_parameters,
+            num_shards_wanted(workers),
         )
 
     def _inverse_setups(self, point: ResumePoint) -> list[InverseSetup]:
@@ -322,7 +331,7 @@ class _JobAttempt:
             workers=WorkerCounts(
                 gradient=workers.gradient,
                 inverse=workers.inverse,
-                parameter_server=workers.parameter_server,
+                parameter_server=len(self._shards()),
             ),
             run_dir=str(self._folder.path),
             reason=outcome.reason,

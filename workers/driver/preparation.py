@@ -9,6 +9,7 @@ from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
 from kfac_dist.core.passes.target_range import TargetRange
+from kfac_dist.core.vector import trainable_parameters
 from kfac_dist.data import MapDataset, StartCheck, check_before_start
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.factor_memory import check_factor_memory
@@ -23,14 +24,16 @@ class Preparation:
     """A task that was loaded and checked in this process.
 
     The user's code runs in `base_dir`. `registration` is None for a baseline, which has no
-    curvature blocks. `has_buffers`: the model has state beside its parameters. `allowed_targets`
-    are those that the model's outputs allow, None if all numbers are possible.
+    curvature blocks. `num_parameters` counts the trainable ones. `has_buffers`: the model has state
+    beside its parameters. `allowed_targets` are those that the model's outputs allow, None if all
+    numbers are possible.
     """
 
     base_dir: Path
     train: MapDataset
     test: MapDataset
     registration: Registration | None
+    num_parameters: int
     has_buffers: bool
     allowed_targets: TargetRange | None
 
@@ -84,6 +87,7 @@ def prepare(
         train=train,
         test=test,
         registration=registration,
+        num_parameters=sum(p.numel() for p in trainable_parameters(model).values()),
         has_buffers=next(model.buffers(), None) is not None,
         allowed_targets=allowed,
     )

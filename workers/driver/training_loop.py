@@ -1,6 +1,7 @@
-"""The driver's loop over the steps; read `run` and `_step` first.
+"""The driver's loop over the steps; read `run` and `_window` first.
 
-The driver plans a step, sends the order to all actors, waits for their reports and records them.
+The driver plans a window of steps, sends the orders to all members, waits for their reports and
+records them.
 What a step computes is in `gradient_worker.work`, `parameter_server.kfac` and
 `inverse_worker.work`; what travels between them is in `exchange`.
 """
@@ -8,15 +9,18 @@ What a step computes is in `gradient_worker.work`, `parameter_server.kfac` and
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kfac_dist.coordination.steps.plan import StepPlan
-from kfac_dist.coordination.steps.sampling import next_window
+from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
+from kfac_dist.coordination.steps.staleness import degraded_too_long
+from kfac_dist.coordination.steps.windows import WindowLength
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
-from workers.driver.crew.crew import Crew
+from workers.driver.crew.crew import Crew, StepReports
 from workers.driver.crew.deaths import named
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InverseWorkerDied
@@ -76,9 +80,11 @@ class TrainingLoop:
         self._first_step = point.step + 1
         self._checkpointed_step = point.step
         self._gammas: tuple[float, ...] = ()
+        self._versions: Mapping[str, int] = {}  # of the inverses in use
         self._bad_steps = 0
         self._warned_of_refusals = False
         self._training_seconds = 0.0
+        self._window_length = WindowLength()
 
     def run(self, crew: Crew) -> TrainingResult:
         """Do all remaining steps, write a checkpoint, and evaluate.
@@ -87,13 +93,15 @@ class TrainingLoop:
             KfacDistError: the job failed; its newest checkpoint stays usable.
             KeyboardInterrupt: the job was interrupted.
         """
-        (self._gammas,) = crew.gather(crew.call_server("next_gammas", self._first_step))
+        self._gammas = crew.next_gammas(self._first_step)
         self._interrupts.grace_seconds = _GRACE_SECONDS
-        for step in range(self._first_step, self._spec.steps + 1):
+        step = self._first_step
+        while step <= self._spec.steps:
             self._journal.step = crew.step = step
             self._connect_started(crew, step)
-            self._step(crew, self._schedule.plan(step))
-            if self._replay_script or self._is_due(step, self._spec.checkpoint.every_steps):
+            self._limit_degradation(crew, step)
+            step = self._window(crew, step) + 1
+            if self._replay_script or self._is_due(crew.step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
             if self._interrupts.requested:
                 self._checkpoint(crew)
@@ -112,24 +120,52 @@ class TrainingLoop:
     def _is_due(step: int, period: int | None) -> bool:
         return period is not None and step % period == 0
 
-    def _step(self, crew: Crew, plan: StepPlan) -> None:
-        """Order a step from all actors, wait for their reports, and record them."""
+    def _window(self, crew: Crew, first: int) -> int:
+        """Order the steps of a window from all actors, record them, and return the last one."""
         started = time.perf_counter()
-        size = batch_size(self._spec, plan.step, self._num_train_cases)
-        window, cursor = next_window(self._cursor, size, self._num_train_cases)
-        order = StepOrder(plan=plan, window=window)
-        self._request_inverses(crew, plan)
-        server, *workers = crew.gather(
-            crew.call_server("step", order) | crew.call_workers("step", order)
+        orders, cursor = self._orders(crew, first)
+        reports = crew.run(orders)
+        seconds = time.perf_counter() - started
+        self._cursor, self._gammas = cursor, reports[-1].server.next_gammas
+        self._training_seconds += seconds
+        self._window_length.note(seconds, [report.server.step_seconds for report in reports])
+        crew.inverse_pool.poll()
+        for order, report in zip(orders, reports, strict=True):
+            self._note(crew, order.plan, report)
+        return orders[-1].plan.step
+
+    def _orders(self, crew: Crew, first: int) -> tuple[list[StepOrder], SamplerCursor]:
+        """Return the orders of the next steps, and the position in the data after them.
+
+        A window ends with a step after which the driver has to do something.
+        """
+        orders, cursor = [], self._cursor
+        for step in range(first, first + self._window_length.steps):
+            size = batch_size(self._spec, step, self._num_train_cases)
+            window, cursor = next_window(cursor, size, self._num_train_cases)
+            orders.append(StepOrder(plan=self._schedule.plan(step), window=window))
+            if self._ends_window(crew, step):
+                break
+        return orders, cursor
+
+    def _ends_window(self, crew: Crew, step: int) -> bool:
+        return (
+            step == self._spec.steps
+            or self._evaluates(step)
+            or self._is_due(step, self._spec.checkpoint.every_steps)
+            or (self._replay_script is not None and step in self._replay_script.checkpoint_steps)
+            or bool(crew.inverse_pool.orphaned)
         )
-        self._cursor, self._gammas = cursor, server.next_gammas
+
+    def _note(self, crew: Crew, plan: StepPlan, reports: StepReports) -> None:
+        """Record a step, and draw the conclusions from its reports."""
+        self._journal.step = crew.step = plan.step
+        server = reports.server
         if plan.update_factors:
             self._statistics_step = plan.step
+        self._versions = server.inverse_version_step or self._versions
         self._check_recovery(crew, server)
-        crew.inverse_pool.poll()
-        seconds = time.perf_counter() - started
-        self._training_seconds += seconds
-        record = self._step_records.record(server, workers, crew.inverse_pool.statuses(), seconds)
+        record = self._step_records.record(server, reports.workers, crew.inverse_pool.statuses())
         if self._evaluates(plan.step):
             evaluation = evaluate_splits(crew, self._journal, self._spec.optimizer.l2)
             record = record.model_copy(update={"evaluation": evaluation})
@@ -141,23 +177,6 @@ class TrainingLoop:
         if self._replay_script is not None:
             return step in self._replay_script.evaluation_steps
         return self._is_due(step, self._spec.evaluation.every_steps)
-
-    def _request_inverses(self, crew: Crew, plan: StepPlan) -> None:
-        """Ask the inverse workers to refresh if the plan, or the replayed run, does so here."""
-        recorded = self._bound.recorded
-        by_layer = None if recorded is None else recorded.refresh(plan.step)
-        if not (plan.refresh_inverses if by_layer is None else by_layer):
-            return
-        exact = self._bound.is_exact(plan.step)
-        crew.inverse_pool.request(
-            RefreshRequest(
-                step=plan.step,
-                gammas=self._gammas,
-                min_statistics_step=plan.step if exact else 1,
-                exact=exact,
-                gammas_by_layer=by_layer,
-            )
-        )
 
     def _connect_started(self, crew: Crew, step: int) -> None:
         """Connect the inverse workers that have started since the last step.
@@ -184,6 +203,37 @@ class TrainingLoop:
                 restarts=crew.inverse_pool.num_deaths,
             )
 
+    def _limit_degradation(self, crew: Crew, step: int) -> None:
+        """Wait for successors of inverse workers whose layers have been degraded for too long.
+
+        A successor can make an inverse only in a step that computes statistics, in an exact run
+        only in one that refreshes. There the server waits for it.
+        """
+        plan = self._schedule.plan(step)
+        if not (plan.refresh_inverses if self._bound.is_exact(step) else plan.update_factors):
+            return
+        most = self._spec.staleness.max_degraded_steps
+        orphaned = crew.inverse_pool.orphaned
+        late = degraded_too_long(step, self._versions, self._bound, orphaned, most)
+        if not late:
+            return
+        if ranks := crew.inverse_pool.starting(late):
+            self._journal_wait(step, ranks, late)
+            crew.await_inverse_workers(late)
+        self._connect_started(crew, step)
+        crew.stop_degrading(late)
+
+    def _journal_wait(self, step: int, ranks: Sequence[int], late: Mapping[str, int]) -> None:
+        oldest = max(late, key=late.__getitem__)
+        message = (
+            f"step {step} waits until inverse worker {', '.join(map(str, ranks))} is back: the "
+            f"inverse of {oldest} is {late[oldest]} steps beyond its bound, and "
+            f"staleness.max_degraded_steps is {self._spec.staleness.max_degraded_steps}"
+        )
+        self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
+        kind = "inverse_worker_awaited"
+        self._journal.event(kind, message, severity="warning", role=INVERSE_ROLE)
+
     def _check_recovery(self, crew: Crew, report: ServerReport) -> None:
         """Set the job to RUNNING again once no layer is orphaned any more."""
         versions = report.inverse_version_step
@@ -203,9 +253,10 @@ class TrainingLoop:
             WorkerDiedError: more workers have died than `faults.max_restarts` allows.
         """
         layers = ", ".join(death.layers)
+        how = f"{death.exit}: {death.why}" if death.why else death.exit
         message = (
-            f"{named(f'inverse worker {death.rank}', death.pid)} died ({death.exit}); training "
-            f"continues with the last inverses of {layers}"
+            f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); training continues "
+            f"with the last inverses of {layers}"
         )
         self._journal.event(
             "inverse_worker_died",
@@ -220,7 +271,8 @@ class TrainingLoop:
         most = self._spec.faults.max_restarts
         if death.num_deaths > most:
             raise WorkerDiedError(
-                f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}"
+                f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}; "
+                f"the last one was {death.rank} ({how})"
             )
         self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
 

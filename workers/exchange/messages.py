@@ -133,7 +133,7 @@ class ShardReport:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberReport:
-    """What a member of the group reports after a step: as a gradient worker, as a shard, or both."""
+    """What a process of the group reports after a step, as a gradient worker and as a shard."""
 
     worker: WorkerReport | None
     shard: ShardReport | None

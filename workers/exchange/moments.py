@@ -1,8 +1,8 @@
 """EKFAC's part of a step's protocol: bases go to the gradient workers, moments come back.
 
 Each shard of the parameter server owns the moments of its layers. The bases are those of the
-inverses in use; each is sent once, and all gradient workers hold the same ones, in the same order. What moments are:
-docs/algorithm.md#ekfac.
+inverses in use; each is sent once, and all gradient workers hold the same ones, in the same
+order. What moments are: docs/algorithm.md#ekfac.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch._C import _distributed_c10d as c10d
 
 from workers.device import Backend
 from workers.exchange.messages import Rendezvous, Traffic
+from workers.heartbeat import waiting
 
 
 class PeerLostError(RuntimeError):
@@ -202,7 +203,8 @@ class Group:
 
     def _wait(self, call: str, work: Any) -> None:
         try:
-            work.wait()
+            with waiting():
+                work.wait()
         except RuntimeError as error:
             raise self._lost(call, error) from error
 

@@ -15,6 +15,7 @@ from kfac_dist.core.vector import flatten
 from kfac_dist.data import MapDataset, Split, fetch_checked
 from kfac_dist.tasks import Task
 from workers.exchange.messages import EvaluationSums
+from workers.heartbeat import beat
 
 _CHUNK = 1000  # cases evaluated together; more need more memory, fewer more calls
 _CALL_SECONDS = 10.0  # how often the driver hears how far an evaluation is
@@ -72,6 +73,7 @@ def evaluate(
                 for name, value in chunk_metrics.items():
                     metrics[name] = metrics.get(name, 0.0) + value
                 done += len(rows)
+                beat(f"{split} data, case {done}")
                 if time.monotonic() > deadline:
                     break
     finally:

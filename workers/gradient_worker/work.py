@@ -31,6 +31,7 @@ from workers.gradient_worker.batches import BatchPart, BatchReader, Subset
 from workers.gradient_worker.buffers import read_buffers, write_buffers
 from workers.gradient_worker.evaluation import evaluate
 from workers.gradient_worker.statistics_sender import StatisticsSender
+from workers.heartbeat import beat_step
 from workers.phases import Phases
 
 
@@ -120,6 +121,7 @@ class GradientWork:
             UserTaskError: the user's model or data set raised.
             PeerLostError: another member of the group is gone.
         """
+        beat_step(order.plan.step)
         phases = Phases()
         part = self._read(order, phases)
         sums = self._compute(part, phases)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import ray
 
-from workers.actor import Handle, as_actor, logged, role_log
+from workers.actor import Handle, as_actor, logged, note_preemptions, role_log
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
     InverseMessage,
@@ -14,6 +16,7 @@ from workers.exchange.messages import (
     RefreshRequest,
     StatisticsMessage,
 )
+from workers.heartbeat import Pulse
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
 
@@ -22,17 +25,22 @@ class InverseWorker:
     """Owns the factors of its layers, averages them and inverts them at its own pace."""
 
     def __init__(
-        self, job: JobContext, setup: InverseSetup, server: Handle, averages: Arrays | None
+        self,
+        job: JobContext,
+        setup: InverseSetup,
+        owners: Mapping[str, Handle],
+        averages: Arrays | None,
     ) -> None:
-        self._server = server
+        self._owners = owners
         self._log = role_log(job, "inverse_worker", setup.rank)
         self._loop = InverseLoop(InverseWork(job, setup, averages), self._publish)
+        note_preemptions(self._loop.heartbeat)
         self._loop.start()
         self._log.info("started", layers=[layer.name for layer in setup.layers])
 
     def _publish(self, message: InverseMessage) -> None:
-        self._server.accept.remote(message)
         header = message.header
+        self._owners[header.layer].accept.remote(message)
         self._log.debug("inverted", layer=header.layer, version_step=header.version_step)
         for rung in header.rungs:
             self._log.warning("inversion_trouble", layer=header.layer, rung=rung)
@@ -57,6 +65,11 @@ class InverseWorker:
     def status(self) -> InverseStatus:
         """Return the worker's health."""
         return self._loop.status()
+
+    @ray.method(concurrency_group="heartbeat")
+    def pulse(self) -> Pulse:
+        """Return what this process is doing."""
+        return self._loop.heartbeat.pulse()
 
     @ray.method(concurrency_group="lifeline")
     def lifeline(self) -> None:

@@ -22,6 +22,7 @@ from workers.exchange.messages import (
     RefreshRequest,
     StatisticsMessage,
 )
+from workers.heartbeat import Heartbeat, waiting
 from workers.inverse_worker.work import InverseWork
 
 
@@ -37,12 +38,13 @@ _Letter = StatisticsMessage | RefreshRequest | _SnapshotRequest
 
 
 class InverseLoop:
-    """Runs an `InverseWork` in a thread of its own.
+    """Runs an `InverseWork` in a thread of its own, whose doings `heartbeat` tells.
 
     Every method returns at once, except `snapshot` and `lifeline`.
     """
 
     def __init__(self, work: InverseWork, publish: Callable[[InverseMessage], None]) -> None:
+        self.heartbeat = Heartbeat()
         self._work = work
         self._publish = publish
         self._letters: deque[_Letter] = deque()
@@ -95,26 +97,32 @@ class InverseLoop:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
-        idle = False
         try:
-            while not self._end.done():
-                for letter in self._collect(wait=idle):
-                    self._read(letter)
-                self._work.apply_statistics()
-                message = self._work.invert_next()
-                idle = message is None
-                if message is not None:
-                    self._publish(message)
-                # Before the loop waits again: a snapshot may have waited for this inversion alone.
-                self._answer_snapshots()
+            with self.heartbeat.doing("inverses"):
+                self._work_on()
         except Exception as error:  # noqa: BLE001 - the driver must learn of any error
             self._end.set_exception(error)
+
+    def _work_on(self) -> None:
+        idle = False
+        while not self._end.done():
+            for letter in self._collect(wait=idle):
+                self._read(letter)
+            self.heartbeat.beat("average and invert")
+            self._work.apply_statistics()
+            message = self._work.invert_next()
+            idle = message is None
+            if message is not None:
+                self._publish(message)
+            # Before the loop waits again: a snapshot may have waited for this inversion alone.
+            self._answer_snapshots()
 
     def _collect(self, *, wait: bool) -> list[_Letter]:
         """Empty the mailbox; with `wait`, wait for the first letter."""
         with self._arrived:
             if wait:
-                self._arrived.wait_for(lambda: self._letters or self._end.done())
+                with waiting():
+                    self._arrived.wait_for(lambda: self._letters or self._end.done())
             letters = list(self._letters)
             self._letters.clear()
         return letters

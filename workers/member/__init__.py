@@ -1,1 +1,1 @@
-"""A member of a job's process group: a gradient worker, a shard of the parameter server, or both."""
+"""A process of the group: a gradient worker, a shard of the parameter server, or both."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 import torch
@@ -13,7 +12,16 @@ from ray.exceptions import RayActorError
 
 from kfac_dist.data import Split
 from kfac_dist.optim.precision import PreconditionDtype
-from workers.actor import Handle, Ref, as_actor, enter_code_folder, logged, node_address, role_log
+from workers.actor import (
+    Handle,
+    Ref,
+    as_actor,
+    enter_code_folder,
+    logged,
+    node_address,
+    note_preemptions,
+    role_log,
+)
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
@@ -29,6 +37,7 @@ from workers.exchange.messages import (
 from workers.exchange.process_group import Group, join_group, join_store
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
+from workers.heartbeat import Heartbeat, Pulse
 from workers.member.roles import MemberRoles
 from workers.parameter_server.build import BuiltShard, build_shard
 
@@ -82,9 +91,11 @@ class Member:
         self._inverse_workers: Mapping[int, Handle] = {}
         self._unanswered: dict[int, list[Ref]] = {}
         self._roles: MemberRoles  # set by `build`
+        self._heartbeat = Heartbeat()
         role = "parameter_server" if place.worker is None else "gradient_worker"
         rank = place.worker if place.worker is not None else place.shard
         self._log = role_log(job, role, rank or 0)
+        note_preemptions(self._heartbeat)
 
     def build(self, buffers: Arrays, snapshot: Arrays | None) -> MemberReady:
         """Load task, data and model; restore a checkpoint's state, if it is given.
@@ -96,10 +107,11 @@ class Member:
         enter_code_folder(self._job)
         torch.set_num_threads(self._threads)
         worker = shard = None
-        if self._place.worker is not None:
-            worker = logged(self._log, "build", lambda: self._build_worker(buffers))
-        if self._place.shard is not None:
-            shard = logged(self._log, "build", lambda: self._build_shard(snapshot))
+        with self._heartbeat.doing("build"):
+            if self._place.worker is not None:
+                worker = logged(self._log, "build", lambda: self._build_worker(buffers))
+            if self._place.shard is not None:
+                shard = logged(self._log, "build", lambda: self._build_shard(snapshot))
         self._roles = MemberRoles(worker, shard)
         self._log.info("built", threads=self._threads, device=self._devices.kind)
         return MemberReady(
@@ -193,7 +205,8 @@ class Member:
         """Do this member's part of a window of steps."""
         first, last = orders[0].plan.step, orders[-1].plan.step
         doing = f"step {first}" if first == last else f"steps {first} to {last}"
-        return logged(self._log, doing, lambda: self._roles.run(orders))
+        with self._heartbeat.doing("step", first):
+            return logged(self._log, doing, lambda: self._roles.run(orders))
 
     @property
     def _worker(self) -> GradientWork:
@@ -210,9 +223,10 @@ class Member:
     ) -> EvaluationSums:
         """Evaluate more of this worker's part of a split; `before`: so far, of each worker."""
         so_far = before[self._place.worker or 0] if before else None
-        return logged(
-            self._log, "evaluate", lambda: self._worker.evaluate(split, parameters, so_far)
-        )
+        with self._heartbeat.doing("evaluation"):
+            return logged(
+                self._log, "evaluate", lambda: self._worker.evaluate(split, parameters, so_far)
+            )
 
     def buffers(self) -> dict[str, Array]:
         """Return the buffers of this worker's model."""
@@ -236,7 +250,8 @@ class Member:
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything of the shard that the next step depends on."""
-        return self._shard.shard.snapshot()
+        with self._heartbeat.doing("snapshot"):
+            return self._shard.shard.snapshot()
 
     def checksum(self) -> str:
         """Return the checksum of what the gradient workers mirror of this shard."""
@@ -249,6 +264,11 @@ class Member:
         assert store is not None, "a first-order optimizer has no inverses"
         store.accept(message)
 
+    @ray.method(concurrency_group="heartbeat")
+    def pulse(self) -> Pulse:
+        """Return what this process is doing."""
+        return self._heartbeat.pulse()
+
     @ray.method(concurrency_group="control")
     def set_orphaned(self, layers: tuple[str, ...]) -> None:
         """Set the layers that nobody refreshes now; a step that waits for one sees it too."""
@@ -257,4 +277,13 @@ class Member:
             shard.store.set_orphaned(layers)
 
 
-MemberActor: Any = as_actor(Member, "mailbox", "control")
+class GradientWorker(Member):
+    """A gradient worker, which may have a shard; the name is that of its process."""
+
+
+class ParameterServer(Member):
+    """A shard of the parameter server in a process of its own."""
+
+
+GradientWorkerActor: Handle = as_actor(GradientWorker, "mailbox", "control")
+ParameterServerActor: Handle = as_actor(ParameterServer, "mailbox", "control")

@@ -19,6 +19,7 @@ from workers.gradient_worker.work import GradientWork
 from workers.parameter_server.build import BuiltShard
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 JoinGroup = Callable[[int], Group]
 """Joins the group with a rank, and returns when all members are there."""
@@ -71,35 +72,36 @@ class MemberRoles:
             PeerLostError: another member is gone.
         """
         worker, shard = self.worker, self.shard
-        reports = self._both(
+        done, served = self._both(
             lambda: [worker.step(order) for order in orders] if worker else None,
             lambda: [shard.shard.step(order) for order in orders] if shard else None,
         )
         none = [None] * len(orders)
         return [
             MemberReport(worker=as_worker, shard=as_shard)
-            for as_worker, as_shard in zip(reports[0] or none, reports[1] or none, strict=True)
+            for as_worker, as_shard in zip(done or none, served or none, strict=True)
         ]
 
-    def _both(self, as_worker: Callable[[], T], as_shard: Callable[[], T]) -> tuple[T, T]:
+    def _both(self, as_worker: Callable[[], T], as_shard: Callable[[], U]) -> tuple[T, U]:
         """Do both at once; on an error, leave the group so that nobody waits."""
-        future: Future[T] | None = None
+        future: Future[U] | None = None
         if self.shard is not None and self.worker is not None:
             future = self._shard_thread.submit(self._or_leave, as_shard)
         errors: list[Exception] = []
-        results: list[T] = []
+        done: list[T] = []
+        served: list[U] = []
         try:
-            results.append(self._or_leave(as_worker))
+            done.append(self._or_leave(as_worker))
         except Exception as error:  # noqa: BLE001 - raised again below
             errors.append(error)
         try:
-            results.append(future.result() if future else self._or_leave(as_shard))
+            served.append(future.result() if future else self._or_leave(as_shard))
         except Exception as error:  # noqa: BLE001 - raised again below
             errors.append(error)
         if errors:
             # The loss of a peer is seldom the cause.
             raise next((e for e in errors if not isinstance(e, PeerLostError)), errors[0])
-        return results[0], results[1]
+        return done[0], served[0]
 
     def _or_leave(self, call: Callable[[], T]) -> T:
         try:

@@ -29,6 +29,7 @@ from workers.exchange.moments import ShardMoments
 from workers.exchange.process_group import Group, Kind
 from workers.exchange.shard_plan import ShardPlan
 from workers.exchange.step import Coefficients, DecidingSide, ShardSide, Verdict
+from workers.heartbeat import beat_step
 from workers.parameter_server.decider import BatchLosses, KFACDecider, l2_term
 from workers.parameter_server.inverse_store import AdmittedInverses, InverseStore
 from workers.parameter_server.state import ShardState
@@ -121,6 +122,7 @@ class KFACShard:
             TimedOutError: an inverse that the step must wait for does not come.
         """
         plan, phases = order.plan, Phases()
+        beat_step(plan.step)
         if self._decider is not None:
             self._decider.begin_step(plan)
         gradient = self._receive_gradient(order, phases)

@@ -162,6 +162,33 @@ def admit(
     return Admission(**{outcome: tuple(names) for outcome, names in decided.items()})
 
 
+def degraded_too_long(
+    step: int,
+    versions: Mapping[str, int],
+    bound: StalenessBound,
+    orphaned: Collection[str],
+    max_degraded_steps: int | None,
+) -> dict[str, int]:
+    """Return the orphaned layers for whose new inverse worker `step` must wait.
+
+    The value of each is how many steps beyond the bound its inverse would be.
+
+    Args:
+        step: the step that is to be ordered.
+        versions: the version of each layer's inverse in use; a layer without one is left out, and
+            counts as version 0.
+        bound: the staleness bound; a repeated step does what the recorded one did.
+        orphaned: the layers whose inverse worker is being replaced.
+        max_degraded_steps: how many steps beyond the bound an inverse may be; None for any number.
+    """
+    if max_degraded_steps is None or bound.recorded is not None:
+        return {}
+    beyond = {
+        layer: bound.oldest_admissible(step, layer) - versions.get(layer, 0) for layer in orphaned
+    }
+    return {layer: steps for layer, steps in beyond.items() if steps > max_degraded_steps}
+
+
 def _newest(steps: Sequence[int], at_most: int | None) -> int:
     """Return the last of ascending steps that is at most `at_most`, 0 without any."""
     number = len(steps) if at_most is None else bisect_right(steps, at_most)

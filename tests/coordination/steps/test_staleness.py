@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 
 from kfac_dist.coordination.steps.plan import StepSchedule
 from kfac_dist.coordination.steps.refresh import LayerRefreshState, RefreshPolicy, choose_next
-from kfac_dist.coordination.steps.staleness import Admission, AtBound, StalenessBound, admit
+from kfac_dist.coordination.steps.staleness import (
+    Admission,
+    AtBound,
+    StalenessBound,
+    admit,
+    degraded_too_long,
+)
 from kfac_dist.errors import InvalidSpecError
 
 
@@ -224,3 +230,12 @@ def test_a_slow_inverse_worker_never_breaks_the_bound(
         assert waits <= num_layers
         allowed = max_steps if max_steps else 3
         assert all(v is not None and step - v <= allowed for v in versions.values())
+
+
+def test_degradation_is_bounded_by_steps_beyond_the_bound() -> None:
+    bound, versions = make_bound(40), {"a": 10, "b": 30}
+    late = degraded_too_long(75, versions, bound, ["a", "b", "c"], 20)
+    assert late == {"a": 25, "c": 35}  # c has no inverse yet
+    assert degraded_too_long(70, versions, bound, ["a", "b"], 20) == {}
+    assert degraded_too_long(75, versions, bound, [], 0) == {}
+    assert degraded_too_long(10_000, versions, bound, ["a", "b"], None) == {}

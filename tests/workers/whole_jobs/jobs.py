@@ -14,6 +14,8 @@ from kfac_dist.config import JobSpec
 from kfac_dist.runs import Event, JobSummary, RunFolder, StepRecord
 
 TASK = '''\
+import time
+
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -63,6 +65,8 @@ class Breaking(nn.Module):
         if self.breaks_after and self.passes > self.breaks_after:
             if self.how == "nan":
                 return outputs * float("nan")
+            if self.how == "hang":
+                time.sleep(1000)
             raise LookupError("no such column")
         return outputs
 '''

@@ -28,7 +28,6 @@ from kfac_dist.runs import JobSummary
 from tests.workers.whole_jobs.jobs import TASK, Jobs, line_spec
 from tests.workers.whole_jobs.test_distributed_is_serial import serial_run
 from workers.driver import preparation
-from workers.driver.crew import inverse_health
 
 BAD = """
 from pathlib import Path
@@ -180,9 +179,10 @@ def test_a_killed_inverse_worker_is_replaced(jobs: Jobs) -> None:
     assert bool(degraded) == (worst > 20)
 
 
-def test_a_stalled_inverse_worker_is_replaced(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inverse_health, "STALL_SECONDS", 2.0)
-    spec = line_spec(steps=100_000, workers={"gradient": 1, "inverse": 2})
+def test_a_stalled_inverse_worker_is_replaced(jobs: Jobs) -> None:
+    spec = line_spec(
+        steps=100_000, workers={"gradient": 1, "inverse": 2}, faults={"stall_seconds": 2.0}
+    )
     spec["optimizer"]["inverse"] = "ekfac"
     run_until_recovered(jobs, signal.SIGSTOP, spec)
     assert jobs.event("inverse_worker_died").details["exit"] == "stalled"
@@ -238,6 +238,37 @@ def test_a_killed_member_of_the_group_ends_the_job_and_is_named(
     assert jobs.run(parse_spec(spec | {"steps": 8}), resume=True).state == "SUCCEEDED"
     assert resumed in jobs.event("resumed").message
     assert [record.step for record in jobs.run_folder().read_metrics()] == list(range(1, 9))
+
+
+def test_a_task_that_hangs_is_killed_and_named_and_not_the_workers_that_wait(jobs: Jobs) -> None:
+    spec = line_spec(
+        steps=1000,
+        task_args={"breaks_after": 30, "how": "hang"},
+        workers={"gradient": 2},
+        faults={"step_seconds": 1.5},
+    )
+    with pytest.raises(WorkerDiedError, match=r"gradient worker \d \(pid \d+\) stalled") as caught:
+        jobs.run(parse_spec(spec))
+    assert "its work, 'step: " in caught.value.message
+    assert "faults.step_seconds is 1.5" in caught.value.message
+    assert caught.value.first_failure.role == "gradient_worker"
+
+
+def test_a_server_that_is_stopped_in_an_evaluation_is_named(jobs: Jobs) -> None:
+    def stop_it(record: object) -> None:
+        if len(jobs.records) == 11:
+            os.kill(jobs.pid("parameter_server"), signal.SIGSTOP)
+
+    jobs.on_step = stop_it
+    spec = line_spec(
+        evaluation={"every_steps": 12},
+        checkpoint={"every_steps": None},
+        faults={"stall_seconds": 2.0},
+    )
+    with pytest.raises(WorkerDiedError, match=r"parameter server 0 \(pid \d+\) stalled") as caught:
+        jobs.run(parse_spec(spec))
+    assert "did not answer for 2 s" in caught.value.message
+    assert jobs.run_folder().read_job().reason == "worker_died"
 
 
 def test_an_asynchronous_job_uses_old_inverses_and_learns(

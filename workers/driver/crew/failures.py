@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +36,7 @@ class Member:
 
     role: str
     rank: int
-    pid: int = 0
+    pid: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"{self.role.replace('_', ' ')} {self.rank}"
@@ -130,6 +130,16 @@ def job_error(member: Member, error: BaseException, *, step: int, log: Path) -> 
         f"{member} failed at step {step}: {type(error).__name__}: {_first_line(error)}",
         reason="worker_failed",
         first_failure=first,
+    )
+
+
+def stall_error(member: Member, why: str, *, step: int, log: Path) -> WorkerDiedError:
+    """Return the error of a job that has killed `member` because it did not advance."""
+    return WorkerDiedError(
+        f"{named(str(member), member.pid or None)} stalled at step {step} and was killed: {why}",
+        first_failure=FirstFailure(
+            role=member.role, rank=member.rank, time_seconds=time.time(), log_tail=tails(log)
+        ),
     )
 
 

@@ -8,33 +8,38 @@ that stalls is killed, and is then dead like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import ray
 
 from workers.actor import Handle, Ref
 from workers.driver.crew.deaths import exit_type, pid_of
 from workers.driver.crew.failures import Member, failure_of, finished
-from workers.driver.crew.inverse_health import InverseHealth
+from workers.driver.crew.health import InverseStatuses, Stall
 from workers.exchange.arrays import Array
 from workers.exchange.messages import InverseSetup, InverseStatus, JobContext, RefreshRequest
 from workers.inverse_worker.actor import InverseWorkerActor
 
 ROLE = "inverse_worker"
+SUCCESSOR_SECONDS = 60.0
+"""How long a successor may take to start; then it counts as dead, and has a successor itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InverseWorkerDied:
     """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included.
 
-    `pid` is None if it died before its process was known.
+    `pid` is None if it died before its process was known. `exit` is Ray's word for how it ended,
+    or "stalled" if the driver killed it; `why` then says more.
     """
 
     rank: int
     pid: int | None
     layers: tuple[str, ...]
     exit: str
+    why: str
     num_deaths: int
 
 
@@ -51,7 +56,9 @@ class _Worker:
     first_status: Ref
     pid: int = 0
     connected_step: int | None = None
-    has_stalled: bool = False
+    stalled: str = ""
+    """Why the driver has killed it, empty if it has not."""
+    started_seconds: float = field(default_factory=time.monotonic)
 
 
 class InversePool:
@@ -60,24 +67,25 @@ class InversePool:
     def __init__(
         self,
         job: JobContext,
-        server: Handle,
+        owners: Mapping[str, Handle],
         averages: Mapping[str, Array],
         on_death: Callable[[InverseWorkerDied], None],
     ) -> None:
         self._job = job
-        self._server = server
+        self._owners = owners
         self._averages = dict(averages)
         self._on_death = on_death
         self._workers: dict[int, _Worker] = {}
         self._orphaned: dict[str, int] = {}  # to the rank of the worker that owned it
+        self._awaited: set[str] = set()  # orphaned layers that the server waits for again
         self._num_deaths = 0
-        self._health = InverseHealth()
+        self._statuses = InverseStatuses()
 
     @classmethod
     def launch(
         cls,
         job: JobContext,
-        server: Handle,
+        owners: Mapping[str, Handle],
         setups: Sequence[InverseSetup],
         averages: Mapping[str, Array],
         on_death: Callable[[InverseWorkerDied], None],
@@ -86,12 +94,12 @@ class InversePool:
 
         Args:
             job: the job, as every actor receives it.
-            server: the parameter server, to which the workers send their inverses.
+            owners: the member that has the shard of each layer, to which its inverses are sent.
             setups: the layers of each worker.
             averages: factors of all layers from a checkpoint; empty in a new run.
             on_death: called by `handle_death`.
         """
-        pool = cls(job, server, averages, on_death)
+        pool = cls(job, owners, averages, on_death)
         pool._workers = {setup.rank: pool._start(setup) for setup in setups}
         return pool
 
@@ -103,7 +111,7 @@ class InversePool:
             if any(key.startswith(f"{name}:") for name in names)
         }
         options = InverseWorkerActor.options(num_cpus=0, resources={"inverse": 1})
-        handle = options.remote(self._job, setup, self._server, own)
+        handle = options.remote(self._job, setup, self._owners, own)
         return _Worker(
             setup=setup,
             handle=handle,
@@ -147,23 +155,28 @@ class InversePool:
         """Return a call to each worker that ends only when the worker dies."""
         return [worker.lifeline for worker in self._workers.values()]
 
-    def handle_death(self, lifeline: Ref) -> None:
-        """Orphan the layers of the worker whose lifeline has ended, and start its successor."""
+    def handle_death(self, lifeline: Ref) -> int:
+        """Orphan the layers of the worker whose lifeline has ended, and start its successor.
+
+        Returns the rank of the two.
+        """
         rank = next(rank for rank, worker in self._workers.items() if worker.lifeline == lifeline)
         dead = self._workers[rank]
         error = failure_of(lifeline)
         ray.kill(dead.handle)  # its work may have failed while the process lives
         layers = self.assignment[rank]
         self._orphaned |= dict.fromkeys(layers, rank)
+        self._awaited -= set(layers)
         self._send_orphaned()
         self._num_deaths += 1
-        self._health.forget(rank)
+        self._statuses.forget(rank)
         self._on_death(
             InverseWorkerDied(
                 rank=rank,
                 pid=pid_of(error, dead.pid),
                 layers=layers,
-                exit="stalled" if dead.has_stalled else exit_type(error),
+                exit="stalled" if dead.stalled else exit_type(error),
+                why=dead.stalled,
                 num_deaths=self._num_deaths,
             )
         )
@@ -173,13 +186,34 @@ class InversePool:
             applied_step=self._averages_step(layers),
         )
         self._workers[rank] = self._start(setup)
+        return rank
 
     def _averages_step(self, layers: Sequence[str]) -> int:
         steps = [int(self._averages.get(f"{name}:step", 0)) for name in layers]
         return max(steps, default=0)
 
-    def _send_orphaned(self) -> None:
-        self._server.set_orphaned.remote(self.orphaned)
+    def _send_orphaned(self) -> list[Ref]:
+        left = tuple(layer for layer in self._orphaned if layer not in self._awaited)
+        return [owner.set_orphaned.remote(left) for owner in dict.fromkeys(self._owners.values())]
+
+    def wait_again(self, layers: Collection[str]) -> list[Ref]:
+        """Have the shards wait for new inverses of orphaned layers, which successors now make.
+
+        Returns calls that end when the shards know.
+        """
+        self._awaited |= set(layers)
+        return self._send_orphaned()
+
+    def starting(self, layers: Collection[str]) -> tuple[int, ...]:
+        """Return the ranks of the workers that own some of these layers and have not started."""
+        ranks = {rank for rank, own in self.assignment.items() if not set(layers).isdisjoint(own)}
+        started = {
+            rank
+            for rank in ranks
+            if finished([(worker := self._workers[rank]).first_status])
+            or worker.connected_step is not None
+        }
+        return tuple(sorted(ranks - started))
 
     def note_started(self, step: int) -> list[int]:
         """Mark the workers that have started as connected from `step` on, and return their ranks.
@@ -227,30 +261,49 @@ class InversePool:
         ]
         for layer in recovered:
             del self._orphaned[layer]
+            self._awaited.discard(layer)
         if recovered:
             self._send_orphaned()
         return recovered
 
     def poll(self) -> None:
-        """Ask every connected worker for its status, and kill the workers that have stalled.
+        """Ask every connected worker for its status, and kill successors that do not start.
 
         `statuses` has the answers later. The death of a killed worker ends its lifeline.
         """
-        for rank in self._health.stalled():
-            worker = self._workers[rank]
-            if not worker.has_stalled:
-                worker.has_stalled = True
-                ray.kill(worker.handle)
-        connected = {
-            rank: worker.handle
+        latest = time.monotonic() - SUCCESSOR_SECONDS
+        for rank, worker in self._workers.items():
+            is_successor = worker.setup.assignment_epoch > 1
+            if is_successor and worker.connected_step is None and worker.started_seconds < latest:
+                self._end_stalled(rank, f"it did not start within {SUCCESSOR_SECONDS:g} s")
+        self._statuses.ask(
+            {
+                rank: worker.handle
+                for rank, worker in self._workers.items()
+                if worker.connected_step is not None
+            }
+        )
+
+    def end_stalled(self, stall: Stall) -> None:
+        """Kill a worker that does not advance."""
+        self._end_stalled(stall.member.rank, stall.why)
+
+    def _end_stalled(self, rank: int, why: str) -> None:
+        worker = self._workers[rank]
+        if not worker.stalled:
+            worker.stalled = why
+            ray.kill(worker.handle)
+
+    def members(self) -> dict[Member, Handle]:
+        """Return the workers, as those whose heartbeat is watched."""
+        return {
+            Member(role=ROLE, rank=rank, pid=worker.pid): worker.handle
             for rank, worker in self._workers.items()
-            if worker.connected_step is not None
         }
-        self._health.ask(connected)
 
     def statuses(self) -> dict[int, InverseStatus]:
         """Return the newest answer of each worker."""
-        return self._health.statuses()
+        return self._statuses.newest()
 
     @property
     def num_starting(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -53,20 +52,16 @@ class StepRecords:
         report: ServerReport,
         workers: Sequence[WorkerReport],
         statuses: Mapping[int, InverseStatus],
-        step_seconds: float,
     ) -> StepRecord:
-        """Return the record of a step that took `step_seconds`.
+        """Return the record of a step.
 
         Args:
             report: what the parameter server says of it.
             workers: what the gradient workers say of it, at least one.
-            statuses: the health of the inverse workers by rank.
-            step_seconds: as the driver measured it.
+            statuses: the health of the inverse workers by rank, when the window of the step ended.
         """
         reported = {name: getattr(report, name) for name in _REPORTED}
         combined = {
-            "time": time.time(),
-            "step_seconds": step_seconds,
             "phase_seconds": self._phases(report, workers, statuses),
             "inverse_gammas": self._new_gammas(report),
             "inverse_staleness_steps": _staleness(report),
