@@ -62,6 +62,28 @@ def staleness_bound(spec: JobSpec, replay_script: ReplayScript | None = None) ->
     )
 
 
+def has_mirrors(spec: JobSpec) -> bool:
+    """Return whether gradient workers mirror all that a shard has beside its inverses.
+
+    They mirror parameters, previous update and decisions. A Polyak average, EKFAC's moments and
+    the state of a first-order optimizer are nowhere else than at their shard.
+    """
+    settings = spec.optimizer
+    if not isinstance(settings, KFACSpec) or settings.averaging is not None:
+        return False
+    return settings.inverse != "ekfac"
+
+
+def num_versions_used(spec: JobSpec) -> int:
+    """Return how many versions of a layer's inverse a step may choose from.
+
+    It is one, the newest, unless delays are scripted.
+    """
+    period = step_schedule(spec).inverse_update_period
+    longest = max(spec.staleness.delay_steps.values(), default=0)
+    return 1 if longest == 0 else 2 + longest // period
+
+
 def arithmetic_of(
     spec: JobSpec, devices: DevicePlan, precondition_dtype: PreconditionDtype | None
 ) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from kfac_dist.coordination.steps.sampling import SamplerCursor
 from kfac_dist.errors import InvalidSpecError, JobFailedError
 from kfac_dist.runs import RunFolder
 from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint
-from workers.driver.crew.crew import SERVER_ROLE, Crew
+from workers.driver.crew.crew import Crew
+from workers.driver.crew.processes import SERVER_ROLE
 from workers.exchange.arrays import Array
 
 FACTORS_ROLE = "factors"

@@ -7,8 +7,10 @@ takes everything down again and records how the job ended.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kfac_dist._home import data_cache, runs_dir
@@ -32,7 +34,8 @@ from workers.cluster.leftovers import ended_with_block, marking
 from workers.cluster.lost import ray_errors_end_the_job
 from workers.device import plan_devices
 from workers.driver.checkpointing import START, ResumePoint, find_resume_point
-from workers.driver.crew.crew import Crew, CrewPlan
+from workers.driver.crew.crew import Crew
+from workers.driver.crew.processes import CrewPlan
 from workers.driver.evaluator import divergence
 from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
@@ -42,7 +45,13 @@ from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.exchange.shard_plan import ShardPlan, num_shards_wanted
 from workers.interrupts import Interrupts
-from workers.planning import arithmetic_of, inverse_setups, layer_costs, shard_plan
+from workers.planning import (
+    arithmetic_of,
+    has_mirrors,
+    inverse_setups,
+    layer_costs,
+    shard_plan,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +235,12 @@ class _JobAttempt:
             )
             plan = self._plan_crew(cluster, point)
             crew = Crew.launch(
-                self._job, self._folder, plan, self._interrupts, loop.on_inverse_worker_death
+                self._job,
+                self._folder,
+                plan,
+                self._interrupts,
+                loop.on_inverse_worker_death,
+                loop.on_group_change,
             )
             try:
                 precondition_dtype = crew.build().precondition_dtype
@@ -263,6 +277,7 @@ class _JobAttempt:
         return CrewPlan(
             devices=plan_devices(spec.workers, cluster.room.num_gpus),
             host=cluster.host,
+            plan_shards=self._plan_shards(),
             shards=self._shards(),
             layers=registration.names if registration else (),
             setups=self._inverse_setups(point),
@@ -270,16 +285,18 @@ class _JobAttempt:
             averages=point.averages,
             buffers=point.buffers,
             has_buffers=self._preparation.has_buffers,
+            has_mirrors=has_mirrors(spec),
+            start_step=point.step,
+        )
+
+    def _plan_shards(self) -> Callable[[int], ShardPlan]:
+        preparation = self._preparation
+        return partial(
+            shard_plan, self._job.spec, preparation.registration, preparation.num_parameters
         )
 
     def _shards(self) -> ShardPlan:
-        workers, preparation = self._job.spec.workers, self._preparation
-        return shard_plan(
-            self._job.spec,
-            preparation.registration,
-            preparation.num_parameters,
-            num_shards_wanted(workers),
-        )
+        return self._plan_shards()(num_shards_wanted(self._job.spec.workers))
 
     def _inverse_setups(self, point: ResumePoint) -> list[InverseSetup]:
         registration = self._preparation.registration

@@ -13,7 +13,7 @@ from kfac_dist.runs import RunFolder, StepRecord
 from kfac_dist.runs.replay_plan import REASON, Difference, ReplayPlan, first_difference
 from workers.checkpoint import load_newest
 from workers.driver.checkpointing import FACTORS_ROLE
-from workers.driver.crew.crew import SERVER_ROLE
+from workers.driver.crew.processes import SERVER_ROLE
 from workers.driver.launch import run_job
 from workers.driver.records.journal import OnEvent, OnRecord
 from workers.exchange.arrays import Array

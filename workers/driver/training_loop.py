@@ -20,8 +20,10 @@ from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warn
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
-from workers.driver.crew.crew import Crew, StepReports
+from workers.driver.crew.crew import Crew
 from workers.driver.crew.deaths import named
+from workers.driver.crew.group_changes import GroupChange
+from workers.driver.crew.healing import StepReports
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InverseWorkerDied
 from workers.driver.evaluator import evaluate_splits
@@ -85,6 +87,7 @@ class TrainingLoop:
         self._warned_of_refusals = False
         self._training_seconds = 0.0
         self._window_length = WindowLength()
+        self._lacks_workers = self._lacks_inverses = False  # why the job is DEGRADED
 
     def run(self, crew: Crew) -> TrainingResult:
         """Do all remaining steps, write a checkpoint, and evaluate.
@@ -93,13 +96,12 @@ class TrainingLoop:
             KfacDistError: the job failed; its newest checkpoint stays usable.
             KeyboardInterrupt: the job was interrupted.
         """
-        self._gammas = crew.next_gammas(self._first_step)
+        crew.step = self._first_step - 1
+        self._gammas = crew.surviving(lambda: crew.next_gammas(self._first_step))
         self._interrupts.grace_seconds = _GRACE_SECONDS
         step = self._first_step
         while step <= self._spec.steps:
-            self._journal.step = crew.step = step
-            self._connect_started(crew, step)
-            self._limit_degradation(crew, step)
+            crew.surviving(lambda: self._prepare(crew))
             step = self._window(crew, step) + 1
             if self._replay_script or self._is_due(crew.step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
@@ -111,7 +113,7 @@ class TrainingLoop:
         self._checkpoint(crew)
         self._interrupts.grace_seconds = 0.0
         return TrainingResult(
-            evaluation=evaluate_splits(crew, self._journal, self._spec.optimizer.l2),
+            evaluation=self._evaluate(crew),
             num_steps=self._spec.steps + 1 - self._first_step,
             training_seconds=self._training_seconds,
         )
@@ -120,33 +122,42 @@ class TrainingLoop:
     def _is_due(step: int, period: int | None) -> bool:
         return period is not None and step % period == 0
 
+    def _prepare(self, crew: Crew) -> None:
+        """Take in what has started since the last window, and wait for what steps need."""
+        crew.maintain()
+        self._connect_started(crew, crew.step + 1)
+        self._limit_degradation(crew, crew.step + 1)
+
     def _window(self, crew: Crew, first: int) -> int:
         """Order the steps of a window from all actors, record them, and return the last one."""
         started = time.perf_counter()
-        orders, cursor = self._orders(crew, first)
+        orders, cursors = self._orders(crew, first)
         reports = crew.run(orders)
         seconds = time.perf_counter() - started
-        self._cursor, self._gammas = cursor, reports[-1].server.next_gammas
         self._training_seconds += seconds
+        if not reports:  # a member was lost in the first step of the window
+            return first - 1
+        self._cursor, self._gammas = cursors[len(reports) - 1], reports[-1].server.next_gammas
         self._window_length.note(seconds, [report.server.step_seconds for report in reports])
         crew.inverse_pool.poll()
-        for order, report in zip(orders, reports, strict=True):
+        for order, report in zip(orders, reports, strict=False):
             self._note(crew, order.plan, report)
-        return orders[-1].plan.step
+        return first + len(reports) - 1
 
-    def _orders(self, crew: Crew, first: int) -> tuple[list[StepOrder], SamplerCursor]:
-        """Return the orders of the next steps, and the position in the data after them.
+    def _orders(self, crew: Crew, first: int) -> tuple[list[StepOrder], list[SamplerCursor]]:
+        """Return the orders of the next steps, and the position in the data after each.
 
         A window ends with a step after which the driver has to do something.
         """
-        orders, cursor = [], self._cursor
+        orders, cursors, cursor = [], [], self._cursor
         for step in range(first, first + self._window_length.steps):
             size = batch_size(self._spec, step, self._num_train_cases)
             window, cursor = next_window(cursor, size, self._num_train_cases)
             orders.append(StepOrder(plan=self._schedule.plan(step), window=window))
+            cursors.append(cursor)
             if self._ends_window(crew, step):
                 break
-        return orders, cursor
+        return orders, cursors
 
     def _ends_window(self, crew: Crew, step: int) -> bool:
         return (
@@ -167,11 +178,14 @@ class TrainingLoop:
         self._check_recovery(crew, server)
         record = self._step_records.record(server, reports.workers, crew.inverse_pool.statuses())
         if self._evaluates(plan.step):
-            evaluation = evaluate_splits(crew, self._journal, self._spec.optimizer.l2)
+            evaluation = self._evaluate(crew)
             record = record.model_copy(update={"evaluation": evaluation})
         self._journal.record(record)
         self._warn_of_refusals(server)
         self._count_bad_steps(server)
+
+    def _evaluate(self, crew: Crew) -> Evaluation:
+        return crew.surviving(lambda: evaluate_splits(crew, self._journal, self._spec.optimizer.l2))
 
     def _evaluates(self, step: int) -> bool:
         if self._replay_script is not None:
@@ -240,11 +254,40 @@ class TrainingLoop:
         oldest = {name: self._bound.oldest_admissible(report.step, name) for name in versions}
         recovered = crew.inverse_pool.note_versions(versions, oldest)
         if recovered and not crew.inverse_pool.orphaned:
-            self._journal.state("RUNNING", reason=None, message=None)
+            self._lacks_inverses = False
+            if not self._lacks_workers:
+                self._journal.state("RUNNING", reason=None, message=None)
             self._journal.event(
                 "recovered",
                 "all layers have inverses within the staleness bound again",
             )
+
+    def on_group_change(self, change: GroupChange) -> None:
+        """Record that a member of the group was lost, has left or has joined."""
+        verb = {"member_died": "is lost", "member_left": "has left", "member_joined": "has joined"}
+        message = (
+            f"{named(str(change.member), change.member.pid or None)} {verb[change.kind]} after "
+            f"step {change.step}; group {change.epoch} has {change.num_workers} gradient workers "
+            f"and {change.num_shards} shards"
+        )
+        if change.message:
+            message += f": {change.message}"
+        self._journal.event(
+            change.kind,
+            message,
+            severity="info" if change.kind == "member_joined" else "warning",
+            role=change.member.role,
+            rank=change.member.rank,
+            pid=change.member.pid or None,
+            epoch=change.epoch,
+            gradient_workers=change.num_workers,
+            shards=change.num_shards,
+        )
+        was_degraded, self._lacks_workers = self._lacks_workers, change.is_degraded
+        if change.is_degraded:
+            self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)
+        elif was_degraded and not self._lacks_inverses:
+            self._journal.state("RUNNING", reason=None, message=None)
 
     def on_inverse_worker_death(self, death: InverseWorkerDied) -> None:
         """Record a death and set the job to DEGRADED; it continues with the last good inverses.
@@ -274,6 +317,7 @@ class TrainingLoop:
                 f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}; "
                 f"the last one was {death.rank} ({how})"
             )
+        self._lacks_inverses = True
         self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
 
     def _warn_of_refusals(self, report: ServerReport) -> None:
@@ -295,12 +339,14 @@ class TrainingLoop:
         """Write a checkpoint of the step just done, if one is wanted and it has none yet."""
         if self._checkpointed_step == crew.step or not self._wants_checkpoint(crew.step):
             return
-        num_missing = save_checkpoint(
-            self._folder,
-            crew,
-            statistics_step=self._statistics_step,
-            cursor=self._cursor,
-            keep=self._spec.checkpoint.keep,
+        num_missing = crew.surviving(
+            lambda: save_checkpoint(
+                self._folder,
+                crew,
+                statistics_step=self._statistics_step,
+                cursor=self._cursor,
+                keep=self._spec.checkpoint.keep,
+            )
         )
         self._checkpointed_step = crew.step
         self._journal.event("checkpoint", f"checkpoint of step {crew.step} written")

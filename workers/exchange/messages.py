@@ -49,6 +49,7 @@ class Rendezvous:
 
     The driver hosts the store. Ranks 0..N-1 are the gradient workers, the shards of the parameter
     server follow. `epoch` numbers the group: members of different epochs never meet.
+    `step` is the last one before it.
     """
 
     host: str
@@ -56,7 +57,17 @@ class Rendezvous:
     epoch: int
     num_gradient_workers: int
     num_shards: int
+    step: int
     timeout_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberPlace:
+    """The roles of a process: gradient worker `worker`, shard `shard` of `num_shards`, or both."""
+
+    worker: int | None
+    shard: int | None
+    num_shards: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,7 @@ class StepDecision:
     """What the deciding shard knows of a step; the fields are those of `ServerReport`."""
 
     applied: bool
+    parameter_version: int
     loss: float
     objective: float
     num_cases: int
@@ -116,7 +128,6 @@ class ShardReport:
     """
 
     step: int
-    parameter_version: int
     decision: StepDecision | None
     inverse_version_step: Mapping[str, int]
     inverse_gammas: Mapping[str, tuple[float, ...]]
@@ -212,7 +223,6 @@ def merge_reports(reports: Sequence[ShardReport], names: Sequence[str]) -> Serve
     return ServerReport(
         **vars(first.decision),
         step=first.step,
-        parameter_version=first.parameter_version,
         inverse_version_step={name: versions[name] for name in used},
         inverse_gammas={name: gammas[name] for name in used},
         stale_layers=_joined(report.stale_layers for report in reports),

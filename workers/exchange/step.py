@@ -41,6 +41,7 @@ from kfac_dist.core.blocks.layout import BlockLayout
 from kfac_dist.core.compute import GradientSums
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.core.step.choice import Choice
+from workers.exchange.decisions import MIRROR_SIZE, DecisionMirror
 from workers.exchange.process_group import Group, Kind
 from workers.exchange.shard_plan import ShardPlan
 
@@ -90,7 +91,8 @@ class Verdict:
 class WorkerSide:
     """A gradient worker's side; `like` is any tensor with the dtype and device of the parameters.
 
-    Every method raises PeerLostError if another member is gone.
+    `mirror` is what the deciding shard told last (`workers.exchange.decisions`). Every method
+    raises PeerLostError if another member is gone.
     """
 
     def __init__(self, group: Group, plan: ShardPlan, like: Tensor) -> None:
@@ -98,6 +100,7 @@ class WorkerSide:
         self._plan = plan
         self._like = like
         self._slices = [like.new_zeros(layout.size) for layout in plan.layouts]
+        self.mirror: list[float] | None = None
 
     def send_gradient(self, sums: GradientSums, num_cases: int) -> None:
         """Send the sums over this worker's part of the batch."""
@@ -116,8 +119,7 @@ class WorkerSide:
 
     def receive_directions(self) -> Directions | None:
         """Return the directions, None if the step is skipped."""
-        numbers = self._group.receive_numbers(Kind.HEADER, 2, self._group.decider)
-        count, fraction = int(numbers[0]), numbers[1]
+        count, fraction = self._receive_header()
         if count == 0:
             return None
         vectors = self._receive(Kind.DIRECTIONS, count)
@@ -137,8 +139,14 @@ class WorkerSide:
 
     def receive_parameters(self) -> Tensor | None:
         """Return the new parameters [P], None if the step is skipped."""
-        (count,) = self._group.receive_numbers(Kind.HEADER, 1, self._group.decider)
+        count, _ = self._receive_header()
         return self._receive(Kind.PARAMETERS, 1)[0] if count else None
+
+    def _receive_header(self) -> tuple[int, float]:
+        numbers = self._group.receive_numbers(Kind.HEADER, 2 + MIRROR_SIZE, self._group.decider)
+        count, fraction, *mirror = numbers
+        self.mirror = mirror
+        return int(count), fraction
 
     def receive_state(self) -> tuple[Tensor, Tensor]:
         """Return parameters and previous update, [P] each, when this worker joins."""
@@ -283,18 +291,12 @@ class DecidingSide:
         """Tell the other shards whether the search is decided in this step."""
         self._group.send_numbers(Kind.GAMMAS, [float(decided)], self._others)
 
-    def send_header(self, num_directions: int, fisher_fraction: float | None) -> None:
-        """Announce the directions to the workers."""
-        numbers = [float(num_directions), fisher_fraction or 0.0]
+    def send_header(
+        self, num_directions: int, fisher_fraction: float | None, mirror: DecisionMirror
+    ) -> None:
+        """Announce the directions, or new parameters, to the workers; 0 skips the step."""
+        numbers = [float(num_directions), fisher_fraction or 0.0, *mirror.numbers()]
         self._group.send_numbers(Kind.HEADER, numbers, self._group.workers)
-
-    def skip_step(self) -> None:
-        """Tell the workers that this step is skipped."""
-        self.send_header(0, None)
-
-    def send_applied(self, *, applied: bool) -> None:
-        """Tell the workers of a first-order optimizer whether new parameters come."""
-        self._group.send_numbers(Kind.HEADER, [float(applied)], self._group.workers)
 
     def receive_fisher(self, num_vectors: int) -> FisherSums:
         """Return the Fisher products of all vectors, summed over the Fisher cases."""

@@ -12,16 +12,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
+from kfac_dist.core.passes.own_passes import RandomStreams
 from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
 from kfac_dist.data import MapDataset, Split
 from kfac_dist.tasks import Task, user_code
-from workers.exchange.arrays import Array, Arrays, to_tensor
+from workers.exchange.arrays import Array, Arrays, to_array, to_tensor
 from workers.exchange.checksum import checksum
+from workers.exchange.decisions import DecisionMirror
 from workers.exchange.messages import EvaluationSums, StepOrder, WorkerReport
 from workers.exchange.moments import WorkerMoments
 from workers.exchange.process_group import Group
@@ -43,6 +46,14 @@ class Joined:
     plan: ShardPlan
     side: WorkerSide
     moments: WorkerMoments
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a step began with, beside the parameters."""
+
+    buffers: Mapping[str, Array]
+    streams: RandomStreams
 
 
 class GradientWork:
@@ -89,11 +100,19 @@ class GradientWork:
         self._allowed_targets = allowed_targets
         self._parameters = computer.parameters
         self._previous_update = torch.zeros_like(flatten(computer.parameters))
+        self._spare = torch.zeros_like(self._previous_update)  # the update before that
+        self._parameters_before: Tensor | None = None  # with a first-order optimizer
+        self.step_done = 0
+        self._step = 0  # the step in hand
+        self._applied_step = 0
+        self._starts: dict[int, _Start] = {}
         self._joined: Joined  # set by `join`
 
-    def join(self, group: Group) -> None:
-        """Take a place in `group`, and start from the parameters that the shards have."""
+    def join(self, group: Group, step: int) -> None:
+        """Take a place in `group` after `step`, with the parameters that the shards have."""
         like = self._previous_update
+        self.step_done = step
+        self._applied_step = 0
         self._reader.place(group.rank, len(group.workers))
         plan = self._plan_shards(len(group.shards))
         side = WorkerSide(group, plan, like)
@@ -122,6 +141,7 @@ class GradientWork:
             PeerLostError: another member of the group is gone.
         """
         beat_step(order.plan.step)
+        self._begin(order.plan.step)
         phases = Phases()
         part = self._read(order, phases)
         sums = self._compute(part, phases)
@@ -133,8 +153,51 @@ class GradientWork:
             if order.plan.update_factors:
                 self._send_statistics(self._sender, order, part, sums, phases)
             self._take_part_in_choice(part, sums.trace, phases)
+        self.step_done = order.plan.step
         traffic = self._joined.group.take_traffic()
         return WorkerReport(phase_seconds=phases.seconds, traffic=traffic)
+
+    def _begin(self, step: int) -> None:
+        """Remember what the user's training pass may change, here and in the step before."""
+        self._starts = {s: start for s, start in self._starts.items() if s == step - 1}
+        model = self._computer.model
+        self._starts[step] = _Start(buffers=read_buffers(model), streams=RandomStreams(model))
+        self._step = step
+
+    def rewind(self, step: int) -> None:
+        """Go back to the end of `step`, which is the last one or the one before it.
+
+        Parameters are then those of before to rounding: the update is subtracted again.
+        """
+        if self._applied_step > step:
+            if self._parameters_before is not None:
+                assign_parameters(self._parameters, self._parameters_before)
+            else:
+                add_to_parameters(self._parameters, -self._previous_update)
+                previous, self._spare = self._spare, self._previous_update
+                self._previous_update = previous
+            self._applied_step = 0
+        self.step_done = min(self.step_done, step)
+        if (start := self._starts.get(step + 1)) is not None:
+            write_buffers(self._computer.model, start.buffers)
+            start.streams.restore()
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was applied or skipped here, even if it has not ended."""
+        return max(self._applied_step, self.step_done)
+
+    def mirrored_decision(self) -> DecisionMirror | None:
+        """Return what the deciding shard told last; None before the first step with it."""
+        numbers = self._joined.side.mirror
+        return None if numbers is None else DecisionMirror.from_numbers(numbers, self._step - 1)
+
+    def mirrored_state(self) -> dict[str, Array]:
+        """Return the mirrored parameters and previous update [P], named as in checkpoints."""
+        return {
+            "parameters": to_array(flatten(self._parameters)),
+            "update:previous_update": to_array(self._previous_update.clone()),
+        }
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
         return user_code(self._task, f"{doing} in gradient worker {self._joined.group.rank}")
@@ -200,10 +263,13 @@ class GradientWork:
     def _apply(self, choice: Coefficients, directions: Directions, phases: Phases) -> None:
         with phases("apply"):
             direction = directions.vectors[choice.candidate]
-            self._previous_update = combine(
-                direction, self._previous_update, choice.alpha, choice.mu
+            # The update before this one is kept, so that the step can be undone.
+            update = combine(
+                direction, self._previous_update, choice.alpha, choice.mu, out=self._spare
             )
-            add_to_parameters(self._parameters, self._previous_update)
+            self._previous_update, self._spare = update, self._previous_update
+            add_to_parameters(self._parameters, update)
+            self._applied_step = self._step
 
     def _measure(self, part: BatchPart, phases: Phases) -> None:
         with phases("measure"):
@@ -215,7 +281,9 @@ class GradientWork:
         with phases("apply"):
             parameters = self._joined.side.receive_parameters()
             if parameters is not None:
+                self._parameters_before = flatten(self._parameters)
                 assign_parameters(self._parameters, parameters)
+                self._applied_step = self._step
 
     def evaluate(
         self, split: Split, parameters: Array | None, before: EvaluationSums | None

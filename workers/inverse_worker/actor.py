@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Mapping
 
 import ray
@@ -19,6 +21,7 @@ from workers.exchange.messages import (
 from workers.heartbeat import Pulse
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
+from workers.planning import num_versions_used
 
 
 class InverseWorker:
@@ -32,6 +35,9 @@ class InverseWorker:
         averages: Arrays | None,
     ) -> None:
         self._owners = owners
+        self._kept: dict[str, deque[InverseMessage]] = {}  # by layer, for a new owner
+        self._num_kept = num_versions_used(job.spec)
+        self._sending = threading.Lock()
         self._log = role_log(job, "inverse_worker", setup.rank)
         self._loop = InverseLoop(InverseWork(job, setup, averages), self._publish)
         note_preemptions(self._loop.heartbeat)
@@ -40,7 +46,9 @@ class InverseWorker:
 
     def _publish(self, message: InverseMessage) -> None:
         header = message.header
-        self._owners[header.layer].accept.remote(message)
+        with self._sending:
+            self._kept.setdefault(header.layer, deque(maxlen=self._num_kept)).append(message)
+            self._owners[header.layer].accept.remote(message)
         self._log.debug("inverted", layer=header.layer, version_step=header.version_step)
         for rung in header.rungs:
             self._log.warning("inversion_trouble", layer=header.layer, rung=rung)
@@ -56,6 +64,18 @@ class InverseWorker:
     def refresh(self, request: RefreshRequest) -> None:
         """Put a refresh request into the mailbox."""
         self._loop.put_request(request)
+
+    @ray.method(concurrency_group="control")
+    def set_owners(self, owners: Mapping[str, Handle]) -> None:
+        """Send inverses to these members from now on, and those that steps may use once more.
+
+        A new owner of a shard may have it from a member that is gone, with its inverses.
+        """
+        with self._sending:
+            self._owners = owners
+            for name, messages in self._kept.items():
+                for message in messages:
+                    owners[name].accept.remote(message)
 
     def snapshot(self, step: int, timeout_seconds: float) -> dict[str, Array]:
         """Return the averages, once they contain the statistics of `step`."""

@@ -28,6 +28,7 @@ from workers.exchange.messages import (
     EvaluationSums,
     InverseMessage,
     JobContext,
+    MemberPlace,
     MemberReport,
     RefreshRequest,
     Rendezvous,
@@ -35,24 +36,16 @@ from workers.exchange.messages import (
     StepOrder,
 )
 from workers.exchange.process_group import Group, join_group, join_store
+from workers.exchange.progress import MemberProgress
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.heartbeat import Heartbeat, Pulse
 from workers.member.roles import MemberRoles
-from workers.parameter_server.build import BuiltShard, build_shard
+from workers.parameter_server.build import BuiltShard, ShardBuilder
 
 # A message is normally there in a millisecond. An inverse worker that has stalled holds a step up
 # once, and is not waited for again until it answers.
 _ARRIVAL_SECONDS = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemberPlace:
-    """The roles of a member: gradient worker `worker`, shard `shard` of `num_shards`, or both."""
-
-    worker: int | None
-    shard: int | None
-    num_shards: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +84,7 @@ class Member:
         self._inverse_workers: Mapping[int, Handle] = {}
         self._unanswered: dict[int, list[Ref]] = {}
         self._roles: MemberRoles  # set by `build`
+        self._builder: ShardBuilder | None = None  # made when this process first has a shard
         self._heartbeat = Heartbeat()
         role = "parameter_server" if place.worker is None else "gradient_worker"
         rank = place.worker if place.worker is not None else place.shard
@@ -127,20 +121,47 @@ class Member:
 
     def _build_shard(self, snapshot: Arrays | None) -> BuiltShard:
         assert self._place.shard is not None
-        built = build_shard(
-            self._job,
-            self._place.shard,
-            self._place.num_shards,
-            self._devices.device(),
-            self._timeout_seconds,
-            self._request_inverses,
-        )
+        if self._builder is None:
+            self._builder = ShardBuilder(
+                self._job, self._devices.device(), self._timeout_seconds, self._request_inverses
+            )
+        built = self._builder.build(self._place.shard, self._place.num_shards)
         if snapshot is not None:
             built.shard.restore(snapshot)
         return built
 
-    def join(self, rendezvous: Rendezvous) -> None:
+    def progress(self) -> MemberProgress:
+        """Return how far this member has come, after its group has ended."""
+        return self._roles.progress()
+
+    def rewind(self, step: int) -> None:
+        """Go back to the end of `step`, which is the last one or the one before it."""
+        self._roles.rewind(step)
+
+    def mirrored_state(self) -> dict[str, Array]:
+        """Return the parameters and the previous update [P], as this gradient worker has them."""
+        return self._worker.mirrored_state()
+
+    def own_shard(
+        self, place: MemberPlace, snapshot: Arrays | None, accepted_statistics: Sequence[int]
+    ) -> None:
+        """Have the shard of `place`, from now on and with this state; none if it has none.
+
+        Args:
+            place: the roles of this member from now on.
+            snapshot: the state of the shard.
+            accepted_statistics: the steps whose statistics were accepted.
+        """
+        self._place = place
+        shard = None
+        if place.shard is not None:
+            with self._heartbeat.doing("build"):
+                shard = logged(self._log, "build", lambda: self._build_shard(snapshot))
+        self._roles.replace_shard(shard, accepted_statistics)
+
+    def join(self, rendezvous: Rendezvous, place: MemberPlace) -> None:
         """Join a group; the gradient workers start from the parameters of the shards."""
+        self._place = place
 
         def join(rank: int) -> Group:
             return join_group(
@@ -153,7 +174,7 @@ class Member:
             )
 
         shard_rank = rendezvous.num_gradient_workers + (self._place.shard or 0)
-        self._roles.join(join, self._place.worker or 0, shard_rank)
+        self._roles.join(join, self._place.worker or 0, shard_rank, rendezvous.step)
         self._log.info("joined", group=rendezvous.epoch)
 
     def connect(
@@ -260,9 +281,9 @@ class Member:
     @ray.method(concurrency_group="mailbox")
     def accept(self, message: InverseMessage) -> None:
         """Put the inverses of a layer where the next step finds them."""
-        store = self._shard.store
-        assert store is not None, "a first-order optimizer has no inverses"
-        store.accept(message)
+        shard = self._roles.shard
+        if shard is not None and shard.store is not None:  # else the layer has just moved
+            shard.store.accept(message)
 
     @ray.method(concurrency_group="heartbeat")
     def pulse(self) -> Pulse:

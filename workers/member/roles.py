@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import torch
 
-from workers.exchange.messages import MemberReport, StepOrder
+from workers.exchange.messages import MemberReport, ShardReport, StepOrder, WorkerReport
 from workers.exchange.process_group import Group, PeerLostError
+from workers.exchange.progress import MemberProgress
 from workers.gradient_worker.work import GradientWork
 from workers.parameter_server.build import BuiltShard
 
@@ -29,40 +30,40 @@ class MemberRoles:
     """The roles of one process: `worker`, `shard`, or both; at least one of them."""
 
     def __init__(self, worker: GradientWork | None, shard: BuiltShard | None) -> None:
-        assert worker is not None or shard is not None, "a member has a role"
         self.worker = worker
         self.shard = shard
         self._groups: list[Group] = []
+        self._worker_reports: list[WorkerReport] = []  # of the window in hand
+        self._shard_reports: list[ShardReport] = []
         # The number of threads is a setting of each thread, and it affects rounding.
         self._shard_thread = ThreadPoolExecutor(
             1, "shard", initializer=torch.set_num_threads, initargs=(1,)
         )
 
-    def join(self, join: JoinGroup, worker_rank: int, shard_rank: int) -> None:
-        """Join a group with the ranks of the roles that this process has.
+    def join(self, join: JoinGroup, worker_rank: int, shard_rank: int, step: int) -> None:
+        """Join a group, after `step`, with the ranks of the roles that this process has.
 
         Raises:
             PeerLostError: a member did not come within the timeout.
         """
         self._groups = []
+        self._worker_reports, self._shard_reports = [], []
         self._both(
-            lambda: self._join_worker(join, worker_rank), self._shard_joins(join, shard_rank)
+            lambda: self._join_worker(join, worker_rank, step),
+            lambda: self._join_shard(join, shard_rank, step),
         )
 
-    def _join_worker(self, join: JoinGroup, rank: int) -> None:
+    def _join_worker(self, join: JoinGroup, rank: int, step: int) -> None:
         if self.worker is not None:
             group = join(rank)
             self._groups.append(group)
-            self.worker.join(group)
+            self.worker.join(group, step)
 
-    def _shard_joins(self, join: JoinGroup, rank: int) -> Callable[[], None]:
-        def join_shard() -> None:
-            if self.shard is not None:
-                group = join(rank)
-                self._groups.append(group)
-                self.shard.shard.join(group)
-
-        return join_shard
+    def _join_shard(self, join: JoinGroup, rank: int, step: int) -> None:
+        if self.shard is not None:
+            group = join(rank)
+            self._groups.append(group)
+            self.shard.shard.join(group, step)
 
     def run(self, orders: Sequence[StepOrder]) -> list[MemberReport]:
         """Do this process's part of the steps of a window.
@@ -71,16 +72,52 @@ class MemberRoles:
             UserTaskError: the user's code raised.
             PeerLostError: another member is gone.
         """
-        worker, shard = self.worker, self.shard
-        done, served = self._both(
-            lambda: [worker.step(order) for order in orders] if worker else None,
-            lambda: [shard.shard.step(order) for order in orders] if shard else None,
-        )
+        self._worker_reports, self._shard_reports = [], []
+        self._both(lambda: self._work(orders), lambda: self._serve(orders))
         none = [None] * len(orders)
         return [
-            MemberReport(worker=as_worker, shard=as_shard)
-            for as_worker, as_shard in zip(done or none, served or none, strict=True)
+            MemberReport(worker=worker, shard=shard)
+            for worker, shard in zip(
+                self._worker_reports or none, self._shard_reports or none, strict=True
+            )
         ]
+
+    def _work(self, orders: Sequence[StepOrder]) -> None:
+        for order in orders if self.worker is not None else ():
+            assert self.worker is not None
+            self._worker_reports.append(self.worker.step(order))
+
+    def _serve(self, orders: Sequence[StepOrder]) -> None:
+        for order in orders if self.shard is not None else ():
+            assert self.shard is not None
+            self._shard_reports.append(self.shard.shard.step(order))
+
+    def progress(self) -> MemberProgress:
+        """Return how far this process has come, once it has left its group."""
+        worker, shard = self.worker, self.shard
+        store = None if shard is None else shard.store
+        return MemberProgress(
+            worker_step=None if worker is None else worker.last_step,
+            shard_step=None if shard is None else shard.shard.step_done,
+            worker_reports=tuple(self._worker_reports),
+            shard_reports=tuple(self._shard_reports),
+            mirror=None if worker is None else worker.mirrored_decision(),
+            accepted_statistics=() if store is None else store.accepted_statistics,
+        )
+
+    def rewind(self, step: int) -> None:
+        """Go back to the end of `step`, which is the last one or the one before it."""
+        if self.worker is not None:
+            self.worker.rewind(step)
+        if self.shard is not None:
+            self.shard.shard.rewind(step)
+
+    def replace_shard(self, shard: BuiltShard | None, accepted: Sequence[int]) -> None:
+        """Own this shard from now on; inverses that the one before it has are taken over."""
+        before = self.shard.store if self.shard is not None else None
+        if shard is not None and shard.store is not None:
+            shard.store.start_from(accepted, before)
+        self.shard = shard
 
     def _both(self, as_worker: Callable[[], T], as_shard: Callable[[], U]) -> tuple[T, U]:
         """Do both at once; on an error, leave the group so that nobody waits."""

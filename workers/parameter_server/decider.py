@@ -21,6 +21,7 @@ from kfac_dist.core.step.block_numbers import direction_numbers, total_square
 from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
 from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
+from workers.exchange.decisions import DecisionMirror
 from workers.exchange.messages import StepDecision, StepOrder
 from workers.exchange.process_group import Kind
 from workers.exchange.step import Coefficients, DecidingSide, Verdict
@@ -65,6 +66,8 @@ class KFACDecider:
         self._losses: BatchLosses  # of the step in hand
         self._choice: Choice | None = None
         self._ratio: float | None = None
+        self._before: dict[int, DecisionMirror] = {}  # by step: the state in which it began
+        self._decided: tuple[int, StepDecision] | None = None  # the last step that has ended
         self._refused_in_a_row = 0
         self.counts: Counter[str] = Counter()
 
@@ -74,9 +77,35 @@ class KFACDecider:
 
     def begin_step(self, plan: StepPlan) -> None:
         """Ask for the inverses that are due, and set what a schedule gives for the step."""
+        self._before = {step: m for step, m in self._before.items() if step == plan.step - 1}
+        self._before[plan.step] = self._mirror(plan.step - 1)
         self._requests.send(plan, self.next_gammas(plan.step))
         self._update.begin_step(plan.damping)
         self._choice = self._ratio = None
+
+    def _mirror(self, last_step: int) -> DecisionMirror:
+        update, decided = self._update.state_dict(), self._decided
+        return DecisionMirror(
+            step=last_step,
+            decision=decided[1] if decided is not None and decided[0] == last_step else None,
+            damping=float(update["damping"]),
+            gamma=float(update["gamma"]),
+            fisher_noise=float(update["fisher_noise"]),
+            search=tuple(update["search"].tolist()),
+        )
+
+    def rewind(self, step: int) -> None:
+        """Go back to the end of `step`, which is the last one or the one before it."""
+        if (mirror := self._before.get(step + 1)) is not None:
+            self._update.load_state_dict(
+                {
+                    "damping": torch.tensor(mirror.damping, dtype=torch.float64),
+                    "gamma": torch.tensor(mirror.gamma, dtype=torch.float64),
+                    "fisher_noise": torch.tensor(mirror.fisher_noise, dtype=torch.float64),
+                    "search": torch.tensor(mirror.search, dtype=torch.float64),
+                }
+            )
+            self._decided = None if mirror.decision is None else (step, mirror.decision)
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`, including those of an open search."""
@@ -128,7 +157,7 @@ class KFACDecider:
         """
         plan, size = order.plan, order.window.size
         fraction = self._update.fisher_fraction(size, measure=plan.measure)
-        self._side.send_header(len(gammas), fraction)
+        self._side.send_header(len(gammas), fraction, self._before[plan.step])
         with phases("fisher_products"):
             all_numbers = self._side.collect_blocks(Kind.NUMBERS, numbers)
             fisher = self._fisher_means(len(gammas), size, fraction)
@@ -156,10 +185,10 @@ class KFACDecider:
         sums = self._side.receive_fisher(num_directions + 1)
         return sums.mean(len(self._subset.positions(size, fraction)))
 
-    def skip_step(self) -> None:
+    def skip_step(self, plan: StepPlan) -> None:
         """Tell the workers that the step is skipped."""
         self.counts["bad_step"] += 1
-        self._side.skip_step()
+        self._side.send_header(0, None, self._before[plan.step])
 
     def adapt_damping(self, own_squares: Tensor) -> None:
         """Move the damping by the loss at the new parameters, which the workers send."""
@@ -168,11 +197,12 @@ class KFACDecider:
         after = loss + l2_term(self._side, self._settings.l2, own_squares)
         self._ratio = self._update.adapt_damping(self._choice, after - self._losses.objective)
 
-    def decision(self, plan: StepPlan) -> StepDecision:
-        """Return what was decided in the step that has just ended."""
+    def decision(self, plan: StepPlan, parameter_version: int) -> StepDecision:
+        """Return what was decided in the step that ends now."""
         choice, losses = self._choice, self._losses
-        return StepDecision(
+        decision = StepDecision(
             applied=choice is not None,
+            parameter_version=parameter_version,
             loss=losses.loss,
             objective=losses.objective,
             num_cases=losses.num_cases,
@@ -187,6 +217,8 @@ class KFACDecider:
             next_gammas=self.next_gammas(plan.step + 1),
             refused_in_a_row=self._refused_in_a_row,
         )
+        self._decided = (plan.step, decision)
+        return decision
 
     def snapshot(self) -> dict[str, Array]:
         """Return everything the next step depends on, by flat names."""

@@ -246,6 +246,27 @@ class InverseStore:
             for name, pair in self._shelf.bases().items()
         }
 
+    def in_use(self) -> dict[str, InverseVersion]:
+        """Return the versions in use, for `put_in_use`."""
+        return self._shelf.versions_in_use()
+
+    def put_in_use(self, versions: Mapping[str, InverseVersion]) -> None:
+        """Go back to versions that were in use before a step that is repeated."""
+        self._shelf.put_in_use(versions)
+
+    @property
+    def accepted_statistics(self) -> tuple[int, ...]:
+        """The steps whose statistics were accepted, as far as they are remembered."""
+        return tuple(self._accepted_statistics)
+
+    def start_from(self, accepted_statistics: Sequence[int], other: InverseStore | None) -> None:
+        """Begin with what is known of earlier steps, and the inverses that `other` has."""
+        self._accepted_statistics.extend(accepted_statistics)
+        if other is not None:
+            with other._changed:
+                self._shelf.adopt(other._shelf, self.layers)
+                self._orphaned = other._orphaned
+
     def take_accepted(self) -> tuple[InverseHeader, ...]:
         """Return the headers of what has arrived since the last call, each once."""
         with self._changed:

@@ -19,6 +19,7 @@ from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.sampling import SubsetRule
 from kfac_dist.core.inverse.directions import DirectionComputer
+from kfac_dist.core.inverse.shelf import InverseVersion
 from kfac_dist.core.step.block_numbers import block_numbers
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import is_finite
@@ -50,8 +51,19 @@ class _Tried:
     numbers: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a step began with, beside parameters and previous update."""
+
+    in_use: Mapping[str, InverseVersion]
+    stale_applied: int
+
+
 class KFACShard:
-    """Preconditions its slice of the gradient and applies the update to its parameters."""
+    """Preconditions its slice of the gradient and applies the update to its parameters.
+
+    `step_done` is the last step that it has applied or skipped.
+    """
 
     def __init__(
         self,
@@ -79,6 +91,10 @@ class KFACShard:
         self._least_cases = least_cases
         self._decider = decider
         self._previous_update = torch.zeros_like(state.parameters)
+        self._spare = torch.zeros_like(state.parameters)  # the update before the previous one
+        self.step_done = 0
+        self._applied_step = 0
+        self._starts: dict[int, _Start] = {}
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
         self._group: Group  # set by `join`
@@ -88,8 +104,9 @@ class KFACShard:
         self._moments: ShardMoments  # set by `join`
         self._directions: DirectionComputer  # set by `join`
 
-    def join(self, group: Group) -> None:
-        """Exchange through `group` from now on, and send the workers this shard's state."""
+    def join(self, group: Group, step: int) -> None:
+        """Exchange through `group` after `step`, and send the workers this shard's state."""
+        self.step_done = step
         parameters = self.state.parameters
         self._group = group
         self._subset = SubsetRule(least_cases=self._least_cases, num_workers=len(group.workers))
@@ -123,6 +140,7 @@ class KFACShard:
         """
         plan, phases = order.plan, Phases()
         beat_step(plan.step)
+        self._begin(plan.step)
         if self._decider is not None:
             self._decider.begin_step(plan)
         gradient = self._receive_gradient(order, phases)
@@ -133,7 +151,7 @@ class KFACShard:
         self._receive_statistics(order, phases, is_finite=verdict.goes_on)
         if not verdict.goes_on:
             if self._decider is not None:
-                self._decider.skip_step()
+                self._decider.skip_step(plan)
             return self._report(plan, None, phases)
         if tried is None:
             tried = self._precondition(plan, gradient, verdict, phases)
@@ -145,6 +163,27 @@ class KFACShard:
             if plan.measure:
                 self._measure(phases)
         return self._report(plan, tried.inverses, phases)
+
+    def _begin(self, step: int) -> None:
+        """Remember what is needed to repeat the step, or the one before it."""
+        self._starts = {s: start for s, start in self._starts.items() if s == step - 1}
+        self._starts[step] = _Start(in_use=self._store.in_use(), stale_applied=self._stale_applied)
+
+    def rewind(self, step: int) -> None:
+        """Go back to the end of `step`, which is the last one or the one before it.
+
+        Parameters are then those of before to rounding: the update is subtracted again.
+        """
+        if self.step_done > step and self._applied_step == self.step_done:
+            self.state.undo(self._applied_step, self._previous_update)
+            self._previous_update, self._spare = self._spare, self._previous_update
+            self._applied_step = 0
+        self.step_done = min(self.step_done, step)
+        if (start := self._starts.get(step + 1)) is not None:
+            self._store.put_in_use(start.in_use)
+            self._stale_applied = start.stale_applied
+        if self._decider is not None:
+            self._decider.rewind(step)
 
     def _receive_gradient(self, order: StepOrder, phases: Phases) -> Tensor:
         with phases("reduce"):
@@ -244,9 +283,14 @@ class KFACShard:
     def _apply(self, plan: StepPlan, tried: _Tried, choice: Coefficients, phases: Phases) -> None:
         with phases("apply"):
             direction = tried.directions[choice.candidate]
-            update = combine(direction, self._previous_update, choice.alpha, choice.mu)
+            # The update before this one is kept, so that the step can be undone.
+            update = combine(
+                direction, self._previous_update, choice.alpha, choice.mu, out=self._spare
+            )
+            self._previous_update, self._spare = update, self._previous_update
             self.state.parameters.add_(update)
             self.state.applied(plan.step)
+            self._applied_step = self.step_done = plan.step
         self._store.use(tried.inverses, choice.gamma, search_open=choice.search_open)
         self._stale_applied += len(tried.inverses.admission.stale)
         with phases("send_bases"):
@@ -263,10 +307,13 @@ class KFACShard:
         self, plan: StepPlan, inverses: AdmittedInverses | None, phases: Phases
     ) -> ShardReport:
         held = inverses.held if inverses else {}
+        self.step_done = plan.step
+        decision = None
+        if self._decider is not None:
+            decision = self._decider.decision(plan, self.state.version)
         return ShardReport(
             step=plan.step,
-            parameter_version=self.state.version,
-            decision=None if self._decider is None else self._decider.decision(plan),
+            decision=decision,
             inverse_version_step={name: version.version_step for name, version in held.items()},
             inverse_gammas={name: tuple(version.by_gamma) for name, version in held.items()},
             stale_layers=inverses.admission.beyond_bound if inverses else {},

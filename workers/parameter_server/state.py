@@ -49,6 +49,13 @@ class ShardState:
         if self._average is not None:
             self._average.update(step, self.parameters)
 
+    def undo(self, step: int, update: Tensor) -> None:
+        """Take back the update [Q] of `step`, the last one; exact to rounding."""
+        self.version -= 1
+        self.parameters.sub_(update)
+        if self._average is not None:
+            self._average.undo(step)
+
     def averaged(self) -> Array | None:
         """Return a copy of the averaged parameters [Q], None before there is an average."""
         value = None if self._average is None else self._average.value

@@ -13,7 +13,7 @@ carries them over to the newer one when a step first admits it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,6 +142,22 @@ class InverseShelf:
             name: version if search_open else version.keep_nearest(gamma)
             for name, version in installed.items()
         }
+
+    def versions_in_use(self) -> dict[str, InverseVersion]:
+        """Return the versions in use, for `put_in_use`."""
+        return dict(self._in_use)
+
+    def put_in_use(self, versions: Mapping[str, InverseVersion]) -> None:
+        """Go back to versions that were in use before."""
+        self._in_use = dict(versions)
+
+    def adopt(self, other: InverseShelf, names: Collection[str]) -> None:
+        """Take over the inverses of `names` from another shelf; nothing is copied."""
+        for name in names:
+            if name in other._available:
+                self._available[name] = other._available[name]
+            if name in other._in_use:
+                self._in_use[name] = other._in_use[name]
 
     def inverses_in_use(self) -> dict[str, Inverted[Any]]:
         """Return an inverse in use of each layer that has one."""

@@ -22,16 +22,25 @@ class ParameterAverage:
         self.start = start
         self.num_averaged = 0
         self._average: Tensor | None = None
+        self._before: Tensor | None = None  # the average before the last update
 
     def update(self, step: int, parameters: Tensor) -> None:
         """Average in the parameter vector [P] after `step`; the tensor itself is not kept."""
         if step < self.start:
             return
         self.num_averaged += 1
-        if self._average is None:
-            self._average = torch.zeros_like(parameters)
+        old = torch.zeros_like(parameters) if self._average is None else self._average
         keep = old_weight(self.num_averaged, self.decay)
-        self._average.mul_(keep).add_(parameters, alpha=1 - keep)
+        memory = torch.empty_like(parameters) if self._before is None else self._before
+        self._average = torch.mul(old, keep, out=memory).add_(parameters, alpha=1 - keep)
+        self._before = old
+
+    def undo(self, step: int) -> None:
+        """Take back the update of `step`, which must be the last one; it can be done once."""
+        if step < self.start:
+            return
+        self.num_averaged -= 1
+        self._average, self._before = (self._before if self.num_averaged else None), None
 
     @property
     def value(self) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -40,9 +41,12 @@ def skipped_choice(gamma: float) -> Choice:
     )
 
 
-def combine(direction: Tensor, previous_update: Tensor, alpha: float, mu: float) -> Tensor:
-    """Turn the previous update [P] into the new one, in place, and return it.
+def combine(
+    direction: Tensor, previous_update: Tensor, alpha: float, mu: float, out: Tensor | None = None
+) -> Tensor:
+    """Return the new update [P], computed in the memory of the previous one, or in `out`.
 
     Every process that holds the parameters does this same arithmetic, so all stay equal bit by bit.
     """
-    return previous_update.mul_(mu).add_(direction, alpha=-alpha)
+    memory = previous_update if out is None else out
+    return torch.mul(previous_update, mu, out=memory).add_(direction, alpha=-alpha)

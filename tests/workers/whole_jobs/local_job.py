@@ -39,7 +39,7 @@ from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
-from workers.parameter_server.build import build_shard
+from workers.parameter_server.build import ShardBuilder
 from workers.planning import (
     batch_size,
     inverse_setups,
@@ -137,6 +137,7 @@ def make_group(
         epoch=epoch,
         num_gradient_workers=num_workers,
         num_shards=num_shards,
+        step=0,
         timeout_seconds=timeout_seconds,
     )
 
@@ -177,10 +178,8 @@ class LocalJob:
         wanted = num_shards_wanted(spec.workers)
         self.plan = shard_plan(spec, self.registration, num_parameters, wanted)
         self.loops: dict[int, InverseLoop] = {}
-        self.shards = [
-            build_shard(self.context, number, wanted, CPU, 20.0, self._request)
-            for number in range(len(self.plan))
-        ]
+        builder = ShardBuilder(self.context, CPU, 20.0, self._request)
+        self.shards = [builder.build(number, wanted) for number in range(len(self.plan))]
         if saved is not None:
             for number, shard in enumerate(self.shards):
                 shard.shard.restore(split_snapshot(self.plan, saved.server, number))
@@ -192,7 +191,8 @@ class LocalJob:
             _take_turns(worker)
         groups = make_group(spec.workers.gradient, len(self.plan))
         members = [*self.workers, *(built.shard for built in self.shards)]
-        in_threads([lambda m=m, g=g: m.join(g) for m, g in zip(members, groups, strict=True)])
+        step = saved.step if saved else 0
+        in_threads([lambda m=m, g=g: m.join(g, step) for m, g in zip(members, groups, strict=True)])
         for worker in self.workers:
             if self.loops:
                 worker.connect(self.assignment, dict.fromkeys(self.assignment, 1))

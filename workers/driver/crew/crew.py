@@ -7,103 +7,65 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import ray
 
-from kfac_dist.errors import TimedOutError
+from kfac_dist.errors import KfacDistError, TimedOutError
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle, Ref, node_address
 from workers.cluster.daemons import DaemonWatch, daemons_awake
 from workers.cluster.lost import lost_node_error, stopped_daemon_error
-from workers.device import DevicePlan
 from workers.driver.crew.failures import (
     Member,
+    MemberLostError,
     failed_among,
+    failure_of,
     finished,
     first_cause,
+    is_death,
     job_error,
     stall_error,
 )
+from workers.driver.crew.group_changes import GroupChange, GroupChanges
+from workers.driver.crew.healing import StepReports
 from workers.driver.crew.health import Health, Stall, patience_seconds
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InversePool, InverseWorkerDied
+from workers.driver.crew.processes import (
+    Calls,
+    CrewPlan,
+    GroupProcess,
+    call,
+    first_places,
+    start_process,
+    with_shard,
+    with_worker,
+)
 from workers.exchange.arrays import Array, to_array, to_tensor
 from workers.exchange.messages import (
-    InverseSetup,
     JobContext,
+    MemberPlace,
     Rendezvous,
-    ServerReport,
     StepOrder,
-    WorkerReport,
     merge_reports,
 )
 from workers.exchange.process_group import PeerLostError, host_store
-from workers.exchange.shard_plan import (
-    ShardPlan,
-    is_colocated,
-    merge_snapshots,
-    split_snapshot,
-)
+from workers.exchange.shard_plan import ShardPlan, merge_snapshots, split_snapshot
 from workers.gradient_worker.buffers import mean_buffers
 from workers.interrupts import Interrupts
-from workers.member.actor import (
-    GradientWorkerActor,
-    MemberPlace,
-    MemberReady,
-    ParameterServerActor,
-)
+from workers.member.actor import MemberReady
 
-Calls = dict[Ref, Member]
-"""Open calls, and the member that each was made to."""
+T = TypeVar("T")
 
-SERVER_ROLE = "parameter_server"
-WORKER_ROLE = "gradient_worker"
 _WAIT_SECONDS = 0.25  # how soon an interrupt is seen
 _START_SECONDS = 300.0  # on a cluster without room an actor waits forever, without an error
 
 # Ray's stubs leave much untyped.
 _ray: Any = ray
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrewPlan:
-    """Which actors to start, and the state they start from.
-
-    `host` is the address that all members share, None where each node has its own. `shards` says
-    how the parameters are cut, and `layers` are all layers in the order of the model.
-    `server_snapshot`, `averages` and `buffers` come from a checkpoint, if the run resumes.
-    `has_buffers`: the model has buffers.
-    """
-
-    devices: DevicePlan
-    host: str | None
-    shards: ShardPlan
-    layers: Sequence[str]
-    setups: Sequence[InverseSetup]
-    server_snapshot: Mapping[str, Array] | None
-    averages: Mapping[str, Array]
-    buffers: Mapping[str, Array]
-    has_buffers: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReports:
-    """What all members report of one step."""
-
-    server: ServerReport
-    workers: Sequence[WorkerReport]
-
-
-@dataclass(kw_only=True)
-class _Process:
-    """A process of the group; `member` is how people know it."""
-
-    place: MemberPlace
-    handle: Handle
-    member: Member
 
 
 class Crew:
@@ -116,17 +78,19 @@ class Crew:
         plan: CrewPlan,
         interrupts: Interrupts,
         *,
-        processes: Sequence[_Process],
+        processes: Sequence[GroupProcess],
         inverse_pool: InversePool,
+        on_change: Callable[[GroupChange], None],
     ) -> None:
         self.step = 0
         self.inverse_pool = inverse_pool
-        self._processes = list(processes)
+        self.changes = GroupChanges(job, plan, processes, self, on_change)
         self._job = job
         self._folder = folder
         self._plan = plan
         self._interrupts = interrupts
-        self._store: object  # where the members of a group meet; set by `build`
+        self._epoch = 0
+        self._store: object  # where the members of a group meet
         self._health = Health(job.spec.faults)
         self._checked_seconds = 0.0
         self._daemons = DaemonWatch(job.spec.faults.stall_seconds)
@@ -139,6 +103,7 @@ class Crew:
         plan: CrewPlan,
         interrupts: Interrupts,
         on_death: Callable[[InverseWorkerDied], None],
+        on_change: Callable[[GroupChange], None],
     ) -> Crew:
         """Start all actors, without waiting until they are there; `build` comes next.
 
@@ -149,14 +114,13 @@ class Crew:
             interrupts: checked in every wait.
             on_death: called in the middle of a wait for each inverse worker that dies; what it
                 raises ends the job.
+            on_change: called for each member that was lost, has left or has joined.
         """
-        processes = [_start(job, plan, place) for place in _places(job, plan)]
-        owners = {
-            name: process.handle
-            for process in processes
-            if process.place.shard is not None
-            for name in plan.shards.layouts[process.place.shard].names
-        }
+        processes = [
+            start_process(job, plan, place, number)
+            for number, place in enumerate(first_places(job, len(plan.shards)))
+        ]
+        owners = _owners(processes, plan.shards)
         return cls(
             job,
             folder,
@@ -164,6 +128,7 @@ class Crew:
             interrupts,
             processes=processes,
             inverse_pool=InversePool.launch(job, owners, plan.setups, plan.averages, on_death),
+            on_change=on_change,
         )
 
     @property
@@ -180,22 +145,23 @@ class Crew:
             KfacDistError: a member raised an error, or died.
             TimedOutError: an actor did not start in time.
         """
+        processes = self.changes.processes
         calls = {
             process.handle.build.remote(
                 self._plan.buffers, self._snapshot_of(process.place)
             ): process.member
-            for process in self._processes
+            for process in processes
         }
         started = self.inverse_pool.first_statuses()
-        ready = self.gather(calls | started, deadline_seconds=_START_SECONDS)[: len(calls)]
-        for process, answer in zip(self._processes, ready, strict=True):
-            process.member = replace(process.member, pid=answer.pid)
-        self.inverse_pool.note_started(step=0)
-        self._form_group(epoch=self._job.attempt)
-        self.connect_inverse_workers()
+        with lost_members_end_the_job():
+            ready = self.gather(calls | started, deadline_seconds=_START_SECONDS)[: len(calls)]
+            for process, answer in zip(processes, ready, strict=True):
+                process.member = replace(process.member, pid=answer.pid)
+            self.inverse_pool.note_started(step=0)
+            self.form_group(processes, self._plan.shards, self._plan.start_step)
         first: MemberReady = next(
             answer
-            for process, answer in zip(self._processes, ready, strict=True)
+            for process, answer in zip(processes, ready, strict=True)
             if process.place.shard == 0
         )
         return first
@@ -207,60 +173,95 @@ class Crew:
             return None
         return split_snapshot(self._plan.shards, snapshot, place.shard)
 
-    def _form_group(self, epoch: int) -> None:
+    def form_group(self, processes: Sequence[GroupProcess], shards: ShardPlan, step: int) -> int:
+        """Form a group of these processes after `step`, and return its epoch."""
+        self._epoch += 1
         host = self._plan.host or node_address()
         store = host_store(host, self.group_timeout_seconds)
-        self._store = store
         meet = Rendezvous(
             host=host,
             port=store.port,
-            epoch=epoch,
-            num_gradient_workers=self._job.spec.workers.gradient,
-            num_shards=len(self._plan.shards),
+            epoch=self._epoch,
+            num_gradient_workers=len(with_worker(processes)),
+            num_shards=len(shards),
+            step=step,
             timeout_seconds=self.group_timeout_seconds,
         )
-        self.gather(self._call_all("join", meet))
+        self.gather(
+            {
+                process.handle.join.remote(meet, process.place): process.member
+                for process in processes
+            }
+        )
+        self._store = store  # that of the epoch before is closed only now
+        if self._epoch > 1:
+            self.inverse_pool.set_owners(_owners(processes, shards))
+        self._connect(processes)
+        return self._epoch
 
     def connect_inverse_workers(self) -> None:
         """Tell all members to which inverse worker they send what."""
+        self._connect(self.changes.processes)
+
+    def _connect(self, processes: Sequence[GroupProcess]) -> None:
         pool = self.inverse_pool
         if pool.assignment:
-            self.gather(
-                self._call_all("connect", pool.handles, pool.assignment, pool.assignment_epochs)
-            )
+            arguments = pool.handles, pool.assignment, pool.assignment_epochs
+            self.gather(call(processes, "connect", arguments))
 
     def run(self, orders: Sequence[StepOrder]) -> list[StepReports]:
-        """Have all members do the steps of a window, and return their reports by step."""
-        reports = self.gather(self._call_all("run", orders))
-        by_place = [
-            (process.place, own) for process, own in zip(self._processes, reports, strict=True)
-        ]
-        workers = sorted((p.worker, own) for p, own in by_place if p.worker is not None)
-        shards = sorted((p.shard, own) for p, own in by_place if p.shard is not None)
-        return [
+        """Have all members do the steps of a window, and return their reports by step.
+
+        If a member is lost, there are reports only of the steps that were done before. Then the
+        group has changed, and is ready for the step after those.
+        """
+        processes = self.changes.processes
+        calls = call(processes, "run", [orders])
+        try:
+            answers = dict(zip((p.number for p in processes), self.gather(calls), strict=True))
+        except MemberLostError as lost:
+            return self.changes.recover(lost, calls, orders[0].plan.step)
+        workers = [answers[process.number] for process in with_worker(processes)]
+        shards = [answers[process.number] for process in with_shard(processes)]
+        reports = [
             StepReports(
-                server=merge_reports([own[k].shard for _, own in shards], self._plan.layers),
-                workers=[own[k].worker for _, own in workers],
+                server=merge_reports([own[k].shard for own in shards], self._plan.layers),
+                workers=[own[k].worker for own in workers],
             )
             for k in range(len(orders))
         ]
+        self.changes.last_report = reports[-1].server
+        return reports
+
+    def surviving(self, doing: Callable[[], T]) -> T:
+        """Call `doing` between two steps; again, with a new group, if a member is lost in it."""
+        while True:
+            try:
+                return doing()
+            except MemberLostError as lost:
+                self.changes.recover(lost, {}, self.step + 1)
+
+    def maintain(self) -> None:
+        """Between two windows, let members join and leave."""
+        self.changes.maintain(self.step, self._health.preempted())
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`; none for a first-order optimizer."""
-        first, *_ = self.gather(self._call_shards("next_gammas", step, only_first=True))
-        gammas: tuple[float, ...] = first
-        return gammas
+        first_shard = with_shard(self.changes.processes)[:1]
+        (gammas,) = self.gather(call(first_shard, "next_gammas", [step]))
+        found: tuple[float, ...] = gammas
+        return found
 
     def averaged_parameters(self) -> Array | None:
         """Return the averaged parameters [P], None before there is an average."""
         slices = self.gather(self._call_shards("averaged_parameters"))
         if any(part is None for part in slices):
             return None
-        return to_array(self._plan.shards.whole([to_tensor(part) for part in slices]))
+        return to_array(self.changes.shards.whole([to_tensor(part) for part in slices]))
 
     def server_snapshot(self) -> dict[str, Array]:
         """Return everything of the parameter server that the next step depends on."""
-        return merge_snapshots(self._plan.shards, self.gather(self._call_shards("snapshot")))
+        return merge_snapshots(self.changes.shards, self.gather(self._call_shards("snapshot")))
 
     def diverged_workers(self) -> list[int]:
         """Return the gradient workers whose mirrors differ from the parameters of the shards."""
@@ -280,16 +281,10 @@ class Crew:
 
     def call_workers(self, method: str, *arguments: Any) -> Calls:
         """Call a method of every gradient worker, in the order of their ranks."""
-        workers = [process for process in self._processes if process.place.worker is not None]
-        return _call(sorted(workers, key=lambda p: p.place.worker or 0), method, arguments)
+        return call(with_worker(self.changes.processes), method, arguments)
 
-    def _call_shards(self, method: str, *arguments: Any, only_first: bool = False) -> Calls:
-        shards = [process for process in self._processes if process.place.shard is not None]
-        shards.sort(key=lambda p: p.place.shard or 0)
-        return _call(shards[:1] if only_first else shards, method, arguments)
-
-    def _call_all(self, method: str, *arguments: Any) -> Calls:
-        return _call(self._processes, method, arguments)
+    def _call_shards(self, method: str, *arguments: Any) -> Calls:
+        return call(with_shard(self.changes.processes), method, arguments)
 
     def gather(self, calls: Calls, deadline_seconds: float = math.inf) -> list[Any]:
         """Wait for all `calls` and return their results in order.
@@ -319,6 +314,40 @@ class Crew:
         failed = failed_among(calls)
         return list(ray.get([ref for ref in calls if ref not in failed]))
 
+    def settle(self, calls: Calls) -> list[GroupProcess]:
+        """Wait until all calls have ended, however they end; return the processes that died.
+
+        Raises:
+            KfacDistError: a member raised an error that is not the loss of another one.
+        """
+        pending = dict(calls)
+        lost: set[Member] = set()
+        while pending:
+            try:
+                ended = self._wait({ref: m for ref, m in pending.items() if m not in lost})
+            except MemberLostError as loss:
+                if loss.member is not None:
+                    lost.add(loss.member)
+                pending = {ref: m for ref, m in pending.items() if m not in lost}
+                continue
+            for ref in ended:
+                member = pending.pop(ref)
+                error = failure_of(ref)
+                if error is not None and is_death(error):
+                    lost.add(member)
+                elif error is not None and not isinstance(error, PeerLostError):
+                    raise self._job_error(member, error)
+        return [process for process in self.changes.processes if process.member in lost]
+
+    def wait(self) -> None:
+        """Let a moment pass, and handle what has happened."""
+        self._wait({})
+
+    def forget(self, process: GroupProcess) -> None:
+        """Forget all about a process that is gone, and end it if it is not."""
+        self._health.forget(process.member)
+        ray.kill(process.handle)
+
     def await_inverse_workers(self, layers: Collection[str]) -> None:
         """Wait until the inverse workers that own these layers have started.
 
@@ -331,8 +360,8 @@ class Crew:
     def stop_degrading(self, layers: Collection[str]) -> None:
         """Have steps wait for new inverses of these layers, whose workers are there again."""
         refs = self.inverse_pool.wait_again(layers)
-        shards = [process.member for process in self._processes if process.place.shard is not None]
-        self.gather(dict(zip(refs, shards, strict=True)))
+        shards = with_shard(self.changes.processes)
+        self.gather(dict(zip(refs, (process.member for process in shards), strict=True)))
 
     def _wait(self, pending: Calls) -> list[Ref]:
         """Return the calls that have ended, possibly none; handle deaths of inverse workers."""
@@ -379,70 +408,56 @@ class Crew:
                 raise self._stalled(stall)
 
     def _members(self) -> dict[Member, Handle]:
-        return {process.member: process.handle for process in self._processes}
+        return {process.member: process.handle for process in self.changes.processes}
 
-    def _stalled(self, stall: Stall) -> Exception:
+    def _stalled(self, stall: Stall) -> MemberLostError:
         """Kill a member and return the error that names it."""
-        process = next(p for p in self._processes if p.member == stall.member)
+        process = next(p for p in self.changes.processes if p.member == stall.member)
         member = process.member
         ray.kill(process.handle)
         log = self._folder.places.log(member.role, member.rank, self._job.attempt)
-        return stall_error(member, stall.why, step=self.step, log=log)
+        return MemberLostError(member, stall_error(member, stall.why, step=self.step, log=log))
 
     def _error(self, failed: Calls, pending: Calls) -> Exception:
         self._check_node()  # if the node is lost, who died on it says nothing
         member, error = first_cause(failed, pending)
-        suspect = self._health.suspect() if isinstance(error, PeerLostError) else None
+        is_lost = isinstance(error, PeerLostError)
+        suspect = self._health.suspect() if is_lost else None
         if suspect is not None and suspect.member.role != INVERSE_ROLE:
             return self._stalled(suspect)
+        cause = self._job_error(member, error)
+        is_ours = member in self._members()
+        if is_lost:
+            return MemberLostError(None, cause)
+        return MemberLostError(member, cause) if is_ours and is_death(error) else cause
+
+    def _job_error(self, member: Member, error: BaseException) -> KfacDistError:
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
         return job_error(member, error, step=self.step, log=path)
 
     def kill(self) -> None:
         """End all actors at once."""
         with daemons_awake():
-            for process in self._processes:
-                ray.kill(process.handle)
+            self.changes.end()
             self.inverse_pool.kill()
 
 
-def _places(job: JobContext, plan: CrewPlan) -> list[MemberPlace]:
-    """Return the roles of each process: the shards first, then the gradient workers."""
-    num_shards, num_workers = len(plan.shards), job.spec.workers.gradient
-    shared = is_colocated(job.spec.workers)
-    alone = [
-        MemberPlace(worker=None, shard=shard, num_shards=num_shards)
-        for shard in range(0 if shared else num_shards)
-    ]
-    workers = [
-        MemberPlace(
-            worker=rank,
-            shard=rank if shared and rank < num_shards else None,
-            num_shards=num_shards,
-        )
-        for rank in range(num_workers)
-    ]
-    return alone + workers
+@contextmanager
+def lost_members_end_the_job() -> Iterator[None]:
+    """Raise the cause of a loss, where no group can be formed without the member."""
+    try:
+        yield
+    except MemberLostError as lost:
+        raise lost.cause from lost
 
 
-def _start(job: JobContext, plan: CrewPlan, place: MemberPlace) -> _Process:
-    threads = job.spec.workers.threads or 1
-    if place.worker is None:
-        actor, threads = ParameterServerActor, 1
-        options = {"num_gpus": plan.devices.gpus_per_member}
-        member = Member(role=SERVER_ROLE, rank=place.shard or 0)
-    else:
-        actor = GradientWorkerActor
-        options = {"num_gpus": plan.devices.gpus_per_member, "num_cpus": threads}
-        member = Member(role=WORKER_ROLE, rank=place.worker)
-    patience = patience_seconds(job.spec.faults)
-    handle = actor.options(**options).remote(job, place, plan.devices, plan.host, threads, patience)
-    return _Process(place=place, handle=handle, member=member)
-
-
-def _call(processes: Sequence[_Process], method: str, arguments: Sequence[Any]) -> Calls:
+def _owners(processes: Sequence[GroupProcess], shards: ShardPlan) -> dict[str, Handle]:
+    """Return the process that has the shard of each layer."""
     return {
-        getattr(process.handle, method).remote(*arguments): process.member for process in processes
+        name: process.handle
+        for process in processes
+        if process.place.shard is not None
+        for name in shards.layouts[process.place.shard].names
     }
 
 

@@ -42,6 +42,18 @@ class Member:
         return f"{self.role.replace('_', ' ')} {self.rank}"
 
 
+class MemberLostError(Exception):
+    """A member of the group is gone, or its connections are; `cause` is what a user would see.
+
+    `member` is None if nobody is to blame.
+    """
+
+    def __init__(self, member: Member | None, cause: KfacDistError) -> None:
+        super().__init__(cause.message)
+        self.member = member
+        self.cause = cause
+
+
 def unwrap(error: BaseException) -> BaseException:
     """Return the error that was raised in the actor, without Ray's wrapping."""
     while isinstance(error, RayTaskError) and error.cause is not None:

@@ -188,6 +188,13 @@ class InversePool:
         self._workers[rank] = self._start(setup)
         return rank
 
+    def set_owners(self, owners: Mapping[str, Handle]) -> None:
+        """Have inverses sent to the present owners of the shards, the newest ones once more."""
+        self._owners = owners
+        for worker in self._workers.values():
+            worker.handle.set_owners.remote(owners)
+        self._send_orphaned()
+
     def _averages_step(self, layers: Sequence[str]) -> int:
         steps = [int(self._averages.get(f"{name}:step", 0)) for name in layers]
         return max(steps, default=0)

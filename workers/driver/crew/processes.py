@@ -1,0 +1,119 @@
+"""The processes of a group as the driver holds them: gradient workers, shards, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workers.actor import Handle, Ref
+from workers.device import DevicePlan
+from workers.driver.crew.failures import Member
+from workers.driver.crew.health import patience_seconds
+from workers.exchange.arrays import Array
+from workers.exchange.messages import InverseSetup, JobContext, MemberPlace
+from workers.exchange.shard_plan import ShardPlan, is_colocated
+from workers.member.actor import GradientWorkerActor, ParameterServerActor
+
+Calls = dict[Ref, Member]
+"""Open calls, and the member that each was made to."""
+
+SERVER_ROLE = "parameter_server"
+WORKER_ROLE = "gradient_worker"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrewPlan:
+    """Which actors to start, and the state they start from.
+
+    `host` is the address that all members share, None where each node has its own. `shards` says
+    how the parameters are cut at first, `plan_shards` how for another number. `layers` are all
+    layers in the order of the model.
+    `server_snapshot`, `averages` and `buffers` come from a checkpoint, if the run resumes.
+    `has_buffers`: the model has buffers. `has_mirrors`: the gradient workers mirror all that a
+    shard has beside its inverses. `start_step` is the step after which training starts.
+    """
+
+    devices: DevicePlan
+    host: str | None
+    plan_shards: Callable[[int], ShardPlan]
+    shards: ShardPlan
+    layers: Sequence[str]
+    setups: Sequence[InverseSetup]
+    server_snapshot: Mapping[str, Array] | None
+    averages: Mapping[str, Array]
+    buffers: Mapping[str, Array]
+    has_buffers: bool
+    has_mirrors: bool
+    start_step: int
+
+
+@dataclass(kw_only=True)
+class GroupProcess:
+    """A process of the group; `member` is how people know it.
+
+    `number` is its own for the whole attempt, whatever its place.
+    """
+
+    number: int
+    place: MemberPlace
+    handle: Handle
+    member: Member
+
+
+def first_places(job: JobContext, num_shards: int) -> list[MemberPlace]:
+    """Return the roles of each process at the start: the shards first, then the workers."""
+    shared = is_colocated(job.spec.workers)
+    alone = [
+        MemberPlace(worker=None, shard=shard, num_shards=num_shards)
+        for shard in range(0 if shared else num_shards)
+    ]
+    workers = [
+        MemberPlace(
+            worker=rank,
+            shard=rank if shared and rank < num_shards else None,
+            num_shards=num_shards,
+        )
+        for rank in range(job.spec.workers.gradient)
+    ]
+    return alone + workers
+
+
+def start_process(job: JobContext, plan: CrewPlan, place: MemberPlace, number: int) -> GroupProcess:
+    """Start a process for this place, without waiting until it is there."""
+    threads = job.spec.workers.threads or 1
+    if place.worker is None:
+        actor, threads = ParameterServerActor, 1
+        options = {"num_gpus": plan.devices.gpus_per_member}
+    else:
+        actor = GradientWorkerActor
+        options = {"num_gpus": plan.devices.gpus_per_member, "num_cpus": threads}
+    patience = patience_seconds(job.spec.faults)
+    handle = actor.options(**options).remote(job, place, plan.devices, plan.host, threads, patience)
+    return GroupProcess(number=number, place=place, handle=handle, member=member_at(place))
+
+
+def member_at(place: MemberPlace, pid: int = 0) -> Member:
+    """Return how people know the process at this place."""
+    if place.worker is None:
+        return Member(role=SERVER_ROLE, rank=place.shard or 0, pid=pid)
+    return Member(role=WORKER_ROLE, rank=place.worker, pid=pid)
+
+
+def call(processes: Sequence[GroupProcess], method: str, arguments: Sequence[Any]) -> Calls:
+    """Call a method of each process."""
+    return {
+        getattr(process.handle, method).remote(*arguments): process.member for process in processes
+    }
+
+
+def with_worker(processes: Sequence[GroupProcess]) -> list[GroupProcess]:
+    """Return the processes that are gradient workers, in the order of their ranks."""
+    found = [process for process in processes if process.place.worker is not None]
+    return sorted(found, key=lambda process: process.place.worker or 0)
+
+
+def with_shard(processes: Sequence[GroupProcess]) -> list[GroupProcess]:
+    """Return the processes that have a shard, in the order of the shards."""
+    found = [process for process in processes if process.place.shard is not None]
+    return sorted(found, key=lambda process: process.place.shard or 0)
