@@ -65,13 +65,10 @@ def staleness_bound(spec: JobSpec, replay_script: ReplayScript | None = None) ->
 def has_mirrors(spec: JobSpec) -> bool:
     """Return whether gradient workers mirror all that a shard has beside its inverses.
 
-    They mirror parameters, previous update and decisions. A Polyak average, EKFAC's moments and
-    the state of a first-order optimizer are nowhere else than at their shard.
+    They mirror parameters, previous update, averages and decisions. EKFAC's moments and the state
+    of a first-order optimizer are nowhere else than at their shard.
     """
-    settings = spec.optimizer
-    if not isinstance(settings, KFACSpec) or settings.averaging is not None:
-        return False
-    return settings.inverse != "ekfac"
+    return isinstance(spec.optimizer, KFACSpec) and spec.optimizer.inverse != "ekfac"
 
 
 def num_versions_used(spec: JobSpec) -> int:

@@ -80,6 +80,8 @@ class Kind(IntEnum):
     LOSS = auto()
     SQUARES = auto()
     PARAMETERS = auto()
+    AVERAGE = auto()
+    AVERAGE_STATE = auto()
 
 
 class Group:

@@ -154,6 +154,23 @@ class WorkerSide:
         # Memory of their own, as in other processes: how a product rounds may depend on alignment.
         return parameters.clone(), previous.clone()
 
+    def receive_averages(self) -> dict[int, tuple[int, Tensor | None]]:
+        """Return, by shard, the averages that this worker is to mirror when it joins.
+
+        Each is the number of averaged iterates and the average [Q], None before the first.
+        """
+        averages: dict[int, tuple[int, Tensor | None]] = {}
+        for shard, (layout, _, rank) in enumerate(self._shards()):
+            if mirror_of(shard, self._group) != self._group.rank:
+                continue
+            (count,) = self._group.receive_numbers(Kind.AVERAGE_STATE, 1, rank)
+            value = None
+            if count:
+                into = torch.empty(layout.size, dtype=self._like.dtype, device=self._group.device)
+                value = self._group.receive(Kind.AVERAGE, into, rank).to(self._like.device)
+            averages[shard] = (int(count), value)
+        return averages
+
     def _receive(self, kind: Kind, count: int) -> Tensor:
         """Return `count` vectors [count, P] from the slices of all shards."""
         into = [
@@ -227,6 +244,14 @@ class ShardSide:
     def send_state(self, parameters: Tensor, previous_update: Tensor) -> None:
         """Send this shard's slices of parameters and previous update, [Q] each."""
         self._send_to_workers(Kind.STATE, torch.stack([parameters, previous_update]))
+
+    def send_average(self, num_averaged: int, average: Tensor | None) -> None:
+        """Send the average [Q] to the worker that mirrors it; None before the first iterate."""
+        mirror = mirror_of(self.number, self._group)
+        count = 0 if average is None else num_averaged
+        self._group.send_numbers(Kind.AVERAGE_STATE, [float(count)], [mirror])
+        if average is not None:
+            self._group.send(Kind.AVERAGE, average, mirror)
 
     def _send_to_workers(self, kind: Kind, tensor: Tensor) -> None:
         for rank in self._group.workers:
@@ -321,6 +346,14 @@ class DecidingSide:
         """Return the sum of the losses at the new parameters."""
         (loss,) = self._group.sum_numbers(Kind.LOSS, 1)
         return loss
+
+
+def mirror_of(shard: int, group: Group) -> int:
+    """Return the rank of the gradient worker that mirrors what else a shard owns.
+
+    It is not the one that may share the shard's process, unless there is no other.
+    """
+    return (shard + 1) % len(group.workers)
 
 
 def _receive_choice(group: Group) -> Coefficients | None:

@@ -62,6 +62,7 @@ def build_gradient_work(
         sender=sender,
         plan_shards=partial(shard_plan, spec, registration, num_parameters),
         has_moments=has_moments,
+        averaging=spec.optimizer.averaging,
         evaluation_limit=spec.evaluation.limit,
         allowed_targets=job.allowed_targets,
     )

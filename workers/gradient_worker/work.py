@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_dist.config import AveragingSpec
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.own_passes import RandomStreams
 from kfac_dist.core.passes.target_range import TargetRange
+from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
 from kfac_dist.data import MapDataset, Split
@@ -72,6 +74,7 @@ class GradientWork:
         sender: StatisticsSender | None,
         plan_shards: Callable[[int], ShardPlan],
         has_moments: bool,
+        averaging: AveragingSpec | None,
         evaluation_limit: int | None,
         allowed_targets: TargetRange | None = None,
     ) -> None:
@@ -85,6 +88,7 @@ class GradientWork:
             sender: sends statistics to the inverse workers; None for a first-order optimizer.
             plan_shards: returns how the parameters are cut into a number of shards.
             has_moments: whether second moments of gradients are sent (EKFAC).
+            averaging: how shards average their parameters, which is mirrored; None if they do not.
             evaluation_limit: how many cases of each split are evaluated, over all workers; None
                 for all.
             allowed_targets: the targets that the model's outputs allow, None if all are possible.
@@ -96,6 +100,8 @@ class GradientWork:
         self._sender = sender
         self._plan_shards = plan_shards
         self._has_moments = has_moments
+        self._averaging = averaging
+        self._averages: dict[int, ParameterAverage] = {}  # mirrored, by shard
         self._evaluation_limit = evaluation_limit
         self._allowed_targets = allowed_targets
         self._parameters = computer.parameters
@@ -118,6 +124,12 @@ class GradientWork:
         side = WorkerSide(group, plan, like)
         parameters, self._previous_update = side.receive_state()
         assign_parameters(self._parameters, parameters)
+        self._averages = {}
+        if self._averaging is not None and self._sender is not None:
+            for shard, (count, value) in side.receive_averages().items():
+                own = ParameterAverage(self._averaging.decay, self._averaging.start)
+                own.start_from(count, value)
+                self._averages[shard] = own
         layers = [layout.names if self._has_moments else () for layout in plan.layouts]
         moments = WorkerMoments(group, layers, like)
         moments.receive_bases()
@@ -176,6 +188,8 @@ class GradientWork:
                 add_to_parameters(self._parameters, -self._previous_update)
                 previous, self._spare = self._spare, self._previous_update
                 self._previous_update = previous
+                for average in self._averages.values():
+                    average.undo(self._applied_step)
             self._applied_step = 0
         self.step_done = min(self.step_done, step)
         if (start := self._starts.get(step + 1)) is not None:
@@ -198,6 +212,11 @@ class GradientWork:
             "parameters": to_array(flatten(self._parameters)),
             "update:previous_update": to_array(self._previous_update.clone()),
         }
+
+    def mirrored_average(self, shard: int) -> dict[str, Array]:
+        """Return the average [Q] of a shard that is mirrored here, named as in checkpoints."""
+        state = self._averages[shard].state_dict()
+        return {f"average:{name}": to_array(value) for name, value in state.items()}
 
     def _user_code(self, doing: str) -> AbstractContextManager[None]:
         return user_code(self._task, f"{doing} in gradient worker {self._joined.group.rank}")
@@ -270,6 +289,15 @@ class GradientWork:
             self._previous_update, self._spare = update, self._previous_update
             add_to_parameters(self._parameters, update)
             self._applied_step = self._step
+            self._average()
+
+    def _average(self) -> None:
+        """Average the parameters of the shards whose average this worker mirrors."""
+        if not self._averages:
+            return
+        parameters, layouts = flatten(self._parameters), self._joined.plan.layouts
+        for shard, average in self._averages.items():
+            average.update(self._step, layouts[shard].gather(parameters))
 
     def _measure(self, part: BatchPart, phases: Phases) -> None:
         with phases("measure"):

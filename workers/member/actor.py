@@ -142,6 +142,10 @@ class Member:
         """Return the parameters and the previous update [P], as this gradient worker has them."""
         return self._worker.mirrored_state()
 
+    def mirrored_average(self, shard: int) -> dict[str, Array]:
+        """Return the average of a shard, as this gradient worker mirrors it."""
+        return self._worker.mirrored_average(shard)
+
     def own_shard(
         self, place: MemberPlace, snapshot: Arrays | None, accepted_statistics: Sequence[int]
     ) -> None:

@@ -117,6 +117,8 @@ class KFACShard:
             self._decider.join(self._deciding, self._subset)
         self._agree_on_type()
         self._side.send_state(parameters, self._previous_update)
+        if (average := self.state.average) is not None:
+            self._side.send_average(average.num_averaged, average.value)
         layers = self._store.layers if self._store.structure.observes_moments else ()
         self._moments = ShardMoments(group, layers, parameters)
         self._moments.send_bases(self._store.bases())

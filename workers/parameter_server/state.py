@@ -49,6 +49,11 @@ class ShardState:
         if self._average is not None:
             self._average.update(step, self.parameters)
 
+    @property
+    def average(self) -> ParameterAverage | None:
+        """The Polyak average of this slice, None if the job has none."""
+        return self._average
+
     def undo(self, step: int, update: Tensor) -> None:
         """Take back the update [Q] of `step`, the last one; exact to rounding."""
         self.version -= 1

@@ -42,6 +42,10 @@ class ParameterAverage:
         self.num_averaged -= 1
         self._average, self._before = (self._before if self.num_averaged else None), None
 
+    def start_from(self, num_averaged: int, average: Tensor | None) -> None:
+        """Continue with an average [P] of this many iterates, which is kept, not copied."""
+        self.num_averaged, self._average, self._before = num_averaged, average, None
+
     @property
     def value(self) -> Tensor | None:
         """The averaged vector [P], or None before the first averaged step."""

@@ -38,7 +38,7 @@ from workers.driver.crew.processes import (
     with_shard,
     with_worker,
 )
-from workers.exchange.arrays import Array
+from workers.exchange.arrays import Array, to_array, to_tensor
 from workers.exchange.messages import JobContext, MemberPlace, ServerReport
 from workers.exchange.progress import MemberProgress
 from workers.exchange.shard_plan import (
@@ -47,6 +47,8 @@ from workers.exchange.shard_plan import (
     merge_snapshots,
     split_snapshot,
 )
+
+_AVERAGE = "average:average"
 
 ChangeKind = Literal["member_died", "member_left", "member_joined"]
 
@@ -326,7 +328,37 @@ class GroupChanges:
         decided = next((s for p, s in zip(shards, own, strict=True) if p.place.shard == 0), None)
         mirror = newest_mirror(progress)
         last = self.last_report
-        return healed_snapshot(state, decided, mirror, last)
+        averages = self._averages(cause, dict(zip(shards, own, strict=True)), workers)
+        return healed_snapshot(state, decided, mirror, last) | averages
+
+    def _averages(
+        self,
+        cause: KfacDistError,
+        alive: Mapping[GroupProcess, Mapping[str, Array]],
+        workers: Sequence[GroupProcess],
+    ) -> dict[str, Array]:
+        """Return the average of the parameters, from the shards that live and from mirrors."""
+        if self._job.spec.optimizer.averaging is None:
+            return {}
+        by_shard = {process.place.shard: snapshot for process, snapshot in alive.items()}
+        num_workers = len(with_worker(self.processes))
+        parts: list[Mapping[str, Array]] = []
+        for shard in range(len(self.shards)):
+            if shard in by_shard:
+                parts.append(by_shard[shard])
+                continue
+            rank = (shard + 1) % num_workers
+            mirrors = [process for process in workers if process.place.worker == rank]
+            if not mirrors:
+                raise cause
+            (part,) = self._calls.gather(call(mirrors, "mirrored_average", [shard]))
+            parts.append(part)
+        names = [name for name in parts[0] if name.startswith("average:")]
+        if _AVERAGE not in names:
+            return {}
+        slices = [to_tensor(part[_AVERAGE]) for part in parts]
+        whole = to_array(self.shards.whole(slices))
+        return {name: parts[0][name] for name in names} | {_AVERAGE: whole}
 
     def _hand_out(
         self,

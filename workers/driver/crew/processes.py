@@ -48,7 +48,7 @@ class CrewPlan:
     start_step: int
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class GroupProcess:
     """A process of the group; `member` is how people know it.
 
