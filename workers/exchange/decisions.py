@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 from workers.exchange.messages import StepDecision
 
 _MOST_GAMMAS = 3
-_NUMBERS = [field.name for field in fields(StepDecision) if field.name != "next_gammas"]
+_GAMMAS = ("next_gammas", "open_search")
+_NUMBERS = [field.name for field in fields(StepDecision) if field.name not in _GAMMAS]
 _NO_STEP = -1.0
 
-MIRROR_SIZE = 1 + len(_NUMBERS) + 2 * (1 + _MOST_GAMMAS) + 3
+MIRROR_SIZE = 1 + len(_NUMBERS) + 3 * (1 + _MOST_GAMMAS) + 3
 """How many numbers a mirror consists of."""
 
 
@@ -45,6 +46,7 @@ class DecisionMirror:
             step,
             *decided,
             *_padded(next_gammas),
+            *_padded(self.decision.open_search if self.decision is not None else ()),
             *_padded(self.search),
             self.damping,
             self.gamma,
@@ -57,8 +59,10 @@ class DecisionMirror:
         left = iter(numbers)
         step = next(left)
         values = {name: next(left) for name in _NUMBERS}
-        next_gammas, search = _unpadded(left), _unpadded(left)
-        decision = None if step == _NO_STEP else _decision(values, next_gammas)
+        next_gammas, open_search, search = (_unpadded(left) for _ in range(3))
+        decision = None
+        if step != _NO_STEP:
+            decision = _decision(values, next_gammas, open_search)
         return cls(
             step=last_step if decision is None else int(step),
             decision=decision,
@@ -69,14 +73,18 @@ class DecisionMirror:
         )
 
 
-def _decision(values: dict[str, float], next_gammas: tuple[float, ...]) -> StepDecision:
+def _decision(
+    values: dict[str, float], next_gammas: tuple[float, ...], open_search: tuple[float, ...]
+) -> StepDecision:
     known = {name: None if math.isnan(value) else value for name, value in values.items()}
     # A loss may well be NaN; that is what a skipped step has.
     known |= {name: values[name] for name in ("loss", "objective")}
     known["applied"] = bool(values["applied"])
     for name in ("parameter_version", "num_cases", "refused_in_a_row"):
         known[name] = int(values[name])
-    return StepDecision(**known, next_gammas=next_gammas)  # type: ignore[arg-type]
+    accepted = known["accepted_statistics"]
+    known["accepted_statistics"] = None if accepted is None else bool(accepted)
+    return StepDecision(**known, next_gammas=next_gammas, open_search=open_search)  # type: ignore[arg-type]
 
 
 def _number(value: float | None) -> float:

@@ -116,6 +116,9 @@ class StepDecision:
     gamma: float | None
     lr: float | None
     next_gammas: tuple[float, ...]
+    fisher_noise: float | None = None
+    open_search: tuple[float, ...] = ()
+    accepted_statistics: bool | None = None
     refused_in_a_row: int = 0
 
 
@@ -162,6 +165,10 @@ class ServerReport:
         objective: `loss` with the l2 term added.
         parameter_version: number of updates applied so far in the job.
         next_gammas: the gammas to invert with in the next step.
+        fisher_noise: the noise of the last Fisher products along a direction, infinite before the
+            first.
+        open_search: the gammas of a search that is due and not decided.
+        accepted_statistics: whether the statistics of this step were accepted; None without any.
         inverse_version_step: for each layer, the step of the newest statistics in the inverse
             that was used.
         inverse_gammas: for each layer, the gammas that this version was made for.
@@ -203,6 +210,9 @@ class ServerReport:
     phase_seconds: Mapping[str, float]
     step_seconds: float
     time: float
+    fisher_noise: float | None = None
+    open_search: tuple[float, ...] = ()
+    accepted_statistics: bool | None = None
     refused_in_a_row: int = 0
 
 

@@ -20,7 +20,6 @@ class MemberProgress:
         worker_reports: of the steps of the window that it has ended as a gradient worker.
         shard_reports: the same for its shard.
         mirror: what the deciding shard told the gradient worker last.
-        accepted_statistics: the steps whose statistics were accepted, as its shard remembers.
     """
 
     worker_step: int | None
@@ -28,4 +27,3 @@ class MemberProgress:
     worker_reports: Sequence[WorkerReport]
     shard_reports: Sequence[ShardReport]
     mirror: DecisionMirror | None
-    accepted_statistics: tuple[int, ...]

@@ -95,14 +95,12 @@ class MemberRoles:
     def progress(self) -> MemberProgress:
         """Return how far this process has come, once it has left its group."""
         worker, shard = self.worker, self.shard
-        store = None if shard is None else shard.store
         return MemberProgress(
             worker_step=None if worker is None else worker.last_step,
             shard_step=None if shard is None else shard.shard.step_done,
             worker_reports=tuple(self._worker_reports),
             shard_reports=tuple(self._shard_reports),
             mirror=None if worker is None else worker.mirrored_decision(),
-            accepted_statistics=() if store is None else store.accepted_statistics,
         )
 
     def rewind(self, step: int) -> None:

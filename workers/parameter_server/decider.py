@@ -66,6 +66,7 @@ class KFACDecider:
         self._losses: BatchLosses  # of the step in hand
         self._choice: Choice | None = None
         self._ratio: float | None = None
+        self._accepted: bool | None = None
         self._before: dict[int, DecisionMirror] = {}  # by step: the state in which it began
         self._decided: tuple[int, StepDecision] | None = None  # the last step that has ended
         self._refused_in_a_row = 0
@@ -81,7 +82,7 @@ class KFACDecider:
         self._before[plan.step] = self._mirror(plan.step - 1)
         self._requests.send(plan, self.next_gammas(plan.step))
         self._update.begin_step(plan.damping)
-        self._choice = self._ratio = None
+        self._choice = self._ratio = self._accepted = None
 
     def _mirror(self, last_step: int) -> DecisionMirror:
         update, decided = self._update.state_dict(), self._decided
@@ -143,6 +144,7 @@ class KFACDecider:
 
     def note_statistics(self, *, usable: bool, is_finite: bool) -> None:
         """Count statistics that were refused; if a gradient is not finite, the step is bad."""
+        self._accepted = usable
         if usable:
             self._refused_in_a_row = 0
         else:
@@ -215,6 +217,9 @@ class KFACDecider:
             gamma=self._update.gamma,
             lr=plan.lr,
             next_gammas=self.next_gammas(plan.step + 1),
+            fisher_noise=self._update.fisher_noise,
+            open_search=self._update.wanted_gammas(search=False),
+            accepted_statistics=self._accepted,
             refused_in_a_row=self._refused_in_a_row,
         )
         self._decided = (plan.step, decision)
@@ -227,4 +232,6 @@ class KFACDecider:
 
     def restore(self, snapshot: Arrays) -> None:
         """Restore a snapshot."""
-        self._update.load_state_dict(to_tensors(section(snapshot, "update:")))
+        state = to_tensors(section(snapshot, "update:"))
+        if "damping" in state:  # else it is the state before the first step
+            self._update.load_state_dict(state)

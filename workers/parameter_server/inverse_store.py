@@ -37,7 +37,7 @@ from workers.exchange.moments import Basis, Moments
 from workers.exchange.parcels import pack_tensors, unpack_inverses, unpack_tensors
 
 # Accepted statistics that are remembered, in steps: more than a step's versions can be behind it.
-_REMEMBERED = 4096
+REMEMBERED_STATISTICS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,9 @@ class InverseStore:
     _shelf: InverseShelf = field(init=False)
     _orphaned: frozenset[str] = frozenset()
     _failed_step: dict[str, int] = field(default_factory=dict)  # the version that was not made
-    _accepted_statistics: deque[int] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _accepted_statistics: deque[int] = field(
+        default_factory=lambda: deque(maxlen=REMEMBERED_STATISTICS)
+    )
     _counts: Counter[str] = field(default_factory=Counter)
     _accepted: list[InverseHeader] = field(default_factory=list)  # since the last report
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -253,11 +255,6 @@ class InverseStore:
     def put_in_use(self, versions: Mapping[str, InverseVersion]) -> None:
         """Go back to versions that were in use before a step that is repeated."""
         self._shelf.put_in_use(versions)
-
-    @property
-    def accepted_statistics(self) -> tuple[int, ...]:
-        """The steps whose statistics were accepted, as far as they are remembered."""
-        return tuple(self._accepted_statistics)
 
     def start_from(self, accepted_statistics: Sequence[int], other: InverseStore | None) -> None:
         """Begin with what is known of earlier steps, and the inverses that `other` has."""

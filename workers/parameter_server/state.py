@@ -77,7 +77,7 @@ class ShardState:
     def restore(self, snapshot: Arrays) -> None:
         """Restore a snapshot."""
         self.parameters.copy_(to_tensor(snapshot["parameters"]))
-        self.version = int(snapshot["version"])
+        self.version = int(snapshot.get("version", 0))
         average = to_tensors(section(snapshot, "average:"), self.parameters.device)
         if self._average is not None and average:
             self._average.load_state_dict(average)

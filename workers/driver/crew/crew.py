@@ -230,7 +230,7 @@ class Crew:
             )
             for k in range(len(orders))
         ]
-        self.changes.last_report = reports[-1].server
+        self.changes.note(reports)
         return reports
 
     def surviving(self, doing: Callable[[], T]) -> T:

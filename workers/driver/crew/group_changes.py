@@ -6,6 +6,7 @@ Each change makes a new epoch: a new process group, in which every member is tol
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -25,7 +26,7 @@ from workers.driver.crew.healing import (
     StepReports,
     healed_snapshot,
     last_whole_step,
-    newest_mirror,
+    reported_decisions,
     whole_reports,
 )
 from workers.driver.crew.processes import (
@@ -47,6 +48,7 @@ from workers.exchange.shard_plan import (
     merge_snapshots,
     split_snapshot,
 )
+from workers.parameter_server.inverse_store import REMEMBERED_STATISTICS
 
 _AVERAGE = "average:average"
 
@@ -103,6 +105,7 @@ class GroupChanges:
         self.processes = list(processes)
         self.shards = plan.shards
         self.last_report: ServerReport | None = None
+        self._accepted_statistics: deque[int] = deque(maxlen=REMEMBERED_STATISTICS)
         self.wished = job.spec.workers.gradient
         self._job = job
         self._plan = plan
@@ -139,10 +142,16 @@ class GroupChanges:
         last = last_whole_step(progress, first_step) if progress else first_step - 1
         steps = range(first_step, last + 1)
         reports = whole_reports(progress, steps, self._plan.layers, self.last_report)
-        if reports:
-            self.last_report = reports[-1].server
-        self._change(lost.cause, dead, (), progress, last)
+        self.note(reports)
+        self._change(lost.cause, dead, (), last)
         return reports
+
+    def note(self, reports: Sequence[StepReports]) -> None:
+        """Remember what a shard that takes over from another one has to know."""
+        for report in reports:
+            self.last_report = report.server
+            if report.server.accepted_statistics:
+                self._accepted_statistics.append(report.server.step)
 
     def maintain(self, step: int, preempted: Sequence[Member]) -> None:
         """Between two windows, take in processes that are ready and let those leave that must."""
@@ -151,9 +160,7 @@ class GroupChanges:
         if decision.step == "continue":
             self._start(decision.num_to_start)
             return
-        progress = self._progress(self.processes, [])
-        cause = WorkerDiedError(decision.message)
-        self._change(cause, (), leaving, progress, step)
+        self._change(WorkerDiedError(decision.message), (), leaving, step)
 
     def _progress(
         self, alive: list[GroupProcess], dead: list[GroupProcess]
@@ -210,7 +217,6 @@ class GroupChanges:
         cause: KfacDistError,
         dead: Sequence[GroupProcess],
         leaving: Sequence[GroupProcess],
-        progress: Sequence[MemberProgress],
         step: int,
     ) -> None:
         """Form the next group, after `step`, once there are enough gradient workers."""
@@ -233,7 +239,7 @@ class GroupChanges:
         else:
             members = [by_number[number] for number in decision.members]
         joined = [process for process in members if process not in self.processes]
-        self._regroup(cause, members, dead, gone, joined, progress, step)
+        self._regroup(cause, members, dead, gone, joined, step)
         self._num_deaths, self._num_preemptions = counted, decision.num_preemptions
         self._tell(dead, leaving, joined, step, decision)
 
@@ -244,7 +250,6 @@ class GroupChanges:
         dead: Sequence[GroupProcess],
         gone: Sequence[GroupProcess],
         joined: Sequence[GroupProcess],
-        progress: Sequence[MemberProgress],
         step: int,
     ) -> None:
         old = [process for process in self.processes if process not in dead]
@@ -266,9 +271,9 @@ class GroupChanges:
             for process in processes:
                 process.place = places[process.number]
         else:
-            snapshot = self._snapshot(cause, old, dead, progress)
+            snapshot = self._snapshot(cause, old, dead)
             self.shards = self._plan.plan_shards(max(1, len(after)))
-            self._hand_out(processes, places, snapshot, progress)
+            self._hand_out(processes, places, snapshot)
         for process in processes:
             process.member = member_at(process.place, process.member.pid)
         for process in joined:
@@ -312,7 +317,6 @@ class GroupChanges:
         cause: KfacDistError,
         old: Sequence[GroupProcess],
         dead: Sequence[GroupProcess],
-        progress: Sequence[MemberProgress],
     ) -> Mapping[str, Array]:
         """Return the state of the whole parameter server, from its shards or from the mirrors."""
         shards = with_shard(old)
@@ -326,10 +330,11 @@ class GroupChanges:
             raise cause
         (state,) = self._calls.gather(call(workers[:1], "mirrored_state", []))
         decided = next((s for p, s in zip(shards, own, strict=True) if p.place.shard == 0), None)
-        mirror = newest_mirror(progress)
         last = self.last_report
+        if decided is None:
+            decided = reported_decisions(last) if last else self._plan.server_snapshot or {}
         averages = self._averages(cause, dict(zip(shards, own, strict=True)), workers)
-        return healed_snapshot(state, decided, mirror, last) | averages
+        return healed_snapshot(state, decided, last) | averages
 
     def _averages(
         self,
@@ -365,9 +370,8 @@ class GroupChanges:
         processes: Sequence[GroupProcess],
         places: Mapping[int, MemberPlace],
         snapshot: Mapping[str, Array],
-        progress: Sequence[MemberProgress],
     ) -> None:
-        accepted = max((own.accepted_statistics for own in progress), key=len, default=())
+        accepted = tuple(self._accepted_statistics)
         calls: Calls = {}
         for process in processes:
             place = places[process.number]

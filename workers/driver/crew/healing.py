@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from workers.exchange.arrays import Array
-from workers.exchange.decisions import DecisionMirror
 from workers.exchange.messages import (
     ServerReport,
     ShardReport,
@@ -66,12 +65,6 @@ def _last_decided_step(progress: Sequence[MemberProgress], first_step: int) -> i
     ]
     mirrored = [own.mirror.step for own in progress if own.mirror is not None]
     return max([*decided, *mirrored, first_step - 1])
-
-
-def newest_mirror(progress: Sequence[MemberProgress]) -> DecisionMirror | None:
-    """Return what the deciding shard told the gradient workers last."""
-    mirrors = [own.mirror for own in progress if own.mirror is not None]
-    return max(mirrors, key=lambda mirror: mirror.step, default=None)
 
 
 def whole_reports(
@@ -132,35 +125,27 @@ def _from_mirror(
 
 
 def healed_snapshot(
-    mirrored: Mapping[str, Array],
-    decided: Mapping[str, Array] | None,
-    mirror: DecisionMirror | None,
-    last: ServerReport | None,
+    mirrored: Mapping[str, Array], decided: Mapping[str, Array], last: ServerReport | None
 ) -> dict[str, Array]:
     """Return the state of a parameter server, without inverses, named as in checkpoints.
 
     Args:
         mirrored: parameters and previous update [P], as a gradient worker has them.
-        decided: the state of the first shard, None if it is gone.
-        mirror: what the first shard told the gradient workers last, None before the first step.
+        decided: the state from which the first shard decides; empty at the start of a run.
         last: the report of the last step, None before the first one.
     """
     counts = last.numeric_events if last is not None else {}
-    state: dict[str, Array] = dict(mirrored)
-    if decided is not None:
-        state |= {name: array for name, array in decided.items() if name in _DECIDED}
-    elif mirror is not None:
-        state |= _mirrored_decisions(mirror)
+    state = dict(mirrored) | {name: decided[name] for name in _DECIDED if name in decided}
     state["stale_applied"] = np.array(last.stale_applied_total if last is not None else 0)
     return state | {f"count:{kind}": np.array(number) for kind, number in counts.items()}
 
 
-def _mirrored_decisions(mirror: DecisionMirror) -> dict[str, Array]:
-    decision = mirror.decision
+def reported_decisions(last: ServerReport) -> dict[str, Array]:
+    """Return the state from which the first shard decides about the step after a report."""
     return {
-        "version": np.array(decision.parameter_version if decision is not None else 0),
-        "update:damping": np.array(mirror.damping),
-        "update:gamma": np.array(mirror.gamma),
-        "update:fisher_noise": np.array(mirror.fisher_noise),
-        "update:search": np.array(mirror.search, dtype=np.float64),
+        "version": np.array(last.parameter_version),
+        "update:damping": np.array(last.damping),
+        "update:gamma": np.array(last.gamma),
+        "update:fisher_noise": np.array(last.fisher_noise),
+        "update:search": np.array(last.open_search, dtype=np.float64),
     }
