@@ -16,6 +16,7 @@ from kfac_dist.core.factors import KroneckerPair, Link, PackedFactors
 from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.packing import pack_symmetric, unpack_symmetric
 from kfac_dist.core.statistics.sums import BatchStatistics
+from kfac_dist.core.vector import all_finite
 from workers.exchange.arrays import Arrays, to_array, to_arrays, to_tensor, to_tensors
 
 
@@ -82,9 +83,11 @@ class ReceivedStatistics(NamedTuple):
 
     def is_finite(self) -> bool:
         """Return whether no element is NaN or infinite."""
-        return all(factors.is_finite() for factors in self.factors.values()) and all(
-            cross.is_finite() for cross in self.crosses.values()
-        )
+        parts: list[PackedFactors | KroneckerPair] = [
+            *self.factors.values(),
+            *self.crosses.values(),
+        ]
+        return all_finite(tensor for part in parts for tensor in part.tensors().values())
 
 
 def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
