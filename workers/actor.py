@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import ray
+import torch
 from structlog.typing import FilteringBoundLogger
 
 from kfac_dist.errors import KfacDistError
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.logs import open_log, redirect_output
 from kfac_dist.tasks import enter_working_folder
+from workers.device import DevicePlan, visible_index
 from workers.exchange.messages import JobContext
 
 Handle: TypeAlias = Any
@@ -39,6 +41,32 @@ def as_actor(role: type, *groups: str) -> Handle:
     remote: Any = ray.remote
     options = {"max_restarts": 0, "num_cpus": 0, "concurrency_groups": dict.fromkeys(groups, 1)}
     return remote(**options)(role)
+
+
+def gpu_options(share: float, **environment: str) -> dict[str, Any]:
+    """Return the options of an actor that reserves a share of a GPU; empty without one.
+
+    Ray would hide the other GPUs from it, and with them the direct path between two GPUs, which
+    NCCL uses. So it sees all, and computes on `own_gpu`.
+    """
+    if share == 0:
+        return {}
+    variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", **environment}
+    return {"num_gpus": share, "runtime_env": {"env_vars": variables}}
+
+
+def own_gpu() -> int | None:
+    """Return the index of the GPU that this actor was given, among those that its process sees."""
+    given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return visible_index(given, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def member_device(devices: DevicePlan) -> torch.device:
+    """Return the device of this member of the group, and make it that of this thread."""
+    device = devices.device(own_gpu())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:

@@ -54,6 +54,8 @@ class WorkersSpec(Section):
     """Number of parameter-server shards; only 1 is supported."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where gradient workers and the parameter server compute; auto uses a GPU if there is one."""
+    inverse_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where inverse workers compute; auto uses GPUs that the others leave over, else the CPU."""
     threads: Count | None = None
     """CPU threads of each gradient worker; null means 1."""
 

@@ -230,9 +230,11 @@ class _JobAttempt:
                 self._job, self._folder, plan, self._interrupts, loop.on_inverse_worker_death
             )
             try:
-                precondition_dtype = crew.build().precondition_dtype
-                arithmetic = arithmetic_of(self._job.spec, plan.devices, precondition_dtype)
-                self._journal.started(precondition_dtype, arithmetic)
+                ready = crew.build()
+                arithmetic = arithmetic_of(
+                    self._job.spec, plan.devices, ready.precondition_dtype, ready.float32_precision
+                )
+                self._journal.started(ready.precondition_dtype, arithmetic)
                 return loop.run(crew)
             finally:
                 crew.kill()

@@ -90,15 +90,19 @@ class ReceivedStatistics(NamedTuple):
         return all_finite(tensor for part in parts for tensor in part.tensors().values())
 
 
-def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
-    """Return the sums in a parcel as new tensors."""
+def read_statistics(
+    parcel: StatisticsParcel, device: torch.device | None = None
+) -> ReceivedStatistics:
+    """Return the sums in a parcel as new tensors on `device`, by default the CPU."""
     return ReceivedStatistics(
         factors={
-            name: PackedFactors(packed=to_tensors(arrays))
+            name: PackedFactors(packed=to_tensors(arrays, device))
             for name, arrays in parcel.factors.items()
         },
         crosses={
-            name: KroneckerPair(A=to_tensor(arrays["cross_A"]), G=to_tensor(arrays["cross_G"]))
+            name: KroneckerPair(
+                A=to_tensor(arrays["cross_A"]).to(device), G=to_tensor(arrays["cross_G"]).to(device)
+            )
             for name, arrays in parcel.crosses.items()
         },
     )

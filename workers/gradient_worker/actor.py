@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kfac_dist.data import Split
-from workers.actor import Handle, as_actor, enter_code_folder, logged, node_address, role_log
+from workers.actor import (
+    Handle,
+    as_actor,
+    enter_code_folder,
+    logged,
+    member_device,
+    node_address,
+    role_log,
+)
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
@@ -47,14 +55,14 @@ class GradientWorker:
         """Load task, data and model, set the model's `buffers`, and return the process id."""
         enter_code_folder(self._job)
         torch.set_num_threads(self._threads)
+        self._device = member_device(self._devices)
         self._work = logged(self._log, "build", self._build_work)
         self._work.set_buffers(buffers)
-        self._log.info("built", threads=self._threads, device=self._devices.kind)
+        self._log.info("built", threads=self._threads, device=str(self._device))
         return os.getpid()
 
     def _build_work(self) -> GradientWork:
-        device = self._devices.device()
-        return build_gradient_work(self._job, self._rank, device, self._send_statistics)
+        return build_gradient_work(self._job, self._rank, self._device, self._send_statistics)
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Join a group, and start from the server's parameters."""
@@ -64,7 +72,7 @@ class GradientWorker:
             rank=self._rank,
             own_host=self._host,
             backend=self._devices.backend,
-            device=self._devices.device(),
+            device=self._device,
         )
         self._work.join(self._group)
         self._log.info("joined", group=rendezvous.epoch)

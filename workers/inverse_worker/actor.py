@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ray
 
-from workers.actor import Handle, as_actor, logged, role_log
+from workers.actor import Handle, as_actor, logged, own_gpu, role_log
+from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
     InverseMessage,
@@ -22,13 +23,20 @@ class InverseWorker:
     """Owns the factors of its layers, averages them and inverts them at its own pace."""
 
     def __init__(
-        self, job: JobContext, setup: InverseSetup, server: Handle, averages: Arrays | None
+        self,
+        job: JobContext,
+        setup: InverseSetup,
+        devices: DevicePlan,
+        server: Handle,
+        averages: Arrays | None,
     ) -> None:
         self._server = server
         self._log = role_log(job, "inverse_worker", setup.rank)
-        self._loop = InverseLoop(InverseWork(job, setup, averages), self._publish)
+        device = devices.inverse_device(setup.rank, own_gpu())
+        self._loop = InverseLoop(InverseWork(job, setup, averages, device), self._publish)
         self._loop.start()
-        self._log.info("started", layers=[layer.name for layer in setup.layers])
+        layers = [layer.name for layer in setup.layers]
+        self._log.info("started", layers=layers, device=str(device))
 
     def _publish(self, message: InverseMessage) -> None:
         self._server.accept.remote(message)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kfac_dist.optim.arithmetic import full_precision
+from workers.device import computing_on
 from workers.exchange.arrays import Array
 from workers.exchange.messages import (
     InverseMessage,
@@ -97,18 +99,23 @@ class InverseLoop:
         torch.set_num_threads(1)
         idle = False
         try:
-            while not self._end.done():
-                for letter in self._collect(wait=idle):
-                    self._read(letter)
-                self._work.apply_statistics()
-                message = self._work.invert_next()
-                idle = message is None
-                if message is not None:
-                    self._publish(message)
-                # Before the loop waits again: a snapshot may have waited for this inversion alone.
-                self._answer_snapshots()
+            with computing_on(self._work.device):
+                while not self._end.done():
+                    for letter in self._collect(wait=idle):
+                        self._read(letter)
+                    message = self._work_once()
+                    idle = message is None
+                    if message is not None:
+                        self._publish(message)
+                    # Before the loop waits again: a snapshot may have waited for this inversion.
+                    self._answer_snapshots()
         except Exception as error:  # noqa: BLE001 - the driver must learn of any error
             self._end.set_exception(error)
+
+    def _work_once(self) -> InverseMessage | None:
+        with full_precision(self._work.device):
+            self._work.apply_statistics()
+            return self._work.invert_next()
 
     def _collect(self, *, wait: bool) -> list[_Letter]:
         """Empty the mailbox; with `wait`, wait for the first letter."""

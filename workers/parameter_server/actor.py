@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from kfac_dist.optim.arithmetic import float32_precision
 from kfac_dist.optim.precision import PreconditionDtype
-from workers.actor import as_actor, enter_code_folder, logged, node_address, role_log
+from workers.actor import as_actor, enter_code_folder, logged, member_device, node_address, role_log
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
@@ -28,13 +29,15 @@ class ServerReady:
     """Tells the driver that the server is built, and where the group's store listens.
 
     `precondition_dtype` is the type in which it applies inverses, if that was measured; None if
-    the job specification gives the type, and for a first-order optimizer.
+    the job specification gives the type, and for a first-order optimizer. `float32_precision` is
+    what torch's settings allow once the user's task is loaded.
     """
 
     pid: int
     host: str
     port: int
     precondition_dtype: PreconditionDtype | None
+    float32_precision: str
 
 
 class ParameterServer:
@@ -58,18 +61,20 @@ class ParameterServer:
         """Build the server, restore a checkpoint's snapshot if given one, and open the store."""
         enter_code_folder(self._job)
         torch.set_num_threads(1)
+        self._device = member_device(self._devices)
         self._built = logged(self._log, "build", lambda: self._build(snapshot))
         self._tcp_store = host_store(self._host, self._timeout_seconds)
-        self._log.info("built", device=self._devices.kind, backend=self._devices.backend)
+        self._log.info("built", device=str(self._device), backend=self._devices.backend)
         return ServerReady(
             pid=os.getpid(),
             host=self._host,
             port=self._tcp_store.port,
             precondition_dtype=self._built.precondition_dtype,
+            float32_precision=float32_precision(),
         )
 
     def _build(self, snapshot: Arrays | None) -> BuiltServer:
-        built = build_server(self._job, self._devices.device(), self._timeout_seconds)
+        built = build_server(self._job, self._device, self._timeout_seconds)
         if snapshot is not None:
             built.server.restore(snapshot)
         return built
@@ -82,7 +87,7 @@ class ParameterServer:
             rank=rendezvous.num_gradient_workers,
             own_host=self._host,
             backend=self._devices.backend,
-            device=self._devices.device(),
+            device=self._device,
         )
         self._built.server.join(self._group)
 

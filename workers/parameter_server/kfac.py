@@ -18,6 +18,7 @@ from kfac_dist.core.blocks.registration import Registration
 from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.choice import Choice
 from kfac_dist.core.step.update import KFACUpdate
+from kfac_dist.optim.arithmetic import in_full_precision
 from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
 from workers.exchange.checksum import checksum
 from workers.exchange.messages import ServerReport, StepOrder
@@ -66,6 +67,7 @@ class KFACServer:
         self._moments = ServerMoments(group, self._moment_layers, parameters)
         self._moments.send_bases(self._store.bases())
 
+    @in_full_precision
     def step(self, order: StepOrder) -> ServerReport:
         """Do the server's part of one step.
 

@@ -15,7 +15,7 @@ import ray
 
 from kfac_dist.errors import TimedOutError
 from kfac_dist.runs import RunFolder
-from workers.actor import Handle, Ref
+from workers.actor import Handle, Ref, gpu_options
 from workers.cluster.lost import lost_node_error
 from workers.cluster.ray_internals import dead_daemons
 from workers.device import DevicePlan
@@ -102,11 +102,11 @@ class Crew:
             on_death: called in the middle of a wait for each inverse worker that dies; what it
                 raises ends the job.
         """
-        num_gpus, threads = plan.devices.gpus_per_member, job.spec.workers.threads or 1
-        server = ParameterServerActor.options(num_gpus=num_gpus).remote(
+        gpus, threads = gpu_options(plan.devices.gpus_per_member), job.spec.workers.threads or 1
+        server = ParameterServerActor.options(**gpus).remote(
             job, plan.devices, plan.host, plan.group_timeout_seconds
         )
-        worker = GradientWorkerActor.options(num_cpus=threads, num_gpus=num_gpus)
+        worker = GradientWorkerActor.options(num_cpus=threads, **gpus)
         return cls(
             job,
             folder,
@@ -117,7 +117,9 @@ class Crew:
                 worker.remote(job, rank, plan.devices, plan.host, threads)
                 for rank in range(job.spec.workers.gradient)
             ],
-            inverse_pool=InversePool.launch(job, server, plan.setups, plan.averages, on_death),
+            inverse_pool=InversePool.launch(
+                job, server, plan.devices, plan.setups, plan.averages, on_death
+            ),
         )
 
     @property

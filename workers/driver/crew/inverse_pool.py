@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from workers.actor import Handle, Ref
+from workers.actor import Handle, Ref, gpu_options
+from workers.device import DevicePlan
 from workers.driver.crew.deaths import exit_type, pid_of
 from workers.driver.crew.failures import Member, failure_of, finished
 from workers.driver.crew.inverse_health import InverseHealth
@@ -61,11 +62,13 @@ class InversePool:
         self,
         job: JobContext,
         server: Handle,
+        devices: DevicePlan,
         averages: Mapping[str, Array],
         on_death: Callable[[InverseWorkerDied], None],
     ) -> None:
         self._job = job
         self._server = server
+        self._devices = devices
         self._averages = dict(averages)
         self._on_death = on_death
         self._workers: dict[int, _Worker] = {}
@@ -78,6 +81,7 @@ class InversePool:
         cls,
         job: JobContext,
         server: Handle,
+        devices: DevicePlan,
         setups: Sequence[InverseSetup],
         averages: Mapping[str, Array],
         on_death: Callable[[InverseWorkerDied], None],
@@ -87,11 +91,12 @@ class InversePool:
         Args:
             job: the job, as every actor receives it.
             server: the parameter server, to which the workers send their inverses.
+            devices: where the workers compute.
             setups: the layers of each worker.
             averages: factors of all layers from a checkpoint; empty in a new run.
             on_death: called by `handle_death`.
         """
-        pool = cls(job, server, averages, on_death)
+        pool = cls(job, server, devices, averages, on_death)
         pool._workers = {setup.rank: pool._start(setup) for setup in setups}
         return pool
 
@@ -102,8 +107,10 @@ class InversePool:
             for key, array in self._averages.items()
             if any(key.startswith(f"{name}:") for name in names)
         }
-        options = InverseWorkerActor.options(num_cpus=0, resources={"inverse": 1})
-        handle = options.remote(self._job, setup, self._server, own)
+        gives_way = {"CUDA_MPS_CLIENT_PRIORITY": "1"} if self._devices.inverse_shares else {}
+        gpu = gpu_options(self._devices.gpus_per_inverse_worker, **gives_way)
+        options = InverseWorkerActor.options(num_cpus=0, resources={"inverse": 1}, **gpu)
+        handle = options.remote(self._job, setup, self._devices, self._server, own)
         return _Worker(
             setup=setup,
             handle=handle,
