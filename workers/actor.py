@@ -16,11 +16,11 @@ import ray
 import torch
 from structlog.typing import FilteringBoundLogger
 
-from kfac_dist.errors import KfacDistError
+from kfac_dist.errors import JobFailedError, KfacDistError
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.logs import open_log, redirect_output
 from kfac_dist.tasks import enter_working_folder
-from workers.device import DevicePlan, visible_index
+from workers.device import DEVICE_LOST_EXIT, DevicePlan, is_device_lost, visible_index
 from workers.exchange.messages import JobContext
 
 Handle: TypeAlias = Any
@@ -30,6 +30,12 @@ Ref: TypeAlias = "ray.ObjectRef[Any]"
 """The pending or finished result of an actor call."""
 
 T = TypeVar("T")
+
+_OUT_OF_MEMORY = (
+    "{}: the memory of the GPU is full: {} Use a smaller batch_size or more gradient workers, a "
+    "smaller optimizer.max_factor_dim, or workers.inverse_device: cpu if inverse workers share the "
+    "GPU"
+)
 
 EXIT_EVENT = "os._exit was called"
 """The event in the log of a process that ended itself."""
@@ -99,15 +105,31 @@ def enter_code_folder(job: JobContext) -> None:
 
 
 def logged(log: FilteringBoundLogger, doing: str, call: Callable[[], T]) -> T:
-    """Log what `call` raises before passing it on; the user sees only the message."""
+    """Log what `call` raises before passing it on; the user sees only the message.
+
+    If a GPU has reported an error, the process ends, and the driver starts another if it can.
+
+    Raises:
+        JobFailedError: the memory of the GPU is full.
+    """
     try:
         return call()
     except KfacDistError as error:
         log.error(doing, error=error.message)
         raise
-    except Exception:
+    except torch.OutOfMemoryError as error:
         log.exception(doing)
+        message = _OUT_OF_MEMORY.format(doing, _first_line(error))
+        raise JobFailedError(message, reason="gpu_memory") from error
+    except Exception as error:
+        log.exception(doing)
+        if is_device_lost(error):
+            os._exit(DEVICE_LOST_EXIT)
         raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def node_address() -> str:

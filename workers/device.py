@@ -24,6 +24,13 @@ _MOST_TOKENS = 0.4
 _RAY_STEP = 1e4  # Ray counts GPUs in steps of a ten-thousandth
 
 
+DEVICE_LOST_EXIT = 85
+"""The exit code of a process whose GPU has reported an error (docs/gpu.md)."""
+
+# Errors of CUDA's libraries, which have no type of their own.
+_CUDA_ERRORS = ("CUDA error", "cuDNN error", "cusolver error", "cuBLAS error")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
     """Devices of the members of the group (gradient workers, parameter server), and of inverses.
@@ -127,6 +134,18 @@ def visible_index(given: Sequence[str], visible: str | None) -> int | None:
     if not given:
         return None
     return visible.split(",").index(given[0]) if visible else int(given[0])
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether a GPU has reported an error after which this process cannot use it any more.
+
+    Most of these errors stay: every later call fails as well. A full memory is not one of them.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith(_CUDA_ERRORS)
 
 
 @contextmanager

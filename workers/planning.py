@@ -71,7 +71,7 @@ def arithmetic_of(
 
     `precondition_dtype` is the type in which inverses are applied, if that was measured.
     `float32_precision` is what the user's settings allow for float32 products; K-FAC's own are in
-    full precision all the same.
+    full precision anyway.
     """
     arithmetic: dict[str, Any] = {
         "gradient_workers": spec.workers.gradient,

@@ -52,7 +52,7 @@ def is_finite(values: Tensor) -> bool:
     A finite sum has finite terms, and it takes a twentieth of the time of testing each of them.
     They are tested only if the sum is not finite, because finite numbers can overflow in it.
     """
-    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

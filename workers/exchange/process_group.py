@@ -156,12 +156,16 @@ class Group:
             raise PeerLostError("the process group has been left")
         try:
             return getattr(self._backend, call)(tensors, *arguments)
+        except torch.AcceleratorError:
+            raise  # a device is lost, not a peer
         except RuntimeError as error:
             raise self._lost(call, error) from error
 
     def _wait(self, call: str, work: Any) -> None:
         try:
             work.wait()
+        except torch.AcceleratorError:
+            raise  # a device is lost, not a peer
         except RuntimeError as error:
             raise self._lost(call, error) from error
 

@@ -12,12 +12,18 @@ from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.statistics.sums import BatchStatistics
+from workers.exchange.host_copies import HostCopies
 from workers.exchange.messages import JobContext, StatisticsHeader, StatisticsMessage
-from workers.exchange.parcels import pack_statistics
+from workers.exchange.parcels import StatisticsOnTheWay
 from workers.gradient_worker.batches import BatchPart, Subset
+from workers.gradient_worker.courier import Courier
 
 SendStatistics = Callable[[int, StatisticsMessage], None]
-"""Sends a message to the inverse worker of that rank."""
+"""Sends a message to the inverse worker of that rank.
+
+When it returns, the arrays in the message have been read and may be overwritten; Ray has put them
+into its store then.
+"""
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,6 +49,10 @@ class StatisticsSender:
         self._computer = computer
         self._links = links
         self._send = send
+        device = computer.parameters[0].device
+        self._copies = HostCopies(device)
+        # Without a copy to wait for, the step delivers the messages itself.
+        self._courier = Courier() if device.type == "cuda" else None
         self._warned = False
         self._assignment: Mapping[int, tuple[str, ...]] = {}
         self._assignment_epochs: Mapping[int, int] = {}
@@ -82,20 +92,42 @@ class StatisticsSender:
         """
         rows = part.subset(self._settings.statistics_fraction)
         statistics = self._compute(step, part, rows, trace, bases) if usable else None
-        parcel = None if statistics is None else pack_statistics(statistics)
-        for worker, layers in self._assignment.items():
-            header = StatisticsHeader(
+        leaving = None if statistics is None else StatisticsOnTheWay(statistics, self._copies)
+        headers = self._headers(step, len(rows.positions), usable=leaving is not None)
+        if self._courier is None:
+            self._deliver(headers, leaving)
+        else:
+            self._courier.deliver(lambda: self._deliver(headers, leaving))
+        return None if statistics is None else statistics.moments
+
+    def _headers(self, step: int, num_cases: int, *, usable: bool) -> dict[int, StatisticsHeader]:
+        return {
+            worker: StatisticsHeader(
                 job=self._job.job,
                 step=step,
                 rank=self._rank,
-                num_cases=len(rows.positions),
+                num_cases=num_cases,
                 layers=layers,
                 assignment_epoch=self._assignment_epochs[worker],
-                usable=parcel is not None,
+                usable=usable,
             )
-            own = None if parcel is None else parcel.part(layers, self._links)
-            self._send(worker, StatisticsMessage(header=header, parcel=own))
-        return None if statistics is None else statistics.moments
+            for worker, layers in self._assignment.items()
+        }
+
+    def _deliver(
+        self, headers: Mapping[int, StatisticsHeader], leaving: StatisticsOnTheWay | None
+    ) -> None:
+        if leaving is None:
+            for worker, header in headers.items():
+                self._send(worker, StatisticsMessage(header=header, parcel=None))
+            return
+        try:
+            parcel = leaving.parcel()
+            for worker, header in headers.items():
+                own = parcel.part(header.layers, self._links)
+                self._send(worker, StatisticsMessage(header=header, parcel=own))
+        finally:
+            leaving.release()
 
     def _compute(
         self,

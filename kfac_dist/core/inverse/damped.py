@@ -155,7 +155,7 @@ def _invert_factors(factors: Sequence[Tensor], dampings: Sequence[float]) -> lis
     transfer to the host says which of them could be inverted as they are; the others climb.
     """
     attempts = [
-        _attempt(factor, damping) for factor, damping in zip(factors, dampings, strict=True)
+        _try_to_invert(factor, damping) for factor, damping in zip(factors, dampings, strict=True)
     ]
     passed: list[bool] = torch.stack([attempt.passed for attempt in attempts]).tolist()
     return [
@@ -189,7 +189,7 @@ def _climb(factor: Tensor, damping: float) -> _Climbed:
     )
 
 
-class _Attempt(NamedTuple):
+class _Tried(NamedTuple):
     """What may be an inverse, and whether it is one.
 
     `passed` (bool, shape []) is True only for an inverse with a finite sum; `is_positive` (bool,
@@ -201,19 +201,19 @@ class _Attempt(NamedTuple):
     is_positive: Tensor
 
 
-def _attempt(factor: Tensor, damping: float) -> _Attempt:
+def _try_to_invert(factor: Tensor, damping: float) -> _Tried:
     """Try to invert a damped factor, without a transfer to the host."""
     if factor.dim() == 1 or factor.shape[-1] == 1:
         damped = factor + damping
         is_positive = (damped > 0).all()
-        return _Attempt(damped.reciprocal(), is_positive, is_positive)
+        return _Tried(damped.reciprocal(), is_positive, is_positive)
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     root, failed = torch.linalg.cholesky_ex(damped)
     inverse = _inverse_of_root(root, failed == 0)
     inverse = (inverse + inverse.mT) / 2
     is_positive = (failed == 0).all()
-    return _Attempt(inverse, is_positive & torch.isfinite(inverse.sum()), is_positive)
+    return _Tried(inverse, is_positive & torch.isfinite(inverse.sum()), is_positive)
 
 
 def _inverse_of_root(root: Tensor, is_root: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def _inverse_of_root(root: Tensor, is_root: Tensor) -> Tensor:
 
 
 def _inverse_if_passed(factor: Tensor, damping: float) -> Tensor | None:
-    attempt = _attempt(factor, damping)
+    attempt = _try_to_invert(factor, damping)
     is_inverse = bool(attempt.passed) or (bool(attempt.is_positive) and is_finite(attempt.inverse))
     return attempt.inverse if is_inverse else None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
+from kfac_dist.errors import JobFailedError
 from workers.actor import Handle, Ref, gpu_options
 from workers.device import DevicePlan
 from workers.driver.crew.deaths import exit_type, pid_of
@@ -155,10 +156,16 @@ class InversePool:
         return [worker.lifeline for worker in self._workers.values()]
 
     def handle_death(self, lifeline: Ref) -> None:
-        """Orphan the layers of the worker whose lifeline has ended, and start its successor."""
+        """Orphan the layers of the worker whose lifeline has ended, and start its successor.
+
+        Raises:
+            JobFailedError: the worker found that the job cannot continue.
+        """
         rank = next(rank for rank, worker in self._workers.items() if worker.lifeline == lifeline)
         dead = self._workers[rank]
         error = failure_of(lifeline)
+        if isinstance(error, JobFailedError):
+            raise error  # a successor would fail in the same way
         ray.kill(dead.handle)  # its work may have failed while the process lives
         layers = self.assignment[rank]
         self._orphaned |= dict.fromkeys(layers, rank)
