@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_dist import KFAC
+from kfac_dist import KFAC, KFACPreconditioner
 from tests.gpu.host_reads import host_reads
 from tests.workers.whole_jobs.local_job import LocalJob, chain_spec
 
 # docs/gpu.md lists them.
 READS_A_STEP = 11
 READS_A_MEASURE = 2
+READS_OF_THE_PRECONDITIONER = 4
 READS_A_REFRESHED_LAYER = {"block_diagonal": 2, "block_tridiagonal": 7, "ekfac": 2}
 PERIOD = 4
 
@@ -52,6 +53,21 @@ def test_a_step_of_the_serial_optimizer_reads_no_number_for_each_layer(inverse):
     assert each_layer <= READS_A_REFRESHED_LAYER[inverse]
     rest = deep[refresh].total() - 6 * READS_A_REFRESHED_LAYER[inverse]
     assert rest <= READS_A_STEP + READS_A_MEASURE
+
+
+@pytest.mark.parametrize("depth", [1, 5])
+def test_a_step_of_the_preconditioner_reads_four_numbers(depth):
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Linear(8, 3))
+    options = {"inverse_update_period": 1000, "norm_constraint": 1e-3, "lr": 0.1}
+    preconditioner = KFACPreconditioner(model, distribution="categorical", **options)
+    inputs, targets = torch.randn(200, 8), torch.randint(3, (200,))
+    for _ in range(9):
+        model.zero_grad()
+        with host_reads() as reads:
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            preconditioner.step()
+    assert reads.total() == READS_OF_THE_PRECONDITIONER
 
 
 def test_the_counter_sees_every_kind_of_read():

@@ -109,7 +109,8 @@ class HostCopies:
                 place.copy_(tensor, non_blocking=True)
                 # Otherwise its memory could be given to another tensor before it has been read.
                 tensor.record_stream(self._stream)
-            finished = self._stream.record_event()
+            finished = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            finished.record(self._stream)
         return HostCopy(places, finished, lambda: buffers.give_back(number))
 
 

@@ -17,7 +17,7 @@ from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.step.choice import combine
-from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
+from kfac_dist.core.vector import add_to_parameters, all_finite, assign_parameters, flatten
 from kfac_dist.data import MapDataset, Split
 from kfac_dist.optim.arithmetic import in_full_precision
 from kfac_dist.tasks import Task, user_code
@@ -268,4 +268,4 @@ class GradientWork:
 
 
 def _is_finite(sums: GradientSums) -> bool:
-    return is_finite(sums.loss) and is_finite(sums.gradient)
+    return all_finite((sums.loss, sums.gradient))

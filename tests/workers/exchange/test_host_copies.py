@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from tests.gpu.streams_of_the_cpu import stand_in
 from tests.waiting import wait_until
 from workers.exchange.host_copies import HostBuffers, HostCopies, _places, _room
 
@@ -85,3 +86,21 @@ def test_on_the_cpu_nothing_is_copied():
     for array, tensor in zip(copy.arrays(), tensors, strict=True):
         assert array.__array_interface__["data"][0] == tensor.data_ptr()
     copy.release()
+
+
+def test_a_copy_from_a_gpu_is_read_after_its_event_and_its_buffer_is_used_again(monkeypatch):
+    made = stand_in(monkeypatch)
+    copies = HostCopies(torch.device("cuda", 0))
+    first, second = (
+        copies.start([torch.full((5,), value), torch.tensor(3)]) for value in (1.0, 2.0)
+    )
+    assert torch.isnan(made[0][:20].view(torch.float32)).all(), "nobody has waited yet"
+    for copy, value in ((second, 2.0), (first, 1.0)):
+        numbers, three = copy.arrays()
+        assert numbers.tolist() == [value] * 5
+        assert three == 3
+    first.release()
+    third = copies.start([torch.full((5,), 4.0)])
+    assert second.arrays()[0].tolist() == [2.0] * 5
+    assert third.arrays()[0].tolist() == [4.0] * 5
+    assert len(made) == 2
