@@ -37,9 +37,9 @@ def test_copies_have_the_values_of_their_tensors():
 
 
 def test_a_killed_member_is_noticed_by_all_others():
-    ((backend, others, seconds, _),) = killed_member("gloo", num_workers=2, timeout_seconds=20).rows
+    ((backend, others, seconds, _),) = killed_member("gloo", num_workers=2, timeout_seconds=60).rows
     assert (backend, others) == ("gloo", "2")
-    assert float(seconds) < 20
+    assert float(seconds) < 60
 
 
 def test_phases_and_inversions_are_timed_and_written(tmp_path: Path):

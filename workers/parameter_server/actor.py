@@ -119,8 +119,9 @@ class ParameterServer:
     @ray.method(concurrency_group="mailbox")
     def accept(self, message: InverseMessage) -> None:
         """Put the inverses of a layer where the next step finds them."""
-        assert self._built.store is not None, "a first-order optimizer has no inverses"
-        self._built.store.accept(message)
+        store = self._built.store
+        assert store is not None, "a first-order optimizer has no inverses"
+        logged(self._log, f"inverse of {message.header.layer}", lambda: store.accept(message))
 
     @ray.method(concurrency_group="control")
     def set_orphaned(self, layers: tuple[str, ...]) -> None:
