@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both make the virtual environment if it is missing.
 BIN := .venv/bin
 
-.PHONY: demo test test-pythons lint format bench proto proto-lint proto-baseline
+.PHONY: demo test test-gpu test-pythons lint format bench proto proto-lint proto-baseline
 
 # A new environment gets the newest Python on the PATH, or that of `make PYTHON=python3.12`; an
 # environment that is already there keeps its own.
@@ -16,6 +16,10 @@ demo: .venv
 
 test: .venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+# What only a GPU can show, in less than 10 minutes on a machine that has one.
+test-gpu: .venv
+	$(BIN)/python -m tests.gpu.run
 
 # On the other Pythons of this machine, what needs neither torch nor Ray.
 test-pythons: .venv

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import ray
+import torch
 from structlog.typing import FilteringBoundLogger
 
-from kfac_dist.errors import KfacDistError
+from kfac_dist.errors import JobFailedError, KfacDistError
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.logs import open_log, redirect_output
 from kfac_dist.tasks import enter_working_folder
+from workers.device import DEVICE_LOST_EXIT, DevicePlan, is_device_lost, visible_index
 from workers.exchange.messages import JobContext
 from workers.heartbeat import Heartbeat
 
@@ -31,6 +33,12 @@ Ref: TypeAlias = "ray.ObjectRef[Any]"
 """The pending or finished result of an actor call."""
 
 T = TypeVar("T")
+
+_OUT_OF_MEMORY = (
+    "{}: the memory of the GPU is full: {} Use a smaller batch_size or more gradient workers, a "
+    "smaller optimizer.max_factor_dim, or workers.inverse_device: cpu if inverse workers share the "
+    "GPU"
+)
 
 EXIT_EVENT = "os._exit was called"
 """The event in the log of a process that ended itself."""
@@ -46,6 +54,32 @@ def as_actor(role: type, *groups: str) -> Handle:
     threads = dict.fromkeys(("heartbeat", *groups), 1)
     options = {"max_restarts": 0, "num_cpus": 0, "concurrency_groups": threads}
     return remote(**options)(role)
+
+
+def gpu_options(share: float, **environment: str) -> dict[str, Any]:
+    """Return the options of an actor that reserves a share of a GPU; empty without one.
+
+    Ray would hide the other GPUs from it, and with them the direct path between two GPUs, which
+    NCCL uses. So it sees all, and computes on `own_gpu`.
+    """
+    if share == 0:
+        return {}
+    variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", **environment}
+    return {"num_gpus": share, "runtime_env": {"env_vars": variables}}
+
+
+def own_gpu() -> int | None:
+    """Return the index of the GPU that this actor was given, among those that its process sees."""
+    given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return visible_index(given, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def member_device(devices: DevicePlan) -> torch.device:
+    """Return the device of this member of the group, and make it that of this thread."""
+    device = devices.device(own_gpu())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
@@ -87,15 +121,31 @@ def enter_code_folder(job: JobContext) -> None:
 
 
 def logged(log: FilteringBoundLogger, doing: str, call: Callable[[], T]) -> T:
-    """Log what `call` raises before passing it on; the user sees only the message."""
+    """Log what `call` raises before passing it on; the user sees only the message.
+
+    If a GPU has reported an error, the process ends, and the driver starts another if it can.
+
+    Raises:
+        JobFailedError: the memory of the GPU is full.
+    """
     try:
         return call()
     except KfacDistError as error:
         log.error(doing, error=error.message)
         raise
-    except Exception:
+    except torch.OutOfMemoryError as error:
         log.exception(doing)
+        message = _OUT_OF_MEMORY.format(doing, _first_line(error))
+        raise JobFailedError(message, reason="gpu_memory") from error
+    except Exception as error:
+        log.exception(doing)
+        if is_device_lost(error):
+            os._exit(DEVICE_LOST_EXIT)
         raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def node_address() -> str:

@@ -82,16 +82,23 @@ def num_versions_used(spec: JobSpec) -> int:
 
 
 def arithmetic_of(
-    spec: JobSpec, devices: DevicePlan, precondition_dtype: PreconditionDtype | None
+    spec: JobSpec,
+    devices: DevicePlan,
+    precondition_dtype: PreconditionDtype | None,
+    float32_precision: str,
 ) -> dict[str, Any]:
     """Return the settings that affect an attempt's numerics and may differ between attempts.
 
     `precondition_dtype` is the type in which inverses are applied, if that was measured.
+    `float32_precision` is what the user's settings allow for float32 products; K-FAC's own are in
+    full precision anyway.
     """
     arithmetic: dict[str, Any] = {
         "gradient_workers": spec.workers.gradient,
         "threads": spec.workers.threads or 1,
         "device": devices.kind,
+        "inverse_device": devices.inverse_kind,
+        "float32_precision": float32_precision,
         "staleness_max_steps": spec.staleness.max_steps,
     }
     if isinstance(spec.optimizer, KFACSpec):

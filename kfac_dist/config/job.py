@@ -43,6 +43,9 @@ class EvaluationSpec(Section):
     """Evaluate only this many training and test cases, the first ones; null evaluates all."""
 
 
+_MOST_FOR_ONE_SHARD = 2  # gradient workers that one shard serves by default
+
+
 class WorkersSpec(Section):
     """How many processes each role has, and what each may use."""
 
@@ -55,8 +58,27 @@ class WorkersSpec(Section):
     a shard in the process of each gradient worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where gradient workers and the parameter server compute; auto uses a GPU if there is one."""
+    inverse_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where inverse workers compute; auto uses GPUs that the others leave over, else the CPU."""
     threads: Count | None = None
     """CPU threads of each gradient worker; null means 1."""
+
+    @property
+    def has_colocated_shards(self) -> bool:
+        """Whether each shard shares the process of a gradient worker."""
+        return self.parameter_server == "auto" and self.gradient > _MOST_FOR_ONE_SHARD
+
+    @property
+    def num_shards(self) -> int:
+        """The number of parameter-server shards that are asked for, at least 1."""
+        if self.parameter_server != "auto":
+            return self.parameter_server
+        return self.gradient if self.has_colocated_shards else 1
+
+    @property
+    def num_processes_of_group(self) -> int:
+        """The number of processes with gradient workers and shards."""
+        return self.gradient + (0 if self.has_colocated_shards else self.num_shards)
 
 
 class StalenessSpec(Section):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kfac_dist.core.packing import LOWER, mirror_lower, unpack_symmetric
 from kfac_dist.core.products import two_sided
-from kfac_dist.core.vector import is_finite
+from kfac_dist.core.vector import all_finite, is_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class KroneckerPair:
 
     def is_finite(self) -> bool:
         """Return whether no element is NaN or infinite."""
-        return is_finite(self.A) and is_finite(self.G)
+        return all_finite((self.A, self.G))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class PackedFactors:
 
     def is_finite(self) -> bool:
         """Return whether no element is NaN or infinite."""
-        return all(is_finite(tensor) for tensor in self.packed.values())
+        return all_finite(self.packed.values())
 
 
 LayerFactors = KroneckerPair | UnitMoments

@@ -7,7 +7,7 @@ form everywhere. The process group sends it as it is, and a dot product is a sin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,19 @@ def is_finite(values: Tensor) -> bool:
     A finite sum has finite terms, and it takes a twentieth of the time of testing each of them.
     They are tested only if the sum is not finite, because finite numbers can overflow in it.
     """
-    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether no element of any tensor is NaN or infinite.
+
+    The tensors are on one device. If all are finite, they are judged in one transfer to the host.
+    """
+    tensors = list(tensors)
+    if not tensors:
+        return True
+    finite = torch.stack([torch.isfinite(tensor.sum()) for tensor in tensors])
+    return bool(finite.all()) or all(map(is_finite, tensors))
 
 
 def rows_at(values: Tensor, positions: Sequence[int]) -> Tensor:
@@ -62,4 +74,6 @@ def rows_at(values: Tensor, positions: Sequence[int]) -> Tensor:
     """
     if len(positions) == len(values):
         return values
-    return values[torch.tensor(positions, dtype=torch.int64, device=values.device)]
+    # From pinned memory the copy to a GPU does not hold up the caller.
+    index = torch.tensor(positions, dtype=torch.int64, pin_memory=values.is_cuda)
+    return values[index.to(values.device, non_blocking=True)]

@@ -7,14 +7,27 @@ inverses and Fisher products. Factors are sums of many products, and inverses ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 _FULL_PRECISION = "ieee"
 _NOT_REDUCED = ("none", _FULL_PRECISION)  # what torch calls the default, and full precision
+
+
+def _backends() -> dict[str, Any]:
+    return {
+        "cuda.matmul": torch.backends.cuda.matmul,
+        "mkldnn.matmul": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        "mkldnn.conv": torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+        "mkldnn.rnn": torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
+    }
 
 
 class _Settings:
@@ -30,13 +43,7 @@ class _Settings:
 
     def change(self) -> None:
         """Ask for full precision where less is allowed."""
-        backends: tuple[Any, ...] = (
-            torch.backends.cuda.matmul,
-            torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-            torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-            torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
-        )
-        found = [(backend, str(backend.fp32_precision)) for backend in backends]
+        found = [(backend, str(backend.fp32_precision)) for backend in _backends().values()]
         whole: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
         reduced = [value for _, value in found if value not in _NOT_REDUCED]
         if not reduced and whole in _NOT_REDUCED:
@@ -82,6 +89,34 @@ class _FullPrecision:
 
 
 _FULL = _FullPrecision()
+
+
+def float32_precision() -> str:
+    """Return what torch's settings allow for float32 products, for the records of a run.
+
+    `highest`, `high` or `medium`, where one of them describes all settings; otherwise those of the
+    backends that allow less than full precision.
+    """
+    found = {name: str(backend.fp32_precision) for name, backend in _backends().items()}
+    reduced = [f"{name} {value}" for name, value in found.items() if value not in _NOT_REDUCED]
+    try:
+        whole: str = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the settings disagree
+        whole = "highest"
+    return whole if whole != "highest" or not reduced else ", ".join(reduced)
+
+
+def in_full_precision(work: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let a function or method work in `full_precision`, on every device that there is."""
+
+    @wraps(work)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                stack.enter_context(full_precision(torch.device(kind)))
+            return work(*args, **kwargs)
+
+    return wrapped
 
 
 @contextmanager

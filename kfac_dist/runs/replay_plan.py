@@ -229,7 +229,12 @@ def _replayed_spec(
     oldest = min((info.step for info in list_checkpoints(folder.places.checkpoints)), default=0)
     keep = sum(step >= oldest for step in checkpoint_steps)
     had = history.attempts[0].arithmetic if history.attempts else {}
-    workers = {"gradient": "gradient_workers", "threads": "threads", "device": "device"}
+    workers = {
+        "gradient": "gradient_workers",
+        "threads": "threads",
+        "device": "device",
+        "inverse_device": "inverse_device",
+    }
     changes: dict[str, dict[str, Any]] = {
         "workers": {key: had[name] for key, name in workers.items() if name in had},
         "staleness": {"delay_steps": {}},

@@ -18,6 +18,8 @@ _ADVICE_BY_REASON = {
     "bad_steps": "Training diverged. A larger damping.initial, float64 or a smaller batch makes it "
     "more stable; `kfac-dist metrics ID reduction_ratio damping` shows how it came to that.",
     "user_task": "The task's own code raised an exception; its traceback is in that worker's log.",
+    "gpu_memory": "The job does not fit into the memory of its GPU; the message says what makes it "
+    "smaller.",
     "worker_died": "The worker was probably killed from outside or for lack of memory; the "
     "machine's kernel log says which. `kfac-dist retry ID` resumes at the newest checkpoint.",
     "driver_died": "Read the driver's log with `kfac-dist logs ID --role driver`. "

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from kfac_dist.errors import KfacDistError, UserTaskError
+
+# The cause may be another line than the user's: kernels run later than they are started, and
+# others use the memory, too.
+_GPU_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,7 @@ def blame_user(files: UserFiles, doing: str, *, always: bool) -> Iterator[None]:
     """Turn an exception in the block into a UserTaskError that names task, `doing` and place.
 
     The project's own errors pass unchanged. So do exceptions that did not pass through the user's
-    files, unless `always` is set.
+    files, and those of a GPU, unless `always` is set.
     """
     try:
         yield
@@ -57,7 +63,7 @@ def blame_user(files: UserFiles, doing: str, *, always: bool) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         place = files.location(error)
-        if place is None and not always:
+        if not always and (place is None or isinstance(error, _GPU_ERRORS)):
             raise
         raise UserTaskError(f"task {files.label}: {describe(doing, error, place)}") from error
 

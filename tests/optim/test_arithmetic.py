@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kfac_dist import KFAC, KFACPreconditioner
-from kfac_dist.optim.arithmetic import full_precision
+from kfac_dist.optim.arithmetic import float32_precision, full_precision, in_full_precision
 
 CPU = torch.device("cpu")
 BACKENDS = (
@@ -92,6 +92,35 @@ def test_the_last_thread_that_leaves_restores_the_setting():
     assert settings() != before
     may_leave.set()
     thread.join(30)
+    assert settings() == before
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(
+    ("ask", "recorded"),
+    [
+        (lambda: None, "highest"),
+        (ask_of_all, "medium"),
+        (ask_of_cpu, "mkldnn.matmul bf16"),
+        (ask_of_cuda_by_the_new_name, "cuda.matmul tf32"),
+    ],
+)
+def test_what_the_user_allows_is_named_for_the_records(ask, recorded):
+    ask()
+    assert float32_precision() == recorded
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_decorated_method_works_in_full_precision_and_returns_its_result():
+    class Worker:
+        @in_full_precision
+        def found(self, more, *, last):
+            return [settings()[0], torch.is_autocast_enabled("cpu"), more, last]
+
+    ask_of_all()
+    before = settings()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Worker().found(1, last=2) == [["ieee"] * len(BACKENDS), False, 1, 2]
     assert settings() == before
 
 

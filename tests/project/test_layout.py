@@ -25,6 +25,7 @@ MAX_BODY_LINES = 60
 
 # Folders of tests that mirror no folder of the sources, with the reason.
 FOLDERS_WITHOUT_SOURCE = {
+    "gpu": "what matters on a GPU, most of which runs on the CPU too",
     "end_to_end": "the installed command, as a user types it",
     "oracles": "statements about the mathematics, whichever module computes it",
     "oracles/numbered": "the numbered statements of docs/algorithm.md",

@@ -261,6 +261,16 @@ def test_user_code_blames_only_what_came_through_the_users_files(tmp_path):
         raise KeyError("ours")
 
 
+@pytest.mark.parametrize("error", ["AcceleratorError", "OutOfMemoryError"])
+def test_user_code_is_not_blamed_for_errors_of_a_gpu_which_may_come_from_elsewhere(tmp_path, error):
+    raising = NET.replace("return super().forward(x.T)", f"raise torch.{error}('CUDA error')")
+    write_task(tmp_path, ("return nn.Linear(1, 1)", "return Net(1, 1)"), more=raising)
+    task = load(tmp_path)
+    model = task.model()
+    with pytest.raises(getattr(torch, error)), user_code(task, "the forward pass"):
+        model(torch.zeros(3, 1))
+
+
 def test_user_code_leaves_built_in_tasks_alone(tmp_path):
     task = load_task(spec(), tmp_path)
 

@@ -32,10 +32,10 @@ from kfac_dist.tasks import (
     torch_dtype,
     working_folder,
 )
+from workers.device import plan_devices
 from workers.driver.memory import available_bytes, peak_bytes, reset_peak, resident_bytes
 from workers.driver.preparation import Preparation, prepare
 from workers.exchange.messages import InverseSetup
-from workers.exchange.shard_plan import num_shards_wanted
 from workers.planning import batch_size, inverse_setups
 
 _MEASURED_STEPS = 6
@@ -124,7 +124,7 @@ def _placement(
     matrices = {setup.rank: sum(map(_num_elements, setup.layers)) for setup in setups}
     largest, total = max(matrices.values(), default=0), sum(matrices.values())
     # Each shard of the parameter server owns its part of the layers and of the parameters.
-    num_shards = num_shards_wanted(workers)
+    num_shards = workers.num_shards
     own = total // num_shards
     vectors = math.ceil(num_parameters / num_shards)
     worker = (_WORKER_VECTORS * num_parameters + total) * width
@@ -136,18 +136,21 @@ def _placement(
         "inverse_worker": _INVERSE_COPIES * largest * width,
         "parameter_server": held.model + (_SERVER_VECTORS * vectors + _SERVER_COPIES * own) * width,
     }
+    devices = plan_devices(workers, torch.cuda.device_count())
+    member, inverse = devices.gpus_per_member, devices.gpus_per_inverse_worker
     counts = {
-        "driver": (1, 0),
-        "gradient_worker": (workers.gradient, workers.threads or 1),
-        "inverse_worker": (workers.inverse if setups else 0, 0),
-        "parameter_server": (num_shards, 0),
+        "driver": (1, 0, 0.0),
+        "gradient_worker": (workers.gradient, workers.threads or 1, member),
+        "inverse_worker": (workers.inverse if setups else 0, 0, inverse),
+        "parameter_server": (num_shards, 0, member),
     }
     each = held.process + _STORE_COPIES * total * width
-    for role, (processes, cpus) in counts.items():
+    for role, (processes, cpus, gpus) in counts.items():
         yield {
             "role": role,
             "processes": processes,
             "cpus_each": cpus,
+            "gpus_each": gpus,
             "memory_bytes_each": each + added[role] if processes else 0,
         }
 

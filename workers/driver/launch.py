@@ -43,7 +43,7 @@ from workers.driver.records.metrics_server import MetricsServer
 from workers.driver.records.step_records import StepRecords
 from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.exchange.messages import InverseSetup, JobContext
-from workers.exchange.shard_plan import ShardPlan, num_shards_wanted
+from workers.exchange.shard_plan import ShardPlan
 from workers.interrupts import Interrupts
 from workers.planning import (
     arithmetic_of,
@@ -243,9 +243,11 @@ class _JobAttempt:
                 loop.on_group_change,
             )
             try:
-                precondition_dtype = crew.build().precondition_dtype
-                arithmetic = arithmetic_of(self._job.spec, plan.devices, precondition_dtype)
-                self._journal.started(precondition_dtype, arithmetic)
+                ready = crew.build()
+                arithmetic = arithmetic_of(
+                    self._job.spec, plan.devices, ready.precondition_dtype, ready.float32_precision
+                )
+                self._journal.started(ready.precondition_dtype, arithmetic)
                 return loop.run(crew)
             finally:
                 crew.kill()
@@ -296,7 +298,7 @@ class _JobAttempt:
         )
 
     def _shards(self) -> ShardPlan:
-        return self._plan_shards()(num_shards_wanted(self._job.spec.workers))
+        return self._plan_shards()(self._job.spec.workers.num_shards)
 
     def _inverse_setups(self, point: ResumePoint) -> list[InverseSetup]:
         registration = self._preparation.registration

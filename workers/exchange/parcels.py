@@ -17,7 +17,9 @@ from kfac_dist.core.factors import KroneckerPair, Link, PackedFactors
 from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.packing import pack_symmetric, unpack_symmetric
 from kfac_dist.core.statistics.sums import BatchStatistics
-from workers.exchange.arrays import Array, Arrays, to_array, to_arrays, to_tensor, to_tensors
+from kfac_dist.core.vector import all_finite
+from workers.exchange.arrays import Array, Arrays, to_arrays, to_tensor, to_tensors
+from workers.exchange.host_copies import HostCopies
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> Arrays:
@@ -66,30 +68,53 @@ class StatisticsParcel(NamedTuple):
         return StatisticsParcel(factors=layers(self.factors), crosses=layers(self.crosses))
 
 
-def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
-    """Pack factors and cross factors; a tensor that layers share is packed and sent once."""
-    packed: dict[int, Arrays] = {}
+class StatisticsOnTheWay:
+    """Packed factors and cross factors that leave their device; copied and sent once if shared."""
 
-    def pack_once(name: str, tensor: Tensor) -> Arrays:
-        if id(tensor) not in packed:
-            packed[id(tensor)] = pack_tensors({name: tensor})
-        return packed[id(tensor)]
-
-    return StatisticsParcel(
-        factors={
-            layer: dict(
-                item
-                for name, tensor in pair.tensors().items()
-                for item in pack_once(name, tensor).items()
-            )
+    def __init__(self, statistics: BatchStatistics, copies: HostCopies) -> None:
+        self._numbers: dict[int, int] = {}  # of a tensor in the copy, by its id
+        packed: list[Tensor] = []
+        self._factors = {
+            layer: dict(self._add(name, tensor, packed) for name, tensor in pair.tensors().items())
             for layer, pair in statistics.factors.items()
-        },
+        }
         # The prefix keeps cross factors from being packed: they are not symmetric.
-        crosses={
-            name: {f"cross_{key}": to_array(tensor) for key, tensor in pair.tensors().items()}
+        self._crosses = {
+            name: dict(
+                self._add(f"cross_{key}", tensor, packed) for key, tensor in pair.tensors().items()
+            )
             for name, pair in statistics.crosses.items()
-        },
-    )
+        }
+        self._copy = copies.start(packed)
+
+    def _add(self, name: str, tensor: Tensor, packed: list[Tensor]) -> tuple[str, int]:
+        """Return the name of a tensor when it is packed, and its number."""
+        ((packed_name, values),) = pack_symmetric({name: tensor}).items()
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(packed)
+            packed.append(values)
+        return packed_name, self._numbers[id(tensor)]
+
+    def parcel(self) -> StatisticsParcel:
+        """Return the parcel, once it is on the host; it may not be read after `release`."""
+        arrays = self._copy.arrays()
+
+        def values(numbers: Mapping[str, int]) -> Arrays:
+            return {name: arrays[number] for name, number in numbers.items()}
+
+        return StatisticsParcel(
+            factors={layer: values(numbers) for layer, numbers in self._factors.items()},
+            crosses={name: values(numbers) for name, numbers in self._crosses.items()},
+        )
+
+    def release(self) -> None:
+        """Let the memory of the copy be used again."""
+        self._copy.release()
+
+
+def pack_statistics(statistics: BatchStatistics) -> StatisticsParcel:
+    """Pack factors and cross factors that are on the CPU."""
+    return StatisticsOnTheWay(statistics, HostCopies(torch.device("cpu"))).parcel()
 
 
 class ReceivedStatistics(NamedTuple):
@@ -100,20 +125,26 @@ class ReceivedStatistics(NamedTuple):
 
     def is_finite(self) -> bool:
         """Return whether no element is NaN or infinite."""
-        return all(factors.is_finite() for factors in self.factors.values()) and all(
-            cross.is_finite() for cross in self.crosses.values()
-        )
+        parts: list[PackedFactors | KroneckerPair] = [
+            *self.factors.values(),
+            *self.crosses.values(),
+        ]
+        return all_finite(tensor for part in parts for tensor in part.tensors().values())
 
 
-def read_statistics(parcel: StatisticsParcel) -> ReceivedStatistics:
-    """Return the sums in a parcel as new tensors."""
+def read_statistics(
+    parcel: StatisticsParcel, device: torch.device | None = None
+) -> ReceivedStatistics:
+    """Return the sums in a parcel as new tensors on `device`, by default the CPU."""
     return ReceivedStatistics(
         factors={
-            name: PackedFactors(packed=to_tensors(arrays))
+            name: PackedFactors(packed=to_tensors(arrays, device))
             for name, arrays in parcel.factors.items()
         },
         crosses={
-            name: KroneckerPair(A=to_tensor(arrays["cross_A"]), G=to_tensor(arrays["cross_G"]))
+            name: KroneckerPair(
+                A=to_tensor(arrays["cross_A"]).to(device), G=to_tensor(arrays["cross_G"]).to(device)
+            )
             for name, arrays in parcel.crosses.items()
         },
     )

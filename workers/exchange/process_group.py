@@ -200,6 +200,8 @@ class Group:
             raise PeerLostError("the process group has been left")
         try:
             return getattr(self._backend, call)(tensors, *arguments)
+        except torch.AcceleratorError:
+            raise  # a device is lost, not a peer
         except RuntimeError as error:
             raise self._lost(call, error) from error
 
@@ -207,6 +209,8 @@ class Group:
         try:
             with waiting():
                 work.wait()
+        except torch.AcceleratorError:
+            raise  # a device is lost, not a peer
         except RuntimeError as error:
             raise self._lost(call, error) from error
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kfac_dist.config import WorkersSpec
 from kfac_dist.coordination.steps.sharding import BlockSize, assign_shards, chains_of
 from kfac_dist.core.blocks.block import LayerBlock, Part
 from kfac_dist.core.blocks.layout import BlockLayout
@@ -21,7 +20,6 @@ from workers.exchange.arrays import Array, section, to_array, to_tensor
 
 # A first-order optimizer has no blocks; its parameter vector is cut into pieces of this length.
 _PIECE = 1 << 16
-_MOST_DEDICATED_BY_DEFAULT = 2  # gradient workers that one shard serves by default
 
 # The entries of a server's snapshot that are vectors [P], beside those of torch's optimizers.
 _VECTORS = ("parameters", "average:average", "update:previous_update")
@@ -57,18 +55,6 @@ class ShardPlan:
         for layout, values in zip(self.layouts, slices, strict=True):
             layout.scatter(values, vector)
         return vector
-
-
-def num_shards_wanted(workers: WorkersSpec) -> int:
-    """Return the number of shards that the specification asks for, at least 1."""
-    if workers.parameter_server != "auto":
-        return workers.parameter_server
-    return 1 if workers.gradient <= _MOST_DEDICATED_BY_DEFAULT else workers.gradient
-
-
-def is_colocated(workers: WorkersSpec) -> bool:
-    """Return whether each shard shares the process of a gradient worker."""
-    return workers.parameter_server == "auto" and workers.gradient > _MOST_DEDICATED_BY_DEFAULT
 
 
 def plan_shards(

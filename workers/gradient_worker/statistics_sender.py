@@ -19,8 +19,9 @@ from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.factors import KroneckerPair, Link
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.statistics.sums import BatchStatistics
+from workers.exchange.host_copies import HostCopies
 from workers.exchange.messages import JobContext, StatisticsHeader, StatisticsMessage
-from workers.exchange.parcels import StatisticsParcel, flat_arrays, pack_statistics
+from workers.exchange.parcels import StatisticsOnTheWay, StatisticsParcel, flat_arrays
 from workers.exchange.process_group import Group, Kind
 from workers.gradient_worker.batches import BatchPart, Subset
 
@@ -49,6 +50,7 @@ class StatisticsSender:
         self._computer = computer
         self._links = links
         self._send = send
+        self._copies = HostCopies(computer.parameters[0].device)
         self._warned = False
         self._assignment: Mapping[int, tuple[str, ...]] = {}
         self._assignment_epochs: Mapping[int, int] = {}
@@ -96,10 +98,19 @@ class StatisticsSender:
         """
         rows = part.subset(self._settings.statistics_fraction)
         statistics = self._compute(step, part, rows, trace, bases) if usable else None
-        parcel = pack_statistics(statistics or self._zero(step, part))
+        leaving = StatisticsOnTheWay(statistics or self._zero(step, part), self._copies)
+        try:
+            self._deliver(step, part, leaving.parcel(), usable=statistics is not None)
+        finally:
+            leaving.release()
+        return None if statistics is None else statistics.moments
+
+    def _deliver(
+        self, step: int, part: BatchPart, parcel: StatisticsParcel, *, usable: bool
+    ) -> None:
         messages: dict[int, list[StatisticsMessage]] = {}
         num_cases = len(part.subset_positions(self._settings.statistics_fraction))
-        for group, own, is_usable in self._add_up(step, parcel, usable=statistics is not None):
+        for group, own, is_usable in self._add_up(step, parcel, usable=usable):
             header = StatisticsHeader(
                 job=self._job.job,
                 step=step,
@@ -111,7 +122,7 @@ class StatisticsSender:
             message = StatisticsMessage(header=header, parcel=own if is_usable else None)
             messages.setdefault(group.inverse_worker, []).append(message)
         self._send(messages)
-        return None if statistics is None else statistics.moments
+        self._group.finish_sending()  # the memory of the parcel is used again
 
     def _zero(self, step: int, part: BatchPart) -> BatchStatistics:
         """Return zeros in the shapes of the statistics."""

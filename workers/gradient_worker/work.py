@@ -21,8 +21,9 @@ from kfac_dist.core.passes.own_passes import RandomStreams
 from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.step.choice import combine
-from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
+from kfac_dist.core.vector import add_to_parameters, all_finite, assign_parameters, flatten
 from kfac_dist.data import MapDataset, Split
+from kfac_dist.optim.arithmetic import in_full_precision
 from kfac_dist.tasks import Task, user_code
 from workers.exchange.arrays import Array, Arrays, to_array, to_tensor
 from workers.exchange.checksum import checksum
@@ -154,18 +155,34 @@ class GradientWork:
         """
         beat_step(order.plan.step)
         self._begin(order.plan.step)
+        if self._sender is None:
+            return self._first_order_step(order)
+        return self._kfac_step(self._sender, order)
+
+    def _first_order_step(self, order: StepOrder) -> WorkerReport:
         phases = Phases()
+        self._send_gradient(order, phases)
+        self._receive_parameters(phases)
+        return self._report(phases)
+
+    @in_full_precision
+    def _kfac_step(self, sender: StatisticsSender, order: StepOrder) -> WorkerReport:
+        phases = Phases()
+        part, sums = self._send_gradient(order, phases)
+        if order.plan.update_factors:
+            self._send_statistics(sender, order, part, sums, phases)
+        self._take_part_in_choice(part, sums.trace, phases)
+        return self._report(phases)
+
+    def _send_gradient(self, order: StepOrder, phases: Phases) -> tuple[BatchPart, GradientSums]:
         part = self._read(order, phases)
         sums = self._compute(part, phases)
         with phases("reduce"):
             self._joined.side.send_gradient(sums, len(part.slice))
-        if self._sender is None:
-            self._receive_parameters(phases)
-        else:
-            if order.plan.update_factors:
-                self._send_statistics(self._sender, order, part, sums, phases)
-            self._take_part_in_choice(part, sums.trace, phases)
-        self.step_done = order.plan.step
+        return part, sums
+
+    def _report(self, phases: Phases) -> WorkerReport:
+        self.step_done = self._step
         traffic = self._joined.group.take_traffic()
         return WorkerReport(phase_seconds=phases.seconds, traffic=traffic)
 
@@ -357,4 +374,4 @@ class GradientWork:
 
 
 def _is_finite(sums: GradientSums) -> bool:
-    return is_finite(sums.loss) and is_finite(sums.gradient)
+    return all_finite((sums.loss, sums.gradient))

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import ray
 
-from workers.actor import Handle, as_actor, logged, note_preemptions, role_log
+from workers.actor import Handle, as_actor, logged, note_preemptions, own_gpu, role_log
+from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
     InverseMessage,
@@ -31,6 +32,7 @@ class InverseWorker:
         self,
         job: JobContext,
         setup: InverseSetup,
+        devices: DevicePlan,
         owners: Mapping[str, Handle],
         averages: Arrays | None,
     ) -> None:
@@ -39,10 +41,12 @@ class InverseWorker:
         self._num_kept = num_versions_used(job.spec)
         self._sending = threading.Lock()
         self._log = role_log(job, "inverse_worker", setup.rank)
-        self._loop = InverseLoop(InverseWork(job, setup, averages), self._publish)
+        device = devices.inverse_device(setup.rank, own_gpu())
+        self._loop = InverseLoop(InverseWork(job, setup, averages, device), self._publish)
         note_preemptions(self._loop.heartbeat)
         self._loop.start()
-        self._log.info("started", layers=[layer.name for layer in setup.layers])
+        layers = [layer.name for layer in setup.layers]
+        self._log.info("started", layers=layers, device=str(device))
 
     def _publish(self, message: InverseMessage) -> None:
         header = message.header

@@ -38,10 +38,14 @@ class FactorDrift:
 
 def relative_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
     """Return the largest change of a tensor, relative to its old Frobenius norm."""
+    norms = [
+        norm
+        for name, before in old.items()
+        for norm in map(torch.linalg.vector_norm, (before, new[name] - before))
+    ]
+    numbers: list[float] = torch.stack(norms).tolist()  # one transfer to the host
     changes = []
-    for name, before in old.items():
-        size = float(torch.linalg.vector_norm(before))
-        change = float(torch.linalg.vector_norm(new[name] - before))
+    for size, change in zip(numbers[::2], numbers[1::2], strict=True):
         relative = change / size if size > 0 else float("inf") if change > 0 else 0.0
         # If both norms overflow, the quotient is inf / inf, which is NaN.
         changes.append(float("inf") if math.isnan(relative) else relative)

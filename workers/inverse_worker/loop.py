@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kfac_dist.optim.arithmetic import full_precision
+from workers.device import computing_on
 from workers.exchange.arrays import Array
 from workers.exchange.messages import (
     InverseMessage,
@@ -98,7 +100,7 @@ class InverseLoop:
     def _run(self) -> None:
         torch.set_num_threads(1)
         try:
-            with self.heartbeat.doing("inverses"):
+            with self.heartbeat.doing("inverses"), computing_on(self._work.device):
                 self._work_on()
         except Exception as error:  # noqa: BLE001 - the driver must learn of any error
             self._end.set_exception(error)
@@ -109,13 +111,17 @@ class InverseLoop:
             for letter in self._collect(wait=idle):
                 self._read(letter)
             self.heartbeat.beat("average and invert")
-            self._work.apply_statistics()
-            message = self._work.invert_next()
+            message = self._work_once()
             idle = message is None
             if message is not None:
                 self._publish(message)
             # Before the loop waits again: a snapshot may have waited for this inversion alone.
             self._answer_snapshots()
+
+    def _work_once(self) -> InverseMessage | None:
+        with full_precision(self._work.device):
+            self._work.apply_statistics()
+            return self._work.invert_next()
 
     def _collect(self, *, wait: bool) -> list[_Letter]:
         """Empty the mailbox; with `wait`, wait for the first letter."""

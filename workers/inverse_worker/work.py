@@ -12,6 +12,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from kfac_dist.config import KFACSpec
 from kfac_dist.coordination.steps.ledger import StatisticsLedger
 from kfac_dist.coordination.steps.refresh import LayerRefreshState, choose_next
@@ -38,9 +40,13 @@ from workers.exchange.parcels import (
 from workers.inverse_worker.drift import FactorDrift
 from workers.planning import staleness_bound
 
+_CPU = torch.device("cpu")
+
 
 class InverseWork:
     """The factors of some layers, their averages, and the refreshes that were requested.
+
+    Averages and inverses are on `device`; what arrives and leaves is on the host.
 
     Each layer has averages of its own, which include the factors of the layer it is linked to. So
     layers can move between workers, and a layer that starts afresh does not disturb the others. A
@@ -49,9 +55,14 @@ class InverseWork:
     """
 
     def __init__(
-        self, job: JobContext, setup: InverseSetup, averages: Arrays | None = None
+        self,
+        job: JobContext,
+        setup: InverseSetup,
+        averages: Arrays | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         assert isinstance(job.spec.optimizer, KFACSpec)
+        self.device = device
         self._job = job
         self._setup = setup
         self._settings = job.spec.optimizer
@@ -81,7 +92,7 @@ class InverseWork:
 
     def _restore(self, averages: Arrays) -> None:
         for name, own in self._averages.items():
-            state = to_tensors(section(averages, f"{name}:"))
+            state = to_tensors(section(averages, f"{name}:"), self.device)
             if state:
                 own.load_state_dict(pack_symmetric(state))
 
@@ -152,7 +163,7 @@ class InverseWork:
         if not all(message.header.usable for message in messages):
             return None
         parcels = [message.parcel for message in messages if message.parcel is not None]
-        sums = read_statistics(merged(parcels))
+        sums = read_statistics(merged(parcels), self.device)
         return sums if sums.is_finite() else None
 
     def invert_next(self) -> InverseMessage | None:

@@ -11,6 +11,7 @@ import torch
 from ray.exceptions import RayActorError
 
 from kfac_dist.data import Split
+from kfac_dist.optim.arithmetic import float32_precision
 from kfac_dist.optim.precision import PreconditionDtype
 from workers.actor import (
     Handle,
@@ -18,6 +19,7 @@ from workers.actor import (
     as_actor,
     enter_code_folder,
     logged,
+    member_device,
     node_address,
     note_preemptions,
     role_log,
@@ -53,11 +55,13 @@ class MemberReady:
     """Tells the driver that a member is built.
 
     `precondition_dtype` is the type in which it applies inverses, if that was measured; None if
-    the job specification gives the type, and for a first-order optimizer.
+    the job specification gives the type, and for a first-order optimizer. `float32_precision` is
+    what torch's settings allow once the user's task is loaded.
     """
 
     pid: int
     precondition_dtype: PreconditionDtype | None
+    float32_precision: str
 
 
 class Member:
@@ -85,6 +89,7 @@ class Member:
         self._unanswered: dict[int, list[Ref]] = {}
         self._roles: MemberRoles  # set by `build`
         self._builder: ShardBuilder | None = None  # made when this process first has a shard
+        self._device: torch.device  # set by `build`
         self._heartbeat = Heartbeat()
         role = "parameter_server" if place.worker is None else "gradient_worker"
         rank = place.worker if place.worker is not None else place.shard
@@ -100,6 +105,7 @@ class Member:
         """
         enter_code_folder(self._job)
         torch.set_num_threads(self._threads)
+        self._device = member_device(self._devices)
         worker = shard = None
         with self._heartbeat.doing("build"):
             if self._place.worker is not None:
@@ -107,15 +113,15 @@ class Member:
             if self._place.shard is not None:
                 shard = logged(self._log, "build", lambda: self._build_shard(snapshot))
         self._roles = MemberRoles(worker, shard)
-        self._log.info("built", threads=self._threads, device=self._devices.kind)
+        self._log.info("built", threads=self._threads, device=str(self._device))
         return MemberReady(
             pid=os.getpid(),
             precondition_dtype=shard.precondition_dtype if shard else None,
+            float32_precision=float32_precision(),
         )
 
     def _build_worker(self, buffers: Arrays) -> GradientWork:
-        device = self._devices.device()
-        worker = build_gradient_work(self._job, device, self._send_statistics)
+        worker = build_gradient_work(self._job, self._device, self._send_statistics)
         worker.set_buffers(buffers)
         return worker
 
@@ -123,7 +129,7 @@ class Member:
         assert self._place.shard is not None
         if self._builder is None:
             self._builder = ShardBuilder(
-                self._job, self._devices.device(), self._timeout_seconds, self._request_inverses
+                self._job, self._device, self._timeout_seconds, self._request_inverses
             )
         built = self._builder.build(self._place.shard, self._place.num_shards)
         if snapshot is not None:
@@ -174,7 +180,7 @@ class Member:
                 rank=rank,
                 own_host=self._host,
                 backend=self._devices.backend,
-                device=self._devices.device(),
+                device=self._device,
             )
 
         shard_rank = rendezvous.num_gradient_workers + (self._place.shard or 0)
@@ -287,7 +293,8 @@ class Member:
         """Put the inverses of a layer where the next step finds them."""
         shard = self._roles.shard
         if shard is not None and shard.store is not None:  # else the layer has just moved
-            shard.store.accept(message)
+            store = shard.store
+            logged(self._log, f"inverse of {message.header.layer}", lambda: store.accept(message))
 
     @ray.method(concurrency_group="heartbeat")
     def pulse(self) -> Pulse:

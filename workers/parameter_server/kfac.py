@@ -23,6 +23,7 @@ from kfac_dist.core.inverse.shelf import InverseVersion
 from kfac_dist.core.step.block_numbers import block_numbers
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import is_finite
+from kfac_dist.optim.arithmetic import in_full_precision
 from workers.exchange.arrays import Array, Arrays, section, to_array, to_tensor
 from workers.exchange.checksum import checksum
 from workers.exchange.messages import ShardReport, StepOrder
@@ -133,6 +134,7 @@ class KFACShard:
         settings = self._settings.model_copy(update={"precondition_dtype": dtype})
         self._directions = DirectionComputer(settings, self._store.structure)
 
+    @in_full_precision
     def step(self, order: StepOrder) -> ShardReport:
         """Do the shard's part of one step.
 

@@ -60,20 +60,21 @@ def _warnings(machine: dict[str, Any]) -> Iterator[str]:
 
 
 def _write_tables(found: dict[str, Any]) -> None:
-    columns = ("role", "processes", "CPUs each", "MiB each")
+    columns = ("role", "processes", "CPUs each", "GPUs each", "MiB each")
     rows = [
         (
             row["role"],
             row["processes"],
             row["cpus_each"],
+            f"{row['gpus_each']:g}",
             f"{row['memory_bytes_each'] / _MIB:.1f}",
         )
         for row in found["placement"]
     ]
     write_table(make_table(columns, rows, right=columns[1:]))
     if found["layers"]:
-        columns = ("layer", "orders", "inverse worker", "seconds an inversion")
-        rows = [
+        layer_columns = ("layer", "orders", "inverse worker", "seconds an inversion")
+        layers = [
             (
                 row["layer"],
                 " ".join(map(str, row["orders"])),
@@ -82,5 +83,5 @@ def _write_tables(found: dict[str, Any]) -> None:
             )
             for row in found["layers"]
         ]
-        write_table(make_table(columns, rows, right=columns[2:]))
+        write_table(make_table(layer_columns, layers, right=layer_columns[2:]))
     write_table(key_table(found["predicted"]))

@@ -63,6 +63,10 @@ class WorkersSection(Protocol):
     def device(self) -> str:
         """`cuda` where a GPU is required."""
 
+    @property
+    def inverse_device(self) -> str:
+        """`cuda` where inverse workers require a GPU."""
+
 
 def machine_room(num_cpus: int) -> Room:
     """Return the room of a cluster on one machine: an inverse slot for each CPU, GPUs uncounted."""
@@ -73,7 +77,8 @@ def room_needed(workers: WorkersSection) -> Room:
     """Return the room that the workers of a job reserve; the parameter server reserves nothing."""
     return Room(
         num_cpus=workers.gradient * (workers.threads or 1),
-        num_gpus=1 if workers.device == "cuda" else 0,  # all members of a job may share it
+        # One is enough: all processes of a job may share it.
+        num_gpus=1 if "cuda" in (workers.device, workers.inverse_device) else 0,
         num_inverse_slots=workers.inverse,
     )
 

@@ -95,6 +95,8 @@ def eigen_inverse(
     Raises:
         InversionFailedError: a factor is not finite, or has no eigendecomposition.
     """
+    if not pair.is_finite():
+        raise InversionFailedError("a factor has elements that are not finite")
     (values_A, Q_A, rungs_A), (values_G, Q_G, rungs_G) = map(_decompose, (pair.A, pair.G))
     inverse = EigenInverse(
         basis=KroneckerPair(A=Q_A, G=Q_G),

@@ -36,7 +36,7 @@ from kfac_dist.core.inverse.damped import (
 from kfac_dist.core.inverse.kronecker_sum import KroneckerSumInverse, invert_kronecker_sum
 from kfac_dist.core.inverse.precondition import precondition_layers
 from kfac_dist.core.products import two_sided
-from kfac_dist.core.vector import is_finite
+from kfac_dist.core.vector import all_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def invert_conditional(
         return Inverted(inverse=last, pi=own.pi, gamma=gamma, rungs=own.rungs)
     assert isinstance(pair, KroneckerPair), "only layers with two factors are linked"
     linked = _Linked(pair, snapshot.next_pair, snapshot.cross)
-    if not all(factors.is_finite() for factors in linked):
+    if not all_finite(tensor for factors in linked for tensor in factors.tensors().values()):
         raise InversionFailedError("a factor has elements that are not finite")
     inverse, rungs = _climb(linked, gamma, pi_norm)
     return Inverted(
@@ -138,9 +138,7 @@ def _climb(linked: _Linked, gamma: float, pi_norm: PiNorm) -> tuple[ChainInverse
 def _attempt(linked: _Linked, gamma: float, pi_norm: PiNorm, dtype: torch.dtype) -> ChainInverse:
     own, following = (_damped(pair, gamma, pi_norm) for pair in (linked.own, linked.following))
     cross = linked.cross
-    psi = KroneckerPair(
-        A=_times_inverse(cross.A, following.A), G=_times_inverse(cross.G, following.G)
-    )
+    psi = _times_inverses(cross, following)
     conditional = invert_kronecker_sum(
         # PsiA A_{i,i} PsiA^T = PsiA A_{i-1,i}^T, since PsiA = A_{i-1,i} A_{i,i}^{-1}.
         own.A,
@@ -151,7 +149,7 @@ def _attempt(linked: _Linked, gamma: float, pi_norm: PiNorm, dtype: torch.dtype)
     )
     tensors = ChainInverse(conditional=conditional, psi=psi).tensors()
     tensors = {name: value.to(dtype) for name, value in tensors.items()}
-    if not all(map(is_finite, tensors.values())):
+    if not all_finite(tensors.values()):
         raise InversionFailedError("the inverse has elements that are not finite")
     return ChainInverse.from_tensors(tensors)
 
@@ -164,12 +162,17 @@ def _damped(pair: KroneckerPair, gamma: float, pi_norm: PiNorm) -> KroneckerPair
     return damped
 
 
-def _times_inverse(matrix: Tensor, factor: Tensor) -> Tensor:
-    """Return `matrix factor^{-1}`, contiguous."""
-    root, failed = torch.linalg.cholesky_ex(factor)
-    if failed:
-        raise InversionFailedError(f"a factor of order {len(factor)} has no Cholesky factor")
-    return torch.cholesky_solve(matrix.T, root).T.contiguous()
+def _times_inverses(matrices: KroneckerPair, factors: KroneckerPair) -> KroneckerPair:
+    """Return `matrix factor^{-1}` for A and for G, contiguous."""
+    (root_A, failed_A), (root_G, failed_G) = map(torch.linalg.cholesky_ex, (factors.A, factors.G))
+    failed: list[int] = torch.stack((failed_A, failed_G)).tolist()
+    for factor, info in zip((factors.A, factors.G), failed, strict=True):
+        if info:
+            raise InversionFailedError(f"a factor of order {len(factor)} has no Cholesky factor")
+    return KroneckerPair(
+        A=torch.cholesky_solve(matrices.A.T, root_A).T.contiguous(),
+        G=torch.cholesky_solve(matrices.G.T, root_G).T.contiguous(),
+    )
 
 
 def redamp_conditional(inverted: Inverted[ChainInverse], gamma: float) -> Inverted[ChainInverse]:

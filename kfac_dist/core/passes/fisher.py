@@ -71,7 +71,7 @@ class FisherMeans:
 
         It is infinite if the mean is not positive, or if it is not a number.
         """
-        mean, square = float(self.gram[number, number]), float(self.squares[number])
+        mean, square = torch.stack((self.gram[number, number], self.squares[number])).tolist()
         noise = square / mean**2 - 1 if mean > 0 else math.inf
         return max(noise, 0.0) if math.isfinite(noise) else math.inf
 

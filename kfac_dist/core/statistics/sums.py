@@ -21,7 +21,7 @@ from kfac_dist.core.passes.capture import Captures, Gradients
 from kfac_dist.core.passes.case_axes import CaseAxes, CaseAxis, NoAxis, Place
 from kfac_dist.core.statistics.site_sums import KroneckerSums, SiteCall, SiteSums
 from kfac_dist.core.statistics.unit_sums import DiagonalSums, sums_for
-from kfac_dist.core.vector import is_finite
+from kfac_dist.core.vector import all_finite, is_finite
 from kfac_dist.errors import InvalidSpecError
 
 FisherType = Literal["mc", "exact", "empirical"]
@@ -62,11 +62,8 @@ class BatchStatistics:
         a second moment is larger than the largest on its diagonal, which is a sum of squares.
         """
         factors = {id(t): t for pair in self.factors.values() for t in pair.tensors().values()}
-        return (
-            all(is_finite(_diagonal(factor)) for factor in factors.values())
-            and all(pair.is_finite() for pair in self.crosses.values())
-            and all(is_finite(moments) for moments in self.moments.values())
-        )
+        crosses = [t for pair in self.crosses.values() for t in pair.tensors().values()]
+        return all_finite([*map(_diagonal, factors.values()), *crosses, *self.moments.values()])
 
     def not_finite(self) -> list[str]:
         """Return the layers with an element that is NaN or infinite, in order."""

@@ -20,6 +20,7 @@ class Workers:
     inverse: int = 1
     threads: int | None = None
     device: str = "auto"
+    inverse_device: str = "auto"
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.none() | st.integers(1, 4), st.integers(1, 12))
@@ -65,6 +66,8 @@ def test_the_message_says_what_is_missing(workers: Workers, message: str) -> Non
 def test_what_a_job_reserves() -> None:
     workers = Workers(gradient=3, inverse=2, threads=4, device="cuda")
     assert room_needed(workers) == Room(num_cpus=12, num_gpus=1, num_inverse_slots=2)
+    alone = Workers(inverse_device="cuda")
+    assert room_needed(alone) == Room(num_cpus=1, num_gpus=1, num_inverse_slots=1)
     assert room_needed(Workers()) == Room(num_cpus=1, num_gpus=0, num_inverse_slots=1)
 
 
@@ -87,6 +90,7 @@ def test_the_message_names_the_cluster_where_it_is_one() -> None:
     [
         (Workers(gradient=3), "needs 3 CPUs, the cluster has 2"),
         (Workers(device="cuda"), "needs 1 GPU, the cluster has 0"),
+        (Workers(inverse_device="cuda"), "needs 1 GPU, the cluster has 0"),
         (Workers(inverse=2), "needs 2 inverse workers, the cluster has 1"),
     ],
 )

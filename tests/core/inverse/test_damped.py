@@ -3,8 +3,14 @@ import math
 import pytest
 import torch
 
-from kfac_dist.core.factors import KroneckerPair
-from kfac_dist.core.inverse.damped import InversionFailedError, damping_split, invert_pair, redamp
+from kfac_dist.core.factors import KroneckerPair, UnitMoments
+from kfac_dist.core.inverse.damped import (
+    InversionFailedError,
+    damping_split,
+    invert_layer,
+    invert_pair,
+    redamp,
+)
 
 
 def pair_of(A, G, dtype=torch.float64):
@@ -102,3 +108,24 @@ def test_redamping_downwards_is_refused():
     inverted = invert_pair(pair_of(torch.eye(2), torch.eye(2)), 0.5)
     with pytest.raises(ValueError, match="raised"):
         redamp(inverted, 0.4)
+
+
+def test_one_bad_unit_does_not_stop_the_others_from_being_tried():
+    good, bad = torch.eye(2, dtype=torch.float64), diagonal(1.0, -1e-3)
+    inverted = invert_layer(UnitMoments(M=torch.stack([good, bad])), 1e-2)
+    assert inverted.rungs[0] == "float64"
+    assert torch.linalg.eigvalsh(inverted.inverse.M).min() > 0
+
+
+def test_a_root_with_zeros_on_its_diagonal_climbs_instead_of_raising():
+    pair = pair_of(torch.ones(3, 3), torch.eye(2))
+    inverted = invert_pair(pair, 1e-17)
+    assert inverted.rungs[:1] == ("float64",)
+    assert "raised_damping" in inverted.rungs
+
+
+def test_a_finite_inverse_whose_sum_overflows_needs_no_rung():
+    pair = KroneckerPair(A=torch.eye(200) * 1e-37, G=torch.ones(1, 1) * 1e-37)
+    inverted = invert_pair(pair, 1e-38)
+    assert torch.isinf(inverted.inverse.A.sum())
+    assert inverted.rungs == ()

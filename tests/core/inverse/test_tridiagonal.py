@@ -60,16 +60,16 @@ def test_a_chain_of_one_layer_is_block_diagonal():
 def failing_in_float32(A, *args):
     if A.dtype == torch.float32:
         raise InversionFailedError("made to fail")
-    return real_diagonalise(A, *args)
+    return real_whiten(A, *args)
 
 
-real_diagonalise = kronecker_sum._diagonalise
+real_whiten = kronecker_sum._whiten
 
 
 def test_a_link_that_fails_is_tried_in_float64(monkeypatch):
     snapshot = snapshots(torch.float32)["first"]
     expected = invert_conditional(snapshot, 0.3)
-    monkeypatch.setattr(kronecker_sum, "_diagonalise", failing_in_float32)
+    monkeypatch.setattr(kronecker_sum, "_whiten", failing_in_float32)
     inverted = invert_conditional(snapshot, 0.3)
     assert inverted.rungs == ("float64",)
     V = gradients(dtype=torch.float32)["first"]

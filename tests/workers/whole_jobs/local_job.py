@@ -34,7 +34,7 @@ from workers.exchange.messages import (
     merge_reports,
 )
 from workers.exchange.process_group import Group, host_store, join_group, join_store
-from workers.exchange.shard_plan import merge_snapshots, num_shards_wanted, split_snapshot
+from workers.exchange.shard_plan import merge_snapshots, split_snapshot
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.inverse_worker.loop import InverseLoop
@@ -175,7 +175,7 @@ class LocalJob:
         kfac = isinstance(spec.optimizer, KFACSpec)
         self.registration = register(model, spec.optimizer) if kfac else None
         num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        wanted = num_shards_wanted(spec.workers)
+        wanted = spec.workers.num_shards
         self.plan = shard_plan(spec, self.registration, num_parameters, wanted)
         self.loops: dict[int, InverseLoop] = {}
         builder = ShardBuilder(self.context, CPU, 20.0, self._request)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from kfac_dist import KFAC
-from kfac_dist.config import JobSpec
+from kfac_dist.config import JobSpec, SGDSpec
 from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.passes.noise import permutation
 from kfac_dist.core.vector import flatten
 from kfac_dist.data import fetch
+from kfac_dist.optim.arithmetic import float32_precision
 from kfac_dist.tasks import build_model, load_task, torch_dtype
 from tests.workers.whole_jobs.local_job import LocalJob, chain_spec, small_spec
 
@@ -165,3 +166,35 @@ def test_the_assignment_of_layers_does_not_matter(run):
         job.steps(8)
     assert torch.equal(runs[0].parameters, runs[1].parameters)
     assert torch.equal(runs[0].parameters, runs[2].parameters)
+
+
+@pytest.mark.parametrize("name", ["kfac", "sgd"])
+def test_all_of_kfac_is_in_full_precision_and_all_else_as_the_user_set_it(
+    name, run, tmp_path, monkeypatch
+):
+    spec = chain_spec(tmp_path, dtype="float32")
+    if name == "sgd":
+        spec = spec.model_copy(update={"optimizer": SGDSpec(name="sgd", lr=0.01)})
+    job = run(spec)
+    seen: set[str] = set()
+    for called in ("cholesky_ex", "eigh"):
+        monkeypatch.setattr(torch.linalg, called, watched(getattr(torch.linalg, called), seen))
+    monkeypatch.setattr(torch, "dot", watched(torch.dot, seen))  # the server's numbers
+    job.workers[0]._computer.model.register_forward_pre_hook(watched(lambda *_: None, seen))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        job.steps(2)
+        assert float32_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"ieee" if name == "kfac" else "bf16"}
+
+
+def watched(call, seen):
+    """`call`, with a note of what float32 products are computed in when it is called."""
+
+    def with_a_note(*args, **kwargs):
+        seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return call(*args, **kwargs)
+
+    return with_a_note

@@ -99,6 +99,8 @@ def test_an_asynchronous_job_and_its_resumption_are_replayed(
 
     started = [event.details for event in jobs.events if event.kind == "started"]
     assert [details["gradient_workers"] for details in started] == [2, 2]
+    assert [details["inverse_device"] for details in started] == ["cpu", "cpu"]
+    assert [details["float32_precision"] for details in started] == ["highest", "highest"]
 
     plan = plan_replay(jobs.run_folder(), None)
     assert (plan.last_step, plan.stop) == (longer, None)

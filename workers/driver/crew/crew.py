@@ -127,7 +127,9 @@ class Crew:
             plan,
             interrupts,
             processes=processes,
-            inverse_pool=InversePool.launch(job, owners, plan.setups, plan.averages, on_death),
+            inverse_pool=InversePool.launch(
+                job, owners, plan.devices, plan.setups, plan.averages, on_death
+            ),
             on_change=on_change,
         )
 

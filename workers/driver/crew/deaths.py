@@ -12,11 +12,16 @@ from pathlib import Path
 
 from kfac_dist.runs.logs import log_tail
 from workers.actor import EXIT_EVENT
+from workers.device import DEVICE_LOST_EXIT
 
 _PID = re.compile(r"\bpid: (\d+)")
 _EXIT_TYPE = re.compile(r"Worker exit type: (\S+)")
 _FATAL = "Fatal Python error: "
 _KILLED = "it printed no error, as after SIGKILL: by hand, or by the system for memory"
+_DEVICE_LOST = (
+    f"its GPU reported an error, so it ended itself with exit code {DEVICE_LOST_EXIT}; its log has "
+    "the error"
+)
 _LAST_LINES = 3
 _LONGEST_LINE = 200
 
@@ -57,6 +62,8 @@ def _exit_note(tail: str) -> str | None:
     for line in reversed(tail.splitlines()):
         if EXIT_EVENT in line:
             facts = json.loads(line)
+            if facts["status"] == DEVICE_LOST_EXIT:
+                return _DEVICE_LOST
             return f"os._exit({facts['status']}) was called at {facts['where']}"
     return None
 

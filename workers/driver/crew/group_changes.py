@@ -44,7 +44,6 @@ from workers.exchange.messages import JobContext, MemberPlace, ServerReport
 from workers.exchange.progress import MemberProgress
 from workers.exchange.shard_plan import (
     ShardPlan,
-    is_colocated,
     merge_snapshots,
     split_snapshot,
 )
@@ -291,7 +290,7 @@ class GroupChanges:
         self, members: Sequence[GroupProcess], alone: Sequence[GroupProcess]
     ) -> dict[int, MemberPlace]:
         """Return the place of each process: ranks as given, and which shards they have."""
-        if is_colocated(self._job.spec.workers):
+        if self._job.spec.workers.has_colocated_shards:
             num_shards = len(self._plan.plan_shards(len(members)))
             owners: dict[int, int] = {members[s].number: s for s in range(num_shards)}
         else:

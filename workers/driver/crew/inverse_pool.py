@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import ray
 
-from workers.actor import Handle, Ref
+from kfac_dist.errors import JobFailedError
+from workers.actor import Handle, Ref, gpu_options
+from workers.device import DevicePlan
 from workers.driver.crew.deaths import exit_type, pid_of
 from workers.driver.crew.failures import Member, failure_of, finished
 from workers.driver.crew.health import InverseStatuses, Stall
@@ -68,11 +70,13 @@ class InversePool:
         self,
         job: JobContext,
         owners: Mapping[str, Handle],
+        devices: DevicePlan,
         averages: Mapping[str, Array],
         on_death: Callable[[InverseWorkerDied], None],
     ) -> None:
         self._job = job
         self._owners = owners
+        self._devices = devices
         self._averages = dict(averages)
         self._on_death = on_death
         self._workers: dict[int, _Worker] = {}
@@ -86,6 +90,7 @@ class InversePool:
         cls,
         job: JobContext,
         owners: Mapping[str, Handle],
+        devices: DevicePlan,
         setups: Sequence[InverseSetup],
         averages: Mapping[str, Array],
         on_death: Callable[[InverseWorkerDied], None],
@@ -95,11 +100,12 @@ class InversePool:
         Args:
             job: the job, as every actor receives it.
             owners: the member that has the shard of each layer, to which its inverses are sent.
+            devices: where the workers compute.
             setups: the layers of each worker.
             averages: factors of all layers from a checkpoint; empty in a new run.
             on_death: called by `handle_death`.
         """
-        pool = cls(job, owners, averages, on_death)
+        pool = cls(job, owners, devices, averages, on_death)
         pool._workers = {setup.rank: pool._start(setup) for setup in setups}
         return pool
 
@@ -110,8 +116,10 @@ class InversePool:
             for key, array in self._averages.items()
             if any(key.startswith(f"{name}:") for name in names)
         }
-        options = InverseWorkerActor.options(num_cpus=0, resources={"inverse": 1})
-        handle = options.remote(self._job, setup, self._owners, own)
+        gives_way = {"CUDA_MPS_CLIENT_PRIORITY": "1"} if self._devices.inverse_shares else {}
+        gpu = gpu_options(self._devices.gpus_per_inverse_worker, **gives_way)
+        options = InverseWorkerActor.options(num_cpus=0, resources={"inverse": 1}, **gpu)
+        handle = options.remote(self._job, setup, self._devices, self._owners, own)
         return _Worker(
             setup=setup,
             handle=handle,
@@ -159,10 +167,15 @@ class InversePool:
         """Orphan the layers of the worker whose lifeline has ended, and start its successor.
 
         Returns the rank of the two.
+
+        Raises:
+            JobFailedError: the worker found that the job cannot continue.
         """
         rank = next(rank for rank, worker in self._workers.items() if worker.lifeline == lifeline)
         dead = self._workers[rank]
         error = failure_of(lifeline)
+        if isinstance(error, JobFailedError):
+            raise error  # a successor would fail in the same way
         ray.kill(dead.handle)  # its work may have failed while the process lives
         layers = self.assignment[rank]
         self._orphaned |= dict.fromkeys(layers, rank)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workers.actor import Handle, Ref
+from workers.actor import Handle, Ref, gpu_options
 from workers.device import DevicePlan
 from workers.driver.crew.failures import Member
 from workers.driver.crew.health import patience_seconds
 from workers.exchange.arrays import Array
 from workers.exchange.messages import InverseSetup, JobContext, MemberPlace
-from workers.exchange.shard_plan import ShardPlan, is_colocated
+from workers.exchange.shard_plan import ShardPlan
 from workers.member.actor import GradientWorkerActor, ParameterServerActor
 
 Calls = dict[Ref, Member]
@@ -63,7 +63,7 @@ class GroupProcess:
 
 def first_places(job: JobContext, num_shards: int) -> list[MemberPlace]:
     """Return the roles of each process at the start: the shards first, then the workers."""
-    shared = is_colocated(job.spec.workers)
+    shared = job.spec.workers.has_colocated_shards
     alone = [
         MemberPlace(worker=None, shard=shard, num_shards=num_shards)
         for shard in range(0 if shared else num_shards)
@@ -84,11 +84,12 @@ def start_process(job: JobContext, plan: CrewPlan, place: MemberPlace, number: i
     threads = job.spec.workers.threads or 1
     if place.worker is None:
         actor, threads = ParameterServerActor, 1
-        options = {"num_gpus": plan.devices.gpus_per_member}
+        options: dict[str, Any] = {}
     else:
         actor = GradientWorkerActor
-        options = {"num_gpus": plan.devices.gpus_per_member, "num_cpus": threads}
+        options = {"num_cpus": threads}
     patience = patience_seconds(job.spec.faults)
+    options |= gpu_options(plan.devices.gpus_per_member)
     handle = actor.options(**options).remote(job, place, plan.devices, plan.host, threads, patience)
     return GroupProcess(number=number, place=place, handle=handle, member=member_at(place))
 

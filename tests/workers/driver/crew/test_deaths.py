@@ -19,7 +19,8 @@ import os, sys, types
 from pathlib import Path
 from workers.actor import role_log
 job = types.SimpleNamespace(run_dir=Path(sys.argv[1]), attempt=1, job="x")
-role_log(job, "gradient_worker", 0).info("built")
+log = role_log(job, "gradient_worker", 0)
+log.info("built")
 import faulthandler
 faulthandler.enable()
 print("case 12 looks odd", flush=True)
@@ -35,6 +36,16 @@ exec(sys.argv[2])
     ("ends", "part"),
     [
         ("os._exit(17)", "os._exit(17) was called at <string>:1"),
+        (
+            """
+import torch
+from workers.actor import logged
+def step():
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+logged(log, "step 5", step)
+""",
+            "its GPU reported an error, so it ended itself with exit code 85",
+        ),
         ("os.kill(os.getpid(), 11)", "it ended by a signal: Segmentation fault"),
         ("os.kill(os.getpid(), 9)", "the last that it printed: case 12 looks odd"),
     ],
@@ -46,7 +57,10 @@ def test_the_exit_code_or_signal_and_what_was_printed_last(
         log = folder.places.log("gradient_worker", 0)
     subprocess.run([sys.executable, "-c", ACTOR, str(folder.path), ends], timeout=60, check=False)
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
-    assert events == ["built"] + ["os._exit was called"] * (part.startswith("os._exit"))
+    assert [event for event in events if event != "step 5"] == ["built"] + [
+        "os._exit was called"
+    ] * ("kill" not in ends)
+    assert ("device-side assert" in log.read_text()) == ("85" in part)
     monkeypatch.setattr(failures, "is_death", lambda error: True)
     error = job_error(Member(role="gradient_worker", rank=0), RuntimeError("gone"), step=5, log=log)
     assert isinstance(error, WorkerDiedError)
