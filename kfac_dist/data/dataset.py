@@ -47,6 +47,8 @@ class BatchedDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     reads_in_threads: ClassVar[bool] = False
     """Whether one thread may gather cases while another uses this process for something else."""
+    is_stream: ClassVar[bool] = False
+    """Whether cases can only be read one after the other, so that their order is not shuffled."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -175,15 +177,24 @@ def fetch(dataset: MapDataset, indices: Tensor) -> tuple[Tensor, Tensor]:
     Data sets of tensors are gathered at once, all others case by case. Raises DataError if the
     cases are not pairs, or cannot be stacked.
     """
+    found = gather_at_once(dataset, indices)
+    if found is not None:
+        return found
+    return collate([dataset[index] for index in indices.tolist()])
+
+
+def gather_at_once(dataset: MapDataset, indices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return inputs and targets of cases that can be read at once; None if they cannot."""
     if isinstance(dataset, BatchedDataset):
         return dataset.gather_cases(indices)
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
         inputs, targets = dataset.tensors
         return inputs.index_select(0, indices), targets.index_select(0, indices)
-    return _collate([dataset[index] for index in indices.tolist()])
+    return None
 
 
-def _collate(cases: list[Any]) -> tuple[Tensor, Tensor]:
+def collate(cases: list[Any]) -> tuple[Tensor, Tensor]:
+    """Stack pairs (input, target); DataError if they are not pairs, or cannot be stacked."""
     for case in cases:
         if not isinstance(case, tuple | list) or len(case) != 2:
             raise DataError(f"a case must be a pair (input, target), not {_describe(case)}")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.data import MapDataset, Split
+from kfac_dist.data import BatchedDataset, MapDataset, Split
 from kfac_dist.tasks import build_model, distribution_of, load_task, torch_dtype
 from workers.exchange.messages import JobContext
 from workers.gradient_worker.batches import BatchReader
+from workers.gradient_worker.data_processes import ProcessReader
+from workers.gradient_worker.evaluation import chunk_cases
+from workers.gradient_worker.reading import CaseReader, PlainReader, ThreadReader
 from workers.gradient_worker.statistics_sender import SendStatistics, StatisticsSender
 from workers.gradient_worker.work import GradientWork
-from workers.planning import structure_of
+from workers.planning import batch_size, structure_of
 
 
 def build_gradient_work(
@@ -38,15 +43,16 @@ def build_gradient_work(
         registration=registration,
         fisher_type=settings.fisher_type if settings else "mc",
     )
+    cases = _case_reader(job, data, rank)
     reader = BatchReader(
-        data["train"],
-        seed=spec.seed,
+        cases,
         num_workers=spec.workers.gradient,
         rank=rank,
         device=device,
         least_cases=registration.least_cases if registration else 1,
-        allowed_targets=job.allowed_targets,
+        prefetch_batches=spec.data.prefetch_batches,
     )
+    part_cases = batch_size(spec, 1, len(data["train"])) // spec.workers.gradient
     sender: StatisticsSender | None = None
     moment_layers: tuple[str, ...] = ()
     if settings is not None and registration is not None:
@@ -58,10 +64,21 @@ def build_gradient_work(
         num_workers=spec.workers.gradient,
         task=task,
         data=data,
+        cases=cases,
         computer=computer,
         reader=reader,
         sender=sender,
         moment_layers=moment_layers,
         evaluation_limit=spec.evaluation.limit,
-        allowed_targets=job.allowed_targets,
+        evaluation_chunk=chunk_cases(data["train"], part_cases),
     )
+
+
+def _case_reader(job: JobContext, data: Mapping[Split, MapDataset], rank: int) -> CaseReader:
+    options, seed, allowed = job.spec.data, job.spec.seed, job.allowed_targets
+    if options.num_workers:
+        return ProcessReader(job, data, rank)
+    is_safe = all(isinstance(d, BatchedDataset) and d.reads_in_threads for d in data.values())
+    if options.prefetch_batches and is_safe:
+        return ThreadReader(data, seed=seed, allowed=allowed)
+    return PlainReader(data, seed=seed, allowed=allowed)

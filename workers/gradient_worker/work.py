@@ -15,7 +15,6 @@ import torch
 
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
-from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import add_to_parameters, assign_parameters, flatten, is_finite
 from kfac_dist.data import MapDataset, Split
@@ -29,6 +28,7 @@ from workers.exchange.step import Coefficients, Directions, WorkerSide
 from workers.gradient_worker.batches import BatchPart, BatchReader, Subset
 from workers.gradient_worker.buffers import read_buffers, write_buffers
 from workers.gradient_worker.evaluation import evaluate
+from workers.gradient_worker.reading import CaseReader
 from workers.gradient_worker.statistics_sender import StatisticsSender
 from workers.phases import Phases
 
@@ -55,12 +55,13 @@ class GradientWork:
         num_workers: int,
         task: Task,
         data: Mapping[Split, MapDataset],
+        cases: CaseReader,
         computer: BatchComputer,
         reader: BatchReader,
         sender: StatisticsSender | None,
         moment_layers: Sequence[str],
         evaluation_limit: int | None,
-        allowed_targets: TargetRange | None = None,
+        evaluation_chunk: int,
     ) -> None:
         """Store the parts.
 
@@ -69,24 +70,26 @@ class GradientWork:
             num_workers: see `rank`.
             task: the user's task; errors of its code are reported as its own.
             data: training and test data.
+            cases: reads both, for evaluations.
             computer: computes on the worker's model, which holds the mirrored parameters.
             reader: reads this worker's part of each batch of the training data.
             sender: sends statistics to the inverse workers; None for a first-order optimizer.
             moment_layers: the layers with second moments to send (EKFAC), empty without any.
             evaluation_limit: how many cases of each split are evaluated, over all workers; None
                 for all.
-            allowed_targets: the targets that the model's outputs allow, None if all are possible.
+            evaluation_chunk: how many cases are evaluated together.
         """
         self._rank = rank
         self._num_workers = num_workers
         self._task = task
         self._data = data
+        self._cases = cases
         self._computer = computer
         self._reader = reader
         self._sender = sender
         self._moment_layers = moment_layers
         self._evaluation_limit = evaluation_limit
-        self._allowed_targets = allowed_targets
+        self._evaluation_chunk = evaluation_chunk
         self._parameters = computer.parameters
         self._previous_update = torch.zeros_like(flatten(computer.parameters))
         self._joined: Joined  # set by `join`
@@ -226,13 +229,13 @@ class GradientWork:
                 return evaluate(
                     self._computer,
                     self._task,
-                    self._data[split],
+                    self._cases,
                     split,
                     limit=self._evaluation_limit,
                     num_workers=self._num_workers,
                     rank=self._rank,
+                    chunk=self._evaluation_chunk,
                     before=before,
-                    allowed=self._allowed_targets,
                 )
         finally:
             assign_parameters(self._parameters, own)

@@ -19,6 +19,7 @@ _MASK = (1 << 64) - 1
 _SHUFFLE = 1
 _NOISE = 2
 _STREAM = 3
+_CASE = 4
 
 
 def _mix(*words: int) -> int:
@@ -35,6 +36,11 @@ def _mix(*words: int) -> int:
 def stream_key(seed: int, step: int, first_row: int) -> int:
     """Return a key for random streams that the model draws from itself in a statistics pass."""
     return _mix(seed, _STREAM, step, first_row) >> 1
+
+
+def case_key(seed: int, epoch: int | None, case: int) -> int:
+    """Return a key for what a user's data set draws for a case; `epoch` is None in evaluations."""
+    return _mix(seed, _CASE, 0 if epoch is None else epoch + 1, case)
 
 
 def permutation(seed: int, epoch: int, num_cases: int) -> Tensor:
