@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load
 
 from kfac_dist.config import parse_spec
+from kfac_dist.tasks import load_task
 from tests.workers.whole_jobs.jobs import TASK, Jobs, line_spec
-from tests.workers.whole_jobs.local_job import LocalJob, user_spec
+from tests.workers.whole_jobs.local_job import LocalJob, job_context, user_spec
+from workers.gradient_worker.data_processes import TaskCases
+from workers.gradient_worker.reading import CaseRange, PlainReader
 
 STREAM = (
     TASK
@@ -67,6 +72,23 @@ def test_a_stream_has_the_same_batches_for_every_number_of_workers(tmp_path: Pat
     for losses, parameters in ends[1:]:
         assert losses == pytest.approx(ends[0][0], rel=1e-9)
         torch.testing.assert_close(parameters, ends[0][1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_stream_is_read_in_a_data_process_as_in_the_worker(tmp_path: Path) -> None:
+    spec = user_spec(tmp_path, STREAM, "Streamed", data={"name": None, "num_workers": 1})
+    job = job_context(spec, tmp_path)
+    task = load_task(spec, tmp_path)
+    own = PlainReader({"train": task.train_data(), "test": task.test_data()}, seed=spec.seed)
+    there = TaskCases(job)
+    before = Path.cwd()
+    try:
+        for start in (0, 20, 40, 10):
+            cases = CaseRange(split="train", epoch=1, start=start, stop=start + 7)
+            found = there[cases, np.arange(start, start + 7)]
+            assert all(map(torch.equal, found, own.read(cases)))
+        assert there[None] is None
+    finally:
+        os.chdir(before)  # a data process stays in the folder of the specification
 
 
 @pytest.mark.usefixtures("processes")
