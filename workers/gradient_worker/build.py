@@ -80,5 +80,5 @@ def _case_reader(job: JobContext, data: Mapping[Split, MapDataset], rank: int) -
         return ProcessReader(job, data, rank)
     is_safe = all(isinstance(d, BatchedDataset) and d.reads_in_threads for d in data.values())
     if options.prefetch_batches and is_safe:
-        return ThreadReader(data, seed=seed, allowed=allowed)
-    return PlainReader(data, seed=seed, allowed=allowed)
+        return ThreadReader(data, seed=seed, allowed=allowed, folder=job.cache_dir)
+    return PlainReader(data, seed=seed, allowed=allowed, folder=job.cache_dir)

@@ -96,7 +96,8 @@ class ProcessReader(CaseReader):
     """
 
     def __init__(self, job: JobContext, data: Mapping[Split, MapDataset], rank: int) -> None:
-        super().__init__(data, seed=job.spec.seed, allowed=job.allowed_targets)
+        seed, allowed = job.spec.seed, job.allowed_targets
+        super().__init__(data, seed=seed, allowed=allowed, folder=job.cache_dir)
         self._job = job
         self._rank = rank
         self._num_processes = job.spec.data.num_workers

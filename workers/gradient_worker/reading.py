@@ -5,11 +5,14 @@ What is read does not depend on what was read ahead: a wrong guess only costs ti
 
 from __future__ import annotations
 
+import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +21,8 @@ from kfac_dist.core.passes.noise import permutation
 from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.data import BatchedDataset, MapDataset, Split, check_cases, fetch
 from kfac_dist.tasks import UserDataset
+
+_MANY_CASES = 2**20  # whose order takes 8 MiB
 
 Pair = tuple[Tensor, Tensor]
 """Inputs and targets, stacked."""
@@ -49,12 +54,14 @@ class CaseRange:
 class CaseOrder:
     """Which cases are at the positions of a pass.
 
-    Only the orders of the two newest epochs are kept; an order takes 8 bytes a case.
+    Only the orders of the two newest epochs are kept. An order takes 8 bytes a case: in memory, or
+    of many cases in a file in `folder`.
     """
 
-    def __init__(self, data: Mapping[Split, MapDataset], seed: int) -> None:
+    def __init__(self, data: Mapping[Split, MapDataset], seed: int, folder: Path | None) -> None:
         self._data = data
         self._seed = seed
+        self._folder = folder
         self._orders: dict[int, Tensor] = {}
 
     def indices(self, cases: CaseRange) -> Tensor:
@@ -68,8 +75,23 @@ class CaseOrder:
     def _order(self, epoch: int, num_cases: int) -> Tensor:
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
-            self._orders[epoch] = permutation(self._seed, epoch, num_cases)
+            out = None
+            if self._folder is not None and num_cases >= _MANY_CASES:
+                out = _numbers_in_file(self._folder, num_cases)
+            self._orders[epoch] = permutation(self._seed, epoch, num_cases, out)
         return self._orders[epoch]
+
+
+def _numbers_in_file(folder: Path, count: int) -> Tensor | None:
+    """Return `count` int64 numbers in a file that ends with them; None if there is no room."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".order-") as file:
+            # A mapped file without room for it would end the process when it is written to.
+            os.posix_fallocate(file.fileno(), 0, 8 * count)
+            return torch.from_file(file.name, shared=True, size=count, dtype=torch.int64)
+    except OSError:
+        return None
 
 
 def read_cases(
@@ -99,12 +121,24 @@ class CaseReader(ABC):
     """Reads cases of the two data sets of a task."""
 
     def __init__(
-        self, data: Mapping[Split, MapDataset], *, seed: int, allowed: TargetRange | None = None
+        self,
+        data: Mapping[Split, MapDataset],
+        *,
+        seed: int,
+        allowed: TargetRange | None = None,
+        folder: Path | None = None,
     ) -> None:
-        """Store the arguments; `allowed` are the targets that the model's outputs allow."""
+        """Store the arguments.
+
+        Args:
+            data: the data sets.
+            seed: of the job.
+            allowed: the targets that the model's outputs allow, None if all are possible.
+            folder: for what is too large to be held; None holds everything.
+        """
         self._data = data
         self._allowed = allowed
-        self._order = CaseOrder(data, seed)
+        self._order = CaseOrder(data, seed, folder)
 
     def num_cases(self, split: Split) -> int:
         """Return the number of cases of a split."""
@@ -138,10 +172,15 @@ class ThreadReader(CaseReader):
     """Reads ahead in a thread of its own, for data sets that are safe to read there."""
 
     def __init__(
-        self, data: Mapping[Split, MapDataset], *, seed: int, allowed: TargetRange | None = None
+        self,
+        data: Mapping[Split, MapDataset],
+        *,
+        seed: int,
+        allowed: TargetRange | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Start no thread yet."""
-        super().__init__(data, seed=seed, allowed=allowed)
+        super().__init__(data, seed=seed, allowed=allowed, folder=folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: dict[CaseRange, Future[Pair]] = {}
 

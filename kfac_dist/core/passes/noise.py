@@ -43,10 +43,13 @@ def case_key(seed: int, epoch: int | None, case: int) -> int:
     return _mix(seed, _CASE, 0 if epoch is None else epoch + 1, case)
 
 
-def permutation(seed: int, epoch: int, num_cases: int) -> Tensor:
-    """Return the order [num_cases], int64 on the CPU, in which an epoch visits the cases."""
+def permutation(seed: int, epoch: int, num_cases: int, out: Tensor | None = None) -> Tensor:
+    """Return the order [num_cases], int64 on the CPU, in which an epoch visits the cases.
+
+    It is written to `out` [num_cases] if that is given.
+    """
     generator = torch.Generator().manual_seed(_mix(seed, _SHUFFLE, epoch))
-    return torch.randperm(num_cases, generator=generator)
+    return torch.randperm(num_cases, generator=generator, out=out)
 
 
 def keyed_noise(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from kfac_dist.coordination.steps.sampling import BatchWindow, SamplerCursor, next_window
 from kfac_dist.data import ArrayDataset
 from kfac_dist.errors import DataError
+from workers.gradient_worker import reading
 from workers.gradient_worker.batches import BatchReader
 from workers.gradient_worker.reading import CaseRange, PlainReader, ThreadReader
 
@@ -152,6 +155,24 @@ def test_batches_that_are_expected_are_read_ahead_instead():
     reader.expect(windows)
     reader.read(windows[2])  # a step that was not expected next leaves out those before
     assert [case.stop for case in asked.last[1]] == [windows[3].size // 2, windows[4].size // 2]
+
+
+def test_the_order_of_many_cases_is_in_a_file_that_ends_with_it(dataset, tmp_path, monkeypatch):
+    held = PlainReader({"train": dataset}, seed=3)
+    monkeypatch.setattr(reading, "_MANY_CASES", NUM_CASES)
+    mapped = PlainReader({"train": dataset}, seed=3, folder=tmp_path / "cache")
+    for epoch in (0, 1):
+        cases = training(7, 44, epoch)
+        assert torch.equal(mapped._order.indices(cases), held._order.indices(cases))
+        assert mapped._order._orders[epoch].untyped_storage().filename is not None
+    assert ".order-" in Path("/proc/self/maps").read_text()
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    full = PlainReader({"train": dataset}, seed=3, folder=tmp_path / "cache")
+    assert torch.equal(full._order.indices(cases), held._order.indices(cases))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_an_order_is_kept_for_this_epoch_and_the_next(dataset):
