@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
 from kfac_dist.coordination.steps.forecast import crowding, forecast_staleness
-from kfac_dist.data import fetch
+from kfac_dist.data import BatchedDataset, fetch
 from kfac_dist.optim.optimizer import KFAC
 from kfac_dist.tasks import (
     Task,
@@ -89,7 +89,7 @@ def job_plan(
             process=process + _RUNTIME_BYTES,
             model=max(0, model - process),
             data=max(0, data - model - shared),
-            ahead=spec.data.prefetch_batches * sum(tensor.nbytes for tensor in part),
+            ahead=_num_ahead(spec, preparation) * sum(tensor.nbytes for tensor in part),
             step=max(0, peak_bytes() - data),
         )
         registration = preparation.registration
@@ -232,6 +232,13 @@ def _num_elements(layer: LayerCost) -> int:
 def _num_parameters(spec: JobSpec, task: Task) -> int:
     model = build_model(task, spec.seed, torch_dtype(spec.dtype))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _num_ahead(spec: JobSpec, preparation: Preparation) -> int:
+    """Return how many batches a gradient worker reads ahead."""
+    train = preparation.train
+    is_safe = isinstance(train, BatchedDataset) and train.reads_in_threads
+    return spec.data.prefetch_batches if spec.data.num_workers or is_safe else 0
 
 
 def _first_part(spec: JobSpec, preparation: Preparation) -> tuple[Tensor, Tensor]:
