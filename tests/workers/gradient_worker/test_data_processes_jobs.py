@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.numpy import load
 
 from kfac_dist.config import parse_spec
 from kfac_dist.tasks import load_task
+from tests.waiting import wait_until
 from tests.workers.whole_jobs.jobs import TASK, Jobs, line_spec
 from tests.workers.whole_jobs.local_job import LocalJob, job_context, user_spec
 from workers.gradient_worker.data_processes import TaskCases
@@ -91,6 +94,16 @@ def test_a_stream_is_read_in_a_data_process_as_in_the_worker(tmp_path: Path) -> 
         os.chdir(before)  # a data process stays in the folder of the specification
 
 
+def working_in(folder: Path) -> list[int]:
+    """Return the processes whose working folder this is."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(folder):
+                found.append(process.pid)
+    return found
+
+
 @pytest.mark.usefixtures("processes")
 def test_augmented_data_do_not_depend_on_the_processes_that_read_them(tmp_path: Path) -> None:
     """Two actors with two data processes each do what one worker with one such process does."""
@@ -103,6 +116,7 @@ def test_augmented_data_do_not_depend_on_the_processes_that_read_them(tmp_path: 
     local.workers[0]._cases.close()
     values |= {"data": {"name": None, "num_workers": 2}, "workers": {"gradient": 2}}
     assert jobs.run(parse_spec(values)).state == "SUCCEEDED"
+    wait_until(lambda: not working_in(tmp_path), "the end of all actors and data processes")
     saved = (jobs.checkpoint(4) / "parameter_server.safetensors").read_bytes()
     parameters = torch.from_numpy(load(saved)["parameters"])
     torch.testing.assert_close(parameters, local.parameters, rtol=1e-9, atol=1e-12)
