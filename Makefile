@@ -61,4 +61,5 @@ bench: .venv
 	$(BIN)/python benchmarks/scaling.py --short
 	$(BIN)/python benchmarks/inversion.py --short
 	$(BIN)/python benchmarks/memory.py --short
+	$(BIN)/python benchmarks/data_reading.py --short
 	$(BIN)/python benchmarks/service_calls.py --short

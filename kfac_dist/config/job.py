@@ -15,12 +15,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 
 class DataSpec(Section):
-    """The data set of a built-in task."""
+    """The data set of a built-in task, and how every data set is read."""
 
     name: str | None = "mnist-5k"
     """The data set of a built-in task; your own task brings its data and ignores this."""
     limit: Count | None = None
     """Use only this many training and test cases, the first ones; null uses all."""
+    num_workers: CountOrZero = 0
+    """Processes that read data for each gradient worker; 0 reads in the worker itself."""
+    prefetch_batches: CountOrZero = 2
+    """Batches read ahead beside the steps; your own data set also needs num_workers."""
 
 
 class BatchSchedule(Section):

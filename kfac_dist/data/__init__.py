@@ -12,12 +12,17 @@ from kfac_dist.data.dataset import (
     Split,
     check_cases,
     check_finite,
+    collate,
     fetch,
+    gather_at_once,
     limit_cases,
+    num_limited,
 )
 from kfac_dist.data.places import Places
+from kfac_dist.data.randomness import seed_generators
 from kfac_dist.data.sets.text import TextSource
 from kfac_dist.data.sources import DATA_NAMES, CaseSource, find_case_source, find_text_source
+from kfac_dist.data.stream_reader import StreamReader
 
 __all__ = [
     "DATA_NAMES",
@@ -29,13 +34,18 @@ __all__ = [
     "Places",
     "Split",
     "StartCheck",
+    "StreamReader",
     "TextSource",
     "check_before_start",
     "check_cases",
     "check_finite",
+    "collate",
     "fetch",
     "fetch_checked",
     "find_case_source",
     "find_text_source",
+    "gather_at_once",
     "limit_cases",
+    "num_limited",
+    "seed_generators",
 ]

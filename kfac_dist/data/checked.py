@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.core.passes.target_range import TargetRange
-from kfac_dist.data.dataset import MapDataset, Split, check_cases, fetch
+from kfac_dist.data.dataset import BatchedDataset, MapDataset, Split, check_cases, fetch
 
 _SAMPLE = 16  # cases that are read one by one first, from the first case to the last
 _MAX_CHUNK = 4096
@@ -61,22 +61,26 @@ def check_before_start(
 ) -> StartCheck:
     """Check a spread of cases, then all from the first on, until `seconds` are over.
 
-    At least the first and the last case are read, however long that takes.
+    At least the first and the last case are read, however long that takes; of a stream, the first.
 
     Raises:
         DataError: as for `fetch_checked`.
     """
     num_cases = len(dataset)
     started = time.monotonic()
-    sample = _spread(num_cases)
+    is_stream = isinstance(dataset, BatchedDataset) and dataset.is_stream
+    sample = [] if is_stream else _spread(num_cases)
     num_read = 0
     for num_read, index in enumerate(sample, start=1):
         fetch_checked(dataset, torch.tensor([index]), split, allowed)
         if num_read > 1 and time.monotonic() - started > seconds:
             break
     num_checked = 0
-    while num_checked < num_cases and (spent := time.monotonic() - started) < seconds:
-        chunk = _chunk(spent / (num_read + num_checked))
+    while num_checked < num_cases:
+        num_seen, spent = num_read + num_checked, time.monotonic() - started
+        if num_seen and spent >= seconds:
+            break
+        chunk = _chunk(spent / num_seen) if num_seen else 1
         stop = min(num_checked + chunk, num_cases)
         fetch_checked(dataset, torch.arange(num_checked, stop), split, allowed)
         num_checked = stop

@@ -1,4 +1,7 @@
-"""Data sets in memory, and the two things that a worker does with any data set: fetch and check.
+"""Data sets of arrays, and the two things that a worker does with any data set: fetch and check.
+
+The arrays may be mapped from files: only the rows that are fetched are read, and a data set that
+casts or scales values does so for those rows.
 
 A data set is map-style: it has `len(dataset)` cases, and `dataset[i]` is the pair `(input, target)`
 of case i.
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +45,11 @@ class BatchedDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     as one by the names of its methods.
     """
 
+    reads_in_threads: ClassVar[bool] = False
+    """Whether one thread may gather cases while another uses this process for something else."""
+    is_stream: ClassVar[bool] = False
+    """Whether cases can only be read one after the other, so that their order is not shuffled."""
+
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of cases."""
@@ -52,23 +60,52 @@ class BatchedDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
 
 class ArrayDataset(BatchedDataset):
-    """Cases in two tensors `[N, ...]`, which are kept, not copied."""
+    """Cases in two tensors `[N, ...]`, which are kept, not copied.
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+    Args:
+        inputs: a row for each case.
+        targets: the same.
+        input_dtype: of the inputs that are fetched; None for that of `inputs`.
+        target_dtype: the same for the targets.
+    """
+
+    reads_in_threads = True
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        input_dtype: torch.dtype | None = None,
+        target_dtype: torch.dtype | None = None,
+    ) -> None:
         if len(inputs) != len(targets):
             raise DataError(f"{len(inputs)} inputs but {len(targets)} targets; one each is needed")
         self.inputs = inputs
         self.targets = targets
+        self.input_dtype = input_dtype or inputs.dtype
+        self.target_dtype = target_dtype or targets.dtype
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
+        inputs, targets = self.inputs[index], self.targets[index]
+        return inputs.to(self.input_dtype), targets.to(self.target_dtype)
+
+    def first(self, count: int) -> ArrayDataset:
+        """Return the first `count` cases."""
+        return ArrayDataset(
+            self.inputs[:count],
+            self.targets[:count],
+            input_dtype=self.input_dtype,
+            target_dtype=self.target_dtype,
+        )
 
     def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of the chosen rows, in the order of `indices`."""
-        return self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
+        inputs = self.inputs.index_select(0, indices).to(self.input_dtype)
+        return inputs, self.targets.index_select(0, indices).to(self.target_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +119,18 @@ class ChannelScale:
 class ImageDataset(BatchedDataset):
     """Images kept as 8-bit values and scaled to [0, 1] in `dtype` when they are fetched.
 
-    They stay 8-bit because each worker process holds the whole set: MNIST takes 47 MB, against
-    376 MB in float64, and scaling a batch takes less than a millisecond.
+    They stay 8-bit because 376 MB of MNIST in float64 are 47 MB then, and scaling a batch takes
+    less than a millisecond.
 
     Args:
         pixels: uint8 `[N, ...]`; with `scale`, `[N, channels, height, width]`.
-        labels: int64 `[N]`, or None if the image is its own target; then `gather_cases` returns
-            the same tensor twice.
+        labels: integers `[N]`, fetched as int64, or None if the image is its own target; then
+            `gather_cases` returns the same tensor twice.
         dtype: of the images that are fetched.
         scale: standardises each channel, after the scaling to [0, 1].
     """
+
+    reads_in_threads = True
 
     def __init__(
         self,
@@ -112,12 +151,14 @@ class ImageDataset(BatchedDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         inputs = self._scaled(self.pixels[index])
-        return inputs, inputs if self.labels is None else self.labels[index]
+        return inputs, inputs if self.labels is None else self.labels[index].to(torch.int64)
 
     def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return scaled images `[n, ...]` and their targets, in the order of `indices`."""
         inputs = self._scaled(self.pixels.index_select(0, indices))
-        return inputs, inputs if self.labels is None else self.labels.index_select(0, indices)
+        if self.labels is None:
+            return inputs, inputs
+        return inputs, self.labels.index_select(0, indices).to(torch.int64)
 
     def _scaled(self, pixels: Tensor) -> Tensor:
         values = pixels.to(self.dtype).div_(_WHITE)
@@ -136,15 +177,24 @@ def fetch(dataset: MapDataset, indices: Tensor) -> tuple[Tensor, Tensor]:
     Data sets of tensors are gathered at once, all others case by case. Raises DataError if the
     cases are not pairs, or cannot be stacked.
     """
+    found = gather_at_once(dataset, indices)
+    if found is not None:
+        return found
+    return collate([dataset[index] for index in indices.tolist()])
+
+
+def gather_at_once(dataset: MapDataset, indices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return inputs and targets of cases that can be read at once; None if they cannot."""
     if isinstance(dataset, BatchedDataset):
         return dataset.gather_cases(indices)
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
         inputs, targets = dataset.tensors
         return inputs.index_select(0, indices), targets.index_select(0, indices)
-    return _collate([dataset[index] for index in indices.tolist()])
+    return None
 
 
-def _collate(cases: list[Any]) -> tuple[Tensor, Tensor]:
+def collate(cases: list[Any]) -> tuple[Tensor, Tensor]:
+    """Stack pairs (input, target); DataError if they are not pairs, or cannot be stacked."""
     for case in cases:
         if not isinstance(case, tuple | list) or len(case) != 2:
             raise DataError(f"a case must be a pair (input, target), not {_describe(case)}")
@@ -243,7 +293,7 @@ def limit_cases(dataset: MapDataset, split: Split, limit: int | None, name: str)
     if kept == len(dataset):
         return dataset
     if isinstance(dataset, ArrayDataset):
-        return ArrayDataset(dataset.inputs[:kept], dataset.targets[:kept])
+        return dataset.first(kept)
     if type(dataset) is TensorDataset:
         return TensorDataset(*(tensor[:kept] for tensor in dataset.tensors))
     return Subset(dataset, range(kept))  # type: ignore[arg-type]  # any map-style set will do

@@ -93,4 +93,5 @@ def _user_task(spec: JobSpec, base_dir: Path, data_dir: Path | None) -> UserTask
         data_dir=data_dir,
         limit=spec.data.limit,
         dtype=torch_dtype(spec.dtype),
+        seed=spec.seed,
     )

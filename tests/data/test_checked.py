@@ -105,3 +105,28 @@ def test_labels_out_of_range_are_found_by_the_sample_and_by_every_later_read():
     with pytest.raises(DataError, match=message):
         fetch_checked(dataset, torch.tensor([7, 4321, 3]), "train", allowed)
     fetch_checked(dataset, torch.arange(100), "train", allowed)
+
+
+class Stream(ArrayDataset):
+    """Cases that can only be read from the first on; it notes which were read."""
+
+    is_stream = True
+
+    def __init__(self, clock: list[float], num_cases: int) -> None:
+        super().__init__(torch.zeros(num_cases, 2), torch.zeros(num_cases))
+        self.clock = clock
+        self.read: list[int] = []
+
+    def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self.clock[0] += len(indices)
+        self.read += indices.tolist()
+        return super().gather_cases(indices)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5.0, 2000.0])
+def test_a_stream_is_read_once_from_its_start(clock: list[float], seconds: float) -> None:
+    dataset = Stream(clock, 1000)
+    found = check_before_start(dataset, "train", seconds)
+    assert dataset.read == list(range(min(1000, math.ceil(seconds))))
+    assert found.num_checked == len(dataset.read)
+    assert found.is_whole == (seconds > 1000)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
 from kfac_dist.coordination.steps.forecast import crowding, forecast_staleness
-from kfac_dist.data import fetch
+from kfac_dist.data import BatchedDataset, fetch
 from kfac_dist.optim.optimizer import KFAC
 from kfac_dist.tasks import (
     Task,
@@ -33,7 +33,13 @@ from kfac_dist.tasks import (
     working_folder,
 )
 from workers.device import plan_devices
-from workers.driver.memory import available_bytes, peak_bytes, reset_peak, resident_bytes
+from workers.driver.memory import (
+    available_bytes,
+    mapped_bytes,
+    peak_bytes,
+    reset_peak,
+    resident_bytes,
+)
 from workers.driver.preparation import Preparation, prepare
 from workers.exchange.messages import InverseSetup
 from workers.planning import batch_size, inverse_setups
@@ -58,8 +64,9 @@ def job_plan(
 
     The memory of a role is what this process held before it loaded the task, and then what the
     role adds: the data set and the model as they grew this process, the matrices and vectors of
-    the algorithm, and for gradient workers the peak of a step. A baseline has no layers and no
-    refresh. Call it in a process that has not done anything else.
+    the algorithm, and for gradient workers the peak of a step. Files that are mapped, such as those
+    of built-in data sets, count once for all processes. A baseline has no layers and no refresh.
+    Call it in a process that has not done anything else.
 
     Raises:
         InvalidSpecError: the specification does not fit the task, its data or its model.
@@ -72,40 +79,46 @@ def job_plan(
     with working_folder(base_dir), _threads(spec.workers.threads or 1):
         task = load_task(spec, base_dir, data_dir=data_dir, cache_dir=cache_dir)
         num_parameters = _num_parameters(spec, task)
-        model = resident_bytes()
+        model, mapped = resident_bytes(), mapped_bytes()
         preparation = prepare(spec, base_dir=base_dir, data_dir=data_dir, cache_dir=cache_dir)
         preparation.check_data()
-        data = resident_bytes()
+        data, shared = resident_bytes(), max(0, mapped_bytes() - mapped)
+        part = _first_part(spec, preparation)
         reset_peak()
-        step_seconds = _step_seconds(spec, task, preparation)
+        step_seconds = _step_seconds(spec, task, part)
         held = _Held(
             process=process + _RUNTIME_BYTES,
             model=max(0, model - process),
-            data=max(0, data - model),
+            data=max(0, data - model - shared),
+            ahead=_num_ahead(spec, preparation) * sum(tensor.nbytes for tensor in part),
             step=max(0, peak_bytes() - data),
         )
         registration = preparation.registration
         setups = [] if registration is None else inverse_setups(spec, registration, 0)
     placement = list(_placement(spec, num_parameters, setups, held))
-    needed = sum(row["processes"] * row["memory_bytes_each"] for row in placement)
+    needed = shared + sum(row["processes"] * row["memory_bytes_each"] for row in placement)
     return {
         "job": spec.name,
         "num_parameters": num_parameters,
         "placement": placement,
         "layers": list(_layers(setups)),
         "predicted": _predicted(spec, step_seconds, setups, machine["cpus"]),
-        "machine": machine | {"memory_bytes_needed": needed},
+        "machine": machine | {"memory_bytes_shared": shared, "memory_bytes_needed": needed},
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """Bytes: of a process without a task; added by the model, the data, and the peak of a step."""
+    """Bytes: of a process without a task; added by the model, the data, and the peak of a step.
+
+    `ahead` is what the batches need that are read ahead.
+    """
 
     process: int
     model: int
     data: int
     step: int
+    ahead: int
 
 
 def _machine() -> dict[str, Any]:
@@ -132,7 +145,9 @@ def _placement(
         "driver": held.model + held.data,
         "gradient_worker": held.model
         + held.data
+        + held.ahead
         + max(worker, held.step - _SERIAL_COPIES * total * width),
+        "data_process": held.data + held.ahead // max(1, spec.data.num_workers),
         "inverse_worker": _INVERSE_COPIES * largest * width,
         "parameter_server": held.model + (_SERVER_VECTORS * vectors + _SERVER_COPIES * own) * width,
     }
@@ -144,8 +159,11 @@ def _placement(
         "inverse_worker": (workers.inverse if setups else 0, 0, inverse),
         "parameter_server": (num_shards, 0, member),
     }
-    each = held.process + _STORE_COPIES * total * width
+    if spec.data.num_workers:
+        counts["data_process"] = (workers.gradient * spec.data.num_workers, 0, 0.0)
     for role, (processes, cpus, gpus) in counts.items():
+        store = 0 if role == "data_process" else _STORE_COPIES * total * width
+        each = held.process + store
         yield {
             "role": role,
             "processes": processes,
@@ -221,11 +239,22 @@ def _num_parameters(spec: JobSpec, task: Task) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _step_seconds(spec: JobSpec, task: Task, preparation: Preparation) -> float:
-    """Time a step between two refreshes, on a gradient worker's part of the first batch."""
+def _num_ahead(spec: JobSpec, preparation: Preparation) -> int:
+    """Return how many batches a gradient worker reads ahead."""
+    train = preparation.train
+    is_safe = isinstance(train, BatchedDataset) and train.reads_in_threads
+    return spec.data.prefetch_batches if spec.data.num_workers or is_safe else 0
+
+
+def _first_part(spec: JobSpec, preparation: Preparation) -> tuple[Tensor, Tensor]:
+    """Return a gradient worker's part of a batch as large as the first."""
     whole = batch_size(spec, 1, preparation.num_train_cases)
-    part = math.ceil(whole / spec.workers.gradient)
-    inputs, targets = fetch(preparation.train, torch.arange(part))
+    return fetch(preparation.train, torch.arange(math.ceil(whole / spec.workers.gradient)))
+
+
+def _step_seconds(spec: JobSpec, task: Task, part: tuple[Tensor, Tensor]) -> float:
+    """Time a step between two refreshes, on a gradient worker's part of the first batch."""
+    inputs, targets = part
     step = _step_function(spec, task)
     seconds = []
     for _ in range(_MEASURED_STEPS):

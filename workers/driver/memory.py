@@ -16,6 +16,11 @@ def resident_bytes() -> int:
     return _read(_STATUS, "VmRSS")
 
 
+def mapped_bytes() -> int:
+    """Return the part of `resident_bytes` that belongs to files, which processes share."""
+    return _read(_STATUS, "RssFile")
+
+
 def peak_bytes() -> int:
     """Return the most that this process has held since its start, or since `reset_peak`."""
     return _read(_STATUS, "VmHWM")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.core.blocks.registration import Registration, register
 from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.vector import trainable_parameters
-from kfac_dist.data import MapDataset, StartCheck, check_before_start
+from kfac_dist.data import BatchedDataset, MapDataset, Split, StartCheck, check_before_start
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.factor_memory import check_factor_memory
 from kfac_dist.tasks import build_model, check_model, load_task, torch_dtype, working_folder
@@ -82,6 +83,7 @@ def prepare(
         allowed = check_model(task, model, train, "train")
         check_model(task, model, test, "test")
     _check_batch_size(spec, len(train))
+    _check_data_processes(spec, {"train": train, "test": test})
     return Preparation(
         base_dir=base_dir,
         train=train,
@@ -100,6 +102,16 @@ def _rest(check: StartCheck) -> str:
         f"All of it takes about {check.seconds_for_all:.0f} s in one process, in each epoch and "
         "each evaluation; evaluation.limit makes evaluations shorter"
     )
+
+
+def _check_data_processes(spec: JobSpec, data: Mapping[Split, MapDataset]) -> None:
+    num_workers = spec.data.num_workers
+    for split, dataset in data.items():
+        if num_workers > 1 and isinstance(dataset, BatchedDataset) and dataset.is_stream:
+            raise InvalidSpecError(
+                f"data.num_workers: {num_workers} processes would each read all of the iterable "
+                f"{split} data, only to drop the cases of the others; use 1 or 0"
+            )
 
 
 def _check_batch_size(spec: JobSpec, num_cases: int) -> None:

@@ -8,16 +8,21 @@ cases of both subsets that lie in its slice.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kfac_dist.coordination.steps.sampling import BatchWindow, SubsetRule, worker_part
-from kfac_dist.core.passes.noise import permutation
-from kfac_dist.core.passes.target_range import TargetRange
+from kfac_dist.coordination.steps.sampling import (
+    BatchWindow,
+    SamplerCursor,
+    SubsetRule,
+    next_window,
+    worker_part,
+)
 from kfac_dist.core.vector import rows_at
-from kfac_dist.data import MapDataset, fetch_checked
+from workers.gradient_worker.reading import CaseRange, CaseReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +67,25 @@ class BatchPart:
 class BatchReader:
     """Reads a worker's parts of the batches; `place` says which they are.
 
-    `least_cases` is the number of cases that a pass over the model needs. `allowed_targets` are
-    those that the model's outputs allow, None if all numbers are possible.
+    `least_cases` is the number of cases that a pass over the model needs. Up to `prefetch_batches`
+    batches are read ahead: those that are expected, or without any those that follow if the size
+    of the batches stays what it is.
     """
 
     def __init__(
         self,
-        dataset: MapDataset,
+        cases: CaseReader,
         *,
-        seed: int,
         device: torch.device,
         least_cases: int = 1,
-        allowed_targets: TargetRange | None = None,
+        prefetch_batches: int = 0,
     ) -> None:
-        self._allowed_targets = allowed_targets
-        self._dataset = dataset
-        self._seed = seed
+        self._cases = cases
+        self._prefetch_batches = prefetch_batches
+        self._expected: list[BatchWindow] = []
+        self._last_size: int | None = None
         self._device = device
         self._least_cases = least_cases
-        self._order: tuple[int, Tensor] | None = None
         self._rank: int  # set by `place`
         self._num_workers: int  # set by `place`
 
@@ -88,12 +93,15 @@ class BatchReader:
         """Read the parts of worker `rank` of `num_workers` from now on."""
         self._rank, self._num_workers = rank, num_workers
 
+    def expect(self, windows: Sequence[BatchWindow]) -> None:
+        """Let these batches be read ahead, in this order, instead of those expected before."""
+        self._expected = list(windows)
+
     def read(self, window: BatchWindow) -> BatchPart:
         """Return this worker's part of the batch; DataError if a value in it cannot be used."""
         part = worker_part(window.size, self._num_workers, self._rank)
-        order = self._epoch_order(window.epoch)
-        indices = order[window.start + part.start : window.start + part.stop]
-        inputs, targets = fetch_checked(self._dataset, indices, "train", self._allowed_targets)
+        coming = [self._own_cases(each) for each in self._coming(window)]
+        inputs, targets = self._cases.read(self._own_cases(window), coming)
         return BatchPart(
             inputs=inputs.to(self._device),
             targets=targets.to(self._device),
@@ -102,8 +110,28 @@ class BatchReader:
             subset_rule=SubsetRule(least_cases=self._least_cases, num_workers=self._num_workers),
         )
 
-    def _epoch_order(self, epoch: int) -> Tensor:
-        """Return the shuffled order of an epoch, which is kept until the next epoch."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, permutation(self._seed, epoch, len(self._dataset)))
-        return self._order[1]
+    def _own_cases(self, window: BatchWindow) -> CaseRange:
+        part = worker_part(window.size, self._num_workers, self._rank)
+        return CaseRange(
+            split="train",
+            epoch=window.epoch,
+            start=window.start + part.start,
+            stop=window.start + part.stop,
+        )
+
+    def _coming(self, window: BatchWindow) -> Sequence[BatchWindow]:
+        """Return the batches to read ahead while the step with `window` is done."""
+        if window in self._expected:
+            self._expected = self._expected[self._expected.index(window) + 1 :]
+        known = self._expected[: self._prefetch_batches]
+        is_steady = self._last_size in (None, window.size)
+        self._last_size = window.size
+        return known if known or not is_steady else self._following(window)
+
+    def _following(self, window: BatchWindow) -> list[BatchWindow]:
+        cursor = SamplerCursor(epoch=window.epoch, offset=window.stop)
+        windows = []
+        for _ in range(self._prefetch_batches):
+            following, cursor = next_window(cursor, window.size, self._cases.num_cases("train"))
+            windows.append(following)
+        return windows

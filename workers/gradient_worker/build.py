@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -9,19 +10,24 @@ import torch
 from kfac_dist.config import KFACSpec
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.core.compute import BatchComputer
-from kfac_dist.data import MapDataset, Split
+from kfac_dist.data import BatchedDataset, MapDataset, Split
 from kfac_dist.tasks import build_model, distribution_of, load_task, torch_dtype
 from workers.exchange.messages import JobContext
 from workers.gradient_worker.batches import BatchReader
+from workers.gradient_worker.data_processes import ProcessReader
+from workers.gradient_worker.evaluation import chunk_cases
+from workers.gradient_worker.reading import CaseReader, PlainReader, ThreadReader
 from workers.gradient_worker.statistics_sender import SendStatistics, StatisticsSender
 from workers.gradient_worker.work import GradientWork
-from workers.planning import shard_plan, structure_of
+from workers.planning import batch_size, shard_plan, structure_of
 
 
 def build_gradient_work(
-    job: JobContext, device: torch.device, send: SendStatistics
+    job: JobContext, number: int, device: torch.device, send: SendStatistics
 ) -> GradientWork:
     """Build the work of a gradient worker; it sends its statistics through `send`.
+
+    `number` is its first rank, for messages.
 
     Raises:
         InvalidSpecError: the model has a parameter that K-FAC has no block for.
@@ -40,13 +46,14 @@ def build_gradient_work(
         registration=registration,
         fisher_type=settings.fisher_type if settings else "mc",
     )
+    cases = _case_reader(job, data, number)
     reader = BatchReader(
-        data["train"],
-        seed=spec.seed,
+        cases,
         device=device,
         least_cases=registration.least_cases if registration else 1,
-        allowed_targets=job.allowed_targets,
+        prefetch_batches=spec.data.prefetch_batches,
     )
+    part_cases = batch_size(spec, 1, len(data["train"])) // spec.workers.gradient
     sender: StatisticsSender | None = None
     has_moments = False
     if settings is not None and registration is not None:
@@ -57,6 +64,7 @@ def build_gradient_work(
     return GradientWork(
         task=task,
         data=data,
+        cases=cases,
         computer=computer,
         reader=reader,
         sender=sender,
@@ -64,5 +72,15 @@ def build_gradient_work(
         has_moments=has_moments,
         averaging=spec.optimizer.averaging,
         evaluation_limit=spec.evaluation.limit,
-        allowed_targets=job.allowed_targets,
+        evaluation_chunk=chunk_cases(data["train"], part_cases),
     )
+
+
+def _case_reader(job: JobContext, data: Mapping[Split, MapDataset], number: int) -> CaseReader:
+    options, seed, allowed = job.spec.data, job.spec.seed, job.allowed_targets
+    if options.num_workers:
+        return ProcessReader(job, data, number)
+    is_safe = all(isinstance(d, BatchedDataset) and d.reads_in_threads for d in data.values())
+    if options.prefetch_batches and is_safe:
+        return ThreadReader(data, seed=seed, allowed=allowed, folder=job.cache_dir)
+    return PlainReader(data, seed=seed, allowed=allowed, folder=job.cache_dir)

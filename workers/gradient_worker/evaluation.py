@@ -10,30 +10,31 @@ from torch import Tensor
 from kfac_dist.coordination.steps.sampling import worker_part
 from kfac_dist.core.compute import BatchComputer
 from kfac_dist.core.passes.own_passes import own_passes
-from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.vector import flatten
-from kfac_dist.data import MapDataset, Split, fetch_checked
+from kfac_dist.data import MapDataset, Split, fetch
 from kfac_dist.tasks import Task
 from workers.exchange.messages import EvaluationSums
+from workers.gradient_worker.reading import CaseRange, CaseReader
 from workers.heartbeat import beat
 
-_CHUNK = 1000  # cases evaluated together; more need more memory, fewer more calls
+_MOST_CASES = 1000  # evaluated together: more would hardly be faster
+_MOST_BYTES = 16 * 2**20  # of inputs evaluated together, if there are more of them than in a step
 _CALL_SECONDS = 10.0  # how often the driver hears how far an evaluation is
 
 
 def evaluate(
     computer: BatchComputer,
     task: Task,
-    dataset: MapDataset,
+    reader: CaseReader,
     split: Split,
     *,
     limit: int | None,
     num_workers: int,
     rank: int,
+    chunk: int = _MOST_CASES,
     before: EvaluationSums | None = None,
-    allowed: TargetRange | None = None,
 ) -> EvaluationSums:
-    """Return the sums over the part of `dataset` that belongs to worker `rank`.
+    """Return the sums over the part of a split that belongs to worker `rank`.
 
     The call returns after some seconds with the sums so far, so that the driver can say how far
     the evaluation is; with these as `before`, the next call continues. The sums do not depend on
@@ -42,20 +43,20 @@ def evaluate(
     Args:
         computer: has the model with the parameters to evaluate.
         task: has the metrics.
-        dataset: the data set `split`.
-        split: names the data set in messages.
+        reader: reads the cases.
+        split: the data set to evaluate on.
         limit: only the first this many cases of the data set are evaluated; None for all.
         num_workers: the number of gradient workers that share the cases.
         rank: which of them this is.
+        chunk: how many cases are evaluated together.
         before: what the previous call for the same parameters returned; None for the first.
-        allowed: the targets that the model's outputs allow; None if all numbers are possible.
 
     Raises:
         DataError: a value in the data set cannot be used.
     """
     deadline = time.monotonic() + _CALL_SECONDS
     parameters = flatten(computer.parameters)
-    num_cases = len(dataset) if limit is None else min(limit, len(dataset))
+    num_cases = min(reader.num_cases(split), limit or reader.num_cases(split))
     part = worker_part(num_cases, num_workers, rank)
     done = before.num_cases if before else 0
     loss = before.loss if before else 0.0
@@ -65,9 +66,9 @@ def evaluate(
     try:
         with own_passes(computer.model):
             while done < len(part):
-                rows = part[done : done + _CHUNK]
-                indices = torch.arange(rows.start, rows.stop)
-                inputs, targets = fetch_checked(dataset, indices, split, allowed)
+                rows, following = part[done : done + chunk], part[done + chunk : done + 2 * chunk]
+                coming = [_cases(split, following)] if following else []
+                inputs, targets = reader.read(_cases(split, rows), coming)
                 chunk_loss, chunk_metrics = _chunk(computer, task, inputs, targets)
                 loss += chunk_loss
                 for name, value in chunk_metrics.items():
@@ -85,6 +86,20 @@ def evaluate(
         half_square_norm=0.5 * float(torch.dot(parameters, parameters)),
         num_left=len(part) - done,
     )
+
+
+def chunk_cases(dataset: MapDataset, part_cases: int) -> int:
+    """Return how many cases of `dataset` to evaluate together, from the size of its first case.
+
+    A step computes on `part_cases` cases, so memory suffices for them, too.
+    """
+    inputs, _ = fetch(dataset, torch.arange(1))
+    fitting = _MOST_BYTES // max(1, inputs.element_size() * inputs.numel())
+    return max(1, min(_MOST_CASES, max(part_cases, fitting)))
+
+
+def _cases(split: Split, rows: range) -> CaseRange:
+    return CaseRange(split=split, epoch=None, start=rows.start, stop=rows.stop)
 
 
 def _chunk(

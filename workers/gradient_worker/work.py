@@ -7,7 +7,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -18,7 +18,6 @@ from kfac_dist.config import AveragingSpec
 from kfac_dist.core.compute import BatchComputer, GradientSums
 from kfac_dist.core.passes.chain import Trace
 from kfac_dist.core.passes.own_passes import RandomStreams
-from kfac_dist.core.passes.target_range import TargetRange
 from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.step.choice import combine
 from kfac_dist.core.vector import add_to_parameters, all_finite, assign_parameters, flatten
@@ -36,6 +35,7 @@ from workers.exchange.step import Coefficients, Directions, WorkerSide
 from workers.gradient_worker.batches import BatchPart, BatchReader, Subset
 from workers.gradient_worker.buffers import read_buffers, write_buffers
 from workers.gradient_worker.evaluation import evaluate
+from workers.gradient_worker.reading import CaseReader
 from workers.gradient_worker.statistics_sender import StatisticsSender
 from workers.heartbeat import beat_step
 from workers.phases import Phases
@@ -70,6 +70,7 @@ class GradientWork:
         *,
         task: Task,
         data: Mapping[Split, MapDataset],
+        cases: CaseReader,
         computer: BatchComputer,
         reader: BatchReader,
         sender: StatisticsSender | None,
@@ -77,13 +78,14 @@ class GradientWork:
         has_moments: bool,
         averaging: AveragingSpec | None,
         evaluation_limit: int | None,
-        allowed_targets: TargetRange | None = None,
+        evaluation_chunk: int,
     ) -> None:
         """Store the parts.
 
         Args:
             task: the user's task; errors of its code are reported as its own.
             data: training and test data.
+            cases: reads both, for evaluations.
             computer: computes on the worker's model, which holds the mirrored parameters.
             reader: reads this worker's part of each batch of the training data.
             sender: sends statistics to the inverse workers; None for a first-order optimizer.
@@ -92,10 +94,11 @@ class GradientWork:
             averaging: how shards average their parameters, which is mirrored; None if they do not.
             evaluation_limit: how many cases of each split are evaluated, over all workers; None
                 for all.
-            allowed_targets: the targets that the model's outputs allow, None if all are possible.
+            evaluation_chunk: how many cases are evaluated together.
         """
         self._task = task
         self._data = data
+        self._cases = cases
         self._computer = computer
         self._reader = reader
         self._sender = sender
@@ -104,7 +107,7 @@ class GradientWork:
         self._averaging = averaging
         self._averages: dict[int, ParameterAverage] = {}  # mirrored, by shard
         self._evaluation_limit = evaluation_limit
-        self._allowed_targets = allowed_targets
+        self._evaluation_chunk = evaluation_chunk
         self._parameters = computer.parameters
         self._previous_update = torch.zeros_like(flatten(computer.parameters))
         self._spare = torch.zeros_like(self._previous_update)  # the update before that
@@ -145,6 +148,10 @@ class GradientWork:
         """Send the statistics of these layers to these inverse workers from now on."""
         if self._sender is not None:
             self._sender.connect(assignment, assignment_epochs)
+
+    def expect(self, orders: Sequence[StepOrder]) -> None:
+        """Let the batches of coming steps be read ahead."""
+        self._reader.expect([order.window for order in orders])
 
     def step(self, order: StepOrder) -> WorkerReport:
         """Do this worker's part of one step.
@@ -345,13 +352,13 @@ class GradientWork:
                 return evaluate(
                     self._computer,
                     self._task,
-                    self._data[split],
+                    self._cases,
                     split,
                     limit=self._evaluation_limit,
                     num_workers=len(self._joined.group.workers),
                     rank=self._joined.group.rank,
+                    chunk=self._evaluation_chunk,
                     before=before,
-                    allowed=self._allowed_targets,
                 )
         finally:
             assign_parameters(self._parameters, own)

@@ -121,7 +121,8 @@ class Member:
         )
 
     def _build_worker(self, buffers: Arrays) -> GradientWork:
-        worker = build_gradient_work(self._job, self._device, self._send_statistics)
+        rank = self._place.worker or 0
+        worker = build_gradient_work(self._job, rank, self._device, self._send_statistics)
         worker.set_buffers(buffers)
         return worker
 

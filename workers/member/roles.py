@@ -73,6 +73,8 @@ class MemberRoles:
             PeerLostError: another member is gone.
         """
         self._worker_reports, self._shard_reports = [], []
+        if self.worker is not None:
+            self.worker.expect(orders)
         self._both(lambda: self._work(orders), lambda: self._serve(orders))
         none = [None] * len(orders)
         return [

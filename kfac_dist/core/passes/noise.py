@@ -19,6 +19,7 @@ _MASK = (1 << 64) - 1
 _SHUFFLE = 1
 _NOISE = 2
 _STREAM = 3
+_CASE = 4
 
 
 def _mix(*words: int) -> int:
@@ -37,10 +38,18 @@ def stream_key(seed: int, step: int, first_row: int) -> int:
     return _mix(seed, _STREAM, step, first_row) >> 1
 
 
-def permutation(seed: int, epoch: int, num_cases: int) -> Tensor:
-    """Return the order [num_cases], int64 on the CPU, in which an epoch visits the cases."""
+def case_key(seed: int, epoch: int | None, case: int) -> int:
+    """Return a key for what a user's data set draws for a case; `epoch` is None in evaluations."""
+    return _mix(seed, _CASE, 0 if epoch is None else epoch + 1, case)
+
+
+def permutation(seed: int, epoch: int, num_cases: int, out: Tensor | None = None) -> Tensor:
+    """Return the order [num_cases], int64 on the CPU, in which an epoch visits the cases.
+
+    It is written to `out` [num_cases] if that is given.
+    """
     generator = torch.Generator().manual_seed(_mix(seed, _SHUFFLE, epoch))
-    return torch.randperm(num_cases, generator=generator)
+    return torch.randperm(num_cases, generator=generator, out=out)
 
 
 def keyed_noise(

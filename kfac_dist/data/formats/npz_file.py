@@ -59,12 +59,9 @@ class NpzFile:
     def array(self, name: str) -> NDArray[Any]:
         """Return the array `name`, writable without changing the file.
 
-        A file that `numpy.savez` wrote is mapped, so that the processes of a job share its memory.
-        One from `numpy.savez_compressed` is unpacked in each process.
+        It is mapped if the file has it uncompressed, and otherwise unpacked into memory.
         """
-        header = self.header(name)
-        with self._open() as archive:
-            entry = archive.getinfo(f"{name}.npy")
+        header, entry = self.header(name), self._entry(name)
         if entry.compress_type == zipfile.ZIP_STORED and 0 not in header.shape:
             return np.memmap(
                 self.path,
@@ -80,6 +77,16 @@ class NpzFile:
         except _DAMAGED as error:
             raise DataError(f"{self.path}: {name} cannot be read: {error}") from error
         return array
+
+    def is_mapped(self, name: str) -> bool:
+        """Return whether `array` maps the array `name`, row after row."""
+        header = self.header(name)
+        is_stored = self._entry(name).compress_type == zipfile.ZIP_STORED
+        return is_stored and not header.is_fortran and 0 not in header.shape
+
+    def _entry(self, name: str) -> zipfile.ZipInfo:
+        with self._open() as archive:
+            return archive.getinfo(f"{name}.npy")
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         with self.path.open("rb") as file:

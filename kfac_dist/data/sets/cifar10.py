@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfac_dist.data.dataset import Split
+from kfac_dist.data.decoded import Arrays, decoded_arrays
 from kfac_dist.data.download import download
 from kfac_dist.data.formats.gzipped import read_unpacked
 from kfac_dist.data.places import Places
@@ -59,21 +60,33 @@ class Cifar10Reader:
 
     def read(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return images `[N, 3, 32, 32]` and labels `[N]`, in the order of the file names."""
-        records = [_parse(content, origin) for origin, content in self._contents(split).items()]
-        table = np.concatenate(records)
-        return np.ascontiguousarray(table[:, 1:]).reshape(-1, *SHAPE), table[:, 0].copy()
+        sources = self._sources(split)
 
-    def _contents(self, split: Split) -> dict[str, bytes]:
+        def decode() -> Arrays:
+            contents = self._contents(sources, split)
+            table = np.concatenate([_parse(content, name) for name, content in contents.items()])
+            return {"images": table[:, 1:].reshape(-1, *SHAPE), "labels": table[:, 0]}
+
+        arrays = decoded_arrays(self.places.cache_dir, sources, f"cifar10 {split}", decode)
+        return arrays["images"], arrays["labels"]
+
+    def _sources(self, split: Split) -> list[Path]:
+        """Return the files of a split, or the archive alone."""
         for folder in self.places.folders("cifar-10-batches-bin", "cifar10*"):
             plain = {path.name: path for path in folder.glob(_FILES[split])}
             packed = {path.stem: path for path in folder.glob(f"{_FILES[split]}.gz")}
             files = packed | plain
             if files:
-                return {str(files[name]): read_unpacked(files[name]) for name in sorted(files)}
+                return [files[name] for name in sorted(files)]
             archive = folder / self.archive.name
             if archive.is_file():
-                return self._members(archive, split)
-        return self._members(self._download(), split)
+                return [archive]
+        return [self._download()]
+
+    def _contents(self, sources: list[Path], split: Split) -> dict[str, bytes]:
+        if sources[0].name == self.archive.name:
+            return self._members(sources[0], split)
+        return {str(path): read_unpacked(path) for path in sources}
 
     def _members(self, path: Path, split: Split) -> dict[str, bytes]:
         content = path.read_bytes()

@@ -27,6 +27,7 @@ from scipy.io import loadmat, whosmat
 from scipy.io.matlab import MatReadError
 
 from kfac_dist.data.dataset import ArrayDataset, Split, num_limited
+from kfac_dist.data.decoded import Arrays, decoded_arrays
 from kfac_dist.data.formats.npz_file import NpzFile
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, InvalidSpecError
@@ -60,18 +61,14 @@ class FacesSource:
     def reconstruction(self, split: Split) -> ArrayDataset:
         """Return faces `[N, num_pixels]` that are their own targets."""
         path = self._path()
-        name, shape = _largest(path)
-        faces = _load(path, name)
-        if shape[1] != _num_pixels(shape, path):
-            faces = faces.T
-        train, test = _split(faces, name)
-        chosen = train if split == "train" else test
-        kept = num_limited(split, len(chosen), self.limit, self.name)
-        values = np.ascontiguousarray(chosen[:kept], dtype=np.float64)
-        if name != _STANDARDISED:
-            mean, std = _scale(train, path)
-            values = (values - mean) / std
-        cases = torch.from_numpy(values).to(self.dtype)
+
+        def decode() -> Arrays:
+            return {"faces": torch.from_numpy(_standardised(path, split)).to(self.dtype).numpy()}
+
+        what = f"faces {split} {self.dtype}"
+        faces = decoded_arrays(self.places.cache_dir, [path], what, decode)["faces"]
+        kept = num_limited(split, len(faces), self.limit, self.name)
+        cases = torch.from_numpy(faces[:kept])
         return ArrayDataset(cases, cases)
 
     def classification(self, split: Split) -> ArrayDataset:
@@ -82,6 +79,20 @@ class FacesSource:
         return self.places.find(
             self.name, folders=["faces"], names=_NAMES, patterns=["*.mat", "*.npz"]
         )
+
+
+def _standardised(path: Path, split: Split) -> NDArray[np.float64]:
+    """Return the faces of a split, `[N, num_pixels]`."""
+    name, shape = _largest(path)
+    faces = _load(path, name)
+    if shape[1] != _num_pixels(shape, path):
+        faces = faces.T
+    train, test = _split(faces, name)
+    values = np.ascontiguousarray(train if split == "train" else test, dtype=np.float64)
+    if name == _STANDARDISED:
+        return values
+    mean, std = _scale(train, path)
+    return (values - mean) / std
 
 
 def _split(faces: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -58,9 +58,8 @@ class ImageSource:
         images, labels = self._labelled(split)
         kept = num_limited(split, len(images), self.limit, self.name)
         pixels = torch.from_numpy(images[:kept]).view(kept, *self.case_shape())
-        targets = torch.from_numpy(labels[:kept]).to(torch.int64)
         scale = _CIFAR10_SCALE if self.name == "cifar10" else None
-        return ImageDataset(pixels, targets, self.dtype, scale)
+        return ImageDataset(pixels, torch.from_numpy(labels[:kept]), self.dtype, scale)
 
     def _labelled(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         if self.name == "mnist-5k":

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfac_dist.data.dataset import Split
+from kfac_dist.data.decoded import Arrays, decoded_arrays
 from kfac_dist.data.download import download
 from kfac_dist.data.formats.gzipped import read_unpacked, unpack
 from kfac_dist.data.formats.idx import parse_idx
@@ -64,11 +65,15 @@ class MnistReader:
 
     def _read(self, name: str, case_shape: tuple[int, ...]) -> NDArray[np.uint8]:
         path = self._find(name)
-        content = read_unpacked(path)
-        # Before the checksum, because shape and length say more about what is wrong.
-        array = parse_idx(content, path, case_shape)
-        self._check_md5(name, content, path)
-        return array.reshape(len(array), -1)
+
+        def decode() -> Arrays:
+            content = read_unpacked(path)
+            # Before the checksum, because shape and length say more about what is wrong.
+            array = parse_idx(content, path, case_shape)
+            self._check_md5(name, content, path)
+            return {"values": array.reshape(len(array), -1)}
+
+        return decoded_arrays(self.places.cache_dir, [path], f"mnist {name}", decode)["values"]
 
     def _find(self, name: str) -> Path:
         for folder in self.places.folders("mnist"):

@@ -7,6 +7,7 @@ are used as they are. `y` holds class indices `[N]`; only a classifier needs it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kfac_dist.data.dataset import ArrayDataset, BatchedDataset, ImageDataset, Split, num_limited
+from kfac_dist.data.decoded import decoded_arrays
 from kfac_dist.data.formats.npz_file import NpzFile
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, InvalidSpecError
@@ -50,8 +52,7 @@ class NpzSource:
         inputs = inputs.reshape(len(inputs), prod(inputs.shape[1:]))
         if inputs.dtype == torch.uint8:
             return ImageDataset(inputs, None, self.dtype)
-        values = inputs.to(self.dtype)
-        return ArrayDataset(values, values)
+        return ArrayDataset(inputs, inputs, input_dtype=self.dtype, target_dtype=self.dtype)
 
     def classification(self, split: Split) -> BatchedDataset:
         """Return cases `[N, *case_shape]` and their labels."""
@@ -67,27 +68,51 @@ class NpzSource:
             raise DataError(
                 f"{path}: y_test has the label {labels.max()}, y_train only 0 to {num_classes - 1}"
             )
-        targets = torch.from_numpy(labels[: len(inputs)].astype(np.int64))
+        targets = torch.from_numpy(labels[: len(inputs)])
         if inputs.dtype == torch.uint8:
             return ImageDataset(inputs, targets, self.dtype)
-        return ArrayDataset(inputs.to(self.dtype), targets)
+        return ArrayDataset(inputs, targets, input_dtype=self.dtype, target_dtype=torch.int64)
 
     def _path(self) -> Path:
         return self.places.find("npz", folders=["npz"], names=["data.npz"], patterns=["*.npz"])
 
     def _inputs(self, path: Path, split: Split) -> Tensor:
         """Return the first cases, channels first, in the type that the file has them in."""
-        name, shape = f"x_{split}", _header(path, f"x_{split}").shape
+        name, header = f"x_{split}", _header(path, f"x_{split}")
+        shape, dtype = header.shape, header.dtype
         expected, found = self.case_shape(), _case_shape(shape, f"{path}: {name}")
         if found != expected:
             raise DataError(f"{path}: a case of {name} has shape {found}, of x_train {expected}")
         kept = num_limited(split, shape[0], self.limit, str(path))
-        array = NpzFile(path=path).array(name)[:kept]
-        if array.dtype.kind not in "fiub":
-            raise DataError(f"{path}: {name} holds {array.dtype}; it must hold numbers")
-        if array.ndim == 4 and array.shape[1:] != expected:
-            array = np.moveaxis(array, 3, 1)
-        return torch.from_numpy(_readable(array).reshape(kept, *expected))
+        if dtype.kind not in "fiub":
+            raise DataError(f"{path}: {name} holds {dtype}; it must hold numbers")
+        is_last = len(shape) == 4 and shape[1:] != expected
+
+        def normal(array: NDArray[Any]) -> NDArray[Any]:
+            return _readable(np.moveaxis(array, 3, 1) if is_last else array)
+
+        array = self._array(path, name, normal, as_it_is=_is_readable(dtype) and not is_last)
+        return torch.from_numpy(array[:kept].reshape(kept, *expected))
+
+    def _array(
+        self,
+        path: Path,
+        name: str,
+        normal: Callable[[NDArray[Any]], NDArray[Any]],
+        *,
+        as_it_is: bool,
+    ) -> NDArray[Any]:
+        """Map `normal` of an array: from the file, if it is there `as_it_is`, or from the cache."""
+        file = NpzFile(path=path)
+        if as_it_is and file.is_mapped(name):
+            return file.array(name)
+        arrays = decoded_arrays(
+            self.places.cache_dir,
+            [path],
+            f"npz {name}",
+            lambda: {"values": normal(file.array(name))},
+        )
+        return arrays["values"]
 
     def _labels(self, path: Path, split: Split) -> NDArray[Any]:
         name, file = f"y_{split}", NpzFile(path=path)
@@ -96,14 +121,17 @@ class NpzSource:
                 f"task: {path} has no {name}, and a classifier needs labels; "
                 "task: autoencoder needs none"
             )
-        labels = file.array(name)
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        if labels.ndim != 1 or len(labels) == 0 or labels.dtype.kind not in "iu":
+        header = file.header(name)
+        shape, dtype = header.shape, header.dtype
+        is_column = len(shape) == 2 and shape[1] == 1
+        if not (len(shape) == 1 or is_column) or shape[0] == 0 or dtype.kind not in "iu":
             raise DataError(
-                f"{path}: {name} is an array of {labels.dtype} with shape {labels.shape}; "
+                f"{path}: {name} is an array of {dtype} with shape {shape}; "
                 "it must hold class indices, integers of shape (N,)"
             )
+        labels = self._array(
+            path, name, lambda array: array.astype(np.int64), as_it_is=_is_readable(dtype)
+        ).reshape(-1)
         if labels.min() < 0:
             raise DataError(f"{path}: {name} has the label {labels.min()}; classes count from 0")
         return labels
@@ -133,9 +161,15 @@ def _case_shape(shape: tuple[int, ...], what: str) -> tuple[int, ...]:
     return shape[1:]
 
 
+def _is_readable(dtype: np.dtype[Any]) -> bool:
+    """Return whether torch has this element type, in the byte order of this machine."""
+    is_wide_unsigned = dtype.kind == "u" and dtype.itemsize > 1
+    return dtype.isnative and not is_wide_unsigned and dtype.itemsize <= 8
+
+
 def _readable(array: NDArray[Any]) -> NDArray[Any]:
     """Return `array` in an element type that torch has, in the byte order of this machine."""
-    is_wide_unsigned = array.dtype.kind == "u" and array.dtype.itemsize > 1
-    if is_wide_unsigned or array.dtype.itemsize > 8:
+    native = array.dtype.newbyteorder("=")
+    if not _is_readable(native):
         return array.astype(np.float64)
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return np.ascontiguousarray(array, dtype=native)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kfac_dist.data.dataset import BatchedDataset, Split, num_limited
+from kfac_dist.data.decoded import Arrays, decoded_arrays
 from kfac_dist.data.places import Places
 from kfac_dist.errors import DataError, DataNotFoundError, InvalidSpecError
 
@@ -20,8 +22,10 @@ _TEST_FRACTION = 10  # one in this many characters is a test character
 class WindowDataset(BatchedDataset):
     """Windows of a sequence: the input is `[context]`, the target the same window shifted by one.
 
-    `codes` is int64 `[length]`; window i begins at `i * stride`.
+    `codes` are integers `[length]`; window i begins at `i * stride`.
     """
+
+    reads_in_threads = True
 
     def __init__(self, codes: Tensor, *, context: int, stride: int, num_windows: int) -> None:
         self._codes = codes
@@ -40,7 +44,8 @@ class WindowDataset(BatchedDataset):
 
     def gather_cases(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and targets `[n, context]`, int64."""
-        windows = self._codes[(indices * self._stride)[:, None] + self._offsets]
+        places = (indices * self._stride)[:, None] + self._offsets
+        windows = self._codes[places].to(torch.int64)
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -83,16 +88,23 @@ class TextSource:
             torch.from_numpy(part), context=context, stride=stride, num_windows=kept
         )
 
-    def _encode(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    def _encode(self) -> tuple[NDArray[np.uint32], NDArray[Any]]:
         """Return the distinct code points, ascending, and the index of each character in them."""
-        points = np.frombuffer(_read(self._path()).encode("utf-32-le"), np.uint32)
-        vocabulary, codes = np.unique(points, return_inverse=True)
-        return vocabulary, codes.astype(np.int64)
+        path = self._path()
+        arrays = decoded_arrays(self.places.cache_dir, [path], "text", lambda: _decode(path))
+        return arrays["vocabulary"], arrays["codes"]
 
     def _path(self) -> Path:
         return self.places.find(
             "text", folders=["text", "tinyshakespeare"], names=["input.txt"], patterns=["*.txt"]
         )
+
+
+def _decode(path: Path) -> Arrays:
+    points = np.frombuffer(_read(path).encode("utf-32-le"), np.uint32)
+    vocabulary, codes = np.unique(points, return_inverse=True)
+    narrow = np.uint8 if len(vocabulary) <= np.iinfo(np.uint8).max else np.int32
+    return {"vocabulary": vocabulary, "codes": codes.astype(narrow)}
 
 
 def _read(path: Path) -> str:

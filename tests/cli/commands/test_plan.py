@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kfac_dist.cli.commands.plan import _warnings
@@ -43,6 +44,17 @@ class Large:
 """
 
 
+MAPPED = """
+name: mapped
+task: autoencoder
+task_args: {hidden: [2]}
+data: {name: npz, num_workers: 3}
+workers: {gradient: 2}
+steps: 1
+batch_size: 8
+"""
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
@@ -66,7 +78,8 @@ def test_every_layer_has_an_owner_and_every_role_its_memory(
     # Python, torch and Ray alone are more than this in every process.
     assert all(row["memory_bytes_each"] > 200 * 2**20 for row in plan["placement"])
     total = sum(row["processes"] * row["memory_bytes_each"] for row in plan["placement"])
-    assert plan["machine"]["memory_bytes_needed"] == total
+    machine = plan["machine"]
+    assert machine["memory_bytes_needed"] == total + machine["memory_bytes_shared"]
     orders = {row["layer"]: row["orders"] for row in plan["layers"]}
     assert orders["encoder1"] == [785, 24]
     assert {row["inverse_worker"] for row in plan["layers"]} == {0, 1}
@@ -97,6 +110,23 @@ def test_a_data_set_is_counted_in_each_process_that_holds_it(
     rows = {row["role"]: row["memory_bytes_each"] for row in json.loads(done.out)["placement"]}
     for role in ("driver", "gradient_worker"):
         assert rows[role] - rows["parameter_server"] > 0.8 * 128 * 2**20
+
+
+def test_a_data_set_that_is_mapped_is_counted_once(kfac_dist: KfacDist, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = {f"x_{split}": generator.random((4000, 4096), np.float32) for split in ("train", "test")}
+    np.savez(tmp_path / "data.npz", **rows)
+    path = tmp_path / "mapped.yaml"
+    path.write_text(MAPPED)
+    done = kfac_dist("plan", path, "--data-dir", tmp_path, "-o", "json")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)
+    size = sum(array.nbytes for array in rows.values())
+    assert 0.9 * size < plan["machine"]["memory_bytes_shared"] < 2 * size
+    rows = {row["role"]: row for row in plan["placement"]}
+    assert (rows["data_process"]["processes"], rows["gradient_worker"]["processes"]) == (6, 2)
+    difference = rows["driver"]["memory_bytes_each"] - rows["parameter_server"]["memory_bytes_each"]
+    assert difference < 0.3 * size
 
 
 def test_a_busy_machine_and_too_little_memory_are_said() -> None:

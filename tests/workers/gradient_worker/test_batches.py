@@ -9,6 +9,7 @@ from kfac_dist.coordination.steps.sampling import BatchWindow
 from kfac_dist.data import ArrayDataset
 from kfac_dist.errors import DataError
 from workers.gradient_worker.batches import BatchPart, BatchReader
+from workers.gradient_worker.reading import PlainReader
 
 DATA = ArrayDataset(torch.arange(40.0).unsqueeze(1), torch.arange(40))
 WINDOW = BatchWindow(epoch=2, start=10, stop=27)
@@ -16,7 +17,12 @@ WINDOW = BatchWindow(epoch=2, start=10, stop=27)
 
 def parts(num_workers: int) -> list[BatchPart]:
     readers = [
-        BatchReader(DATA, seed=3, num_workers=num_workers, rank=rank, device=torch.device("cpu"))
+        BatchReader(
+            PlainReader({"train": DATA}, seed=3),
+            num_workers=num_workers,
+            rank=rank,
+            device=torch.device("cpu"),
+        )
         for rank in range(num_workers)
     ]
     return [reader.read(WINDOW) for reader in readers]
@@ -49,6 +55,7 @@ def test_a_case_that_cannot_be_used_is_named_when_it_is_read() -> None:
     inputs = torch.zeros(40, 1)
     inputs[23] = float("inf")
     data = ArrayDataset(inputs, torch.arange(40))
-    reader = BatchReader(data, seed=3, num_workers=1, rank=0, device=torch.device("cpu"))
+    cases = PlainReader({"train": data}, seed=3)
+    reader = BatchReader(cases, num_workers=1, rank=0, device=torch.device("cpu"))
     with pytest.raises(DataError, match="train data, input of case 23 at position 0 is inf"):
         reader.read(BatchWindow(epoch=0, start=0, stop=40))

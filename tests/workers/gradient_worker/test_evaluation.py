@@ -16,6 +16,7 @@ from kfac_dist.errors import DataError
 from workers.exchange.messages import EvaluationSums
 from workers.gradient_worker import evaluation
 from workers.gradient_worker.evaluation import evaluate
+from workers.gradient_worker.reading import PlainReader
 
 
 class Regression:
@@ -39,7 +40,8 @@ def run(data: ArrayDataset, **options: Any) -> EvaluationSums:
         nn.Linear(3, 1), distribution=get_distribution("gaussian"), seed=0, registration=None
     )
     settings: dict[str, Any] = {"limit": None, "num_workers": 1, "rank": 0} | options
-    return evaluate(computer, Regression(), data, "test", **settings)  # type: ignore[arg-type]
+    reader = PlainReader({"test": data}, seed=0)
+    return evaluate(computer, Regression(), reader, "test", **settings)  # type: ignore[arg-type]
 
 
 def test_calls_that_stop_early_add_up_to_the_same_bits(

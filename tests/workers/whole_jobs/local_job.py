@@ -185,7 +185,8 @@ class LocalJob:
                 shard.shard.restore(split_snapshot(self.plan, saved.server, number))
         self.loops |= self._inverse_loops()
         self.workers = [
-            build_gradient_work(self.context, CPU, self._send) for _ in range(spec.workers.gradient)
+            build_gradient_work(self.context, rank, CPU, self._send)
+            for rank in range(spec.workers.gradient)
         ]
         for worker in self.workers:
             _take_turns(worker)
