@@ -19,10 +19,10 @@ from kfac_dist._home import runs_dir
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import ConflictError, InvalidSpecError, UsageError
+from kfac_dist.runs.transfer.package import check_package
 from kfac_dist.service.job_records import Job, check_priority
 from kfac_dist.service.store import JobRow, Store
 from kfac_dist.service.store.job_rows import note, to_job
-from kfac_dist.service.wire.package import check_package
 
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 

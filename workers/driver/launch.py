@@ -25,7 +25,7 @@ from kfac_dist.runs import (
     WorkerCounts,
 )
 from kfac_dist.runs.records import Severity
-from kfac_dist.runs.report import render_report
+from kfac_dist.runs.reports.report import render_report
 from kfac_dist.tasks import working_folder
 from workers.cluster.cluster import Cluster, Owner, is_embedded, local_room, ray_cluster
 from workers.cluster.leftovers import ended_with_block, marking

@@ -16,8 +16,8 @@ from kfac_dist.cli.output import Format, make_table, write_result, write_table
 
 if TYPE_CHECKING:
     from kfac_dist.config import JobSpec
+    from kfac_dist.runs.transfer.user_code import UserCode
     from kfac_dist.service.client import Client
-    from kfac_dist.service.client.code import UserCode
     from kfac_dist.service.job_records import Job
 
 
@@ -65,7 +65,7 @@ def submit(
     files, links and what its .kfacdistignore names. Ctrl-C while waiting does not end the job.
     """
     from kfac_dist.config import load_spec
-    from kfac_dist.service.client.code import code_of
+    from kfac_dist.runs.transfer.user_code import code_of
 
     job_spec = load_spec(spec, overrides or [])
     base_dir = absolute(spec).parent

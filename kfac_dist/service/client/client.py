@@ -13,8 +13,8 @@ import grpc
 from kfac_dist.config import JobSpec, load_spec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 from kfac_dist.errors import KfacDistError, TimedOutError, UnreachableError
+from kfac_dist.runs.transfer.user_code import package_of
 from kfac_dist.service.client.channel import ServerAddress
-from kfac_dist.service.client.code import package_of
 from kfac_dist.service.client.diagnosis import why_silent
 from kfac_dist.service.client.streams import LogStream, Patience, Update, resumed
 from kfac_dist.service.job_records import (

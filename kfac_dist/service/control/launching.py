@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.runs.parsing import read_whole
 from kfac_dist.runs.run_places import RunPlaces
+from kfac_dist.runs.transfer.package import unpack
 from kfac_dist.runs.writing import write_secret, write_whole
 from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.job_records import Job
@@ -24,7 +25,6 @@ from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import AttemptRow, JobRow
 from kfac_dist.service.store.job_rows import move, note
 from kfac_dist.service.submission import package_path
-from kfac_dist.service.wire.package import unpack
 
 
 class Launch(BaseModel):

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
+from kfac_dist.runs.transfer.package import pack
 from kfac_dist.service.control.launching import begin_attempt, prepare_folder
 from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
 from kfac_dist.service.store import open_store
 from kfac_dist.service.store.job_rows import move
-from kfac_dist.service.wire.package import pack
 from tests.paths import ROOT
 from workers.cluster.job_runner import DRIVER
 

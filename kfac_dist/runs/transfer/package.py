@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service.wire.package_contents import IGNORE_FILE, Contents, PackedFile, contents_of
+from kfac_dist.runs.transfer.package_contents import IGNORE_FILE, Contents, PackedFile, contents_of
 
 MAX_PACKED_BYTES = 32 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
