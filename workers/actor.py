@@ -15,11 +15,12 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 import ray
 from structlog.typing import FilteringBoundLogger
 
-from kfac_dist.errors import KfacDistError
-from kfac_dist.runs.folder import RunFolder
+from kfac_dist.errors import KfacDistError, NotFoundError
 from kfac_dist.runs.logs import open_log, redirect_output
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.tasks import enter_working_folder
 from workers.exchange.messages import JobContext
+from workers.this_node import bring_files
 
 Handle: TypeAlias = Any
 """A Ray actor or its class; untyped, because Ray creates its methods at run time."""
@@ -42,9 +43,18 @@ def as_actor(role: type, *groups: str) -> Handle:
 
 
 def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
-    """Open the log of this process's role; what the process prints goes to `.out` beside it."""
+    """Open the log of this process's role; what the process prints goes to `.out` beside it.
+
+    Both are files of this machine. The driver copies those of other nodes into the run folder.
+
+    Raises:
+        NotFoundError: the run folder was removed.
+    """
+    places = RunPlaces(job.run_dir)
+    if not places.logs.is_dir():  # a run folder that was removed must not come back as a stump
+        raise NotFoundError(f"{places.logs}: no such folder, so {role} {rank} has no place to log")
     # Ray would keep printed text in its own folder, which an embedded cluster removes at its end.
-    path = RunFolder.open(job.run_dir).places.log(role, rank, job.attempt)
+    path = places.log(role, rank, job.attempt)
     redirect_output(path)
     log = open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
     _note_exit(log)
@@ -66,7 +76,11 @@ def _note_exit(log: FilteringBoundLogger) -> None:
 
 
 def enter_code_folder(job: JobContext) -> None:
-    """Let this process work in the folder of the specification, where the user's files are."""
+    """Let this process work in the folder of the specification, where the user's files are.
+
+    On a node other than the driver's, this folder and the data sets are brought there first.
+    """
+    bring_files(job)
     enter_working_folder(job.base_dir, otherwise=job.run_dir)
 
 

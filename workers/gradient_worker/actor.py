@@ -22,6 +22,7 @@ from workers.exchange.messages import (
 from workers.exchange.process_group import Group, join_group, join_store
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
+from workers.this_node import on_this_node
 
 
 class GradientWorker:
@@ -33,7 +34,7 @@ class GradientWorker:
     def __init__(
         self, job: JobContext, rank: int, devices: DevicePlan, host: str | None, threads: int
     ) -> None:
-        self._job = job
+        self._job = job = on_this_node(job)
         self._rank = rank
         self._devices = devices
         self._host = host or node_address()
@@ -45,7 +46,7 @@ class GradientWorker:
 
     def build(self, buffers: Arrays) -> int:
         """Load task, data and model, set the model's `buffers`, and return the process id."""
-        enter_code_folder(self._job)
+        logged(self._log, "files", lambda: enter_code_folder(self._job))
         torch.set_num_threads(self._threads)
         self._work = logged(self._log, "build", self._build_work)
         self._work.set_buffers(buffers)

@@ -16,6 +16,7 @@ from workers.exchange.messages import (
 )
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
+from workers.this_node import on_this_node
 
 
 class InverseWorker:
@@ -24,6 +25,7 @@ class InverseWorker:
     def __init__(
         self, job: JobContext, setup: InverseSetup, server: Handle, averages: Arrays | None
     ) -> None:
+        job = on_this_node(job)
         self._server = server
         self._log = role_log(job, "inverse_worker", setup.rank)
         self._loop = InverseLoop(InverseWork(job, setup, averages), self._publish)

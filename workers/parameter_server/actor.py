@@ -21,6 +21,7 @@ from workers.exchange.messages import (
 )
 from workers.exchange.process_group import Group, host_store, join_group
 from workers.parameter_server.build import BuiltServer, build_server
+from workers.this_node import on_this_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class ParameterServer:
     def __init__(
         self, job: JobContext, devices: DevicePlan, host: str | None, timeout_seconds: float
     ) -> None:
-        self._job = job
+        self._job = job = on_this_node(job)
         self._devices = devices
         self._host = host or node_address()
         self._timeout_seconds = timeout_seconds
@@ -56,7 +57,7 @@ class ParameterServer:
 
     def build(self, snapshot: Arrays | None) -> ServerReady:
         """Build the server, restore a checkpoint's snapshot if given one, and open the store."""
-        enter_code_folder(self._job)
+        logged(self._log, "files", lambda: enter_code_folder(self._job))
         torch.set_num_threads(1)
         self._built = logged(self._log, "build", lambda: self._build(snapshot))
         self._tcp_store = host_store(self._host, self._timeout_seconds)

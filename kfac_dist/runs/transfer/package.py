@@ -8,6 +8,8 @@ anyway.
 from __future__ import annotations
 
 import io
+import secrets
+import shutil
 import stat
 import zipfile
 from collections import Counter
@@ -80,6 +82,21 @@ def unpack(data: bytes, target: Path) -> None:
         target.mkdir(parents=True)
         for entry in entries:
             _write(archive, entry, target / entry.filename)
+
+
+def unpack_whole(data: bytes, target: Path) -> None:
+    """Unpack a package; after a kill `target` is either complete or missing.
+
+    Raises:
+        InvalidSpecError: as for `unpack`.
+    """
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    try:
+        unpack(data, temporary)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _check_size(folder: Path, num_bytes: int, count: int) -> None:

@@ -114,7 +114,7 @@ class Client(AbstractContextManager["Client"]):
             priority: jobs with a higher priority leave the queue earlier.
             idempotency_key: the same key with the same request returns the job that was created
                 first; by default a new key.
-            data_dir: folder of data sets on the cluster's file system.
+            data_dir: folder of data sets, an absolute path that every node has, or a URL.
 
         Raises:
             UsageError: the priority or another part of the request is out of range.

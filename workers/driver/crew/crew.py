@@ -47,6 +47,7 @@ class CrewPlan:
     `host` is the address that all members share, None where each node has its own.
     `group_timeout_seconds` is for the process group. `server_snapshot`, `averages` and `buffers`
     come from a checkpoint, if the run resumes. `has_buffers`: the model has buffers.
+    `catch_up_logs` brings what members on other nodes have written into the run folder.
     """
 
     devices: DevicePlan
@@ -57,6 +58,7 @@ class CrewPlan:
     averages: Mapping[str, Array]
     buffers: Mapping[str, Array]
     has_buffers: bool
+    catch_up_logs: Callable[[], None]
 
 
 class Crew:
@@ -233,6 +235,7 @@ class Crew:
     def _error(self, failed: Calls, pending: Calls) -> Exception:
         self._check_node()  # if the node is lost, who died on it says nothing
         member, error = first_cause(failed, pending)
+        self._plan.catch_up_logs()
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
         return job_error(member, error, step=self.step, log=path)
 
