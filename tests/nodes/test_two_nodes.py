@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,14 @@ import pytest
 from kfac_dist.runs import RunFolder
 from tests.nodes.namespaces import NodeCluster, namespaces, refusal
 from tests.paths import ROOT
+from tests.waiting import wait_until
 from tests.workers.whole_jobs.jobs import TASK, line_spec
 
-WHY_NOT = refusal()
+DRIVER = ROOT / "tests/nodes/driver.py"
+CUT_SECONDS = 10.0
+
+WANTED = "KFAC_DIST_TEST_NODES"
+WHY_NOT = refusal() if WANTED in os.environ else "takes minutes; make test-nodes runs it"
 pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
     pytest.mark.timeout(300),
@@ -57,10 +64,7 @@ def write_job(folder: Path, spec: dict[str, Any]) -> list[str]:
 
 
 def wait(driver: subprocess.Popen[bytes], log: Path) -> None:
-    assert driver.wait(timeout=200) == 0, log.read_text(errors="replace")[-3000:]
-
-
-DRIVER = ROOT / "tests/nodes/driver.py"
+    assert driver.wait(timeout=200) == 0, log.read_text(errors="replace")[-1500:]
 
 
 def test_a_job_on_two_nodes_without_a_common_folder_equals_one_node(
@@ -90,3 +94,31 @@ def test_a_job_on_two_nodes_without_a_common_folder_equals_one_node(
     one = RunFolder.open(tmp_path / "alone/run")
     pairs = zip(one.read_metrics(), two.read_metrics(), strict=True)
     assert all((a.loss, a.update_norm) == (b.loss, b.update_norm) for a, b in pairs)
+
+
+def test_a_link_that_is_cut_for_ten_seconds(cluster: NodeCluster) -> None:
+    """The other node is out of reach for 10 s in the middle of the job.
+
+    Ray keeps a node that is silent for less than half a minute, and TCP sends again what was lost.
+    So the job waits for the link and then goes on, without an error and without a lost log line.
+    """
+    here = cluster.nodes[0].folder / "driver"
+    arguments = write_job(here, job(steps=1500, checkpoint={"every_steps": None}))
+    driver = cluster.python(DRIVER, *arguments, cluster.ray_address, name="driver")
+    metrics = here / "run/metrics.jsonl"
+    wait_until(lambda: metrics.exists() and num_lines(metrics) > 50, "the first steps", 120)
+    cluster.nodes[1].cut()
+    time.sleep(CUT_SECONDS)  # the length of the cut is what is tested
+    before = num_lines(metrics)
+    cluster.nodes[1].mend()
+    wait_until(lambda: num_lines(metrics) > before + 1, "the next steps", 30)
+    wait(driver, cluster.log("driver"))
+    run = RunFolder.open(here / "run")
+    assert run.read_job().state == "SUCCEEDED"
+    assert [record.step for record in run.read_metrics()] == list(range(1, 1501))
+    slowest = max(record.step_seconds for record in run.read_metrics())
+    assert slowest > CUT_SECONDS / 2  # the cut was felt
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n")

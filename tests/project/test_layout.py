@@ -26,6 +26,7 @@ MAX_BODY_LINES = 60
 # Folders of tests that mirror no folder of the sources, with the reason.
 FOLDERS_WITHOUT_SOURCE = {
     "end_to_end": "the installed command, as a user types it",
+    "nodes": "Ray nodes that have nothing in common but a network",
     "oracles": "statements about the mathematics, whichever module computes it",
     "oracles/numbered": "the numbered statements of docs/algorithm.md",
     "oracles/truth": "the slow and obvious code that the oracles compare with",

@@ -130,13 +130,11 @@ def run_job(
                 allowed_targets=preparation.allowed_targets,
             )
             journal = JobJournal(folder, job.attempt)
+            journal.watch(on_record, on_event)
             with (
                 journal.served(metrics, job.job),
-                mirrored(folder, storage, job.attempt, journal) as finish,
+                mirrored(opened, storage, job.attempt, journal) as finish,
             ):
-                journal.watch(on_record, on_event)
-                for kind, message in opened.events:
-                    journal.event(kind, message, severity="warning")
                 surroundings = _Surroundings(mark=mark, data_url=data_url, finish=finish)
                 attempt = _JobAttempt(
                     job,

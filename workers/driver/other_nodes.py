@@ -28,7 +28,7 @@ from workers.exchange.messages import Delivery, JobContext
 from workers.this_node import node_id
 
 _LEAST_PAUSE_SECONDS = 0.5  # between two looks at the logs
-_PAUSE_RATIO = 100  # looking may take a hundredth of the time
+_PAUSE_RATIO = 100  # looking may take a hundredth of the time of a core
 _ANSWER_SECONDS = 5.0
 _CATCH_UP_SECONDS = 5.0
 
@@ -100,7 +100,7 @@ class _NodeLogs:
     def _run(self) -> None:
         pause = _LEAST_PAUSE_SECONDS
         while not self._is_closed.wait(pause):
-            started = time.monotonic()
+            started = time.thread_time()  # of this thread's own work, not of waiting
             try:
                 with self._lock:
                     self._copy(whole_lines=True)
@@ -112,7 +112,8 @@ class _NodeLogs:
             except JobFailedError as error:
                 self._problem = error
                 return
-            pause = max(_LEAST_PAUSE_SECONDS, _PAUSE_RATIO * (time.monotonic() - started))
+            work_seconds = time.thread_time() - started
+            pause = max(_LEAST_PAUSE_SECONDS, _PAUSE_RATIO * work_seconds)
 
     def catch_up(self) -> None:
         """Copy all that has been written by now; a node that does not answer in time is left out.

@@ -19,6 +19,7 @@ from workers.driver.records.journal import JobJournal
 Finish = Callable[[JobSummary, float], JobSummary]
 """Uploads the rest within some seconds, and returns the summary with what is not up."""
 
+_AWAY = "storage_unreachable"
 _MOST_NAMED = 5
 
 
@@ -76,19 +77,27 @@ def open_run(
         try:
             refuse_stored(storage)
         except UnreachableError as error:
-            events.append(("storage_unreachable", error.message))
+            events.append((_AWAY, f"{error.message}; it is tried again until the job ends"))
     return OpenedRun(RunFolder.create(path, spec, identity), False, tuple(events))
 
 
 @contextmanager
 def mirrored(
-    folder: RunFolder, storage: RemoteFolder | None, attempt: int, journal: JobJournal
+    opened: OpenedRun, storage: RemoteFolder | None, attempt: int, journal: JobJournal
 ) -> Iterator[Finish]:
-    """Mirror the run folder to the storage inside the block, if there is one."""
+    """Mirror the run folder to the storage inside the block, if there is one.
+
+    What the journal should say of the opening is written first.
+    """
+    for kind, message in opened.events:
+        journal.event(kind, message, severity="warning")
     if storage is None:
         yield lambda summary, _seconds: summary
         return
-    mirror = StorageMirror(folder.places, storage, attempt, journal.warn_later)
+    folder, is_away = opened.folder, any(kind == _AWAY for kind, _ in opened.events)
+    mirror = StorageMirror(
+        folder.places, storage, attempt, journal.warn_later, is_unreachable=is_away
+    )
 
     def finish(summary: JobSummary, seconds: float) -> JobSummary:
         missing = mirror.finish(seconds)

@@ -25,6 +25,7 @@ _PAUSE_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 60.0
 # Records grow and are uploaded whole each time, so uploads may take a tenth of the time.
 _PAUSE_RATIO = 9
+_PATIENCE_SECONDS = 20.0  # at the end of a job, for a storage that takes nothing
 _STAGED = ".storing"
 
 _Signature = tuple[int, int, int]
@@ -40,15 +41,25 @@ class Say(Protocol):
 class StorageMirror:
     """Uploads what changes in a run folder; `start` and `finish` are called once each."""
 
-    def __init__(self, places: RunPlaces, storage: RemoteFolder, attempt: int, say: Say) -> None:
+    def __init__(
+        self,
+        places: RunPlaces,
+        storage: RemoteFolder,
+        attempt: int,
+        say: Say,
+        *,
+        is_unreachable: bool = False,
+    ) -> None:
+        """Store what to mirror; `is_unreachable` says that the user knows it already."""
         self._places = places
         self._storage = storage
         self._attempt = attempt
         self._say = say
         self._stored: dict[str, _Signature] = {}
         self._stored_steps: set[int] = set()
-        self._is_unreachable = False
+        self._is_unreachable = is_unreachable
         self._is_replaced = False
+        self._last_success = 0.0
         self._woken = threading.Condition()
         self._ends_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="storage", daemon=True)
@@ -58,9 +69,13 @@ class StorageMirror:
         self._thread.start()
 
     def finish(self, seconds: float) -> list[str]:
-        """Upload the rest for at most `seconds`, and return the names of what is not up then."""
+        """Upload the rest for at most `seconds`, and return the names of what is not up then.
+
+        A storage that takes nothing for 20 s is given up.
+        """
         with self._woken:
-            self._ends_at = time.monotonic() + seconds
+            self._last_success = time.monotonic()
+            self._ends_at = self._last_success + seconds
             self._woken.notify()
         self._thread.join(seconds)
         shutil.rmtree(self._staged, ignore_errors=True)
@@ -78,12 +93,16 @@ class StorageMirror:
             started = time.monotonic()
             is_done = self._try_to_store()
             seconds = time.monotonic() - started
-            if is_last and (is_done or time.monotonic() > (self._ends_at or 0.0)):
+            if is_last and (is_done or self._gives_up()):
                 return
             if is_done:
                 pause = max(_PAUSE_SECONDS, _PAUSE_RATIO * seconds)
             else:
                 pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
+
+    def _gives_up(self) -> bool:
+        now = time.monotonic()
+        return now > (self._ends_at or 0.0) or now - self._last_success > _PATIENCE_SECONDS
 
     def _wait(self, seconds: float, *, retries: bool) -> None:
         with self._woken:
@@ -134,8 +153,12 @@ class StorageMirror:
 
     def _put(self, path: Path, name: str) -> None:
         signature = _signature(path)  # before: what is written meanwhile is uploaded again
-        self._storage.put(path, name)
+        self._upload(path, name)
         self._stored[name] = signature
+
+    def _upload(self, path: Path, name: str) -> None:
+        self._storage.put(path, name)
+        self._last_success = time.monotonic()
 
     def _changed_records(self) -> Iterator[str]:
         for name in self._records():
@@ -169,7 +192,7 @@ class StorageMirror:
         self._storage.remove(folder)
         names = [path.name for path in self._staged.iterdir() if path.name not in (MANIFEST, SEAL)]
         for name in (*sorted(names), MANIFEST, SEAL):
-            self._storage.put(self._staged / name, f"{folder}/{name}")
+            self._upload(self._staged / name, f"{folder}/{name}")
         self._stored_steps.add(step)
         shutil.rmtree(self._staged, ignore_errors=True)
         self._prune()
