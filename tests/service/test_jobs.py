@@ -53,6 +53,7 @@ def test_a_new_job_has_every_default(jobs: Jobs) -> None:
         ({"spec": spec(), "priority": 1001}, UsageError, "-1000 and 1000"),
         ({"spec": spec(), "idempotency_key": "a b"}, UsageError, "without spaces"),
         ({"spec": spec(), "data_dir": "here"}, UsageError, "absolute"),
+        ({"spec": spec(), "data_dir": "s3://me:pw@b/x"}, UsageError, "must have no user"),
     ],
 )
 def test_wrong_requests_are_refused(

@@ -48,8 +48,8 @@ def open_run(
 ) -> OpenedRun:
     """Open the run in `path`, or create it; a run to resume that is not there is fetched first.
 
-    An attempt that a server starts again begins anew where neither the folder nor the storage has
-    anything.
+    An attempt of a server begins at the first step if neither the folder nor the storage has a
+    run.
 
     Raises:
         NotFoundError: there is no run to resume, or all of its checkpoints in the storage are

@@ -59,7 +59,7 @@ def refuse_stored(storage: RemoteFolder) -> None:
 
 
 def restore_run(storage: RemoteFolder, run_dir: Path) -> tuple[str, ...] | None:
-    """Fetch the run in `storage` into `run_dir`, which holds none; None if there is none.
+    """Fetch the run in `storage` into `run_dir`, which holds no run; None if the storage has none.
 
     The logs of earlier attempts stay where they are. Returns a message for each newer checkpoint
     that is damaged.

@@ -113,7 +113,7 @@ class StorageMirror:
             time.sleep(min(_PAUSE_SECONDS, max(0.0, self._ends_at - time.monotonic())))
 
     def _try_to_store(self) -> bool:
-        """Upload what is new; return whether all is up. Trouble is told once, until it ends."""
+        """Upload what is new; return whether all is up. Says once that there is trouble."""
         try:
             self._store()
         except FileNotFoundError:  # replaced or pruned meanwhile; the next look sees what is there

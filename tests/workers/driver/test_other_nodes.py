@@ -29,12 +29,18 @@ class Printer:
         self.job = on_this_node(job)
         self.log = role_log(self.job, "gradient_worker", 0)
 
-    def enter(self) -> tuple[str, str, str]:
+    def enter(self) -> tuple[str, str, str, str]:
         enter_code_folder(self.job)
         sys.stdout.write("entered\n")
         sys.stdout.flush()
         self.log.info("entered")
-        return str(Path.cwd()), Path("line.py").read_text(), Path("words.txt").read_text()
+        assert self.job.data_dir is not None
+        return (
+            str(Path.cwd()),
+            Path("line.py").read_text(),
+            Path("words.txt").read_text(),
+            str((self.job.data_dir / "x.npz").resolve()),
+        )
 
     def die(self) -> None:
         sys.stdout.write("the last words\n")
@@ -47,6 +53,8 @@ def job(tmp_path: Path) -> JobContext:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/line.py").write_text(TASK)
     (tmp_path / "code/words.txt").write_text("beside the task")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.npz").write_bytes(b"numbers")
     (tmp_path / "run/logs").mkdir(parents=True)
     return JobContext(
         job="line-1",
@@ -64,13 +72,16 @@ def test_code_reaches_another_node_and_its_last_words_reach_the_driver(
 ) -> None:
     logs = tmp_path / "run/logs"
     folder = attempt_folder("line-1", 2, node_id())
-    actor: Any = ray.remote(Printer)
-    with other_nodes(job, None, are_possible=True) as (sent, catch_up):
+    home = tmp_path / "node-home"
+    actor: Any = ray.remote(runtime_env={"env_vars": {"KFAC_DIST_HOME": str(home)}})(Printer)
+    url = f"file://{tmp_path}/data"
+    with other_nodes(job, url, are_possible=True) as (sent, catch_up):
         assert sent.delivery is not None
         away = replace(sent, delivery=replace(sent.delivery, driver_node="another"))
         printer = actor.remote(away)
-        where, code, words = ray.get(printer.enter.remote())
+        where, code, words, data = ray.get(printer.enter.remote())
         assert (where, code, words) == (str(folder / "code"), TASK, "beside the task")
+        assert Path(data).is_relative_to(home / "data/fetched")
         printed = logs / "gradient_worker-0.a2.out"
         wait_until(lambda: printed.exists() and "entered" in printed.read_text(), "the log")
         assert '"entered"' in (logs / "gradient_worker-0.a2.log").read_text()
@@ -95,19 +106,3 @@ def test_code_that_cannot_be_sent_is_refused(cluster: None, job: JobContext) -> 
     refused = pytest.raises(InvalidSpecError, match=r"line\.py would not be sent to the cluster")
     with refused, other_nodes(job, None, are_possible=True):
         pass
-
-
-def test_data_behind_a_url_are_fetched_into_the_cache_of_the_node(
-    cluster: None, job: JobContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/x.npz").write_bytes(b"numbers")
-    monkeypatch.setenv("KFAC_DIST_HOME", str(tmp_path / "node-home"))
-    with other_nodes(job, f"file://{tmp_path}/data", are_possible=True) as (sent, _):
-        assert sent.delivery is not None
-        here = on_this_node(replace(sent, delivery=replace(sent.delivery, driver_node="another")))
-        assert here.data_dir is not None
-        assert here.data_dir.is_relative_to(tmp_path / "node-home/data")
-        monkeypatch.chdir(tmp_path)
-        enter_code_folder(here)
-        assert (here.data_dir / "x.npz").read_bytes() == b"numbers"

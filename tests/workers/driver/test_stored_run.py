@@ -53,7 +53,7 @@ def test_a_job_trains_without_its_storage_and_says_what_is_missing(
     assert "not_stored" in jobs.kinds()
 
 
-def test_an_attempt_of_a_server_begins_anew_if_nothing_was_stored(tmp_path: Path) -> None:
+def test_an_attempt_of_a_server_starts_over_if_nothing_was_stored(tmp_path: Path) -> None:
     spec = sample_spec(storage=f"file://{tmp_path}/storage")
     identity = RunIdentity(job="j1", attempt=2)
     place = storage_of(spec, identity)
