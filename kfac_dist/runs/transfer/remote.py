@@ -17,8 +17,8 @@ from typing import Any
 from kfac_dist.config.urls import url_problem, without_secrets
 from kfac_dist.errors import NotFoundError, UnreachableError, UsageError
 
-# Here a file appears when it is whole, and there are no folders that must be made first. Elsewhere, a file is written
-# under another name and renamed.
+# Here a file appears when it is whole, and there are no folders that must be made first.
+# Elsewhere, a file is written under another name and renamed.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"})
 _TEMPORARY = ".part-"
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
