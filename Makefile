@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both make the virtual environment if it is missing.
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-pythons lint format bench proto proto-lint proto-baseline
+.PHONY: demo test test-gpu test-pythons test-nodes lint format bench proto proto-lint proto-baseline
 
 # A new environment gets the newest Python on the PATH, or that of `make PYTHON=python3.12`; an
 # environment that is already there keeps its own.
@@ -24,6 +24,10 @@ test-gpu: .venv
 # On the other Pythons of this machine, what needs neither torch nor Ray.
 test-pythons: .venv
 	.ci/test-pythons
+
+# Ray nodes in network namespaces, as root: two machines with nothing in common but a network.
+test-nodes: .venv
+	KFAC_DIST_TEST_NODES=1 $(BIN)/python -m pytest tests/nodes
 
 lint: .venv
 	$(BIN)/ruff format --check .

@@ -18,13 +18,14 @@ import ray
 import torch
 from structlog.typing import FilteringBoundLogger
 
-from kfac_dist.errors import JobFailedError, KfacDistError
-from kfac_dist.runs.folder import RunFolder
+from kfac_dist.errors import JobFailedError, KfacDistError, NotFoundError
 from kfac_dist.runs.logs import open_log, redirect_output
+from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.tasks import enter_working_folder
 from workers.device import DEVICE_LOST_EXIT, DevicePlan, is_device_lost, visible_index
 from workers.exchange.messages import JobContext
 from workers.heartbeat import Heartbeat
+from workers.this_node import bring_files
 
 Handle: TypeAlias = Any
 """A Ray actor or its class; untyped, because Ray creates its methods at run time."""
@@ -83,9 +84,18 @@ def member_device(devices: DevicePlan) -> torch.device:
 
 
 def role_log(job: JobContext, role: str, rank: int) -> FilteringBoundLogger:
-    """Open the log of this process's role; what the process prints goes to `.out` beside it."""
+    """Open the log of this process's role; what the process prints goes to `.out` beside it.
+
+    Both are files of this machine. The driver copies those of other nodes into the run folder.
+
+    Raises:
+        NotFoundError: the run folder was removed.
+    """
+    places = RunPlaces(job.run_dir)
+    if not places.logs.is_dir():  # a run folder that was removed must not come back as a stump
+        raise NotFoundError(f"{places.logs}: no such folder, so {role} {rank} has no place to log")
     # Ray would keep printed text in its own folder, which an embedded cluster removes at its end.
-    path = RunFolder.open(job.run_dir).places.log(role, rank, job.attempt)
+    path = places.log(role, rank, job.attempt)
     redirect_output(path)
     log = open_log(path, job=job.job, role=role, rank=rank, attempt=job.attempt, pid=os.getpid())
     _note_exit(log)
@@ -116,7 +126,11 @@ def note_preemptions(heartbeat: Heartbeat) -> None:
 
 
 def enter_code_folder(job: JobContext) -> None:
-    """Let this process work in the folder of the specification, where the user's files are."""
+    """Let this process work in the folder of the specification, where the user's files are.
+
+    On a node other than the driver's, this folder and the data sets are brought there first.
+    """
+    bring_files(job)
     enter_working_folder(job.base_dir, otherwise=job.run_dir)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kfac_dist._home import default_home
 from kfac_dist.config import JobSpec, KFACSpec, load_spec, parse_spec
+from kfac_dist.config.urls import is_url
 from kfac_dist.core.blocks.registration import register
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.factor_memory import check_factor_memory
@@ -32,7 +33,7 @@ def train(
     Args:
         spec: a specification, a mapping with its keys, or the path of its file. The files of a
             user's task are looked for beside that file, otherwise in the working folder.
-        data_dir: the folder in which data are looked for first, before the cache.
+        data_dir: the folder in which data are looked for first, before the cache, or its URL.
         run_dir: the run folder; by default a folder in `~/.kfac_dist/runs`.
         resume: continue the run in the folder from its newest checkpoint.
         metrics_port: serve metrics to this machine while the job runs. 0 takes a free port; the
@@ -51,7 +52,7 @@ def train(
         return run_job(
             spec,
             base_dir=base_dir,
-            data_dir=_absolute(data_dir),
+            data_dir=str(data_dir) if is_url(str(data_dir or "")) else _absolute(data_dir),
             home=default_home(),
             run_dir=_absolute(run_dir),
             resume=resume,

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kfac_dist._home import DEFAULT_HOME
+from kfac_dist._home import DEFAULT_HOME, data_cache
+from kfac_dist.config.urls import is_url
 from kfac_dist.errors import UsageError
 
 _PRIVATE = 0o700
@@ -72,10 +73,23 @@ def _is_only_a_home(folder: Path) -> bool:
     return all(name in _PARTS or name.startswith(_FILES) for name in names)
 
 
-def data_dir(option: Path | None) -> Path | None:
-    """Return the value of `--data-dir`, else `$KFAC_DIST_DATA`, else None."""
+def data_place(option: str | None) -> Path | str | None:
+    """Return the value of `--data-dir`, else `$KFAC_DIST_DATA`, else None; a URL is a string."""
     given = option or os.environ.get("KFAC_DIST_DATA")
-    return absolute(Path(given)) if given else None
+    if not given:
+        return None
+    return given if is_url(given) else absolute(Path(given))
+
+
+def data_folder(option: str | None) -> Path | None:
+    """Return the folder of data sets on this machine; one behind a URL is fetched into the cache.
+
+    Raises:
+        KfacDistError: it cannot be fetched.
+    """
+    from kfac_dist.runs.transfer.fetch import local_folder
+
+    return local_folder(data_place(option), data_cache(home()))
 
 
 def ray_address() -> str | None:

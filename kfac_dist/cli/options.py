@@ -25,11 +25,12 @@ SetOption = Annotated[
     ),
 ]
 DataDirOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--data-dir",
         metavar="DIR",
-        help="Folder of data sets. Default: $KFAC_DIST_DATA, else the cache, else a download.",
+        help="Folder of data sets, or the URL of one, which is fetched into the cache. Default: "
+        "$KFAC_DIST_DATA, else the cache, else a download.",
     ),
 ]
 MetricsPortOption = Annotated[

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from kfac_dist.config.optimizers import KFACSpec, OptimizerSpec
 from kfac_dist.config.section import Count, CountOrZero, Positive, Section, raise_problems
+from kfac_dist.config.urls import url_problem
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """A name that can also be that of a folder."""
@@ -170,6 +171,8 @@ class JobSpec(Section):
     """When checkpoints are written."""
     faults: FaultSpec = FaultSpec()
     """How many failures the job survives."""
+    storage: str | None = None
+    """URL of a folder (s3, gs, file, ...) with a copy of the run, to resume from on any machine."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -194,6 +197,8 @@ class JobSpec(Section):
                 f"faults.min_gradient_workers: {least} is above workers.gradient, "
                 f"{self.workers.gradient}; use at most {self.workers.gradient}"
             )
+        if self.storage is not None and (problem := url_problem(self.storage)) is not None:
+            yield f"storage: {problem}"
         inverse_dtype = isinstance(self.optimizer, KFACSpec) and self.optimizer.precondition_dtype
         if self.dtype == "float64" and inverse_dtype == "bfloat16":
             yield (

@@ -30,6 +30,17 @@ class CheckpointInfo:
     path: Path
 
 
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """Return the step of the checkpoint whose folder has this name, None for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match and match[2] is None else None
+
+
 def list_checkpoints(folder: Path) -> tuple[CheckpointInfo, ...]:
     """Return the checkpoints in `folder`, newest first; empty if the folder does not exist."""
     if not folder.is_dir():
@@ -54,7 +65,7 @@ def write_folder(folder: Path, step: int, files: Mapping[str, bytes], keep: int)
         folder.mkdir(exist_ok=True)
         _sync(folder.parent)
     _remove_temporary(folder)
-    final = folder / f"step-{step:08d}"
+    final = folder / checkpoint_name(step)
     temporary = folder / f"{_TEMPORARY}{final.name}"
     try:
         _write_files(temporary, files)

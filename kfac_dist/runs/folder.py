@@ -256,7 +256,7 @@ def check_folder(path: Path, spec: JobSpec, *, resume: bool) -> None:
             check_same_job(RunFolder.open(path).read_spec(), spec, path)
         else:
             _refuse_occupied(path)
-    elif resume:
+    elif resume and spec.storage is None:  # from a storage it would be fetched
         raise NotFoundError(_nothing_to_resume(path))
 
 

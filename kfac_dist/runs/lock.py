@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kfac_dist.errors import ConflictError
@@ -79,3 +81,11 @@ class FolderLock:
     def release(self) -> None:
         """Release the lock; may be called more than once."""
         self._file.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the file `path` inside the block; wait for the process that has it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -155,7 +155,8 @@ class JobSummary(RunRecord):
     `train` and `test` are null if the job ended before an evaluation; the averaged ones also while
     Polyak averaging is off. `initial_objective` is that of the first step's batch.
     `inverse_staleness_steps` covers all steps. `wall_seconds` and `steps_per_second` cover this
-    attempt; the latter leaves evaluation out.
+    attempt; the latter leaves evaluation out. `not_stored` names what is not in the storage of the
+    specification, or not in its newest state.
     """
 
     job: str
@@ -174,3 +175,4 @@ class JobSummary(RunRecord):
     reason: str | None = None
     message: str | None = None
     first_failure: FirstFailure | None = None
+    not_stored: list[str] = Field(default_factory=list)

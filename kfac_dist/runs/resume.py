@@ -10,13 +10,15 @@ from kfac_dist.config import JobSpec
 from kfac_dist.errors import ConflictError
 
 # These sections say how long, where and how safely the job runs, not what it computes.
-_FREE = frozenset({"steps", "evaluation", "workers", "staleness", "checkpoint", "faults"})
+_FREE = frozenset(
+    {"steps", "evaluation", "workers", "staleness", "checkpoint", "faults", "storage"}
+)
 
 
 def check_same_job(old: JobSpec, new: JobSpec, folder: Path) -> None:
     """Raise ConflictError if `new` describes another job than the run of `old` in `folder`.
 
-    Steps, workers, staleness, evaluation, checkpoints and faults may differ.
+    Steps, workers, staleness, evaluation, checkpoints, faults and storage may differ.
     """
     before = old.model_dump(mode="json", exclude=set(_FREE))
     after = new.model_dump(mode="json", exclude=set(_FREE))

@@ -66,7 +66,7 @@ class Jobs:
             idempotency_key: the same key with the same request by the same owner returns the job
                 that was created first.
             package: zip of the folder with the user's code, None for a built-in task.
-            data_dir: absolute folder of data sets on the cluster's file system.
+            data_dir: folder of data sets, an absolute path that every node has, or a URL.
 
         Raises:
             InvalidSpecError: the specification or the package is wrong; lists every problem.

@@ -17,12 +17,13 @@ from sqlalchemy.exc import IntegrityError
 
 from kfac_dist._home import runs_dir
 from kfac_dist.config import JobSpec, parse_spec
+from kfac_dist.config.urls import is_url, url_problem
 from kfac_dist.coordination.jobs.lifecycle import JobState
 from kfac_dist.errors import ConflictError, InvalidSpecError, UsageError
+from kfac_dist.runs.transfer.package import check_package
 from kfac_dist.service.job_records import Job, check_priority
 from kfac_dist.service.store import JobRow, Store
 from kfac_dist.service.store.job_rows import note, to_job
-from kfac_dist.service.wire.package import check_package
 
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
@@ -75,10 +76,8 @@ def check_request(
         raise UsageError(
             "idempotency_key: must be 1 to 200 printable ASCII characters without spaces"
         )
-    if data_dir is not None and ("\x00" in data_dir or not Path(data_dir).is_absolute()):
-        raise UsageError(
-            f"data_dir: {data_dir!r} must be an absolute path on the cluster's file system"
-        )
+    if data_dir is not None and (problem := _data_problem(data_dir)) is not None:
+        raise UsageError(f"data_dir: {problem}")
     resolved = parse_spec(spec)
     _check_task(resolved, package)
     return JobRequest(
@@ -89,6 +88,14 @@ def check_request(
         package=package,
         data_dir=data_dir,
     )
+
+
+def _data_problem(data_dir: str) -> str | None:
+    if is_url(data_dir):
+        return url_problem(data_dir)
+    if "\x00" in data_dir or not Path(data_dir).is_absolute():
+        return f"{data_dir!r} must be a URL, or an absolute path that every node has"
+    return None
 
 
 def _check_task(spec: JobSpec, package: bytes | None) -> None:

@@ -209,7 +209,9 @@ class Job(_message.Message):
     num_restarts: _builtins.int
     """Number of automatic restarts since a user last asked for an attempt."""
     data_dir: _builtins.str
-    """Folder of data sets on the cluster's file system; empty for the server's default."""
+    """Folder of data sets, an absolute path that every node has or a URL; empty for the server's
+    default.
+    """
     package_sha256: _builtins.str
     """SHA-256 of the user's code, hexadecimal; empty for a built-in task."""
     @_builtins.property

@@ -49,7 +49,9 @@ class CreateJobRequest(_message.Message):
     32 MiB packed and 256 MiB unpacked.
     """
     data_dir: _builtins.str
-    """Folder of data sets on the cluster's file system, absolute; empty for the server's default."""
+    """Folder of data sets, an absolute path that every node has or a URL; empty for the server's
+    default.
+    """
     def __init__(
         self,
         *,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kfac_dist.cli.environment import only_this_user, ready_home
+from kfac_dist.cli.environment import data_folder, data_place, only_this_user, ready_home
 from kfac_dist.errors import UsageError
 from tests.cli.conftest import KfacDist
 
@@ -81,3 +81,20 @@ def test_the_message_names_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFAC_DIST_HOME", "/proc/none")
     with pytest.raises(UsageError, match="the home /proc/none cannot be written"):
         ready_home(lambda _text: None)
+
+
+def test_data_may_be_a_folder_or_a_url(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets/x.npz").write_bytes(b"numbers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KFAC_DIST_DATA", raising=False)
+    assert (data_place(None), data_folder(None)) == (None, None)
+    assert data_place("sets") == data_folder("sets") == tmp_path / "sets"
+    monkeypatch.setenv("KFAC_DIST_DATA", f"file://{tmp_path}/sets")
+    assert data_place(None) == f"file://{tmp_path}/sets"
+    fetched = data_folder(None)
+    assert fetched is not None
+    assert fetched.is_relative_to(home / "data/fetched")
+    assert (fetched / "x.npz").read_bytes() == b"numbers"

@@ -30,6 +30,16 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
             {"optimizer": {"dampin": {}}},
             "optimizer.dampin: unknown key. Did you mean optimizer.damping?",
         ),
+        (
+            {"storage": "runs/copies"},
+            "storage: 'runs/copies' must be a URL such as s3://BUCKET/FOLDER, gs://BUCKET/FOLDER "
+            "or file:///FOLDER",
+        ),
+        (
+            {"storage": "s3://me:pw@bucket/x"},
+            "storage: 's3://bucket/x' must have no user, password, query or fragment; credentials "
+            "belong into the environment or the configuration of the storage's library",
+        ),
         ({"damping": {}}, "damping: unknown key here. Did you mean optimizer.damping?"),
         (
             {"every_steps": 5},

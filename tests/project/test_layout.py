@@ -27,6 +27,7 @@ MAX_BODY_LINES = 60
 FOLDERS_WITHOUT_SOURCE = {
     "gpu": "what matters on a GPU, most of which runs on the CPU too",
     "end_to_end": "the installed command, as a user types it",
+    "nodes": "Ray nodes that have nothing in common but a network",
     "oracles": "statements about the mathematics, whichever module computes it",
     "oracles/numbered": "the numbered statements of docs/algorithm.md",
     "oracles/truth": "the slow and obvious code that the oracles compare with",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
+from kfac_dist.runs.transfer.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_BYTES
 from kfac_dist.service.access.limits import ServerLimits
 from kfac_dist.service.job_records import Role
-from kfac_dist.service.wire.package import MAX_FILES, MAX_PACKED_BYTES, MAX_UNPACKED_BYTES
 from kfac_dist.service.wire.status import CODES
 from kfac_dist.service.wire.transport import MAX_MESSAGE_BYTES, MAX_SPEC_BYTES
 from tests.paths import ROOT

@@ -18,7 +18,14 @@ from kfac_dist.errors import (
     NotFoundError,
     UsageError,
 )
-from kfac_dist.runs import Event, JobSummary, RunFolder, StalenessSummary, WorkerCounts
+from kfac_dist.runs import (
+    Event,
+    JobSummary,
+    RunFolder,
+    StalenessSummary,
+    WorkerCounts,
+    check_folder,
+)
 
 from .samples import sample_record, sample_spec
 
@@ -109,6 +116,14 @@ def test_resume_counts_attempts_and_removes_the_last_result(tmp_path: Path) -> N
         assert (resumed.reason, resumed.message) == (None, None)
         assert folder.read_summary() is None
         assert folder.read_spec().steps == 900
+
+
+def test_a_run_that_is_in_a_storage_need_not_be_in_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no run to resume here"):
+        check_folder(tmp_path / "none", sample_spec(), resume=True)
+    check_folder(tmp_path / "none", sample_spec(storage="memory:///x"), resume=True)
+    RunFolder.create(tmp_path, sample_spec()).close()
+    check_folder(tmp_path, sample_spec(storage="memory:///x"), resume=True)  # it may be added
 
 
 def test_resume_needs_a_run_of_the_same_job(tmp_path: Path) -> None:

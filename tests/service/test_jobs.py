@@ -11,13 +11,13 @@ import pytest
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.errors import ConflictError, InvalidSpecError, NotFoundError, UsageError
+from kfac_dist.runs.transfer.package import pack
 from kfac_dist.service.control.launching import begin_attempt
 from kfac_dist.service.job_records import Job, Report, ReportedState, StepValues
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import Store
 from kfac_dist.service.store.job_rows import move
 from kfac_dist.service.submission import package_path
-from kfac_dist.service.wire.package import pack
 from tests.service.requests import report, spec, steps, submit, told
 
 
@@ -53,6 +53,7 @@ def test_a_new_job_has_every_default(jobs: Jobs) -> None:
         ({"spec": spec(), "priority": 1001}, UsageError, "-1000 and 1000"),
         ({"spec": spec(), "idempotency_key": "a b"}, UsageError, "without spaces"),
         ({"spec": spec(), "data_dir": "here"}, UsageError, "absolute"),
+        ({"spec": spec(), "data_dir": "s3://me:pw@b/x"}, UsageError, "must have no user"),
     ],
 )
 def test_wrong_requests_are_refused(

@@ -56,10 +56,14 @@ _ray: Any = ray
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where workers are placed; `host` is None where each node has its own address."""
+    """Where workers are placed; `host` is None where each node has its own address.
+
+    `may_have_other_nodes` is False where all processes can only be on the driver's machine.
+    """
 
     room: Room
     host: str | None
+    may_have_other_nodes: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,8 @@ def ray_cluster(
         UnreachableError: no cluster answers at `ray_address`, or Ray does not start here.
     """
     if ray.is_initialized():
-        yield _describe(host=LOOPBACK if _is_single_node() else None)
+        is_single = _is_single_node()
+        yield _describe(LOOPBACK if is_single else None, may_have_other_nodes=not is_single)
         return
     # A cluster that runs already has its own mode, which its drivers find in the environment.
     mode = {} if "RAY_AUTH_MODE" in os.environ and ray_address is not None else _NO_TOKEN
@@ -111,10 +116,10 @@ def _started(
     if ray_address is not None:
         _init(f"no Ray cluster at {ray_address}", address=ray_address, **_QUIET)
         with _shut_down():
-            yield _describe(host=None)
+            yield _describe(None, may_have_other_nodes=not _is_on_loopback())
         return
     with _local(local_room(room_for), owner, include_dashboard=False):
-        yield _describe(host=LOOPBACK)
+        yield _describe(LOOPBACK, may_have_other_nodes=False)
 
 
 @contextmanager
@@ -254,18 +259,23 @@ def local_room(room_for: WorkersSpec | None = None) -> Room:
     )
 
 
-def _describe(host: str | None) -> Cluster:
+def _describe(host: str | None, *, may_have_other_nodes: bool) -> Cluster:
     resources = _ray.cluster_resources()
     room = Room(
         num_cpus=int(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
         num_inverse_slots=int(resources.get("inverse", 0)),
     )
-    return Cluster(room=room, host=host)
+    return Cluster(room=room, host=host, may_have_other_nodes=may_have_other_nodes)
 
 
 def _is_single_node() -> bool:
     return len(_ray.nodes()) == 1
+
+
+def _is_on_loopback() -> bool:
+    """Return whether no other machine can reach the cluster, as with the one of a server."""
+    return all(node["NodeManagerAddress"] == LOOPBACK for node in _ray.nodes())
 
 
 @contextmanager

@@ -49,9 +49,8 @@ _list_placement_groups: Any = list_placement_groups
 class RayJobRunner:
     """A JobRunner on a Ray cluster.
 
-    Drivers run on the head node, and run folders must be on a file system that all nodes share. If
-    the cluster is on this machine, processes and shared memory are inspected in addition to Ray's
-    own tables.
+    Drivers run on the head node, which must see run folders under the server's path. If the cluster
+    is on this machine, processes and shared memory are inspected in addition to Ray's own tables.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from kfac_dist.runs import (
     WorkerCounts,
 )
 from kfac_dist.runs.records import Severity
-from kfac_dist.runs.report import render_report
+from kfac_dist.runs.reports.report import render_report
+from kfac_dist.runs.transfer.fetch import local_folder
 from kfac_dist.tasks import working_folder
 from workers.cluster.cluster import Cluster, Owner, is_embedded, local_room, ray_cluster
 from workers.cluster.leftovers import ended_with_block, marking
@@ -37,10 +38,12 @@ from workers.driver.checkpointing import START, ResumePoint, find_resume_point
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.processes import CrewPlan
 from workers.driver.evaluator import divergence
+from workers.driver.other_nodes import other_nodes
 from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
 from workers.driver.records.step_records import StepRecords
+from workers.driver.stored_run import Finish, mirrored, open_run, storage_of
 from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.exchange.shard_plan import ShardPlan
@@ -52,6 +55,9 @@ from workers.planning import (
     layer_costs,
     shard_plan,
 )
+
+_UPLOAD_SECONDS = 120.0  # at the end, for what is not in the storage yet
+_LAST_UPLOAD_SECONDS = 10.0  # the same after an interrupt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,7 @@ def run_job(
     spec: JobSpec,
     *,
     base_dir: Path,
-    data_dir: Path | None,
+    data_dir: Path | str | None,
     home: Path,
     run_dir: Path | None,
     resume: bool,
@@ -87,7 +93,8 @@ def run_job(
     Args:
         spec: the job.
         base_dir: the folder of the user's files that a task may need.
-        data_dir: the folder in which data are looked for first, before the cache.
+        data_dir: the folder in which data are looked for first, before the cache; or a URL, whose
+            files every node of the job fetches into its cache.
         home: has the data cache and, without `run_dir`, the run folders.
         run_dir: the run folder.
         resume: continue the run in the folder from its newest whole checkpoint.
@@ -106,14 +113,16 @@ def run_job(
     """
     if is_embedded(ray_address) and replay_script is None:
         check_placement(spec.workers, local_room())
+    cache_dir, data_url = data_cache(home), data_dir if isinstance(data_dir, str) else None
+    local = local_folder(data_dir, cache_dir)
     with ended_with_block() as mark:
         with marking(mark):
-            preparation = prepare(
-                spec, base_dir=base_dir, data_dir=data_dir, cache_dir=data_cache(home)
-            )
+            preparation = prepare(spec, base_dir=base_dir, data_dir=local, cache_dir=cache_dir)
         path = run_dir or runs_dir(home) / spec.name
-        with _open_folder(path, spec, resume, identity) as folder:
-            point = _resume_point(folder, spec, preparation) if resume else None
+        storage = None if replay_script else storage_of(spec, identity)
+        opened = open_run(path, spec, storage, resume=resume, identity=identity)
+        with opened.folder as folder:
+            point = _resume_point(folder, spec, preparation) if opened.resumes else None
             if point is not None:
                 # Only now, so that an error in what comes before leaves the run as it was.
                 folder.begin_attempt(spec, identity)
@@ -122,17 +131,27 @@ def run_job(
                 attempt=folder.read_job().attempt,
                 spec=spec,
                 base_dir=base_dir,
-                data_dir=data_dir,
-                cache_dir=data_cache(home),
+                data_dir=local,
+                cache_dir=cache_dir,
                 run_dir=folder.path,
                 replay_script=replay_script,
                 allowed_targets=preparation.allowed_targets,
             )
             journal = JobJournal(folder, job.attempt)
-            with journal.served(metrics, job.job):
-                journal.watch(on_record, on_event)
+            journal.watch(on_record, on_event)
+            with (
+                journal.served(metrics, job.job),
+                mirrored(opened, storage, job.attempt, journal) as finish,
+            ):
+                surroundings = _Surroundings(mark=mark, data_url=data_url, finish=finish)
                 attempt = _JobAttempt(
-                    job, folder, journal, preparation, point, interrupts or Interrupts(), mark
+                    job,
+                    folder,
+                    journal,
+                    preparation,
+                    point,
+                    interrupts or Interrupts(),
+                    surroundings,
                 )
                 return attempt.run(ray_address, is_admitted=identity is not None)
 
@@ -147,10 +166,17 @@ def _resume_point(folder: RunFolder, spec: JobSpec, preparation: Preparation) ->
     )
 
 
-def _open_folder(
-    path: Path, spec: JobSpec, resume: bool, identity: RunIdentity | None
-) -> RunFolder:
-    return RunFolder.resume(path, spec) if resume else RunFolder.create(path, spec, identity)
+@dataclass(frozen=True, kw_only=True)
+class _Surroundings:
+    """What an attempt needs beside the job.
+
+    `mark` is that of its processes, `data_url` where nodes fetch data sets from, None for folders.
+    `finish` ends the mirror in the storage.
+    """
+
+    mark: str
+    data_url: str | None
+    finish: Finish
 
 
 class _JobAttempt:
@@ -164,7 +190,7 @@ class _JobAttempt:
         preparation: Preparation,
         resume_point: ResumePoint | None,
         interrupts: Interrupts,
-        mark: str,
+        surroundings: _Surroundings,
     ) -> None:
         self._job = job
         self._folder = folder
@@ -172,7 +198,8 @@ class _JobAttempt:
         self._preparation = preparation
         self._resume_point = resume_point
         self._interrupts = interrupts
-        self._mark = mark
+        self._surroundings = surroundings
+        self._mark = surroundings.mark
         self._step_records = StepRecords()
         self._started = time.monotonic()
 
@@ -222,10 +249,16 @@ class _JobAttempt:
             working_folder(self._folder.path),
             ray_cluster(ray_address, room_for, owner) as cluster,
             self._interrupts,
+            ExitStack() as stack,
         ):
             self._check_room(cluster, is_admitted)
+            job, catch_up_logs = stack.enter_context(
+                other_nodes(
+                    self._job, self._surroundings.data_url, are_possible=cluster.host is None
+                )
+            )
             loop = TrainingLoop(
-                self._job,
+                job,
                 self._folder,
                 self._journal,
                 self._step_records,
@@ -233,9 +266,9 @@ class _JobAttempt:
                 self._preparation.num_train_cases,
                 self._interrupts,
             )
-            plan = self._plan_crew(cluster, point)
+            plan = self._plan_crew(cluster, point, catch_up_logs)
             crew = Crew.launch(
-                self._job,
+                job,
                 self._folder,
                 plan,
                 self._interrupts,
@@ -274,7 +307,9 @@ class _JobAttempt:
         self._journal.event("resumed", message, from_step=point.step)
         return point
 
-    def _plan_crew(self, cluster: Cluster, point: ResumePoint) -> CrewPlan:
+    def _plan_crew(
+        self, cluster: Cluster, point: ResumePoint, catch_up_logs: Callable[[], None]
+    ) -> CrewPlan:
         spec, registration = self._job.spec, self._preparation.registration
         return CrewPlan(
             devices=plan_devices(spec.workers, cluster.room.num_gpus),
@@ -289,6 +324,7 @@ class _JobAttempt:
             has_buffers=self._preparation.has_buffers,
             has_mirrors=has_mirrors(spec),
             start_step=point.step,
+            catch_up_logs=catch_up_logs,
         )
 
     def _plan_shards(self) -> Callable[[int], ShardPlan]:
@@ -319,7 +355,8 @@ class _JobAttempt:
         message = outcome.message or f"the job ended after step {self._journal.step}"
         self._journal.event(outcome.state.lower(), message, severity=severity)
         self._render_report()
-        return summary
+        seconds = _UPLOAD_SECONDS if outcome.reason != "interrupted" else _LAST_UPLOAD_SECONDS
+        return self._surroundings.finish(summary, seconds)
 
     def _render_report(self) -> None:
         """Render the report; what is wrong with a record is a warning, the run ended as it did."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
@@ -29,7 +29,8 @@ class JobContext:
     """What every actor needs to build its part of a job; paths are those of its own machine.
 
     With a `replay_script` the job repeats what was recorded. `allowed_targets` are those that the
-    model's outputs allow, None if all numbers are possible.
+    model's outputs allow, None if all numbers are possible. Without `delivery` all processes are on
+    the driver's machine.
     """
 
     job: str
@@ -41,6 +42,22 @@ class JobContext:
     run_dir: Path
     replay_script: ReplayScript | None = None
     allowed_targets: TargetRange | None = None
+    delivery: Delivery | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """How the files of a job reach the nodes other than `driver_node`, Ray's name of a node.
+
+    `code` refers to the user's code as a package, None where the task needs none. `data_url` is
+    where data sets are fetched from, None if they are in folders. `arrivals` is an actor, which
+    processes on other nodes tell where they are.
+    """
+
+    driver_node: str
+    code: Any | None
+    data_url: str | None
+    arrivals: Any
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from workers.heartbeat import Pulse
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
 from workers.planning import num_versions_used
+from workers.this_node import on_this_node
 
 
 class InverseWorker:
@@ -36,6 +37,7 @@ class InverseWorker:
         owners: Mapping[str, Handle],
         averages: Arrays | None,
     ) -> None:
+        job = on_this_node(job)
         self._owners = owners
         self._kept: dict[str, deque[InverseMessage]] = {}  # by layer, for a new owner
         self._num_kept = num_versions_used(job.spec)

@@ -44,6 +44,7 @@ from workers.gradient_worker.work import GradientWork
 from workers.heartbeat import Heartbeat, Pulse
 from workers.member.roles import MemberRoles
 from workers.parameter_server.build import BuiltShard, ShardBuilder
+from workers.this_node import on_this_node
 
 # A message is normally there in a millisecond. An inverse worker that has stalled holds a step up
 # once, and is not waited for again until it answers.
@@ -79,7 +80,7 @@ class Member:
         threads: int,
         timeout_seconds: float,
     ) -> None:
-        self._job = job
+        self._job = job = on_this_node(job)
         self._place = place
         self._devices = devices
         self._host = host or node_address()
@@ -103,7 +104,7 @@ class Member:
             buffers: the buffers of the model.
             snapshot: this shard's part of the server's state; None at the start of a run.
         """
-        enter_code_folder(self._job)
+        logged(self._log, "files", lambda: enter_code_folder(self._job))
         torch.set_num_threads(self._threads)
         self._device = member_device(self._devices)
         worker = shard = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from kfac_dist.cli.environment import absolute, ray_address
+from kfac_dist.cli.environment import absolute, data_place, ray_address
 from kfac_dist.cli.signals import terminate_is_interrupt
 from kfac_dist.errors import ConflictError, FirstFailure, KfacDistError
 
@@ -125,7 +125,7 @@ def _train(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupt
         run_job(
             parse_spec(launch.spec),
             base_dir=RunPlaces(run_dir).code,
-            data_dir=launch.data_dir,
+            data_dir=data_place(launch.data_dir) if launch.data_dir else None,
             home=launch.home,
             run_dir=run_dir,
             resume=launch.resume,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kfac_dist._home import data_cache
-from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.environment import absolute, data_folder, home
 from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, make_table, write_result
 
@@ -40,7 +40,7 @@ def layers(
     from workers.api import layers_report
 
     rows = layers_report(
-        job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=data_cache(home())
+        job, absolute(spec).parent, data_dir=data_folder(data), cache_dir=data_cache(home())
     )
     total = sum(row["num_parameters"] for row in rows if row["block"] != "frozen")
     lines = [[row[column] for column in _COLUMNS] for row in rows]

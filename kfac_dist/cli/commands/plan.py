@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from kfac_dist._home import data_cache
-from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.environment import absolute, data_folder, home
 from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, key_table, make_table, write_result, write_table
 
@@ -34,7 +34,7 @@ def plan(
     from workers.driver.job_plan import job_plan  # imports torch
 
     found = job_plan(
-        job, absolute(spec).parent, data_dir=data_dir(data), cache_dir=data_cache(home())
+        job, absolute(spec).parent, data_dir=data_folder(data), cache_dir=data_cache(home())
     )
     if output is Format.table:
         _write_tables(found)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kfac_dist.cli.connection import connect
-from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.environment import absolute, data_folder, home
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.options import CaOption, DataDirOption, OutputOption, ServerOption
 from kfac_dist.cli.output import Format, say, write_result
 from kfac_dist.cli.progress import make_progress
 from kfac_dist.cli.signals import terminate_is_interrupt
+from kfac_dist.config.urls import is_url
 from kfac_dist.errors import ConflictError, JobFailedError, NotFoundError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def replay(
 
 
 def _find(
-    job: str, base_dir: Path | None, data: Path | None, server: str | None, ca: Path | None
+    job: str, base_dir: Path | None, data: str | None, server: str | None, ca: Path | None
 ) -> _Source:
     """Find the run that `job` names: a folder that exists, else a job of a server.
 
@@ -102,12 +103,12 @@ def _find(
             raise NotFoundError(f"{path}: no such folder; give the folder of a run")
         code = RunPlaces(path).code
         found = own_base_dir or (code if code.is_dir() else Path.cwd())
-        return _Source(run_dir=path, base_dir=found, data_dir=data_dir(data))
+        return _Source(run_dir=path, base_dir=found, data_dir=data_folder(data))
     with connect(server, ca) as client:
         return _job_source(client.get(job), own_base_dir, data)
 
 
-def _job_source(job: Job, base_dir: Path | None, data: Path | None) -> _Source:
+def _job_source(job: Job, base_dir: Path | None, data: str | None) -> _Source:
     from kfac_dist.runs.run_places import RunPlaces
 
     run_dir = Path(job.run_dir)
@@ -115,10 +116,10 @@ def _job_source(job: Job, base_dir: Path | None, data: Path | None) -> _Source:
     code = RunPlaces(run_dir).code
     if base_dir is None and job.package is not None:
         _check_readable(job, "user code", code, "give a copy of it with --base-dir")
-    if data is None and job.data_dir is not None:
+    if data is None and job.data_dir is not None and not is_url(job.data_dir):
         _check_readable(job, "data", Path(job.data_dir), "give a copy of them with --data-dir")
-    data = data or (Path(job.data_dir) if job.data_dir else None)
-    return _Source(run_dir=run_dir, base_dir=base_dir or code, data_dir=data_dir(data))
+    data = data or job.data_dir
+    return _Source(run_dir=run_dir, base_dir=base_dir or code, data_dir=data_folder(data))
 
 
 def _check_readable(job: Job, what: str, path: Path, otherwise: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kfac_dist.cli.connection import connect
-from kfac_dist.cli.environment import absolute, data_dir
+from kfac_dist.cli.environment import absolute, data_place
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.job_view import described, raise_for_end, write_state
 from kfac_dist.cli.options import CaOption, OutputOption, ServerOption, SetOption, SpecArgument
@@ -16,8 +15,8 @@ from kfac_dist.cli.output import Format, make_table, write_result, write_table
 
 if TYPE_CHECKING:
     from kfac_dist.config import JobSpec
+    from kfac_dist.runs.transfer.user_code import UserCode
     from kfac_dist.service.client import Client
-    from kfac_dist.service.client.code import UserCode
     from kfac_dist.service.job_records import Job
 
 
@@ -41,11 +40,12 @@ def submit(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--data-dir",
             metavar="DIR",
-            help="Folder of data sets on the cluster's file system. Default: $KFAC_DIST_DATA.",
+            help="Folder of data sets that every node has, or the URL of one, which every node "
+            "fetches. Default: $KFAC_DIST_DATA.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -65,7 +65,7 @@ def submit(
     files, links and what its .kfacdistignore names. Ctrl-C while waiting does not end the job.
     """
     from kfac_dist.config import load_spec
-    from kfac_dist.service.client.code import code_of
+    from kfac_dist.runs.transfer.user_code import code_of
 
     job_spec = load_spec(spec, overrides or [])
     base_dir = absolute(spec).parent
@@ -75,14 +75,14 @@ def submit(
         return
     if code is not None and (surprises := code.contents.surprises()):
         typer.echo(surprises, err=True)
-    folder = data_dir(data)
+    place = data_place(data)
     with connect(server, ca) as client:
         job = client.submit(
             job_spec,
             base_dir=base_dir,
             priority=priority,
             idempotency_key=idempotency_key,
-            data_dir=None if folder is None else str(folder),
+            data_dir=None if place is None else str(place),
         )
         if not wait:
             write_state(job, output)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kfac_dist._home import data_cache, runs_dir
-from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.environment import absolute, data_folder, data_place, home
 from kfac_dist.cli.failure import Interrupted
 from kfac_dist.cli.options import (
     DataDirOption,
@@ -65,11 +65,11 @@ def train(
     folder = absolute(run_dir) if run_dir else runs_dir(home()) / job.name
     base_dir = absolute(spec).parent
     if dry_run:
-        _check(job, base_dir, data_dir(data), folder, resume, metrics_port)
+        _check(job, base_dir, data, folder, resume, metrics_port)
         write_result({"run_dir": str(folder), "spec": job.model_dump(mode="json")}, output)
         return
     try:
-        summary = _run(job, base_dir, data_dir(data), folder, resume, metrics_port, output)
+        summary = _run(job, base_dir, data_place(data), folder, resume, metrics_port, output)
     except JobFailedError as error:
         _write_failed_summary(folder, error, output)
         raise
@@ -79,7 +79,7 @@ def train(
 def _check(
     job: JobSpec,
     base_dir: Path,
-    data: Path | None,
+    data: str | None,
     folder: Path,
     resume: bool,
     metrics_port: int | None,
@@ -96,7 +96,9 @@ def _check(
 
     from workers.driver.preparation import prepare  # imports torch
 
-    ready = prepare(job, base_dir=base_dir, data_dir=data, cache_dir=data_cache(home()))
+    ready = prepare(
+        job, base_dir=base_dir, data_dir=data_folder(data), cache_dir=data_cache(home())
+    )
     for message in ready.check_data():
         typer.echo(message, err=True)
 
@@ -104,7 +106,7 @@ def _check(
 def _run(
     job: JobSpec,
     base_dir: Path,
-    data: Path | None,
+    data: Path | str | None,
     folder: Path,
     resume: bool,
     metrics_port: int | None,

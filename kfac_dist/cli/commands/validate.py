@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kfac_dist._home import data_cache
-from kfac_dist.cli.environment import absolute, data_dir, home
+from kfac_dist.cli.environment import absolute, data_folder, home
 from kfac_dist.cli.options import DataDirOption, OutputOption, SetOption, SpecArgument
 from kfac_dist.cli.output import Format, make_table, write_result
 
@@ -41,7 +41,7 @@ def validate(
 
         base_dir = absolute(spec).parent
         ready = prepare(
-            job, base_dir=base_dir, data_dir=data_dir(data), cache_dir=data_cache(home())
+            job, base_dir=base_dir, data_dir=data_folder(data), cache_dir=data_cache(home())
         )
         not_checked += ready.check_data()
     row = (job.name, job.task, job.optimizer.name, job.steps)

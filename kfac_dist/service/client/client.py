@@ -13,8 +13,8 @@ import grpc
 from kfac_dist.config import JobSpec, load_spec, parse_spec
 from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState
 from kfac_dist.errors import KfacDistError, TimedOutError, UnreachableError
+from kfac_dist.runs.transfer.user_code import package_of
 from kfac_dist.service.client.channel import ServerAddress
-from kfac_dist.service.client.code import package_of
 from kfac_dist.service.client.diagnosis import why_silent
 from kfac_dist.service.client.streams import LogStream, Patience, Update, resumed
 from kfac_dist.service.job_records import (
@@ -114,7 +114,7 @@ class Client(AbstractContextManager["Client"]):
             priority: jobs with a higher priority leave the queue earlier.
             idempotency_key: the same key with the same request returns the job that was created
                 first; by default a new key.
-            data_dir: folder of data sets on the cluster's file system.
+            data_dir: folder of data sets, an absolute path that every node has, or a URL.
 
         Raises:
             UsageError: the priority or another part of the request is out of range.

@@ -6,8 +6,6 @@ cluster does not know, and submits it again.
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from sqlalchemy.orm import Session
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
 from kfac_dist.runs.parsing import read_whole
 from kfac_dist.runs.run_places import RunPlaces
+from kfac_dist.runs.transfer.package import unpack_whole
 from kfac_dist.runs.writing import write_secret, write_whole
 from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.job_records import Job
@@ -24,7 +23,6 @@ from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.store import AttemptRow, JobRow
 from kfac_dist.service.store.job_rows import move, note
 from kfac_dist.service.submission import package_path
-from kfac_dist.service.wire.package import unpack
 
 
 class Launch(BaseModel):
@@ -37,7 +35,7 @@ class Launch(BaseModel):
     resume: bool
     spec: dict[str, Any]
     home: Path
-    data_dir: Path | None
+    data_dir: str | None
 
 
 def begin_attempt(session: Session, row: JobRow, token: str, *, resumes: bool, now: float) -> None:
@@ -72,14 +70,15 @@ def prepare_folder(jobs: Jobs, job: Job, token: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     places = RunPlaces(folder)
     if job.package is not None and not places.code.exists():
-        _unpack(package_path(jobs.home, job.package), places.code)
+        unpack_whole(package_path(jobs.home, job.package).read_bytes(), places.code)
     launch = Launch(
         job=job.id,
         attempt=job.attempt,
-        resume=places.has_run,
+        # A later attempt may find the run in its storage.
+        resume=places.has_run or (job.attempt > 1 and job.spec.get("storage") is not None),
         spec=dict(job.spec),
         home=jobs.home,
-        data_dir=Path(job.data_dir) if job.data_dir else None,
+        data_dir=job.data_dir or None,
     )
     write_secret(places.report_token, token)
     write_whole(places.launch, launch.model_dump_json(indent=2) + "\n")
@@ -93,14 +92,3 @@ def read_launch(run_dir: Path) -> Launch:
 def read_token(run_dir: Path) -> str:
     """Read the driver's secret."""
     return RunPlaces(run_dir).report_token.read_text()
-
-
-def _unpack(package: Path, target: Path) -> None:
-    """Unpack a package; after a crash the target is either complete or missing."""
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    try:
-        unpack(package.read_bytes(), temporary)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

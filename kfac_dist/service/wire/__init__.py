@@ -1,1 +1,1 @@
-"""What travels over gRPC: records as messages, errors as status codes, user code as packages."""
+"""What travels over gRPC: records as messages, errors as status codes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfac_dist.service.wire.package import MAX_PACKED_BYTES
+from kfac_dist.runs.transfer.package import MAX_PACKED_BYTES
 
 DEFAULT_PORT = 7341
 """Outside 10002 to 19999, the range of ports that Ray uses for its workers."""

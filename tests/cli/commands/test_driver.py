@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
-from kfac_dist.service.control.launching import begin_attempt, prepare_folder
+from kfac_dist.runs.transfer.package import pack
+from kfac_dist.service.control.launching import begin_attempt, prepare_folder, read_launch
 from kfac_dist.service.job_records import Job
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
 from kfac_dist.service.store import open_store
 from kfac_dist.service.store.job_rows import move
-from kfac_dist.service.wire.package import pack
 from tests.paths import ROOT
 from workers.cluster.job_runner import DRIVER
 
@@ -29,12 +29,12 @@ def jobs(tmp_path: Path) -> Any:
     store.close()
 
 
-def prepared(jobs: Jobs, source: str) -> Job:
+def prepared(jobs: Jobs, source: str, **changes: Any) -> Job:
     """A job with this user code whose first attempt waits for its driver."""
     code = jobs.home / "code"
     code.mkdir()
     (code / "own.py").write_text(source)
-    spec = {"name": "own", "task": "own.py:Task", "steps": 2, "batch_size": 2}
+    spec = {"name": "own", "task": "own.py:Task", "steps": 2, "batch_size": 2, **changes}
     job = jobs.create(spec, owner="ada", package=pack(code))
     with jobs.change(job.id) as (session, row):
         move(session, row, Trigger.ENQUEUE, 1.0)
@@ -64,6 +64,15 @@ def test_only_the_driver_can_read_its_secret(jobs: Jobs) -> None:
     launch = json.loads((Path(job.run_dir) / "launch.json").read_text())
     assert "secret" not in json.dumps(launch)
     assert (Path(job.run_dir) / "code" / "own.py").read_text() == "class Task: ...\n"
+
+
+def test_a_later_attempt_resumes_a_run_that_only_its_storage_has(jobs: Jobs) -> None:
+    job = prepared(jobs, "class Task: ...\n", storage=f"file://{jobs.home}/storage")
+    assert not read_launch(Path(job.run_dir)).resume
+    with jobs.change(job.id) as (_, row):
+        row.attempt = 2
+    prepare_folder(jobs, jobs.get(job.id), "secret")
+    assert read_launch(Path(job.run_dir)).resume
 
 
 def test_the_driver_of_a_replaced_attempt_does_nothing(jobs: Jobs) -> None:

@@ -434,6 +434,7 @@ class Crew:
         return MemberLostError(member, cause) if is_ours and is_death(error) else cause
 
     def _job_error(self, member: Member, error: BaseException) -> KfacDistError:
+        self._plan.catch_up_logs()
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
         return job_error(member, error, step=self.step, log=path)
 

@@ -32,6 +32,7 @@ class CrewPlan:
     `server_snapshot`, `averages` and `buffers` come from a checkpoint, if the run resumes.
     `has_buffers`: the model has buffers. `has_mirrors`: the gradient workers mirror all that a
     shard has beside its inverses. `start_step` is the step after which training starts.
+    `catch_up_logs` brings what members on other nodes have written into the run folder.
     """
 
     devices: DevicePlan
@@ -46,6 +47,7 @@ class CrewPlan:
     has_buffers: bool
     has_mirrors: bool
     start_step: int
+    catch_up_logs: Callable[[], None]
 
 
 @dataclass(kw_only=True, eq=False)

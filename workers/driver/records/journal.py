@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 from kfac_dist.optim.precision import PreconditionDtype
@@ -27,6 +28,7 @@ class JobJournal:
         self._attempt = attempt
         self._on_record: list[OnRecord] = []
         self._on_event: list[OnEvent] = []
+        self._warnings: SimpleQueue[tuple[str, str]] = SimpleQueue()
         self.step = 0
 
     def watch(self, on_record: OnRecord | None, on_event: OnEvent | None) -> None:
@@ -45,8 +47,26 @@ class JobJournal:
             self.event("metrics_served", f"metrics at {server.url}", url=server.url)
             yield
 
+    def warn_later(self, kind: str, message: str) -> None:
+        """Write a warning with the next record or event; may be called from any thread."""
+        self._warnings.put((kind, message))
+
+    def _write_warnings(self) -> None:
+        while not self._warnings.empty():
+            kind, message = self._warnings.get()
+            self._write(
+                Event(
+                    kind=kind,
+                    message=message,
+                    step=self.step,
+                    severity="warning",
+                    attempt=self._attempt,
+                )
+            )
+
     def record(self, record: StepRecord) -> None:
         """Write the record of a step."""
+        self._write_warnings()
         self._folder.append_metrics(record)
         for on_record in self._on_record:
             on_record(record)
@@ -73,6 +93,10 @@ class JobJournal:
             attempt=self._attempt,
             details=details,
         )
+        self._write_warnings()
+        self._write(event)
+
+    def _write(self, event: Event) -> None:
         self._folder.append_event(event)
         for on_event in self._on_event:
             on_event(event)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from kfac_dist.config import JobSpec
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service.wire.package import pack
-from kfac_dist.service.wire.package_contents import Contents, contents_of
+from kfac_dist.runs.transfer.package import pack
+from kfac_dist.runs.transfer.package_contents import Contents, contents_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service.wire import package
-from kfac_dist.service.wire.package import check_package, pack, unpack
+from kfac_dist.runs.transfer import package
+from kfac_dist.runs.transfer.package import check_package, pack, unpack
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfac_dist.runs import Evaluation
-from kfac_dist.runs.series import MOST_COLUMNS, report_series, staleness_bound, thin_out
-
-from .samples import sample_record, sample_spec
+from kfac_dist.runs.reports.series import MOST_COLUMNS, report_series, staleness_bound, thin_out
+from tests.runs.samples import sample_record, sample_spec
 
 
 @given(st.integers(0, 2000), st.integers(1, 700))

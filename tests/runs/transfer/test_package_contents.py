@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service.wire.package_contents import IGNORE_FILE, Contents, contents_of
+from kfac_dist.runs.transfer.package_contents import IGNORE_FILE, Contents, contents_of
 
 
 def write(folder: Path, *names: str) -> None:

@@ -8,13 +8,15 @@ anyway.
 from __future__ import annotations
 
 import io
+import secrets
+import shutil
 import stat
 import zipfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service.wire.package_contents import IGNORE_FILE, Contents, PackedFile, contents_of
+from kfac_dist.runs.transfer.package_contents import IGNORE_FILE, Contents, PackedFile, contents_of
 
 MAX_PACKED_BYTES = 32 * 2**20
 MAX_UNPACKED_BYTES = 256 * 2**20
@@ -80,6 +82,21 @@ def unpack(data: bytes, target: Path) -> None:
         target.mkdir(parents=True)
         for entry in entries:
             _write(archive, entry, target / entry.filename)
+
+
+def unpack_whole(data: bytes, target: Path) -> None:
+    """Unpack a package; after a kill `target` is either complete or missing.
+
+    Raises:
+        InvalidSpecError: as for `unpack`.
+    """
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    try:
+        unpack(data, temporary)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _check_size(folder: Path, num_bytes: int, count: int) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from kfac_dist.errors import FirstFailure
 from kfac_dist.runs import Event, RunFolder
-from kfac_dist.runs.report import render_report
-
-from .samples import LAYERS, sample_record, sample_run, sample_spec
+from kfac_dist.runs.reports.report import render_report
+from tests.runs.samples import LAYERS, sample_record, sample_run, sample_spec
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 

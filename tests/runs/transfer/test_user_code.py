@@ -8,7 +8,7 @@ import pytest
 
 from kfac_dist.config import JobSpec, parse_spec
 from kfac_dist.errors import InvalidSpecError
-from kfac_dist.service.client.code import code_of
+from kfac_dist.runs.transfer.user_code import code_of
 
 
 def spec(task: str) -> JobSpec:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from kfac_dist.config import JobSpec, dump_spec
 from kfac_dist.runs.folder import RunFolder
 from kfac_dist.runs.records import JobSummary, Metrics
-from kfac_dist.runs.series import report_series, staleness_bound
+from kfac_dist.runs.reports.series import report_series, staleness_bound
 from kfac_dist.runs.step_record import StepRecord
 from kfac_dist.runs.writing import write_whole
 
@@ -44,7 +44,7 @@ def render_report(folder: RunFolder, damages: list[str] | None = None) -> Path:
     summary = folder.read_summary()
     job = folder.read_job()
     environment = Environment(
-        loader=PackageLoader("kfac_dist.runs", "templates"),
+        loader=PackageLoader("kfac_dist.runs.reports", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

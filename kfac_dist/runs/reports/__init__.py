@@ -1,0 +1,1 @@
+"""The page with the curves of a run, made from its records."""
