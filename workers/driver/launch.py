@@ -38,7 +38,9 @@ from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
 from workers.driver.records.step_records import StepRecords
+from workers.driver.rescaling import Rescaling
 from workers.driver.training_loop import TrainingLoop, TrainingResult
+from workers.driver.wishes import WishBox
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.interrupts import Interrupts
 from workers.planning import arithmetic_of, inverse_setups, layer_costs
@@ -68,6 +70,7 @@ def run_job(
     identity: RunIdentity | None = None,
     interrupts: Interrupts | None = None,
     replay_script: ReplayScript | None = None,
+    wishes: WishBox | None = None,
 ) -> JobSummary:
     """Run a job to its end and return the summary, which is also written to the run folder.
 
@@ -89,6 +92,7 @@ def run_job(
         interrupts: lets other threads interrupt the job; signals always do.
         replay_script: what to repeat of a recorded run. The workers then always fit on this
             machine, however many CPUs it has.
+        wishes: lets other threads change the number of workers.
 
     Raises:
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
@@ -122,7 +126,14 @@ def run_job(
             with journal.served(metrics, job.job):
                 journal.watch(on_record, on_event)
                 attempt = _JobAttempt(
-                    job, folder, journal, preparation, point, interrupts or Interrupts(), mark
+                    job,
+                    folder,
+                    journal,
+                    preparation,
+                    point,
+                    interrupts or Interrupts(),
+                    mark,
+                    wishes or WishBox(),
                 )
                 return attempt.run(ray_address, is_admitted=identity is not None)
 
@@ -155,6 +166,7 @@ class _JobAttempt:
         resume_point: ResumePoint | None,
         interrupts: Interrupts,
         mark: str,
+        wishes: WishBox,
     ) -> None:
         self._job = job
         self._folder = folder
@@ -163,6 +175,7 @@ class _JobAttempt:
         self._resume_point = resume_point
         self._interrupts = interrupts
         self._mark = mark
+        self._wishes = wishes
         self._step_records = StepRecords()
         self._started = time.monotonic()
 
@@ -222,6 +235,7 @@ class _JobAttempt:
                 point,
                 self._preparation.num_train_cases,
                 self._interrupts,
+                self._rescaling(),
             )
             plan = self._plan_crew(cluster, point)
             crew = Crew.launch(
@@ -234,6 +248,11 @@ class _JobAttempt:
                 return loop.run(crew)
             finally:
                 crew.kill()
+
+    def _rescaling(self) -> Rescaling:
+        registration = self._preparation.registration
+        layers = () if registration is None else layer_costs(registration)
+        return Rescaling(self._job.spec.workers, layers, self._wishes, self._journal)
 
     def _check_room(self, cluster: Cluster, is_admitted: bool) -> None:
         workers = self._job.spec.workers

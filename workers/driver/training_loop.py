@@ -25,6 +25,7 @@ from workers.driver.crew.inverse_pool import InverseWorkerDied
 from workers.driver.evaluator import evaluate_splits
 from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords
+from workers.driver.rescaling import Rescaling
 from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
 from workers.interrupts import Interrupts
 from workers.planning import batch_size, staleness_bound, step_schedule
@@ -52,6 +53,7 @@ class TrainingLoop:
         point: where to start.
         num_train_cases: the size of the training set.
         interrupts: checked after each step; given a grace period while steps run.
+        rescaling: changes the number of workers between steps, as is wished.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class TrainingLoop:
         point: ResumePoint,
         num_train_cases: int,
         interrupts: Interrupts,
+        rescaling: Rescaling,
     ) -> None:
         self._spec = job.spec
         self._replay_script = job.replay_script
         self._interrupts = interrupts
+        self._rescaling = rescaling
         self._folder = folder
         self._journal = journal
         self._step_records = step_records
@@ -96,6 +100,7 @@ class TrainingLoop:
             self._journal.step = crew.step = step
             self._connect_started(crew, step)
             self._limit_degradation(crew, step)
+            self._rescale(crew, step)
             self._step(crew, self._schedule.plan(step))
             if self._replay_script or self._is_due(step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
@@ -173,11 +178,7 @@ class TrainingLoop:
         if not started:
             return
         crew.connect_inverse_workers()
-        first = step
-        while not self._schedule.plan(first).update_factors:
-            first += 1
-        request = RefreshRequest(step=first, gammas=self._gammas, min_statistics_step=first)
-        crew.inverse_pool.request(request, started)
+        self._request_first(crew, step, started)
         for rank in started:
             pid = crew.inverse_pool.pid(rank)
             self._journal.event(
@@ -188,6 +189,21 @@ class TrainingLoop:
                 pid=pid,
                 restarts=crew.inverse_pool.num_deaths,
             )
+
+    def _request_first(self, crew: Crew, step: int, ranks: Sequence[int]) -> None:
+        """Ask workers for inverses from the first statistics that they get, in `step` or later."""
+        first = step
+        while not self._schedule.plan(first).update_factors:
+            first += 1
+        request = RefreshRequest(step=first, gammas=self._gammas, min_statistics_step=first)
+        crew.inverse_pool.request(request, ranks)
+
+    def _rescale(self, crew: Crew, step: int) -> None:
+        """Change the number of workers if that is wished for, and can be done now."""
+        changed = self._rescaling.advance(crew, step, self._statistics_step)
+        # In an exact run everything that was asked for has been made before the layers moved.
+        if changed and not self._bound.is_exact(step):
+            self._request_first(crew, step, changed)
 
     def _limit_degradation(self, crew: Crew, step: int) -> None:
         """Wait for successors of inverse workers whose layers have been degraded for too long.

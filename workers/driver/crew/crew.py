@@ -238,6 +238,27 @@ class Crew:
         ref = self.inverse_pool.wait_again(layers)
         self.gather({ref: self._member(SERVER_ROLE, 0)})
 
+    def averages_of(self, ranks: Collection[int], statistics_step: int) -> dict[str, Array] | None:
+        """Return the averages of the inverse workers of these ranks; None if one has died.
+
+        They contain the statistics up to `statistics_step`.
+        """
+        snapshots = self.inverse_pool.snapshots(statistics_step, self.group_timeout_seconds)
+        asked = {ref: member for ref, member in snapshots.items() if member.rank in ranks}
+        parts = self.gather_optional(asked)
+        if len(parts) < len(asked):
+            return None
+        return {name: array for part in parts for name, array in part.items()}
+
+    def hand_over_layers(self, setups: Mapping[int, InverseSetup], step: int) -> None:
+        """Let the inverse workers own the layers of `setups` from `step` on.
+
+        One that dies meanwhile has a successor like any other.
+        """
+        timeout = self.group_timeout_seconds
+        self.gather_optional(self.inverse_pool.hand_over(setups, step, timeout))
+        self.connect_inverse_workers()
+
     def _wait(self, pending: Calls) -> list[Ref]:
         """Return the calls that have ended, possibly none; handle deaths of inverse workers."""
         self._interrupts.check()
