@@ -19,9 +19,8 @@ from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
-from workers.driver.crew.deaths import named
+from workers.driver.crew.deaths import InverseWorkerDied, named
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
-from workers.driver.crew.inverse_pool import InverseWorkerDied
 from workers.driver.evaluator import evaluate_splits
 from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords

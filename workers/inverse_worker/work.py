@@ -86,7 +86,7 @@ class InverseWork:
     def reassigned(self, setup: InverseSetup, averages: Arrays) -> InverseWork:
         """Return the work for the layers of `setup`, with `averages` of those that are new here.
 
-        What is known of the layers that stay is kept, and so are the counts. The caller sees to it
+        What is known of the layers that stay is kept, and so are the counts. The caller makes sure
         that the averages contain all statistics that have been sent.
         """
         work = InverseWork(self._job, setup, {**self.snapshot(), **averages})

@@ -19,6 +19,7 @@ from workers.actor import Handle, Ref
 from workers.cluster.daemons import DaemonWatch, daemons_awake
 from workers.cluster.lost import lost_node_error, stopped_daemon_error
 from workers.device import DevicePlan
+from workers.driver.crew.deaths import InverseWorkerDied
 from workers.driver.crew.failures import (
     Member,
     failed_among,
@@ -29,7 +30,7 @@ from workers.driver.crew.failures import (
 )
 from workers.driver.crew.health import Health, Stall, patience_seconds
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
-from workers.driver.crew.inverse_pool import InversePool, InverseWorkerDied
+from workers.driver.crew.inverse_pool import InversePool
 from workers.exchange.arrays import Array
 from workers.exchange.messages import InverseSetup, JobContext, Rendezvous
 from workers.exchange.process_group import PeerLostError

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.runs.logs import log_tail
@@ -19,6 +20,22 @@ _FATAL = "Fatal Python error: "
 _KILLED = "it printed no error, as after SIGKILL: by hand, or by the system for memory"
 _LAST_LINES = 3
 _LONGEST_LINE = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseWorkerDied:
+    """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included.
+
+    `pid` is None if it died before its process was known. `exit` is Ray's word for how it ended,
+    or "stalled" if the driver killed it; `why` then says more.
+    """
+
+    rank: int
+    pid: int | None
+    layers: tuple[str, ...]
+    exit: str
+    why: str
+    num_deaths: int
 
 
 def pid_of(error: BaseException | None, known: int) -> int | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from workers.actor import Handle, Ref
-from workers.driver.crew.deaths import exit_type, pid_of
+from workers.driver.crew.deaths import InverseWorkerDied, exit_type, pid_of
 from workers.driver.crew.failures import Member, failed_among, failure_of, finished
 from workers.driver.crew.health import InverseStatuses, Stall
 from workers.exchange.arrays import Array
@@ -26,22 +26,6 @@ from workers.inverse_worker.actor import InverseWorkerActor
 ROLE = "inverse_worker"
 SUCCESSOR_SECONDS = 60.0
 """How long a successor may take to start; then it counts as dead, and has a successor itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InverseWorkerDied:
-    """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included.
-
-    `pid` is None if it died before its process was known. `exit` is Ray's word for how it ended,
-    or "stalled" if the driver killed it; `why` then says more.
-    """
-
-    rank: int
-    pid: int | None
-    layers: tuple[str, ...]
-    exit: str
-    why: str
-    num_deaths: int
 
 
 @dataclass
