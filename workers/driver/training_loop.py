@@ -11,11 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kfac_dist.coordination.jobs.supervision import PREEMPTED_REASON
 from kfac_dist.coordination.steps.plan import StepPlan
 from kfac_dist.coordination.steps.sampling import next_window
 from kfac_dist.coordination.steps.staleness import degraded_too_long
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
-from kfac_dist.errors import NumericError, WorkerDiedError
+from kfac_dist.errors import JobFailedError, NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
@@ -106,6 +107,7 @@ class TrainingLoop:
             if self._interrupts.requested:
                 self._checkpoint(crew)
                 raise KeyboardInterrupt
+            self._leave_preempted(crew)
         # Not set yet if the run resumes at its last step and only evaluates.
         crew.step = self._journal.step = self._spec.steps
         self._checkpoint(crew)
@@ -203,6 +205,23 @@ class TrainingLoop:
         # In an exact run everything that was asked for has been made before the layers moved.
         if changed and not self._bound.is_exact(step):
             self._request_first(crew, step, changed)
+
+    def _leave_preempted(self, crew: Crew) -> None:
+        """Replace inverse workers that have notice; for another member, end with a checkpoint.
+
+        Raises:
+            JobFailedError: the attempt ends, with the reason `preempted`.
+        """
+        for member in crew.preempted():
+            if member.role == INVERSE_ROLE:
+                crew.replace_preempted(member.rank, self._statistics_step)
+                continue
+            self._checkpoint(crew)
+            raise JobFailedError(
+                f"{named(str(member), member.pid or None)} had notice (SIGTERM) that it would be "
+                f"ended; the newest checkpoint is of step {self._checkpointed_step}",
+                reason=PREEMPTED_REASON,
+            )
 
     def _limit_degradation(self, crew: Crew, step: int) -> None:
         """Wait for successors of inverse workers whose layers have been degraded for too long.

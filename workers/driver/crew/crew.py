@@ -327,6 +327,16 @@ class Crew:
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
         return job_error(member, error, step=self.step, log=path)
 
+    def preempted(self) -> list[Member]:
+        """Return the members that have had notice that their process will be ended."""
+        return self._health.preempted()
+
+    def replace_preempted(self, rank: int, statistics_step: int) -> None:
+        """Replace an inverse worker that will be ended; its averages are kept for its successor."""
+        averages = self.averages_of([rank], statistics_step)
+        self.inverse_pool.keep_snapshot(averages or {})
+        self.inverse_pool.end_preempted(rank)
+
     def kill(self) -> None:
         """End all actors at once."""
         with daemons_awake():

@@ -27,7 +27,8 @@ class InverseWorkerDied:
     """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included.
 
     `pid` is None if it died before its process was known. `exit` is Ray's word for how it ended,
-    or "stalled" if the driver killed it; `why` then says more.
+    or "stalled" or "preempted" if the driver killed it; `why` then says more. A preempted worker
+    does not count in `num_deaths`.
     """
 
     rank: int

@@ -134,7 +134,11 @@ class Health:
 
     def preempted(self) -> list[Member]:
         """Return the members that have had notice that they will be ended."""
-        return [member for member, pulse in self.pulses().items() if pulse.preempted]
+        return [
+            replace(member, pid=pulse.pid)
+            for member, pulse in self.pulses().items()
+            if pulse.preempted
+        ]
 
     def forget(self, member: Member) -> None:
         """Forget the questions to a member that is gone, and its answers."""

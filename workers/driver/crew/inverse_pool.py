@@ -41,8 +41,9 @@ class _Worker:
     first_status: Ref
     pid: int = 0
     connected_step: int | None = None
-    stalled: str = ""
-    """Why the driver has killed it, empty if it has not."""
+    ended_as: str = ""
+    """Why the driver has killed it, as a word and below as a sentence; empty if it has not."""
+    why: str = ""
     latest_seconds: float = math.inf
     """Of the monotonic clock: when it must have started."""
 
@@ -180,14 +181,14 @@ class InversePool:
     def _report_death(
         self, dead: _Worker, error: BaseException | None, layers: tuple[str, ...]
     ) -> None:
-        self._num_deaths += 1
+        self._num_deaths += dead.ended_as != "preempted"
         self._on_death(
             InverseWorkerDied(
                 rank=dead.setup.rank,
                 pid=pid_of(error, dead.pid),
                 layers=layers,
-                exit="stalled" if dead.stalled else exit_type(error),
-                why=dead.stalled,
+                exit=dead.ended_as or exit_type(error),
+                why=dead.why,
                 num_deaths=self._num_deaths,
             )
         )
@@ -279,7 +280,7 @@ class InversePool:
         now = time.monotonic()
         for worker in (*self._workers.values(), *self._joining.values()):
             if now > worker.latest_seconds and not finished([worker.first_status]):
-                self._end_stalled(worker, f"it did not start within {SUCCESSOR_SECONDS:g} s")
+                self._end(worker, "stalled", f"it did not start within {SUCCESSOR_SECONDS:g} s")
         self._statuses.ask(
             {
                 rank: worker.handle
@@ -290,12 +291,17 @@ class InversePool:
 
     def end_stalled(self, stall: Stall) -> None:
         """Kill a worker that does not advance."""
-        self._end_stalled(self._workers[stall.member.rank], stall.why)
+        self._end(self._workers[stall.member.rank], "stalled", stall.why)
+
+    def end_preempted(self, rank: int) -> None:
+        """Kill a worker that has had notice that it will be ended."""
+        why = "its process had notice (SIGTERM) that it would be ended"
+        self._end(self._workers[rank], "preempted", why)
 
     @staticmethod
-    def _end_stalled(worker: _Worker, why: str) -> None:
-        if not worker.stalled:
-            worker.stalled = why
+    def _end(worker: _Worker, ended_as: str, why: str) -> None:
+        if not worker.ended_as:
+            worker.ended_as, worker.why = ended_as, why
             ray.kill(worker.handle)
 
     def members(self) -> dict[Member, Handle]:
