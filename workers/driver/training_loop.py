@@ -274,10 +274,10 @@ class TrainingLoop:
         """
         layers = ", ".join(death.layers)
         how = f"{death.exit}: {death.why}" if death.why else death.exit
-        message = (
-            f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); training continues "
-            f"with the last inverses of {layers}"
-        )
+        then = "it had no layers yet"
+        if layers:
+            then = f"training continues with the last inverses of {layers}"
+        message = f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); {then}"
         self._journal.event(
             "inverse_worker_died",
             message,
@@ -294,7 +294,8 @@ class TrainingLoop:
                 f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}; "
                 f"the last one was {death.rank} ({how})"
             )
-        self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
+        if death.layers:
+            self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
 
     def _warn_of_refusals(self, report: ServerReport) -> None:
         if report.refused_in_a_row >= REFUSALS_TO_WARN_OF and not self._warned_of_refusals:

@@ -24,7 +24,7 @@ from workers.exchange.messages import InverseSetup, InverseStatus, JobContext, R
 from workers.inverse_worker.actor import InverseWorkerActor
 
 ROLE = "inverse_worker"
-SUCCESSOR_SECONDS = 60.0
+SUCCESSOR_SECONDS = 120.0
 """How long a successor may take to start; then it counts as dead, and has a successor itself."""
 
 

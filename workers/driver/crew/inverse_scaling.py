@@ -57,7 +57,11 @@ class InverseScaling:
             statistics_step: the newest step that computed statistics.
         """
         pool = crew.inverse_pool
-        if wished == self._reached or not pool.setups or not pool.is_whole:
+        if wished == self._reached:
+            if pool.num_joining:
+                pool.join({})  # the wish was withdrawn
+            return None
+        if not pool.setups or not pool.is_whole:
             return None
         setups = rescaled_setups(pool.setups, self._layers, wished, statistics_step)
         joining = {rank: setup for rank, setup in setups.items() if rank not in pool.setups}
