@@ -329,7 +329,7 @@ def page(results: list[dict[str, Any]], wrong: list[str]) -> str:
         "wrong",
     ]
     return document(
-        "Faults: every role killed and stopped, at every moment",
+        "Faults: what becomes of a job whose processes are killed or stopped",
         f"A synchronous job of {STEPS} steps on 2 gradient workers, 1 inverse worker and 1 "
         f"parameter server, `faults.stall_seconds` {STALL_SECONDS:g}. Whatever ends an attempt "
         "is followed by a resume from the newest checkpoint, and the time to a new step contains "
