@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both make the virtual environment if it is missing.
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-pythons test-nodes lint format bench proto proto-lint proto-baseline
+.PHONY: demo test test-gpu test-pythons test-nodes test-chaos lint format bench proto proto-lint proto-baseline
 
 # A new environment gets the newest Python on the PATH, or that of `make PYTHON=python3.12`; an
 # environment that is already there keeps its own.
@@ -67,3 +67,7 @@ bench: .venv
 	$(BIN)/python benchmarks/memory.py --short
 	$(BIN)/python benchmarks/data_reading.py --short
 	$(BIN)/python benchmarks/service_calls.py --short
+
+# Kills and stops every role at every moment of a small job; about a quarter of an hour.
+test-chaos: .venv
+	$(BIN)/python benchmarks/faults.py --out benchmarks/results

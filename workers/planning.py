@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kfac_dist.coordination.steps.assignment import (
     assign,
     assign_runs,
     fit_cost_model,
+    reassign,
 )
 from kfac_dist.coordination.steps.plan import StepSchedule
 from kfac_dist.coordination.steps.recorded import ReplayScript
@@ -158,10 +160,54 @@ def inverse_setups(
             cost_model=model,
             assignment_epoch=1,
             applied_step=applied_step,
+            exact_step=applied_step,
         )
         for rank, names in assignment.items()
         if names
     ]
+
+
+def rescaled_setups(
+    setups: Mapping[int, InverseSetup],
+    layers: Sequence[LayerCost],
+    num_workers: int,
+    statistics_step: int,
+) -> dict[int, InverseSetup]:
+    """Return the setups of `num_workers` inverse workers, few layers of which have moved.
+
+    A worker that keeps its layers keeps its setup. Workers without layers are left out.
+
+    Args:
+        setups: the present ones, by rank; at least one.
+        layers: all layers, in the order of the model.
+        num_workers: how many workers there shall be, with the ranks from 0.
+        statistics_step: the averages contain the statistics up to this step, and all exact versions
+            up to it have been made.
+    """
+    model = next(iter(setups.values())).cost_model
+    links = tuple(link for setup in setups.values() for link in setup.links)
+    present = {rank: [layer.name for layer in setup.layers] for rank, setup in setups.items()}
+    ranks = list(range(num_workers))
+    assignment = (
+        assign_runs(layers, ranks, model) if links else reassign(present, layers, ranks, model)
+    )
+    rescaled = {}
+    for rank, names in assignment.items():
+        before = setups.get(rank)
+        own = tuple(layer for layer in layers if layer.name in names)
+        if before is not None and own == before.layers:
+            rescaled[rank] = before
+        elif own:
+            rescaled[rank] = InverseSetup(
+                rank=rank,
+                layers=own,
+                links=tuple(link for link in links if link.name in names),
+                cost_model=model,
+                assignment_epoch=1 if before is None else before.assignment_epoch + 1,
+                applied_step=statistics_step,
+                exact_step=statistics_step,
+            )
+    return rescaled
 
 
 def measure_cost_model(settings: KFACSpec, dtype: torch.dtype) -> CostModel:

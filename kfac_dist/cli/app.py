@@ -26,6 +26,7 @@ from kfac_dist.cli.commands.plan import plan
 from kfac_dist.cli.commands.replay import replay
 from kfac_dist.cli.commands.resume import resume
 from kfac_dist.cli.commands.retry import retry
+from kfac_dist.cli.commands.scale import scale
 from kfac_dist.cli.commands.schema import spec_app
 from kfac_dist.cli.commands.serve import serve
 from kfac_dist.cli.commands.submit import submit
@@ -68,6 +69,7 @@ _REMOTE: tuple[Callable[..., None], ...] = (
     pause,
     resume,
     retry,
+    scale,
     checkpoints,
     explain,
 )

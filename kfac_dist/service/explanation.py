@@ -36,6 +36,8 @@ _ADVICE_BY_REASON = {
     "grow from 2 s to 300 s; `kfac-dist pause ID` and `kfac-dist resume ID` start it at once.",
     "inverse_worker_died": "Training continues with the last inverses. The worker is replaced "
     "automatically, and the job is RUNNING again when its inverses are fresh enough.",
+    "preempted": "The machine of a worker was taken away, too often for faults.max_preemptions. "
+    "`kfac-dist retry ID` resumes at the newest checkpoint.",
     "peers_lost": "A gradient worker or the network between them failed; the first failure names "
     "where it began.",
     "node_lost": "Ray died on the machine, probably for lack of memory. `kfac-dist retry ID` "

@@ -229,10 +229,12 @@ class ReportAnswer:
 
     The driver continues its reports at line `events_known` + 1 of its events and after step
     `steps_known`. `fenced` means that another attempt has replaced the driver's, which must end
-    at once.
+    at once. The job shall have this many workers; None where the server does not say.
     """
 
     order: Order
     events_known: int
     steps_known: int
     fenced: bool = False
+    gradient_workers: int | None = None
+    inverse_workers: int | None = None

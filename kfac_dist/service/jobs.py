@@ -15,8 +15,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from kfac_dist.coordination.jobs.lifecycle import JobState, Trigger
-from kfac_dist.errors import UsageError
+from kfac_dist.config import parse_spec
+from kfac_dist.coordination.jobs.lifecycle import ENDED, JobState, Trigger
+from kfac_dist.errors import ConflictError, UsageError
 from kfac_dist.runs.checkpoint_folder import CheckpointInfo, list_checkpoints
 from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.service.access.tokens import hash_secret
@@ -169,6 +170,30 @@ class Jobs:
             ConflictError: the job has not ended, or has succeeded.
         """
         return self._request(job_id, Trigger.RETRY, "retried by request")
+
+    def scale(self, job_id: str, *, gradient: int | None = None, inverse: int | None = None) -> Job:
+        """Change how many workers a job shall have, in its specification; None leaves a number.
+
+        A driver that runs learns it from the answer to its next report.
+
+        Raises:
+            InvalidSpecError: the job cannot have these numbers.
+            UsageError: no number is given.
+            ConflictError: the job has ended.
+        """
+        asked = {"gradient": gradient, "inverse": inverse}
+        numbers = {role: number for role, number in asked.items() if number is not None}
+        if not numbers:
+            raise UsageError("give a number of gradient workers, of inverse workers, or both")
+        with self.change(job_id) as (session, row):
+            if row.state in ENDED:
+                raise ConflictError(f"job {job_id} is {row.state}, and has no workers to change")
+            workers = row.spec["workers"]
+            changed = {**row.spec, "workers": {**workers, **numbers}}
+            row.spec = parse_spec(changed).model_dump(mode="json")
+            told = ", ".join(f"{number} {role} workers" for role, number in numbers.items())
+            note(session, row, "scale_requested", f"asked for {told}", time.time())
+        return to_job(row)
 
     def _request(self, job_id: str, trigger: Trigger, message: str, *, now: bool = False) -> Job:
         with self.change(job_id) as (session, row):

@@ -70,6 +70,11 @@ class JobServiceStub:
                 request_serializer=kfac__dist_dot_v1_dot_job__service__pb2.RetryJobRequest.SerializeToString,
                 response_deserializer=kfac__dist_dot_v1_dot_job__service__pb2.RetryJobResponse.FromString,
                 _registered_method=True)
+        self.ScaleJob = channel.unary_unary(
+                '/kfac_dist.v1.JobService/ScaleJob',
+                request_serializer=kfac__dist_dot_v1_dot_job__service__pb2.ScaleJobRequest.SerializeToString,
+                response_deserializer=kfac__dist_dot_v1_dot_job__service__pb2.ScaleJobResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/kfac_dist.v1.JobService/WatchJob',
                 request_serializer=kfac__dist_dot_v1_dot_job__service__pb2.WatchJobRequest.SerializeToString,
@@ -152,6 +157,15 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleJob(self, request, context):
+        """Changes the number of workers of a job that has not ended. A running job gets the new inverse
+        workers while it trains; its later attempts have both new numbers. Role submitter; admin for
+        jobs of others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """Sends the job as it is, then every change with new events and metrics, until the job has ended.
         Role viewer.
@@ -225,6 +239,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.RetryJob,
                     request_deserializer=kfac__dist_dot_v1_dot_job__service__pb2.RetryJobRequest.FromString,
                     response_serializer=kfac__dist_dot_v1_dot_job__service__pb2.RetryJobResponse.SerializeToString,
+            ),
+            'ScaleJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleJob,
+                    request_deserializer=kfac__dist_dot_v1_dot_job__service__pb2.ScaleJobRequest.FromString,
+                    response_serializer=kfac__dist_dot_v1_dot_job__service__pb2.ScaleJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -442,6 +461,33 @@ class JobService:
             '/kfac_dist.v1.JobService/RetryJob',
             kfac__dist_dot_v1_dot_job__service__pb2.RetryJobRequest.SerializeToString,
             kfac__dist_dot_v1_dot_job__service__pb2.RetryJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kfac_dist.v1.JobService/ScaleJob',
+            kfac__dist_dot_v1_dot_job__service__pb2.ScaleJobRequest.SerializeToString,
+            kfac__dist_dot_v1_dot_job__service__pb2.ScaleJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,11 @@ class JobServiceStub:
     """Starts a new attempt of a failed or cancelled job, from its newest checkpoint. Role submitter;
     admin for jobs of others.
     """
+    ScaleJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ScaleJobRequest, _job_service_pb2.ScaleJobResponse]
+    """Changes the number of workers of a job that has not ended. A running job gets the new inverse
+    workers while it trains; its later attempts have both new numbers. Role submitter; admin for
+    jobs of others.
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]
     """Sends the job as it is, then every change with new events and metrics, until the job has ended.
     Role viewer.
@@ -91,6 +96,11 @@ class JobServiceAsyncStub(JobServiceStub):
     RetryJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.RetryJobRequest, _job_service_pb2.RetryJobResponse]  # type: ignore[assignment]
     """Starts a new attempt of a failed or cancelled job, from its newest checkpoint. Role submitter;
     admin for jobs of others.
+    """
+    ScaleJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ScaleJobRequest, _job_service_pb2.ScaleJobResponse]  # type: ignore[assignment]
+    """Changes the number of workers of a job that has not ended. A running job gets the new inverse
+    workers while it trains; its later attempts have both new numbers. Role submitter; admin for
+    jobs of others.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Sends the job as it is, then every change with new events and metrics, until the job has ended.
@@ -166,6 +176,17 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_service_pb2.RetryJobResponse, _abc.Awaitable[_job_service_pb2.RetryJobResponse]]:
         """Starts a new attempt of a failed or cancelled job, from its newest checkpoint. Role submitter;
         admin for jobs of others.
+        """
+
+    @_abc_1.abstractmethod
+    def ScaleJob(
+        self,
+        request: _job_service_pb2.ScaleJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.ScaleJobResponse, _abc.Awaitable[_job_service_pb2.ScaleJobResponse]]:
+        """Changes the number of workers of a job that has not ended. A running job gets the new inverse
+        workers while it trains; its later attempts have both new numbers. Role submitter; admin for
+        jobs of others.
         """
 
     @_abc_1.abstractmethod

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from kfac_dist.v1 import job_pb2 as kfac__dist_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kfac_dist/v1/report_service.proto\x12\x0ckfac_dist.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16kfac_dist/v1/job.proto\"\xef\x01\n\rReportedEvent\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x08severity\x18\x06 \x01(\x0e\x32\x16.kfac_dist.v1.Severity\x12\x0c\n\x04role\x18\x07 \x01(\t\x12\x11\n\x04rank\x18\x08 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0c\x64\x65tails_json\x18\t \x01(\t\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x42\x07\n\x05_rank\"\xad\x01\n\x0cReportedStep\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x06values\x18\x03 \x03(\x0b\x32&.kfac_dist.v1.ReportedStep.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe4\x01\n\rReportedState\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.kfac_dist.v1.JobState\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x31\n\rfirst_failure\x18\x05 \x01(\x0b\x32\x1a.kfac_dist.v1.FirstFailure\x12\x1e\n\x11resumed_from_step\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0csummary_json\x18\x07 \x01(\tB\x14\n\x12_resumed_from_step\"\xb4\x01\n\rReportRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12*\n\x05state\x18\x03 \x01(\x0b\x32\x1b.kfac_dist.v1.ReportedState\x12+\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x1b.kfac_dist.v1.ReportedEvent\x12)\n\x05steps\x18\x05 \x03(\x0b\x32\x1a.kfac_dist.v1.ReportedStep\"o\n\x0eReportResponse\x12\"\n\x05order\x18\x01 \x01(\x0e\x32\x13.kfac_dist.v1.Order\x12\x14\n\x0c\x65vents_known\x18\x02 \x01(\x03\x12\x13\n\x0bsteps_known\x18\x03 \x01(\x03\x12\x0e\n\x06\x66\x65nced\x18\x04 \x01(\x08*Q\n\x05Order\x12\x15\n\x11ORDER_UNSPECIFIED\x10\x00\x12\x0e\n\nORDER_NONE\x10\x01\x12\x0f\n\x0bORDER_PAUSE\x10\x02\x12\x10\n\x0cORDER_CANCEL\x10\x03\x32T\n\rReportService\x12\x43\n\x06Report\x12\x1b.kfac_dist.v1.ReportRequest\x1a\x1c.kfac_dist.v1.ReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!kfac_dist/v1/report_service.proto\x12\x0ckfac_dist.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16kfac_dist/v1/job.proto\"\xef\x01\n\rReportedEvent\x12\x0c\n\x04line\x18\x01 \x01(\x03\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x08severity\x18\x06 \x01(\x0e\x32\x16.kfac_dist.v1.Severity\x12\x0c\n\x04role\x18\x07 \x01(\t\x12\x11\n\x04rank\x18\x08 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0c\x64\x65tails_json\x18\t \x01(\t\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x42\x07\n\x05_rank\"\xad\x01\n\x0cReportedStep\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x06values\x18\x03 \x03(\x0b\x32&.kfac_dist.v1.ReportedStep.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe4\x01\n\rReportedState\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.kfac_dist.v1.JobState\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x31\n\rfirst_failure\x18\x05 \x01(\x0b\x32\x1a.kfac_dist.v1.FirstFailure\x12\x1e\n\x11resumed_from_step\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0csummary_json\x18\x07 \x01(\tB\x14\n\x12_resumed_from_step\"\xb4\x01\n\rReportRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12*\n\x05state\x18\x03 \x01(\x0b\x32\x1b.kfac_dist.v1.ReportedState\x12+\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x1b.kfac_dist.v1.ReportedEvent\x12)\n\x05steps\x18\x05 \x03(\x0b\x32\x1a.kfac_dist.v1.ReportedStep\"\xa2\x01\n\x0eReportResponse\x12\"\n\x05order\x18\x01 \x01(\x0e\x32\x13.kfac_dist.v1.Order\x12\x14\n\x0c\x65vents_known\x18\x02 \x01(\x03\x12\x13\n\x0bsteps_known\x18\x03 \x01(\x03\x12\x0e\n\x06\x66\x65nced\x18\x04 \x01(\x08\x12\x18\n\x10gradient_workers\x18\x05 \x01(\x05\x12\x17\n\x0finverse_workers\x18\x06 \x01(\x05*Q\n\x05Order\x12\x15\n\x11ORDER_UNSPECIFIED\x10\x00\x12\x0e\n\nORDER_NONE\x10\x01\x12\x0f\n\x0bORDER_PAUSE\x10\x02\x12\x10\n\x0cORDER_CANCEL\x10\x03\x32T\n\rReportService\x12\x43\n\x06Report\x12\x1b.kfac_dist.v1.ReportRequest\x1a\x1c.kfac_dist.v1.ReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REPORTEDSTEP_VALUESENTRY']._loaded_options = None
   _globals['_REPORTEDSTEP_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_ORDER']._serialized_start=1053
-  _globals['_ORDER']._serialized_end=1134
+  _globals['_ORDER']._serialized_start=1105
+  _globals['_ORDER']._serialized_end=1186
   _globals['_REPORTEDEVENT']._serialized_start=109
   _globals['_REPORTEDEVENT']._serialized_end=348
   _globals['_REPORTEDSTEP']._serialized_start=351
@@ -47,8 +47,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORTEDSTATE']._serialized_end=755
   _globals['_REPORTREQUEST']._serialized_start=758
   _globals['_REPORTREQUEST']._serialized_end=938
-  _globals['_REPORTRESPONSE']._serialized_start=940
-  _globals['_REPORTRESPONSE']._serialized_end=1051
-  _globals['_REPORTSERVICE']._serialized_start=1136
-  _globals['_REPORTSERVICE']._serialized_end=1220
+  _globals['_REPORTRESPONSE']._serialized_start=941
+  _globals['_REPORTRESPONSE']._serialized_end=1103
+  _globals['_REPORTSERVICE']._serialized_start=1188
+  _globals['_REPORTSERVICE']._serialized_end=1272
 # @@protoc_insertion_point(module_scope)

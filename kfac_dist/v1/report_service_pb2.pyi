@@ -271,6 +271,8 @@ class ReportResponse(_message.Message):
     EVENTS_KNOWN_FIELD_NUMBER: _builtins.int
     STEPS_KNOWN_FIELD_NUMBER: _builtins.int
     FENCED_FIELD_NUMBER: _builtins.int
+    GRADIENT_WORKERS_FIELD_NUMBER: _builtins.int
+    INVERSE_WORKERS_FIELD_NUMBER: _builtins.int
     order: Global___Order.ValueType
     """What the driver should do."""
     events_known: _builtins.int
@@ -279,6 +281,10 @@ class ReportResponse(_message.Message):
     """Steps up to this one are stored; the driver continues with the next."""
     fenced: _builtins.bool
     """Another attempt has replaced this one; the driver must end at once."""
+    gradient_workers: _builtins.int
+    """The number of gradient workers that the job shall have; 0 from servers that do not say."""
+    inverse_workers: _builtins.int
+    """The number of inverse workers that the job shall have; 0 from servers that do not say."""
     def __init__(
         self,
         *,
@@ -286,10 +292,12 @@ class ReportResponse(_message.Message):
         events_known: _builtins.int = ...,
         steps_known: _builtins.int = ...,
         fenced: _builtins.bool = ...,
+        gradient_workers: _builtins.int = ...,
+        inverse_workers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events_known", b"events_known", "fenced", b"fenced", "order", b"order", "steps_known", b"steps_known"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events_known", b"events_known", "fenced", b"fenced", "gradient_workers", b"gradient_workers", "inverse_workers", b"inverse_workers", "order", b"order", "steps_known", b"steps_known"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

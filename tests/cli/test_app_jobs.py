@@ -156,6 +156,36 @@ def test_pause_resume_cancel_and_retry(server: Serving, kfac_dist: KfacDist, job
     assert "possible now: " in done.err
 
 
+def test_scale_changes_the_specification_and_reaches_the_driver(
+    server: Serving, kfac_dist: KfacDist, job: str
+) -> None:
+    assert kfac_dist("scale", job, "--inverse", 3, "-o", "json").code == 0
+    begin(server, job)
+    answer = server.jobs.report(Report(job=job, attempt=1))
+    assert (answer.gradient_workers, answer.inverse_workers) == (1, 3)
+    assert kfac_dist("scale", job, "--gradient", 2).code == 0
+    assert server.jobs.get(job).spec["workers"] == {
+        **server.jobs.get(job).spec["workers"],
+        "gradient": 2,
+        "inverse": 3,
+    }
+    asked = [event.message for event in server.jobs.events(job) if "scale" in event.kind]
+    assert asked == ["asked for 3 inverse workers", "asked for 2 gradient workers"]
+    for arguments, code, says in (
+        ([], 2, "give --gradient N, --inverse M, or both"),
+        (["--gradient", 0], 2, "greater than or equal to 1"),
+    ):
+        done = kfac_dist("scale", job, *arguments)
+        assert (done.code, done.out) == (code, "")
+        assert says in done.err
+    report(server, job, JobState.CANCELLED)
+    with server.jobs.change(job) as (session, row):
+        move(session, row, Trigger.FAIL, time.time())
+    done = kfac_dist("scale", job, "--inverse", 1)
+    assert done.code == 9
+    assert "is FAILED, and has no workers to change" in done.err
+
+
 @pytest.mark.parametrize(
     "verb", ["describe", "logs", "cancel", "metrics", "explain", "checkpoints", "replay"]
 )

@@ -106,8 +106,8 @@ def end(how: str) -> None:
         raise Ended("FAILED", "user_task")
     if how == "worker_dies":
         raise Ended("FAILED", "worker_died")
-    if how == "no_room":
-        raise Ended("FAILED", "no_room")
+    if how in ("no_room", "preempted"):
+        raise Ended("FAILED", how)
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -43,8 +43,10 @@ from workers.driver.preparation import Preparation, prepare
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
 from workers.driver.records.step_records import StepRecords
+from workers.driver.rescaling import Rescaling
 from workers.driver.stored_run import Finish, mirrored, open_run, storage_of
 from workers.driver.training_loop import TrainingLoop, TrainingResult
+from workers.driver.wishes import WishBox
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.exchange.shard_plan import ShardPlan
 from workers.interrupts import Interrupts
@@ -84,6 +86,7 @@ def run_job(
     identity: RunIdentity | None = None,
     interrupts: Interrupts | None = None,
     replay_script: ReplayScript | None = None,
+    wishes: WishBox | None = None,
 ) -> JobSummary:
     """Run a job to its end and return the summary, which is also written to the run folder.
 
@@ -106,6 +109,7 @@ def run_job(
         interrupts: lets other threads interrupt the job; signals always do.
         replay_script: what to repeat of a recorded run. The workers then always fit on this
             machine, however many CPUs it has.
+        wishes: lets other threads change the number of workers.
 
     Raises:
         KfacDistError: the job cannot start, or failed; a JobFailedError leaves a summary.
@@ -152,6 +156,7 @@ def run_job(
                     point,
                     interrupts or Interrupts(),
                     surroundings,
+                    wishes or WishBox(),
                 )
                 return attempt.run(ray_address, is_admitted=identity is not None)
 
@@ -191,6 +196,7 @@ class _JobAttempt:
         resume_point: ResumePoint | None,
         interrupts: Interrupts,
         surroundings: _Surroundings,
+        wishes: WishBox,
     ) -> None:
         self._job = job
         self._folder = folder
@@ -200,6 +206,7 @@ class _JobAttempt:
         self._interrupts = interrupts
         self._surroundings = surroundings
         self._mark = surroundings.mark
+        self._wishes = wishes
         self._step_records = StepRecords()
         self._started = time.monotonic()
 
@@ -265,6 +272,7 @@ class _JobAttempt:
                 point,
                 self._preparation.num_train_cases,
                 self._interrupts,
+                self._rescaling(),
             )
             plan = self._plan_crew(cluster, point, catch_up_logs)
             crew = Crew.launch(
@@ -284,6 +292,11 @@ class _JobAttempt:
                 return loop.run(crew)
             finally:
                 crew.kill()
+
+    def _rescaling(self) -> Rescaling:
+        registration = self._preparation.registration
+        layers = () if registration is None else layer_costs(registration)
+        return Rescaling(self._job.spec.workers, layers, self._wishes, self._journal)
 
     def _check_room(self, cluster: Cluster, is_admitted: bool) -> None:
         workers = self._job.spec.workers

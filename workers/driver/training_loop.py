@@ -21,14 +21,14 @@ from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
-from workers.driver.crew.deaths import named
+from workers.driver.crew.deaths import InverseWorkerDied, named
 from workers.driver.crew.group_changes import GroupChange
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
-from workers.driver.crew.inverse_pool import InverseWorkerDied
 from workers.driver.evaluator import evaluate_splits
 from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords
+from workers.driver.rescaling import Rescaling
 from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
 from workers.interrupts import Interrupts
 from workers.planning import batch_size, staleness_bound, step_schedule
@@ -56,6 +56,7 @@ class TrainingLoop:
         point: where to start.
         num_train_cases: the size of the training set.
         interrupts: checked after each step; given a grace period while steps run.
+        rescaling: changes the number of workers between steps, as is wished.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class TrainingLoop:
         point: ResumePoint,
         num_train_cases: int,
         interrupts: Interrupts,
+        rescaling: Rescaling,
     ) -> None:
         self._spec = job.spec
         self._replay_script = job.replay_script
         self._interrupts = interrupts
+        self._rescaling = rescaling
         self._folder = folder
         self._journal = journal
         self._step_records = step_records
@@ -108,6 +111,7 @@ class TrainingLoop:
             if self._interrupts.requested:
                 self._checkpoint(crew)
                 raise KeyboardInterrupt
+            self._leave_preempted(crew)
         # Not set yet if the run resumes at its last step and only evaluates.
         crew.step = self._journal.step = self._spec.steps
         self._checkpoint(crew)
@@ -124,9 +128,11 @@ class TrainingLoop:
 
     def _prepare(self, crew: Crew) -> None:
         """Take in what has started since the last window, and wait for what steps need."""
+        step = crew.step + 1
         crew.maintain()
-        self._connect_started(crew, crew.step + 1)
-        self._limit_degradation(crew, crew.step + 1)
+        self._connect_started(crew, step)
+        self._limit_degradation(crew, step)
+        self._rescale(crew, step)
 
     def _window(self, crew: Crew, first: int) -> int:
         """Order the steps of a window from all actors, record them, and return the last one."""
@@ -201,11 +207,7 @@ class TrainingLoop:
         if not started:
             return
         crew.connect_inverse_workers()
-        first = step
-        while not self._schedule.plan(first).update_factors:
-            first += 1
-        request = RefreshRequest(step=first, gammas=self._gammas, min_statistics_step=first)
-        crew.inverse_pool.request(request, started)
+        self._request_first(crew, step, started)
         for rank in started:
             pid = crew.inverse_pool.pid(rank)
             self._journal.event(
@@ -216,6 +218,32 @@ class TrainingLoop:
                 pid=pid,
                 restarts=crew.inverse_pool.num_deaths,
             )
+
+    def _request_first(self, crew: Crew, step: int, ranks: Sequence[int]) -> None:
+        """Ask workers for inverses from the first statistics that they get, in `step` or later."""
+        first = step
+        while not self._schedule.plan(first).update_factors:
+            first += 1
+        request = RefreshRequest(step=first, gammas=self._gammas, min_statistics_step=first)
+        crew.inverse_pool.request(request, ranks)
+
+    def _rescale(self, crew: Crew, step: int) -> None:
+        """Change the number of workers if that is wished for, and can be done now."""
+        changed = self._rescaling.advance(crew, step, self._statistics_step)
+        # In an exact run everything that was asked for has been made before the layers moved.
+        if changed and not self._bound.is_exact(step):
+            self._request_first(crew, step, changed)
+
+    def _leave_preempted(self, crew: Crew) -> None:
+        """Replace inverse workers that have notice, and write a checkpoint before others leave.
+
+        Those leave, and are replaced, before the next window.
+        """
+        for member in crew.preempted():
+            if member.role == INVERSE_ROLE:
+                crew.replace_preempted(member.rank, self._statistics_step)
+            else:
+                self._checkpoint(crew)
 
     def _limit_degradation(self, crew: Crew, step: int) -> None:
         """Wait for successors of inverse workers whose layers have been degraded for too long.
@@ -297,10 +325,10 @@ class TrainingLoop:
         """
         layers = ", ".join(death.layers)
         how = f"{death.exit}: {death.why}" if death.why else death.exit
-        message = (
-            f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); training continues "
-            f"with the last inverses of {layers}"
-        )
+        then = "it had no layers yet"
+        if layers:
+            then = f"training continues with the last inverses of {layers}"
+        message = f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); {then}"
         self._journal.event(
             "inverse_worker_died",
             message,
@@ -317,8 +345,9 @@ class TrainingLoop:
                 f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}; "
                 f"the last one was {death.rank} ({how})"
             )
-        self._lacks_inverses = True
-        self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
+        if death.layers:
+            self._lacks_inverses = True
+            self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
 
     def _warn_of_refusals(self, report: ServerReport) -> None:
         if report.refused_in_a_row >= REFUSALS_TO_WARN_OF and not self._warned_of_refusals:

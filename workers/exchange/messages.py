@@ -353,6 +353,8 @@ class InverseSetup:
         assignment_epoch: numbers the workers that have had this rank, from 1; statistics sent to
             a predecessor are ignored.
         applied_step: the step of the newest statistics in the averages it starts from.
+        exact_step: exact versions up to this step have been made; None for a successor, which does
+            not know what its predecessor made.
     """
 
     rank: int
@@ -361,6 +363,7 @@ class InverseSetup:
     cost_model: CostModel
     assignment_epoch: int
     applied_step: int
+    exact_step: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,11 @@ class InverseWorker:
         """Return the averages, once they contain the statistics of `step`."""
         return self._loop.snapshot(step, timeout_seconds)
 
+    def reassign(self, setup: InverseSetup, averages: Arrays, timeout_seconds: float) -> None:
+        """Own the layers of `setup` from now on; `averages` are of those that are new here."""
+        self._loop.reassign(setup, averages, timeout_seconds)
+        self._log.info("reassigned", layers=[layer.name for layer in setup.layers])
+
     @ray.method(concurrency_group="control")
     def status(self) -> InverseStatus:
         """Return the worker's health."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ class FactorDrift:
     def __init__(self) -> None:
         self._inverted: dict[str, Mapping[str, Tensor]] = {}
         self._known: dict[str, tuple[int, float]] = {}
+
+    def of(self, names: Collection[str]) -> FactorDrift:
+        """Return what is known of these layers."""
+        kept = FactorDrift()
+        kept._inverted = {name: self._inverted[name] for name in names if name in self._inverted}
+        kept._known = {name: self._known[name] for name in names if name in self._known}
+        return kept
 
     def start_from(self, name: str, inverted: Mapping[str, Tensor]) -> None:
         """Remember the factors that a layer's newest inverse was made from; they are not copied."""

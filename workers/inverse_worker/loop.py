@@ -17,9 +17,10 @@ import torch
 
 from kfac_dist.optim.arithmetic import full_precision
 from workers.device import computing_on
-from workers.exchange.arrays import Array
+from workers.exchange.arrays import Array, Arrays
 from workers.exchange.messages import (
     InverseMessage,
+    InverseSetup,
     InverseStatus,
     RefreshRequest,
     StatisticsMessage,
@@ -36,13 +37,22 @@ class _SnapshotRequest:
     answer: Future[dict[str, Array]] = field(default_factory=Future)
 
 
-_Letter = StatisticsMessage | RefreshRequest | _SnapshotRequest
+@dataclass(frozen=True, kw_only=True)
+class _Reassignment:
+    """Gives the worker other layers, with the averages of those that are new to it."""
+
+    setup: InverseSetup
+    averages: Arrays
+    answer: Future[None] = field(default_factory=Future)
+
+
+_Letter = StatisticsMessage | RefreshRequest | _SnapshotRequest | _Reassignment
 
 
 class InverseLoop:
     """Runs an `InverseWork` in a thread of its own, whose doings `heartbeat` tells.
 
-    Every method returns at once, except `snapshot` and `lifeline`.
+    Every method returns at once, except `snapshot`, `reassign` and `lifeline`.
     """
 
     def __init__(self, work: InverseWork, publish: Callable[[InverseMessage], None]) -> None:
@@ -83,6 +93,16 @@ class InverseLoop:
         request = _SnapshotRequest(step=step)
         self._put(request)
         return request.answer.result(timeout=timeout_seconds)
+
+    def reassign(self, setup: InverseSetup, averages: Arrays, timeout_seconds: float) -> None:
+        """Return once the worker owns the layers of `setup`.
+
+        Raises:
+            TimeoutError: it did not come to that in time.
+        """
+        reassignment = _Reassignment(setup=setup, averages=averages)
+        self._put(reassignment)
+        reassignment.answer.result(timeout=timeout_seconds)
 
     def lifeline(self) -> None:
         """Return when the loop is stopped, or raise what ended it."""
@@ -141,6 +161,9 @@ class InverseLoop:
                 self._work.request(letter)
             case _SnapshotRequest():
                 self._snapshot_requests.append(letter)
+            case _Reassignment():
+                self._work = self._work.reassigned(letter.setup, letter.averages)
+                letter.answer.set_result(None)
 
     def _answer_snapshots(self) -> None:
         # A resumed job does not repeat old requests, so every exact version that was asked for has

@@ -78,9 +78,7 @@ class InverseWork:
         self._drift = FactorDrift()
         self._requests: deque[RefreshRequest] = deque()
         self._bound = staleness_bound(job.spec, job.replay_script)
-        # Exact versions up to this step have been made; None for a successor, which does not know
-        # what its predecessor made.
-        self._exact_step = setup.applied_step if setup.assignment_epoch == 1 else None
+        self._exact_step = setup.exact_step
         self._last_chosen: str | None = None
         self._counts: Counter[str] = Counter()
         self._inversion_seconds = 0.0
@@ -95,6 +93,21 @@ class InverseWork:
             state = to_tensors(section(averages, f"{name}:"), self.device)
             if state:
                 own.load_state_dict(pack_symmetric(state))
+
+    def reassigned(self, setup: InverseSetup, averages: Arrays) -> InverseWork:
+        """Return the work for the layers of `setup`, with `averages` of those that are new here.
+
+        What is known of the layers that stay is kept, and so are the counts. The caller makes sure
+        that the averages contain all statistics that have been sent.
+        """
+        work = InverseWork(self._job, setup, {**self.snapshot(), **averages})
+        work._versions = {n: v for n, v in self._versions.items() if n in work._layers}
+        work._drift = self._drift.of(work._layers)
+        work._requests = self._requests
+        work._counts = self._counts
+        work._ledger.dropped = self._ledger.dropped
+        work._inversion_seconds = self._inversion_seconds
+        return work
 
     @property
     def handled_step(self) -> int:

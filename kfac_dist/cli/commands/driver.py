@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kfac_dist.service.control.launching import Launch
     from kfac_dist.service.job_records import ReportAnswer
     from kfac_dist.service.reporting.run_reader import DriverEnd
+    from workers.driver.wishes import WishBox
     from workers.interrupts import Interrupts
 
 _ROLE = "driver"
@@ -53,6 +54,7 @@ def driver(
     from kfac_dist.service.control.launching import read_launch, read_token
     from kfac_dist.service.reporting.reporter import ReportClient, Reporter
     from kfac_dist.service.reporting.run_reader import RunReader, write_end
+    from workers.driver.wishes import WishBox
     from workers.interrupts import Interrupts
 
     run_dir = absolute(run_dir)
@@ -65,9 +67,10 @@ def driver(
     interrupts = Interrupts()
     reader = RunReader(run_dir, launch.job, attempt)
     client = ReportClient(launch.home, read_token(run_dir))
-    with Reporter(reader, client, lambda answer: _obey(answer, interrupts)):
+    wishes = WishBox()
+    with Reporter(reader, client, lambda answer: _obey(answer, interrupts, wishes)):
         place = RayPlace(address or ray_address(), cluster_id)
-        end = _run(launch, run_dir, place, interrupts)
+        end = _run(launch, run_dir, place, interrupts, wishes)
         write_end(run_dir, end)
     if end.state == "FAILED":
         raise typer.Exit(_FAILED)
@@ -79,8 +82,14 @@ def _log_path(run_dir: Path, attempt: int) -> Path:
     return RunPlaces(run_dir).log(_ROLE, 0, attempt)
 
 
-def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
-    """Interrupt the job as the server orders; a cancellation overrides a pause, never back."""
+def _obey(answer: ReportAnswer, interrupts: Interrupts, wishes: WishBox) -> None:
+    """Interrupt the job as the server orders; a cancellation overrides a pause, never back.
+
+    The numbers of workers that the job shall have are passed on.
+    """
+    from workers.driver.wishes import WorkerWishes
+
+    wishes.put(WorkerWishes(gradient=answer.gradient_workers, inverse=answer.inverse_workers))
     if interrupts.requested and interrupts.ends_as == "CANCELLED":
         return
     if answer.fenced or answer.order == "cancel":
@@ -89,7 +98,9 @@ def _obey(answer: ReportAnswer, interrupts: Interrupts) -> None:
         interrupts.request("PAUSED", _PAUSE_PATIENCE_SECONDS)
 
 
-def _run(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts) -> DriverEnd:
+def _run(
+    launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts, wishes: WishBox
+) -> DriverEnd:
     """Run the job and return how it ended; any exception becomes an end that the user sees."""
     from kfac_dist.runs import Failure
     from kfac_dist.runs.logs import open_log
@@ -99,7 +110,7 @@ def _run(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts)
     log.info("the driver has started")
     try:
         with terminate_is_interrupt():
-            _train(launch, run_dir, place, interrupts)
+            _train(launch, run_dir, place, interrupts, wishes)
     except KeyboardInterrupt:
         log.info("the driver was interrupted", ends_as=interrupts.ends_as)
         return _end(launch, interrupts.ends_as, reason="interrupted")
@@ -111,7 +122,9 @@ def _run(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts)
     return _end(launch, "SUCCEEDED")
 
 
-def _train(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts) -> None:
+def _train(
+    launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupts, wishes: WishBox
+) -> None:
     from kfac_dist.config import parse_spec
     from kfac_dist.runs import RunIdentity
     from kfac_dist.runs.run_places import RunPlaces
@@ -133,6 +146,7 @@ def _train(launch: Launch, run_dir: Path, place: RayPlace, interrupts: Interrupt
             ray_address=place.address,
             identity=RunIdentity(job=launch.job, attempt=launch.attempt),
             interrupts=interrupts,
+            wishes=wishes,
         )
 
 

@@ -19,6 +19,9 @@ from kfac_dist.coordination.jobs.placement import NO_ROOM_REASON
 RESTARTABLE = frozenset({"worker_died", "driver_died", "interrupted", "peers_lost", "node_lost"})
 """Reasons after which a job is restarted without a request: the job itself is not to blame."""
 
+PREEMPTED_REASON = "preempted"
+"""A worker had notice that its machine is taken away; restarted, and counted apart."""
+
 _FROM_OUTSIDE = frozenset({"interrupted", "node_lost"})
 """Reasons that say nothing about the job, however often they come."""
 
@@ -105,6 +108,9 @@ class AttemptView:
     cluster_message: str
     num_restarts: int
     max_restarts: int
+    num_preemptions: int = 0
+    """Attempts that ended because a worker was preempted, this one included."""
+    max_preemptions: int | None = None
     step: int = 0
     """The last step that is recorded."""
     earlier: Sequence[EarlierEnd] = ()
@@ -180,11 +186,8 @@ def _settle(view: AttemptView, limits: WaitLimits) -> Decision:
         return _end(Trigger.SUCCEED)
     if view.job_state is JobState.CANCELLING:
         return _end(Trigger.VANISH, "requested", "cancelled by request; nothing of it is left")
-    if view.told_end is JobState.FAILED and view.reason == NO_ROOM_REASON:
-        if view.job_state is JobState.PAUSING:
-            return _end(Trigger.HALT, "requested", "paused by request; nothing of it runs")
-        # It has not begun, and the queue knows when there is room; so it is not counted.
-        return _end(Trigger.RESTART, view.reason, view.message)
+    if view.told_end is JobState.FAILED and view.reason in (NO_ROOM_REASON, PREEMPTED_REASON):
+        return _settle_uncounted(view)
     if view.told_end is JobState.FAILED and view.reason not in RESTARTABLE:
         return _end(Trigger.FAIL, view.reason or "failed", view.message)
     if view.job_state is JobState.PAUSING and view.told_end is not JobState.FAILED:
@@ -199,6 +202,21 @@ def _settle(view: AttemptView, limits: WaitLimits) -> Decision:
         message += f"; restarted {view.num_restarts} times, faults.max_restarts is "
         message += str(view.max_restarts)
     return _end(Trigger.FAIL, reason, message)
+
+
+def _settle_uncounted(view: AttemptView) -> Decision:
+    """Settle an attempt whose end is not the fault of the job, and not counted as a restart.
+
+    An attempt without room has not begun, and the queue knows when there is room. A preempted one
+    has left a checkpoint.
+    """
+    if view.job_state is JobState.PAUSING:
+        return _end(Trigger.HALT, "requested", "paused by request; nothing of it runs")
+    most = view.max_preemptions
+    if view.reason == PREEMPTED_REASON and most is not None and view.num_preemptions > most:
+        limit = f"preempted {view.num_preemptions} times, faults.max_preemptions is {most}"
+        return _end(Trigger.FAIL, view.reason, f"{view.message}; {limit}")
+    return _end(Trigger.RESTART, view.reason, view.message)
 
 
 def _same_failures(view: AttemptView, reason: str) -> int:

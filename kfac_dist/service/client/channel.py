@@ -24,6 +24,7 @@ _IDEMPOTENT = (
     "ListJobs",
     "CancelJob",
     "PauseJob",
+    "ScaleJob",
     "QueryMetrics",
     "ListEvents",
     "ListCheckpoints",

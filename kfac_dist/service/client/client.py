@@ -208,6 +208,16 @@ class Client(AbstractContextManager["Client"]):
         request = message_of(pb.RetryJobRequest, job_id=job_id)
         return wire.from_job(self._call(self._stub.RetryJob, request).job)
 
+    def scale(self, job_id: str, *, gradient: int | None = None, inverse: int | None = None) -> Job:
+        """Change how many workers a job shall have; None leaves that number as it is.
+
+        Raises:
+            InvalidSpecError: the job cannot have these numbers.
+            ConflictError: the job has ended.
+        """
+        request = message_of(pb.ScaleJobRequest, job_id=job_id, gradient=gradient, inverse=inverse)
+        return wire.from_job(self._call(self._stub.ScaleJob, request).job)
+
     def events(self, job_id: str) -> Iterator[JobEvent]:
         """Yield the events of a job, oldest first."""
         request = message_of(pb.ListEventsRequest, job_id=job_id)

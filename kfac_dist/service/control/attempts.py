@@ -20,6 +20,7 @@ from kfac_dist.coordination.jobs.runner import (
     RunnerStatus,
 )
 from kfac_dist.coordination.jobs.supervision import (
+    PREEMPTED_REASON,
     Action,
     AttemptView,
     ClusterWord,
@@ -33,7 +34,11 @@ from kfac_dist.runs.records import Severity
 from kfac_dist.runs.run_places import RunPlaces
 from kfac_dist.service.access.tokens import hash_secret
 from kfac_dist.service.control.launching import begin_attempt, prepare_folder
-from kfac_dist.service.control.restarts import ATTEMPT_ENDED_EVENT, earlier_ends
+from kfac_dist.service.control.restarts import (
+    ATTEMPT_ENDED_EVENT,
+    earlier_ends,
+    num_preemptions,
+)
 from kfac_dist.service.control.silence import SilenceNotes
 from kfac_dist.service.jobs import Jobs
 from kfac_dist.service.reporting.run_reader import RunReader
@@ -124,7 +129,7 @@ class Supervisor:
             row, attempt = self._load(job_id)
             if attempt is None or attempt.number != key.attempt:
                 return
-        decision = decide(_view(row, attempt, status, self._earlier_ends(row)), self._limits)
+        decision = decide(self._view(row, attempt, status), self._limits)
         if decision.action is Action.WAIT:
             self._silence.update(job_id, row, attempt)
         self._act(key, row, decision)
@@ -139,6 +144,13 @@ class Supervisor:
         with self._jobs.store.read() as session:
             row = find(session, job_id)
             return row, find_attempt(session, row)
+
+    def _view(self, row: JobRow, attempt: AttemptRow, status: RunnerStatus) -> AttemptView:
+        preemptions = 0
+        if attempt.reason == PREEMPTED_REASON:
+            with self._jobs.store.read() as session:
+                preemptions = num_preemptions(session, row)
+        return _view(row, attempt, status, self._earlier_ends(row), preemptions)
 
     def _earlier_ends(self, row: JobRow) -> Sequence[EarlierEnd]:
         """Return how the attempts ended that automatic restarts have replaced, newest first."""
@@ -216,7 +228,11 @@ def _is_silent(attempt: AttemptRow) -> bool:
 
 
 def _view(
-    row: JobRow, attempt: AttemptRow, status: RunnerStatus, earlier: Sequence[EarlierEnd]
+    row: JobRow,
+    attempt: AttemptRow,
+    status: RunnerStatus,
+    earlier: Sequence[EarlierEnd],
+    preemptions: int,
 ) -> AttemptView:
     """Return what the rules of supervision need to know about an attempt."""
     now = time.time()
@@ -235,6 +251,8 @@ def _view(
         cluster_message=status.message,
         num_restarts=row.num_restarts,
         max_restarts=int(row.spec["faults"]["max_restarts"]),
+        num_preemptions=preemptions,
+        max_preemptions=row.spec["faults"].get("max_preemptions"),
         step=row.steps_known,
         earlier=earlier,
     )
@@ -251,7 +269,7 @@ def _conclude(session: Session, row: JobRow, decision: Decision) -> None:
         attempt.state, attempt.ended_at = _SILENT_ENDS[trigger], now
         attempt.reason, attempt.message = decision.reason, text_of(decision.message)
     move(session, row, trigger, now, reason=decision.reason, message=decision.message)
-    if trigger is Trigger.RESTART and decision.reason != NO_ROOM_REASON:
+    if trigger is Trigger.RESTART and decision.reason not in (NO_ROOM_REASON, PREEMPTED_REASON):
         row.num_restarts += 1
     why = f": {decision.message}" if decision.message else ""
     message = f"attempt {attempt.number} ended and nothing of it is left on the cluster{why}"

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from kfac_dist.coordination.jobs.lifecycle import JobState
-from kfac_dist.coordination.jobs.supervision import EarlierEnd, WaitLimits
+from kfac_dist.coordination.jobs.supervision import PREEMPTED_REASON, EarlierEnd, WaitLimits
 from kfac_dist.service.store import AttemptRow, EventRow, JobRow
 
 ATTEMPT_ENDED_EVENT = "attempt_ended"
@@ -43,6 +43,13 @@ def earlier_ends(session: Session, row: JobRow) -> Sequence[EarlierEnd]:
         .order_by(AttemptRow.number.desc())
     )
     return [EarlierEnd(reason=reason, step=steps.get(number, 0)) for number, reason in attempts]
+
+
+def num_preemptions(session: Session, row: JobRow) -> int:
+    """Return how many attempts of a job ended because a worker was preempted."""
+    preempted = AttemptRow.reason == PREEMPTED_REASON
+    query = select(func.count()).where(AttemptRow.job == row.number, preempted)
+    return int(session.execute(query).scalar_one())
 
 
 def resting(session: Session, limits: WaitLimits, now: float) -> Mapping[str, Rest]:

@@ -66,6 +66,8 @@ def to_response(answer: ReportAnswer) -> pb.ReportResponse:
         events_known=answer.events_known,
         steps_known=answer.steps_known,
         fenced=answer.fenced,
+        gradient_workers=answer.gradient_workers or 0,
+        inverse_workers=answer.inverse_workers or 0,
     )
 
 
@@ -76,6 +78,8 @@ def from_response(message: pb.ReportResponse) -> ReportAnswer:
         events_known=message.events_known,
         steps_known=message.steps_known,
         fenced=message.fenced,
+        gradient_workers=message.gradient_workers or None,
+        inverse_workers=message.inverse_workers or None,
     )
 
 

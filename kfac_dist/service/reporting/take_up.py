@@ -56,8 +56,14 @@ def _known(row: JobRow, attempt: AttemptRow) -> tuple[object, ...]:
 
 
 def _answer(row: JobRow, *, order: Order, fenced: bool) -> ReportAnswer:
+    workers = row.spec["workers"]
     return ReportAnswer(
-        order=order, events_known=row.events_known, steps_known=row.steps_known, fenced=fenced
+        order=order,
+        events_known=row.events_known,
+        steps_known=row.steps_known,
+        fenced=fenced,
+        gradient_workers=workers["gradient"],
+        inverse_workers=workers["inverse"],
     )
 
 

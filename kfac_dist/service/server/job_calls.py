@@ -20,6 +20,7 @@ from kfac_dist.service.wire.job_messages import (
     to_job,
     to_series,
 )
+from kfac_dist.service.wire.values import optional
 from kfac_dist.v1 import job_pb2
 from kfac_dist.v1 import job_service_pb2 as pb
 
@@ -95,6 +96,17 @@ class JobCalls:
         job = self._control(request.job_id, caller, "retry", self.jobs.retry)
         return pb.RetryJobResponse(job=to_job(job))
 
+    def scale(self, request: pb.ScaleJobRequest, caller: Caller) -> pb.ScaleJobResponse:
+        """Change the number of workers of a job."""
+        gradient, inverse = optional(request, "gradient"), optional(request, "inverse")
+        job = self._control(
+            request.job_id,
+            caller,
+            "scale",
+            lambda job_id: self.jobs.scale(job_id, gradient=gradient, inverse=inverse),
+        )
+        return pb.ScaleJobResponse(job=to_job(job))
+
     def metrics(self, request: pb.QueryMetricsRequest, caller: Caller) -> pb.QueryMetricsResponse:
         """Return the history of the named metrics; without names, the names of all metrics."""
         job_id = requests.job_id(request.job_id)
@@ -151,6 +163,7 @@ def job_methods(
         "PauseJob": Unary(request=pb.PauseJobRequest, role=submitter, function=calls.pause),
         "ResumeJob": Unary(request=pb.ResumeJobRequest, role=submitter, function=calls.resume),
         "RetryJob": Unary(request=pb.RetryJobRequest, role=submitter, function=calls.retry),
+        "ScaleJob": Unary(request=pb.ScaleJobRequest, role=submitter, function=calls.scale),
         "QueryMetrics": Unary(request=pb.QueryMetricsRequest, role=viewer, function=calls.metrics),
         "ListEvents": Unary(request=pb.ListEventsRequest, role=viewer, function=calls.events),
         "ListCheckpoints": Unary(

@@ -179,6 +179,14 @@ def test_a_job_without_room_goes_back_to_the_queue_however_often_it_was_restarte
     assert event(**ended, job_state=S.CANCELLING) == (Trigger.VANISH, "requested")
 
 
+def test_a_preempted_job_starts_again_and_its_limit_is_its_own() -> None:
+    ended = {"told_end": S.FAILED, "reason": "preempted", "message": "gradient worker 0 had notice"}
+    assert event(**ended, num_restarts=3, num_preemptions=90) == (Trigger.RESTART, "preempted")
+    assert event(**ended, num_preemptions=2, max_preemptions=2) == (Trigger.RESTART, "preempted")
+    assert event(**ended, num_preemptions=3, max_preemptions=2) == (Trigger.FAIL, "preempted")
+    assert event(**ended, job_state=S.PAUSING) == (Trigger.HALT, "requested")
+
+
 def test_a_lost_node_is_not_the_fault_of_the_job() -> None:
     ended = {"told_end": S.FAILED, "reason": "node_lost"}
     assert event(**ended) == (Trigger.RESTART, "node_lost")

@@ -56,6 +56,8 @@ class Plant:
     def submit(self, *, priority: int = 0, **script: Any) -> Job:
         steps = script.pop("steps", 30)
         faults = {"max_restarts": script.pop("max_restarts", 1)}
+        if "max_preemptions" in script:
+            faults["max_preemptions"] = script.pop("max_preemptions")
         workers = {"gradient": script.pop("gradient", 1)}
         made = spec(task_args=script, steps=steps, faults=faults, workers=workers)
         return self.jobs.create(made, owner="ada", priority=priority)
@@ -348,6 +350,15 @@ def test_a_job_that_finds_no_room_any_more_waits_in_the_queue(plant: Plant) -> N
     assert queued.message == "needs 2 CPUs, the cluster has 1"
     ends = {(attempt.state, attempt.reason) for attempt in plant.jobs.attempts(job.id)}
     assert ends == {(JobState.FAILED, "no_room")}
+
+
+def test_preemptions_are_counted_apart_from_restarts(plant: Plant) -> None:
+    job = plant.submit(end="preempted", end_at=3, max_restarts=0, max_preemptions=1)
+    wait_until(lambda: plant.jobs.get(job.id).state is JobState.FAILED, "the end")
+    failed = plant.jobs.get(job.id)
+    assert (failed.reason, failed.num_restarts, failed.attempt) == ("preempted", 0, 2)
+    assert failed.message is not None
+    assert failed.message.endswith("preempted 2 times, faults.max_preemptions is 1")
 
 
 def test_an_attempt_that_should_not_run_is_killed(plant: Plant) -> None:

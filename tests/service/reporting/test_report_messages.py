@@ -70,7 +70,9 @@ def test_a_heartbeat_stays_empty() -> None:
 
 @pytest.mark.parametrize("order", ["none", "pause", "cancel"])
 def test_answers(order: Order) -> None:
-    answer = ReportAnswer(order=order, events_known=3, steps_known=9, fenced=True)
+    answer = ReportAnswer(
+        order=order, events_known=3, steps_known=9, fenced=True, inverse_workers=4
+    )
     assert from_response(to_response(answer)) == answer
 
 

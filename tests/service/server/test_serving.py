@@ -154,6 +154,7 @@ SINGLE = {
     "PauseJob": (pb.PauseJobRequest(), Role.SUBMITTER),
     "ResumeJob": (pb.ResumeJobRequest(), Role.SUBMITTER),
     "RetryJob": (pb.RetryJobRequest(), Role.SUBMITTER),
+    "ScaleJob": (pb.ScaleJobRequest(), Role.SUBMITTER),
     "QueryMetrics": (pb.QueryMetricsRequest(), Role.VIEWER),
     "ListEvents": (pb.ListEventsRequest(), Role.VIEWER),
     "ListCheckpoints": (pb.ListCheckpointsRequest(), Role.VIEWER),

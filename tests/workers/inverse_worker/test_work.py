@@ -50,6 +50,7 @@ def make(tmp_path):
             cost_model=DEFAULT_COST_MODEL,
             assignment_epoch=1,
             applied_step=0,
+            exact_step=0,
         )
         return InverseWork(replace(job_context(spec, tmp_path), replay_script=replay_script), setup)
 

@@ -57,6 +57,7 @@ def both_sides(spec, folder):
         cost_model=DEFAULT_COST_MODEL,
         assignment_epoch=1,
         applied_step=0,
+        exact_step=0,
     )
     work = InverseWork(job_context(spec, folder), setup)
     store = InverseStore(

@@ -19,6 +19,7 @@ from kfac_dist.runs import RunFolder
 from workers.actor import Handle, Ref, node_address
 from workers.cluster.daemons import DaemonWatch, daemons_awake
 from workers.cluster.lost import lost_node_error, stopped_daemon_error
+from workers.driver.crew.deaths import InverseWorkerDied
 from workers.driver.crew.failures import (
     Member,
     MemberLostError,
@@ -34,7 +35,7 @@ from workers.driver.crew.group_changes import GroupChange, GroupChanges
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.health import Health, Stall, patience_seconds
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
-from workers.driver.crew.inverse_pool import InversePool, InverseWorkerDied
+from workers.driver.crew.inverse_pool import InversePool
 from workers.driver.crew.processes import (
     Calls,
     CrewPlan,
@@ -47,6 +48,7 @@ from workers.driver.crew.processes import (
 )
 from workers.exchange.arrays import Array, to_array, to_tensor
 from workers.exchange.messages import (
+    InverseSetup,
     JobContext,
     MemberPlace,
     Rendezvous,
@@ -245,7 +247,7 @@ class Crew:
 
     def maintain(self) -> None:
         """Between two windows, let members join and leave."""
-        self.changes.maintain(self.step, self._health.preempted())
+        self.changes.maintain(self.step, self.preempted())
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`; none for a first-order optimizer."""
@@ -365,6 +367,27 @@ class Crew:
         shards = with_shard(self.changes.processes)
         self.gather(dict(zip(refs, (process.member for process in shards), strict=True)))
 
+    def averages_of(self, ranks: Collection[int], statistics_step: int) -> dict[str, Array] | None:
+        """Return the averages of the inverse workers of these ranks; None if one has died.
+
+        They contain the statistics up to `statistics_step`.
+        """
+        snapshots = self.inverse_pool.snapshots(statistics_step, self.group_timeout_seconds)
+        asked = {ref: member for ref, member in snapshots.items() if member.rank in ranks}
+        parts = self.gather_optional(asked)
+        if len(parts) < len(asked):
+            return None
+        return {name: array for part in parts for name, array in part.items()}
+
+    def hand_over_layers(self, setups: Mapping[int, InverseSetup], step: int) -> None:
+        """Let the inverse workers own the layers of `setups` from `step` on.
+
+        One that dies meanwhile has a successor like any other.
+        """
+        timeout = self.group_timeout_seconds
+        self.gather_optional(self.inverse_pool.hand_over(setups, step, timeout))
+        self.connect_inverse_workers()
+
     def _wait(self, pending: Calls) -> list[Ref]:
         """Return the calls that have ended, possibly none; handle deaths of inverse workers."""
         self._interrupts.check()
@@ -437,6 +460,16 @@ class Crew:
         self._plan.catch_up_logs()
         path = self._folder.places.log(member.role, member.rank, self._job.attempt)
         return job_error(member, error, step=self.step, log=path)
+
+    def preempted(self) -> list[Member]:
+        """Return the members that have had notice that their process will be ended."""
+        return self._health.preempted()
+
+    def replace_preempted(self, rank: int, statistics_step: int) -> None:
+        """Replace an inverse worker that will be ended; its averages are kept for its successor."""
+        averages = self.averages_of([rank], statistics_step)
+        self.inverse_pool.keep_snapshot(averages or {})
+        self.inverse_pool.end_preempted(rank)
 
     def kill(self) -> None:
         """End all actors at once."""

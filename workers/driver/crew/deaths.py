@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from kfac_dist.runs.logs import log_tail
@@ -24,6 +25,23 @@ _DEVICE_LOST = (
 )
 _LAST_LINES = 3
 _LONGEST_LINE = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseWorkerDied:
+    """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included.
+
+    `pid` is None if it died before its process was known. `exit` is Ray's word for how it ended,
+    or "stalled" or "preempted" if the driver killed it; `why` then says more. A preempted worker
+    does not count in `num_deaths`.
+    """
+
+    rank: int
+    pid: int | None
+    layers: tuple[str, ...]
+    exit: str
+    why: str
+    num_deaths: int
 
 
 def pid_of(error: BaseException | None, known: int) -> int | None:

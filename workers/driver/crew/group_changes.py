@@ -156,7 +156,7 @@ class GroupChanges:
         """Between two windows, take in processes that are ready and let those leave that must."""
         leaving = [process for process in self.processes if process.member in preempted]
         decision = self._decide((), leaving)
-        if decision.step == "continue":
+        if decision.step == "continue" and all(p.place.worker is not None for p in leaving):
             self._start(decision.num_to_start)
             return
         self._change(WorkerDiedError(decision.message), (), leaving, step)

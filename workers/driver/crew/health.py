@@ -56,7 +56,11 @@ class Health:
         self._judged_seconds = time.monotonic()
 
     def ask(self, members: Mapping[Member, Handle]) -> None:
-        """Ask each member, unless it was asked a moment ago or a question to it is still open."""
+        """Ask each member, unless it was asked a moment ago or a question to it is still open.
+
+        Those that were members before are forgotten.
+        """
+        self._keep(members)
         now = time.monotonic()
         waiting = {question.member for question in self._open.values()}
         for member, handle in members.items():
@@ -65,6 +69,10 @@ class Health:
                 continue
             self._asked[member] = now
             self._open[handle.pulse.remote()] = _Question(member=member, asked_seconds=now)
+
+    def _keep(self, members: Mapping[Member, Handle]) -> None:
+        for member in [member for member in self._asked if member not in members]:
+            self.forget(member)
 
     def pulses(self) -> dict[Member, Pulse]:
         """Return the newest answer of each member."""
@@ -126,7 +134,11 @@ class Health:
 
     def preempted(self) -> list[Member]:
         """Return the members that have had notice that they will be ended."""
-        return [member for member, pulse in self.pulses().items() if pulse.preempted]
+        return [
+            replace(member, pid=pulse.pid)
+            for member, pulse in self.pulses().items()
+            if pulse.preempted
+        ]
 
     def forget(self, member: Member) -> None:
         """Forget the questions to a member that is gone, and its answers."""

@@ -8,41 +8,26 @@ that stalls is killed, and is then dead like any other.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import ray
 
 from kfac_dist.errors import JobFailedError
 from workers.actor import Handle, Ref, gpu_options
 from workers.device import DevicePlan
-from workers.driver.crew.deaths import exit_type, pid_of
-from workers.driver.crew.failures import Member, failure_of, finished
+from workers.driver.crew.deaths import InverseWorkerDied, exit_type, pid_of
+from workers.driver.crew.failures import Member, failed_among, failure_of, finished
 from workers.driver.crew.health import InverseStatuses, Stall
 from workers.exchange.arrays import Array
 from workers.exchange.messages import InverseSetup, InverseStatus, JobContext, RefreshRequest
 from workers.inverse_worker.actor import InverseWorkerActor
 
 ROLE = "inverse_worker"
-SUCCESSOR_SECONDS = 60.0
+SUCCESSOR_SECONDS = 120.0
 """How long a successor may take to start; then it counts as dead, and has a successor itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InverseWorkerDied:
-    """The death of a worker; `num_deaths` counts all deaths of this attempt, this one included.
-
-    `pid` is None if it died before its process was known. `exit` is Ray's word for how it ended,
-    or "stalled" if the driver killed it; `why` then says more.
-    """
-
-    rank: int
-    pid: int | None
-    layers: tuple[str, ...]
-    exit: str
-    why: str
-    num_deaths: int
 
 
 @dataclass
@@ -58,9 +43,11 @@ class _Worker:
     first_status: Ref
     pid: int = 0
     connected_step: int | None = None
-    stalled: str = ""
-    """Why the driver has killed it, empty if it has not."""
-    started_seconds: float = field(default_factory=time.monotonic)
+    ended_as: str = ""
+    """Why the driver has killed it, as a word and below as a sentence; empty if it has not."""
+    why: str = ""
+    latest_seconds: float = math.inf
+    """Of the monotonic clock: when it must have started."""
 
 
 class InversePool:
@@ -80,6 +67,7 @@ class InversePool:
         self._averages = dict(averages)
         self._on_death = on_death
         self._workers: dict[int, _Worker] = {}
+        self._joining: dict[int, _Worker] = {}  # they have no layers yet
         self._orphaned: dict[str, int] = {}  # to the rank of the worker that owned it
         self._awaited: set[str] = set()  # orphaned layers that the server waits for again
         self._num_deaths = 0
@@ -110,12 +98,7 @@ class InversePool:
         return pool
 
     def _start(self, setup: InverseSetup) -> _Worker:
-        names = [layer.name for layer in setup.layers]
-        own = {
-            key: array
-            for key, array in self._averages.items()
-            if any(key.startswith(f"{name}:") for name in names)
-        }
+        own = self._averages_of([layer.name for layer in setup.layers])
         gives_way = {"CUDA_MPS_CLIENT_PRIORITY": "1"} if self._devices.inverse_shares else {}
         gpu = gpu_options(self._devices.gpus_per_inverse_worker, **gives_way)
         options = InverseWorkerActor.options(num_cpus=0, resources={"inverse": 1}, **gpu)
@@ -126,6 +109,13 @@ class InversePool:
             lifeline=handle.lifeline.remote(),
             first_status=handle.status.remote(),
         )
+
+    def _averages_of(self, names: Sequence[str]) -> dict[str, Array]:
+        return {
+            key: array
+            for key, array in self._averages.items()
+            if any(key.startswith(f"{name}:") for name in names)
+        }
 
     @property
     def assignment(self) -> dict[int, tuple[str, ...]]:
@@ -161,7 +151,8 @@ class InversePool:
 
     def lifelines(self) -> list[Ref]:
         """Return a call to each worker that ends only when the worker dies."""
-        return [worker.lifeline for worker in self._workers.values()]
+        workers = (*self._workers.values(), *self._joining.values())
+        return [worker.lifeline for worker in workers]
 
     def handle_death(self, lifeline: Ref) -> int:
         """Orphan the layers of the worker whose lifeline has ended, and start its successor.
@@ -171,42 +162,56 @@ class InversePool:
         Raises:
             JobFailedError: the worker found that the job cannot continue.
         """
-        rank = next(rank for rank, worker in self._workers.items() if worker.lifeline == lifeline)
-        dead = self._workers[rank]
-        error = failure_of(lifeline)
+        (dead,) = [
+            worker
+            for worker in (*self._workers.values(), *self._joining.values())
+            if worker.lifeline == lifeline
+        ]
+        rank, error = dead.setup.rank, failure_of(lifeline)
         if isinstance(error, JobFailedError):
             raise error  # a successor would fail in the same way
         ray.kill(dead.handle)  # its work may have failed while the process lives
+        if self._joining.get(rank) is dead:
+            del self._joining[rank]
+            self._report_death(dead, error, ())
+            return rank
         layers = self.assignment[rank]
         self._orphaned |= dict.fromkeys(layers, rank)
         self._awaited -= set(layers)
         self._send_orphaned()
-        self._num_deaths += 1
         self._statuses.forget(rank)
-        self._on_death(
-            InverseWorkerDied(
-                rank=rank,
-                pid=pid_of(error, dead.pid),
-                layers=layers,
-                exit="stalled" if dead.stalled else exit_type(error),
-                why=dead.stalled,
-                num_deaths=self._num_deaths,
-            )
-        )
+        self._report_death(dead, error, layers)
         setup = replace(
             dead.setup,
             assignment_epoch=dead.setup.assignment_epoch + 1,
             applied_step=self._averages_step(layers),
+            exact_step=None,
         )
         self._workers[rank] = self._start(setup)
+        self._workers[rank].latest_seconds = time.monotonic() + SUCCESSOR_SECONDS
         return rank
 
     def set_owners(self, owners: Mapping[str, Handle]) -> None:
         """Have inverses sent to the present owners of the shards, the newest ones once more."""
         self._owners = owners
-        for worker in self._workers.values():
+        for worker in (*self._workers.values(), *self._joining.values()):
             worker.handle.set_owners.remote(owners)
         self._send_orphaned()
+
+    def _report_death(
+        self, dead: _Worker, error: BaseException | None, layers: tuple[str, ...]
+    ) -> None:
+        self._num_deaths += dead.ended_as != "preempted"
+        self._on_death(
+            InverseWorkerDied(
+                rank=dead.setup.rank,
+                pid=pid_of(error, dead.pid),
+                layers=layers,
+                exit=dead.ended_as or exit_type(error),
+                why=dead.why,
+                num_deaths=self._num_deaths,
+            )
+        )
 
     def _averages_step(self, layers: Sequence[str]) -> int:
         steps = [int(self._averages.get(f"{name}:step", 0)) for name in layers]
@@ -291,11 +296,10 @@ class InversePool:
 
         `statuses` has the answers later. The death of a killed worker ends its lifeline.
         """
-        latest = time.monotonic() - SUCCESSOR_SECONDS
-        for rank, worker in self._workers.items():
-            is_successor = worker.setup.assignment_epoch > 1
-            if is_successor and worker.connected_step is None and worker.started_seconds < latest:
-                self._end_stalled(rank, f"it did not start within {SUCCESSOR_SECONDS:g} s")
+        now = time.monotonic()
+        for worker in (*self._workers.values(), *self._joining.values()):
+            if now > worker.latest_seconds and not finished([worker.first_status]):
+                self._end(worker, "stalled", f"it did not start within {SUCCESSOR_SECONDS:g} s")
         self._statuses.ask(
             {
                 rank: worker.handle
@@ -306,12 +310,17 @@ class InversePool:
 
     def end_stalled(self, stall: Stall) -> None:
         """Kill a worker that does not advance."""
-        self._end_stalled(stall.member.rank, stall.why)
+        self._end(self._workers[stall.member.rank], "stalled", stall.why)
 
-    def _end_stalled(self, rank: int, why: str) -> None:
-        worker = self._workers[rank]
-        if not worker.stalled:
-            worker.stalled = why
+    def end_preempted(self, rank: int) -> None:
+        """Kill a worker that has had notice that it will be ended."""
+        why = "its process had notice (SIGTERM) that it would be ended"
+        self._end(self._workers[rank], "preempted", why)
+
+    @staticmethod
+    def _end(worker: _Worker, ended_as: str, why: str) -> None:
+        if not worker.ended_as:
+            worker.ended_as, worker.why = ended_as, why
             ray.kill(worker.handle)
 
     def members(self) -> dict[Member, Handle]:
@@ -343,7 +352,62 @@ class InversePool:
         self._averages |= averages
         return dict(self._averages)
 
+    @property
+    def setups(self) -> dict[int, InverseSetup]:
+        """What each worker owns, by rank."""
+        return {rank: worker.setup for rank, worker in self._workers.items()}
+
+    @property
+    def num_joining(self) -> int:
+        """The number of workers that have been started and have no layers yet."""
+        return len(self._joining)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every layer has a worker that has started and made an inverse of it."""
+        return not self._orphaned and self.num_starting == 0
+
+    def join(self, setups: Mapping[int, InverseSetup]) -> bool:
+        """Start workers of new ranks, without layers; return whether all of them have started.
+
+        Workers that were started for ranks that are not in `setups` end.
+        """
+        for rank in [rank for rank in self._joining if rank not in setups]:
+            ray.kill(self._joining.pop(rank).handle)
+        for rank, setup in setups.items():
+            if rank not in self._workers and rank not in self._joining:
+                self._joining[rank] = self._start(replace(setup, layers=(), links=()))
+                self._joining[rank].latest_seconds = time.monotonic() + SUCCESSOR_SECONDS
+        first = [worker.first_status for worker in self._joining.values()]
+        return len(finished(first)) == len(first) and not failed_among(dict.fromkeys(first))
+
+    def hand_over(
+        self, setups: Mapping[int, InverseSetup], step: int, timeout_seconds: float
+    ) -> dict[Ref, Member]:
+        """Give every layer to the worker that has it in `setups`, with its newest snapshot.
+
+        Workers whose ranks are not in `setups` end. The caller waits for the calls that are
+        returned, and connects the gradient workers from `step` on.
+        """
+        calls = {}
+        for rank, setup in setups.items():
+            joined = self._joining.pop(rank, None)
+            worker = joined or self._workers[rank]
+            if setup == worker.setup:
+                continue
+            new = [layer.name for layer in setup.layers if layer not in worker.setup.layers]
+            self._workers[rank] = worker
+            worker.setup, worker.connected_step = setup, step
+            if joined is not None:
+                worker.pid = ray.get(worker.first_status).pid
+            call = worker.handle.reassign.remote(setup, self._averages_of(new), timeout_seconds)
+            calls[call] = Member(role=ROLE, rank=rank, pid=worker.pid)
+        for rank in [rank for rank in self._workers if rank not in setups]:
+            ray.kill(self._workers.pop(rank).handle)
+            self._statuses.forget(rank)
+        return calls
+
     def kill(self) -> None:
         """End all workers."""
-        for worker in self._workers.values():
+        for worker in (*self._workers.values(), *self._joining.values()):
             ray.kill(worker.handle)

@@ -1,0 +1,23 @@
+"""An inverse worker that finds that the job cannot continue is not replaced."""
+
+from __future__ import annotations
+
+import pytest
+
+from kfac_dist.errors import JobFailedError
+from workers.device import DevicePlan
+from workers.driver.crew import inverse_pool
+from workers.driver.crew.inverse_pool import InversePool, _Worker
+
+
+def test_a_full_gpu_ends_the_job_instead_of_one_worker_after_the_other(monkeypatch):
+    full = JobFailedError("the memory of the GPU is full", reason="gpu_memory")
+    monkeypatch.setattr(inverse_pool, "failure_of", lambda lifeline: full)
+    deaths: list[object] = []
+    devices = DevicePlan(kind="cpu", backend="gloo", gpus_per_member=0.0)
+    pool = InversePool(None, None, devices, {}, deaths.append)
+    pool._workers = {0: _Worker(setup=None, handle=None, lifeline="line", first_status=None)}
+    with pytest.raises(JobFailedError) as caught:
+        pool.handle_death("line")
+    assert caught.value is full
+    assert deaths == []
