@@ -95,7 +95,9 @@ def _plan_members(workers: WorkersSpec, num_gpus: int) -> DevicePlan:
         return DevicePlan(kind="cpu", backend="gloo", gpus_per_member=0.0)
     members = workers.num_processes_of_group
     if num_gpus >= members:
-        return DevicePlan(kind="cuda", backend="nccl", gpus_per_member=1.0)
+        # A shard in the process of a gradient worker would be a second NCCL member on one GPU.
+        backend: Backend = "gloo" if workers.has_colocated_shards else "nccl"
+        return DevicePlan(kind="cuda", backend=backend, gpus_per_member=1.0)
     share = 1.0 / math.ceil(members / num_gpus)
     return DevicePlan(kind="cuda", backend="gloo", gpus_per_member=share)
 

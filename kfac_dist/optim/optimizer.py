@@ -12,6 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,13 +42,12 @@ from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.step.block_numbers import (
     DirectionNumbers,
     block_numbers,
-    block_squares,
     direction_numbers,
-    total_square,
 )
 from kfac_dist.core.step.choice import Choice, combine
+from kfac_dist.core.step.flat_parameters import FlatParameters
 from kfac_dist.core.step.update import KFACUpdate
-from kfac_dist.core.vector import add_to_parameters, flatten, is_finite, rows_at
+from kfac_dist.core.vector import add_to_parameters, is_finite, rows_at
 from kfac_dist.errors import InvalidSpecError
 from kfac_dist.optim.arithmetic import full_precision
 from kfac_dist.optim.axes import cases_of, checked_case_axis
@@ -157,9 +157,10 @@ class KFAC(torch.optim.Optimizer):
         )
         self.numeric_events: Counter[str] = Counter()
         self._curvature = Curvature(self.settings, self._registration, self.numeric_events)
-        self._theta = flatten(self._parameters)
-        self._gradient = torch.empty_like(self._theta)
         self._layout = BlockLayout(self._registration.blocks)
+        self._flat = FlatParameters(self._parameters, self._layout, self.settings.l2)
+        self._theta = self._flat.read()
+        self._gradient = torch.empty_like(self._theta)
         self._previous_update = torch.zeros_like(self._theta)
         self._update = KFACUpdate(self.settings)
         self._directions = DirectionComputer(self.settings, self._curvature.structure)
@@ -204,12 +205,14 @@ class KFAC(torch.optim.Optimizer):
         loss, objective, gradient, trace = self._compute(inputs, targets)
         self.step_count = plan.step  # a refused step raises before this line and does not count
         self._update.begin_step(plan.damping)
-        if not self._is_finite(loss, gradient):
+        if not (math.isfinite(loss) and is_finite(gradient)):
             return self._skipped(plan, loss, objective)
         self._update_factors(plan, inputs, targets, trace)
         self._invert(plan)
         admitted = self._admit(plan)
-        gammas = self._tried_gammas(plan, admitted)
+        gammas = self._update.tried_gammas(
+            partial(all_inverted_for, admitted), search=plan.search_gamma
+        )
         directions, numbers = self._precondition(gradient, admitted, gammas)
         fisher = self._fisher_products(plan, inputs, targets, directions, trace)
         choice = self._update.choose(numbers, gammas, fisher, lr=plan.lr)
@@ -229,28 +232,10 @@ class KFAC(torch.optim.Optimizer):
         if version_of(inputs) != version:
             name = type(self._computer.model).__name__
             raise InvalidSpecError(f"KFAC.step: {in_place_message(name)}")
-        theta = self._flat_parameters()
+        theta = self._flat.read()
         gradient = sums.gradient.div_(len(inputs)).add_(theta, alpha=self.settings.l2)
         loss = float(sums.loss) / len(inputs)
-        return loss, loss + self._l2_term(theta), gradient, sums.trace
-
-    def _flat_parameters(self) -> Tensor:
-        """Return the current parameters [P], in a buffer that the next call overwrites."""
-        return flatten(self._parameters, self._theta)
-
-    def _l2_term(self, theta: Tensor) -> float:
-        if self.settings.l2 == 0:
-            return 0.0
-        squares = block_squares(self._matrices(theta).values())
-        return 0.5 * self.settings.l2 * total_square(squares)
-
-    def _matrices(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return each block's matrix [dim_G, dim_A] in `vector` [P], copied."""
-        return self._layout.matrices(self._layout.gather(vector))
-
-    @staticmethod
-    def _is_finite(loss: float, gradient: Tensor) -> bool:
-        return math.isfinite(loss) and is_finite(gradient)
+        return loss, loss + self._flat.l2_term(theta), gradient, sums.trace
 
     def _skipped(self, plan: StepPlan, loss: float, objective: float) -> StepResult:
         self.numeric_events["bad_step"] += 1
@@ -282,13 +267,6 @@ class KFAC(torch.optim.Optimizer):
         only = self._bound.only_admissible(plan.step, self._registration.names)
         return shelf.install(shelf.admit(only))
 
-    def _tried_gammas(
-        self, plan: StepPlan, admitted: Mapping[str, InverseVersion]
-    ) -> tuple[float, ...]:
-        return self._update.tried_gammas(
-            lambda gammas: all_inverted_for(admitted, gammas), search=plan.search_gamma
-        )
-
     def _precondition(
         self,
         gradient: Tensor,
@@ -297,10 +275,10 @@ class KFAC(torch.optim.Optimizer):
     ) -> tuple[Tensor, DirectionNumbers]:
         """Return one direction for each gamma, [C, P], and what the step rule needs of them."""
         inverses = [layer_inverses(nearest_inverses(admitted, gamma)) for gamma in gammas]
-        matrices = self._matrices(gradient)
+        matrices = self._flat.matrices(gradient)
         solved, fallen = self._directions.compute(matrices, inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
-        numbers = block_numbers(matrices, solved, self._matrices(self._previous_update))
+        numbers = block_numbers(matrices, solved, self._flat.matrices(self._previous_update))
         directions = gradient.new_empty((len(solved), len(gradient)))
         for by_block, direction in zip(solved, directions, strict=True):
             self._layout.write_parameters(by_block, direction)
@@ -328,7 +306,7 @@ class KFAC(torch.optim.Optimizer):
         update = combine(direction, self._previous_update, choice.alpha, choice.mu)
         add_to_parameters(self._parameters, update)
         if self._average is not None:
-            self._average.update(plan.step, self._flat_parameters())
+            self._average.update(plan.step, self._flat.read())
 
     def _adapt_damping(
         self, plan: StepPlan, choice: Choice, before: float, inputs: Tensor, targets: Tensor
@@ -336,7 +314,7 @@ class KFAC(torch.optim.Optimizer):
         if not plan.measure:
             return None
         loss = float(self._computer.loss(inputs, targets)) / len(inputs)
-        after = loss + self._l2_term(self._flat_parameters())
+        after = loss + self._flat.l2_term(self._flat.read())
         return self._update.adapt_damping(choice, after - before)
 
     @property
@@ -412,12 +390,7 @@ class KFAC(torch.optim.Optimizer):
         self._curvature.check_state(state_dict)
         if "update" not in state_dict:
             raise InvalidSpecError("this is a state of KFACPreconditioner, not of KFAC")
-        size = state_dict["update"]["previous_update"].numel()
-        if size != self._registration.num_parameters:
-            raise InvalidSpecError(
-                f"the state is of another model: it has {size} parameters, this one has "
-                f"{self._registration.num_parameters}"
-            )
+        self._flat.check_same_size(state_dict["update"]["previous_update"])
         self._lr.restore(self.param_groups[0], state_dict["param_groups"][0])
         self.step_count = state_dict["step_count"]
         self._update.load_state_dict(state_dict["update"])

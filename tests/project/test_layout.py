@@ -15,7 +15,8 @@ SOURCES = ("kfac_dist", "workers")
 GENERATED = ROOT / "kfac_dist/v1"
 COMMANDS = ROOT / "kfac_dist/cli/commands"  # one verb a file, named after the verb
 ROLES = tuple(
-    ROOT / "workers" / r for r in ("gradient_worker", "inverse_worker", "parameter_server")
+    ROOT / "workers" / r
+    for r in ("gradient_worker", "inverse_worker", "member", "parameter_server")
 )
 MIGRATIONS = ROOT / "kfac_dist/service/store/migrations"  # alembic's own layout
 

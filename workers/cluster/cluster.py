@@ -19,6 +19,7 @@ from kfac_dist.coordination.jobs.placement import Room, machine_room, room_neede
 from kfac_dist.errors import ConflictError, UnreachableError
 from workers.cluster.daemons import daemons_awake
 from workers.cluster.guard import guarded
+from workers.cluster.interrupts import deferred
 from workers.cluster.leftovers import marking
 from workers.cluster.machine_load import describe_load
 from workers.cluster.proxies import without_proxy
@@ -31,7 +32,6 @@ from workers.cluster.ray_internals import (
     use_token,
     whole_connection,
 )
-from workers.interrupts import deferred
 
 LOOPBACK = "127.0.0.1"
 # If it is unset, Ray turns token authentication on in some of its commands and not in others.

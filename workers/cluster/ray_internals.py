@@ -26,7 +26,7 @@ import ray
 
 from kfac_dist.errors import UnreachableError
 from kfac_dist.supported import RAY
-from workers.interrupts import deferred
+from workers.cluster.interrupts import deferred
 
 _log = logging.getLogger(__name__)
 

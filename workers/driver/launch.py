@@ -31,6 +31,7 @@ from kfac_dist.runs.reports.report import render_report
 from kfac_dist.runs.transfer.fetch import local_folder
 from kfac_dist.tasks import working_folder
 from workers.cluster.cluster import Cluster, Owner, is_embedded, local_room, ray_cluster
+from workers.cluster.interrupts import Interrupts
 from workers.cluster.leftovers import ended_with_block, marking
 from workers.cluster.lost import ray_errors_end_the_job
 from workers.device import plan_devices
@@ -49,7 +50,6 @@ from workers.driver.training_loop import TrainingLoop, TrainingResult
 from workers.driver.wishes import WishBox
 from workers.exchange.messages import InverseSetup, JobContext
 from workers.exchange.shard_plan import ShardPlan
-from workers.interrupts import Interrupts
 from workers.planning import (
     arithmetic_of,
     has_mirrors,

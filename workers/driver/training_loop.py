@@ -19,6 +19,7 @@ from kfac_dist.coordination.steps.windows import WindowLength
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
+from workers.cluster.interrupts import Interrupts
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.deaths import InverseWorkerDied, named
@@ -30,7 +31,6 @@ from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords
 from workers.driver.rescaling import Rescaling
 from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
-from workers.interrupts import Interrupts
 from workers.planning import batch_size, staleness_bound, step_schedule
 
 _GRACE_SECONDS = 2.0  # after an interrupt, for the current step and its checkpoint

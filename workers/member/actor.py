@@ -26,6 +26,7 @@ from workers.actor import (
 )
 from workers.device import DevicePlan
 from workers.exchange.arrays import Array, Arrays
+from workers.exchange.member_progress import MemberProgress
 from workers.exchange.messages import (
     EvaluationSums,
     InverseMessage,
@@ -38,7 +39,6 @@ from workers.exchange.messages import (
     StepOrder,
 )
 from workers.exchange.process_group import Group, join_group, join_store
-from workers.exchange.progress import MemberProgress
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.heartbeat import Heartbeat, Pulse
@@ -65,7 +65,7 @@ class MemberReady:
     float32_precision: str
 
 
-class Member:
+class GroupMember:
     """Computes on its part of every batch, owns a shard of the parameters, or both.
 
     The driver calls `build` and `join` first, and `connect` when there are inverse workers.
@@ -311,11 +311,11 @@ class Member:
             shard.store.set_orphaned(layers)
 
 
-class GradientWorker(Member):
+class GradientWorker(GroupMember):
     """A gradient worker, which may have a shard; the name is that of its process."""
 
 
-class ParameterServer(Member):
+class ParameterServer(GroupMember):
     """A shard of the parameter server in a process of its own."""
 
 

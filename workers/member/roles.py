@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import torch
 
+from workers.exchange.member_progress import MemberProgress
 from workers.exchange.messages import MemberReport, ShardReport, StepOrder, WorkerReport
 from workers.exchange.process_group import Group, PeerLostError
-from workers.exchange.progress import MemberProgress
 from workers.gradient_worker.work import GradientWork
 from workers.parameter_server.build import BuiltShard
 

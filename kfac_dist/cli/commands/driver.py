@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from kfac_dist.service.control.launching import Launch
     from kfac_dist.service.job_records import ReportAnswer
     from kfac_dist.service.reporting.run_reader import DriverEnd
+    from workers.cluster.interrupts import Interrupts
     from workers.driver.wishes import WishBox
-    from workers.interrupts import Interrupts
 
 _ROLE = "driver"
 _PAUSE_PATIENCE_SECONDS = 60.0  # for the current step and its checkpoint
@@ -54,8 +54,8 @@ def driver(
     from kfac_dist.service.control.launching import read_launch, read_token
     from kfac_dist.service.reporting.reporter import ReportClient, Reporter
     from kfac_dist.service.reporting.run_reader import RunReader, write_end
+    from workers.cluster.interrupts import Interrupts
     from workers.driver.wishes import WishBox
-    from workers.interrupts import Interrupts
 
     run_dir = absolute(run_dir)
     launch = read_launch(run_dir)

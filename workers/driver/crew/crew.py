@@ -18,6 +18,7 @@ from kfac_dist.errors import KfacDistError, TimedOutError
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle, Ref, node_address
 from workers.cluster.daemons import DaemonWatch, daemons_awake
+from workers.cluster.interrupts import Interrupts
 from workers.cluster.lost import lost_node_error, stopped_daemon_error
 from workers.driver.crew.deaths import InverseWorkerDied
 from workers.driver.crew.failures import (
@@ -58,7 +59,6 @@ from workers.exchange.messages import (
 from workers.exchange.process_group import PeerLostError, host_store
 from workers.exchange.shard_plan import ShardPlan, merge_snapshots, split_snapshot
 from workers.gradient_worker.buffers import mean_buffers
-from workers.interrupts import Interrupts
 from workers.member.actor import MemberReady
 
 T = TypeVar("T")

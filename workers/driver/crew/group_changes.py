@@ -40,8 +40,8 @@ from workers.driver.crew.processes import (
     with_worker,
 )
 from workers.exchange.arrays import Array, to_array, to_tensor
+from workers.exchange.member_progress import MemberProgress
 from workers.exchange.messages import JobContext, MemberPlace, ServerReport
-from workers.exchange.progress import MemberProgress
 from workers.exchange.shard_plan import (
     ShardPlan,
     merge_snapshots,

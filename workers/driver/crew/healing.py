@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from workers.exchange.arrays import Array
+from workers.exchange.member_progress import MemberProgress
 from workers.exchange.messages import (
     ServerReport,
     ShardReport,
@@ -20,7 +21,6 @@ from workers.exchange.messages import (
     WorkerReport,
     merge_reports,
 )
-from workers.exchange.progress import MemberProgress
 
 _DECIDED = (
     "version",

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from workers.interrupts import Interrupts, deferred
+from workers.cluster.interrupts import Interrupts, deferred
 
 
 def interrupt() -> None:

@@ -1,0 +1,48 @@
+"""The parameters of a model as one vector, as the serial optimizer needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kfac_dist.core.blocks.layout import BlockLayout
+from kfac_dist.core.step.block_numbers import block_squares, total_square
+from kfac_dist.core.vector import flatten
+from kfac_dist.errors import InvalidSpecError
+
+
+class FlatParameters:
+    """The parameters [P], read anew when they are asked for, and their blocks by `layout`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], layout: BlockLayout, l2: float) -> None:
+        self._parameters = parameters
+        self._layout = layout
+        self._l2 = l2
+        self._theta = flatten(parameters)
+
+    def read(self) -> Tensor:
+        """Return the current parameters [P], in memory that the next call overwrites."""
+        return flatten(self._parameters, self._theta)
+
+    def check_same_size(self, saved: Tensor) -> None:
+        """Check that a saved vector is as long as the parameters.
+
+        Raises:
+            InvalidSpecError: it is not.
+        """
+        if saved.numel() != self._theta.numel():
+            raise InvalidSpecError(
+                f"the state is of another model: it has {saved.numel()} parameters, this one has "
+                f"{self._theta.numel()}"
+            )
+
+    def l2_term(self, theta: Tensor) -> float:
+        """Return (l2 / 2) ||theta||^2, summed block by block."""
+        if self._l2 == 0:
+            return 0.0
+        return 0.5 * self._l2 * total_square(block_squares(self.matrices(theta).values()))
+
+    def matrices(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return each block's matrix [dim_G, dim_A] in `vector` [P], copied."""
+        return self._layout.matrices(self._layout.gather(vector))
