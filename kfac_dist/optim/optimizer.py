@@ -275,14 +275,12 @@ class KFAC(torch.optim.Optimizer):
     ) -> tuple[Tensor, DirectionNumbers]:
         """Return one direction for each gamma, [C, P], and what the step rule needs of them."""
         inverses = [layer_inverses(nearest_inverses(admitted, gamma)) for gamma in gammas]
-        matrices = self._flat.matrices(gradient)
+        matrices = self._flat.matrices(gradient, "gradient")
         solved, fallen = self._directions.compute(matrices, inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
-        numbers = block_numbers(matrices, solved, self._flat.matrices(self._previous_update))
-        directions = gradient.new_empty((len(solved), len(gradient)))
-        for by_block, direction in zip(solved, directions, strict=True):
-            self._layout.write_parameters(by_block, direction)
-        return directions, direction_numbers(numbers)
+        directions, by_block = self._flat.directions(solved)
+        previous = self._flat.matrices(self._previous_update, "previous update")
+        return directions, direction_numbers(block_numbers(matrices, by_block, previous))
 
     def _fisher_products(
         self,

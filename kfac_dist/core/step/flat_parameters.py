@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ class FlatParameters:
         self._layout = layout
         self._l2 = l2
         self._theta = flatten(parameters)
+        self._gathered: dict[str, Tensor] = {}  # block vectors [Q]
 
     def read(self) -> Tensor:
         """Return the current parameters [P], in memory that the next call overwrites."""
@@ -41,8 +42,33 @@ class FlatParameters:
         """Return (l2 / 2) ||theta||^2, summed block by block."""
         if self._l2 == 0:
             return 0.0
-        return 0.5 * self._l2 * total_square(block_squares(self.matrices(theta).values()))
+        return (
+            0.5
+            * self._l2
+            * total_square(block_squares(self.matrices(theta, "parameters").values()))
+        )
 
-    def matrices(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return each block's matrix [dim_G, dim_A] in `vector` [P], copied."""
-        return self._layout.matrices(self._layout.gather(vector))
+    def matrices(self, vector: Tensor, use: str) -> dict[str, Tensor]:
+        """Return each block's matrix [dim_G, dim_A] in `vector` [P], copied.
+
+        The next call for the same `use` overwrites them.
+        """
+        # New memory costs more, page by page, than copying to it.
+        if use not in self._gathered:
+            self._gathered[use] = vector.new_zeros(self._layout.size)
+        return self._layout.matrices(self._layout.gather(vector, self._gathered[use]))
+
+    def directions(
+        self, solved: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Return directions as vectors [C, P] and by block; the next call overwrites the latter."""
+        vectors = self._theta.new_empty((len(solved), len(self._theta)))
+        by_block = []
+        for number, (matrices, vector) in enumerate(zip(solved, vectors, strict=True)):
+            use = f"direction {number}"
+            if use not in self._gathered:
+                self._gathered[use] = vector.new_zeros(self._layout.size)
+            self._layout.write(matrices, self._gathered[use])
+            self._layout.scatter(self._gathered[use], vector)
+            by_block.append(self._layout.matrices(self._gathered[use]))
+        return vectors, by_block
