@@ -7,8 +7,10 @@ import time
 import pytest
 import torch
 
+from tests.waiting import wait_until
 from tests.workers.whole_jobs.local_job import in_threads, make_group
 from workers.exchange.process_group import Group, Kind, PeerLostError
+from workers.heartbeat import Heartbeat
 
 
 def test_messages_of_a_kind_stay_in_order_and_kinds_do_not_wait_for_each_other():
@@ -73,6 +75,32 @@ def test_the_others_see_at_once_that_a_member_has_left():
     assert time.monotonic() - started < 10
     with pytest.raises(PeerLostError, match="has been left"):
         groups[0].send(Kind.GRADIENT, torch.zeros(3), 2)
+
+
+def test_who_leaves_after_an_error_is_missed_at_once_while_the_error_is_kept():
+    """The error of a receive that waited for several members, one of which is gone."""
+    first, second, shard = make_group(2, timeout_seconds=60.0)
+    heartbeat, started = Heartbeat(), time.monotonic()
+
+    def fail() -> PeerLostError:
+        with pytest.raises(PeerLostError) as caught, heartbeat.doing("step", 1):
+            shard.receive_sum(Kind.GRADIENT, shard.new_parts(torch.zeros(3)))
+        shard.leave()
+        return caught.value
+
+    def wait_for_the_shard() -> PeerLostError:
+        with pytest.raises(PeerLostError) as caught:
+            second.receive(Kind.DIRECTIONS, torch.zeros(3), shard.rank)
+        return caught.value
+
+    def leave() -> None:
+        wait_until(lambda: heartbeat.pulse().waits, "the shard to wait for the workers")
+        first.leave()
+
+    *errors, _ = in_threads([fail, wait_for_the_shard, leave])
+    assert time.monotonic() - started < 20
+    assert "recv in rank 2" in str(errors[0])
+    assert "recv in rank 1" in str(errors[1])
 
 
 def test_a_silent_member_is_an_error_at_the_timeout():
