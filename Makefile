@@ -57,4 +57,5 @@ bench: .venv
 	$(BIN)/python benchmarks/scaling.py --short
 	$(BIN)/python benchmarks/inversion.py --short
 	$(BIN)/python benchmarks/memory.py --short
+	$(BIN)/python benchmarks/bytes_by_role.py --short
 	$(BIN)/python benchmarks/service_calls.py --short
