@@ -77,7 +77,7 @@ class Counted:
     """What all inverse workers together receive."""
 
     def expected(self) -> dict[str, float]:
-        """Return what each of the numbers is in theory, but for small numbers."""
+        """Return what each of the numbers is in theory, without small numbers."""
         share = self.parameters / self.shards
         others = self.factors * (self.gradient_workers - 1) / self.gradient_workers
         return {
