@@ -110,7 +110,7 @@ class Group:
 
     @property
     def decider(self) -> int:
-        """Rank of the shard that decides about a step: the first."""
+        """Rank of the shard that decides for all: the first."""
         return self.shards.start
 
     @property
