@@ -3,7 +3,7 @@
     gradient workers          shards                            the first shard, which decides
     1  send_gradient  ------> receive_gradient  (slices)   and  receive_sums     (loss, cases)
     2                         report_finite  ----------------->  collect_finite
-                              receive_verdict  <---------------  send_verdict     (continue? search?)
+                              receive_verdict  <---------------  send_verdict     (skip? search?)
     2a send_usable, moments-> receive_usable, moments            (when statistics are due)
     2b                        report_complete  --------------->  collect_complete (in a search)
                               receive_gammas  <----------------  send_gammas
