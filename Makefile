@@ -66,6 +66,7 @@ bench: .venv
 	$(BIN)/python benchmarks/inversion.py --short
 	$(BIN)/python benchmarks/memory.py --short
 	$(BIN)/python benchmarks/data_reading.py --short
+	$(BIN)/python benchmarks/bytes_by_role.py --short
 	$(BIN)/python benchmarks/service_calls.py --short
 
 # Kills and stops every role at every moment of a small job; about a quarter of an hour.

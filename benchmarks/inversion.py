@@ -110,7 +110,8 @@ class Workers:
             assignment_epoch=1,
             applied_step=0,
         )
-        return InverseWorkerActor.remote(self._job, setup, self._receiver, None)
+        owners = {layer.name: self._receiver for layer in layers}
+        return InverseWorkerActor.remote(self._job, setup, owners, None)
 
     def refresh(self) -> Refresh:
         """Send statistics, ask for a refresh, and wait until all inverses are unpacked."""
@@ -120,7 +121,6 @@ class Workers:
             header = StatisticsHeader(
                 job=self._job.job,
                 step=self._step,
-                rank=0,
                 num_cases=NUM_CASES,
                 layers=names,
                 assignment_epoch=1,

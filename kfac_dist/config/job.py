@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
-from kfac_dist.config.optimizers import KFACSpec, OptimizerSpec
+from kfac_dist.config.optimizers import CountOrAuto, KFACSpec, OptimizerSpec
 from kfac_dist.config.section import Count, CountOrZero, Positive, Section, raise_problems
 from kfac_dist.config.urls import url_problem
 
@@ -58,7 +58,7 @@ class WorkersSpec(Section):
     """Number of gradient workers; the batch is split among them."""
     inverse: Count = 1
     """Number of inverse workers; the layers are assigned to them."""
-    parameter_server: Count | Literal["auto"] = "auto"
+    parameter_server: CountOrAuto = "auto"
     """Number of parameter-server shards; auto is 1 for one or two gradient workers, and for more
     a shard in the process of each gradient worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

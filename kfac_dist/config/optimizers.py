@@ -88,7 +88,7 @@ FisherFraction = Annotated[
     Annotated[Fraction, Tag("constant")] | Annotated[Literal["auto"], Tag("word")],
     Discriminator(_number_or_word),
 ]
-FactorDim = Annotated[
+CountOrAuto = Annotated[
     Annotated[Count, Tag("constant")] | Annotated[Literal["auto"], Tag("word")],
     Discriminator(_number_or_word),
 ]
@@ -198,7 +198,7 @@ class KFACSpec(Section):
     """Positions of a case: each counts by itself, or inputs are averaged and gradients summed."""
     fused_outputs: dict[str, Count] = Field(default={"*qkv": 3, "*c_attn": 3, "*in_proj": 3})
     """Linear layers, by pattern of name, whose outputs form this many equal parts, a block each."""
-    max_factor_dim: FactorDim | None = "auto"
+    max_factor_dim: CountOrAuto | None = "auto"
     """Factors of a larger order are split into diagonal sub-blocks. null never splits. auto splits
     above 640, but never for a block_tridiagonal inverse, which links whole layers."""
     diagonal: Annotated[tuple[str, ...], Field(strict=False)] = ()

@@ -92,8 +92,8 @@ def _messages(values: dict[str, Any], *overrides: str) -> list[str]:
         ({"data": "mnist"}, 'data: "mnist" is not a mapping with keys among name, limit'),
         ({"workers": {"gradient": [2]}}, "workers.gradient: [2] is not a whole number"),
         (
-            {"workers": {"parameter_server": 2}},
-            "workers.parameter_server: 2 shards are not supported yet, use 1",
+            {"workers": {"parameter_server": 0}},
+            "workers.parameter_server: 0 is not a whole number of at least 1 or auto",
         ),
         (
             {"optimizer": {"factor_decay": 1}},

@@ -15,8 +15,8 @@ SOURCES = ("kfac_dist", "workers")
 GENERATED = ROOT / "kfac_dist/v1"
 COMMANDS = ROOT / "kfac_dist/cli/commands"  # one verb a file, named after the verb
 ROLES = tuple(
-    ROOT / "workers" / r
-    for r in ("gradient_worker", "inverse_worker", "member", "parameter_server")
+    ROOT / "workers" / role
+    for role in ("gradient_worker", "inverse_worker", "member", "parameter_server")
 )
 MIGRATIONS = ROOT / "kfac_dist/service/store/migrations"  # alembic's own layout
 
@@ -34,6 +34,7 @@ FOLDERS_WITHOUT_SOURCE = {
     "oracles/truth": "the slow and obvious code that the oracles compare with",
     "project": "documents, layout and interface of the project itself",
     "workers/whole_jobs": "whole jobs, in which all roles take part",
+    "workers/whole_jobs/sharded": "whole jobs whose parameter server has several shards",
 }
 
 

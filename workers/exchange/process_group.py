@@ -112,7 +112,7 @@ class Group:
 
     @property
     def decider(self) -> int:
-        """Rank of the shard that decides about a step: the first."""
+        """Rank of the shard that decides for all: the first."""
         return self.shards.start
 
     @property
@@ -131,9 +131,8 @@ class Group:
 
     def finish_sending(self) -> None:
         """Wait until everything that was sent may be overwritten."""
-        for work, _ in self._sending:
-            self._wait("send", work)
-        self._sending.clear()
+        sending, self._sending = self._sending, []
+        self._wait_for_all("send", [work for work, _ in sending])
 
     def receive(self, kind: Kind, into: Tensor, source: int) -> Tensor:
         """Receive a tensor into the memory of `into`, which is on the backend's device."""
@@ -142,9 +141,9 @@ class Group:
 
     def receive_all(self, kind: Kind, messages: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
         """Receive one tensor from each source, all at the same time, and return them in order."""
-        works = [self._start("recv", [into], source, int(kind)) for into, source in messages]
-        for work in works:
-            self._wait("recv", work)
+        self._wait_for_all(
+            "recv", [self._start("recv", [into], source, int(kind)) for into, source in messages]
+        )
         received = [into for into, _ in messages]
         self._count(received=sum(t.nbytes for t in received), messages=len(received))
         return received
@@ -205,14 +204,24 @@ class Group:
         except RuntimeError as error:
             raise self._lost(call, error) from error
 
-    def _wait(self, call: str, work: Any) -> None:
+    def _wait_for_all(self, call: str, works: list[Any]) -> None:
+        """Wait for `works` in order, and forget them.
+
+        A work keeps the connections of the group open, and an error keeps the frames that it went
+        through. So after an error none may be left in these, or `leave` would close nothing and
+        the other members would wait until the timeout.
+        """
         try:
             with waiting():
-                work.wait()
+                while works:
+                    works[0].wait()
+                    del works[0]
         except torch.AcceleratorError:
             raise  # a device is lost, not a peer
         except RuntimeError as error:
             raise self._lost(call, error) from error
+        finally:
+            works.clear()
 
     def _lost(self, call: str, error: RuntimeError) -> PeerLostError:
         return PeerLostError(f"{call} in rank {self.rank}: {error}")

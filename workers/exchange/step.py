@@ -3,7 +3,7 @@
     gradient workers          shards                            the first shard, which decides
     1  send_gradient  ------> receive_gradient  (slices)   and  receive_sums     (loss, cases)
     2                         report_finite  ----------------->  collect_finite
-                              receive_verdict  <---------------  send_verdict     (go on? search?)
+                              receive_verdict  <---------------  send_verdict     (skip? search?)
     2a send_usable, moments-> receive_usable, moments            (when statistics are due)
     2b                        report_complete  --------------->  collect_complete (in a search)
                               receive_gammas  <----------------  send_gammas
@@ -77,7 +77,7 @@ class Coefficients:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a step goes on after its gradient was seen, and at which gammas.
+    """Whether a step continues after its gradient was seen, and at which gammas.
 
     `search` are the gammas of a search that can be decided in this step, empty without one;
     `gamma` is the current one.
@@ -219,7 +219,7 @@ class ShardSide:
         return bool(value)
 
     def receive_verdict(self) -> Verdict:
-        """Return how the step goes on."""
+        """Return how the step continues."""
         numbers = self._group.receive_numbers(Kind.VERDICT, 3 + _MOST_GAMMAS, self._group.decider)
         goes_on, gamma, count, *gammas = numbers
         return Verdict(goes_on=bool(goes_on), gamma=gamma, search=tuple(gammas[: int(count)]))
@@ -301,7 +301,7 @@ class DecidingSide:
         return value
 
     def send_verdict(self, verdict: Verdict) -> None:
-        """Tell the other shards how the step goes on."""
+        """Tell the other shards how the step continues."""
         padding = [0.0] * (_MOST_GAMMAS - len(verdict.search))
         numbers = [
             float(verdict.goes_on),

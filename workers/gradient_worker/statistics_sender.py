@@ -1,8 +1,8 @@
 """Computes the statistics of a gradient worker's part, adds up those of all, and sends the sums.
 
-Each layer's sums are formed by one gradient worker, whose turn rotates with the step, and sent once
-to the inverse worker that owns the layer. So neither side's traffic grows with the number of
-gradient workers.
+Each layer's sums are formed by one gradient worker, the same one in every step, and sent once to
+the inverse worker that owns the layer. So neither side's traffic grows with the number of gradient
+workers.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class StatisticsSender:
     ) -> None:
         messages: dict[int, list[StatisticsMessage]] = {}
         num_cases = len(part.subset_positions(self._settings.statistics_fraction))
-        for group, own, is_usable in self._add_up(step, parcel, usable=usable):
+        for group, own, is_usable in self._add_up(parcel, usable=usable):
             header = StatisticsHeader(
                 job=self._job.job,
                 step=step,
@@ -130,9 +130,9 @@ class StatisticsSender:
         return self._computer.statistics(*nothing, step=step, links=self._links)
 
     def _add_up(
-        self, step: int, parcel: StatisticsParcel, *, usable: bool
+        self, parcel: StatisticsParcel, *, usable: bool
     ) -> list[tuple[LayerGroup, StatisticsParcel, bool]]:
-        """Exchange with the other workers; return the sums of the groups whose turn is here.
+        """Exchange with the other workers; return the sums of the groups that are this one's.
 
         Each comes with whether the statistics of all workers were usable.
         """
@@ -140,7 +140,7 @@ class StatisticsSender:
         mine: list[tuple[LayerGroup, StatisticsParcel, list[Tensor]]] = []
         for group in self._layer_groups(parcel):
             own = parcel.part(group.layers, self._links)
-            summer = group.summed_by(step, len(workers))
+            summer = group.summed_by(len(workers))
             flat = _flat(own, usable=usable) if len(workers) > 1 or not usable else None
             if summer != self._group.rank:
                 assert flat is not None

@@ -204,7 +204,7 @@ class GroupMember:
     def _send_statistics(self, messages: Mapping[int, list[StatisticsMessage]]) -> None:
         """Send messages and wait until they have arrived.
 
-        A step that is applied then has its statistics at their owners, whoever dies.
+        A step that is applied then has its statistics at their owners, even if a process dies.
         """
         for rank in messages:
             self._note_answers(rank)
@@ -243,7 +243,7 @@ class GroupMember:
 
     @property
     def _worker(self) -> GradientWork:
-        assert self._roles.worker is not None, "this member is no gradient worker"
+        assert self._roles.worker is not None, "this member is not a gradient worker"
         return self._roles.worker
 
     @property

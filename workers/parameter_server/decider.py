@@ -49,7 +49,7 @@ def l2_term(side: DecidingSide, l2: float, own_squares: Tensor) -> float:
 
 
 class KFACDecider:
-    """Decides whether a step goes on, its gammas, its choice, and how the damping moves."""
+    """Decides whether a step continues, its gammas, its choice, and how the damping moves."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class KFACDecider:
         return self._update.requested_gammas(search=plan.search_gamma, damping=plan.damping)
 
     def verdict(self, plan: StepPlan, losses: BatchLosses, *, is_finite: bool) -> Verdict:
-        """Decide whether the step goes on, and tell the other shards.
+        """Decide whether the step continues, and tell the other shards.
 
         `is_finite` is what this shard found of its slice of the gradient.
         """

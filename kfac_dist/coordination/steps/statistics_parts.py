@@ -1,7 +1,9 @@
 """Which gradient worker adds up which layers' statistics?
 
 The statistics of a layer are summed over the gradient workers by one of them, and sent once to the
-inverse worker that owns the layer. The turn rotates with the step.
+inverse worker that owns the layer. It is the same one in every step: the messages of one process
+arrive in order, those of several do not, and an inverse worker that was stopped finds all of them
+waiting. A later step that came first would make the earlier one late.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ class LayerGroup:
     inverse_worker: int
     layers: tuple[str, ...]
 
-    def summed_by(self, step: int, num_workers: int) -> int:
-        """Return the gradient worker whose turn it is in `step`."""
-        return (self.number + step) % num_workers
+    def summed_by(self, num_workers: int) -> int:
+        """Return the gradient worker that adds the group up."""
+        return self.number % num_workers
 
 
 def layer_groups(

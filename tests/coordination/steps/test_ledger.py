@@ -1,3 +1,5 @@
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from kfac_dist.coordination.steps.ledger import StatisticsLedger
 from kfac_dist.errors import InvalidSpecError
 
-Message = tuple[int, int]  # (step, rank)
+Message = tuple[int, str]  # (step, its layers, a letter each)
+LAYERS = "abcd"
 
 
 @dataclass
@@ -16,56 +19,60 @@ class Holder:
 
     ledger: StatisticsLedger
     held: list[Message] = field(default_factory=list)
-    applied: list[list[Message]] = field(default_factory=list)
+    applied: list[tuple[int, str]] = field(default_factory=list)
 
     def receive(self, message: Message) -> None:
         if self.ledger.receive(*message) == "accepted":
             self.held.append(message)
 
     def apply(self) -> None:
-        steps = self.ledger.complete_steps()
-        for step in steps:
-            self.applied.append(sorted(m for m in self.held if m[0] == step))
-        if steps:
-            self.held = [m for m in self.held if m[0] > steps[-1]]
+        for step in self.ledger.complete_steps():
+            # What is in several messages has the same sums in all; one of them is used.
+            layers = sorted({layer for of, own in self.held if of == step for layer in own})
+            self.applied.append((step, "".join(layers)))
+            self.held = [message for message in self.held if message[0] > step]
+
+
+def cut(layers: str, ends: Sequence[int]) -> list[str]:
+    starts = sorted({0, *(end for end in ends if end < len(layers)), len(layers)})
+    return [layers[a:b] for a, b in itertools.pairwise(starts)]
 
 
 @st.composite
-def deliveries(draw: st.DrawFn) -> tuple[int, list[Message]]:
-    """Messages of ranks that each send in order, with losses, late duplicates, any interleaving."""
-    num_ranks = draw(st.integers(1, 4))
-    queues = []
-    for rank in range(num_ranks):
-        kept = [step for step in range(1, 9) if draw(st.integers(0, 5))]
-        queues.append([(step, rank) for step in kept])
+def deliveries(draw: st.DrawFn) -> tuple[str, list[Message]]:
+    """Messages step by step, those of a step in any order, with losses and late duplicates."""
+    layers = LAYERS[: draw(st.integers(1, len(LAYERS)))]
     messages: list[Message] = []
-    while any(queues):
-        messages.append(draw(st.sampled_from([q for q in queues if q])).pop(0))
-        if draw(st.integers(0, 3)) == 0:
-            messages.append(draw(st.sampled_from(messages)))
-    return num_ranks, messages
+    for step in range(1, 9):
+        parts = cut(layers, draw(st.lists(st.integers(1, len(LAYERS)), max_size=3)))
+        for part in draw(st.permutations(parts)):
+            if draw(st.integers(0, 5)):
+                messages.append((step, part))
+            if messages and draw(st.integers(0, 3)) == 0:
+                messages.append(draw(st.sampled_from(messages)))
+    return layers, messages
 
 
-def whole_steps(num_ranks: int, messages: list[Message]) -> list[int]:
-    ranks_of: dict[int, set[int]] = {}
-    for step, rank in messages:
-        ranks_of.setdefault(step, set()).add(rank)
-    return sorted(step for step, ranks in ranks_of.items() if len(ranks) == num_ranks)
+def whole_steps(layers: str, messages: list[Message]) -> list[int]:
+    layers_of: dict[int, set[str]] = {}
+    for step, own in messages:
+        layers_of.setdefault(step, set()).update(own)
+    return sorted(step for step, found in layers_of.items() if found == set(layers))
 
 
 @given(deliveries(), st.data())
 def test_each_step_that_arrived_whole_is_applied_exactly_once_and_in_order(
-    drawn: tuple[int, list[Message]], data: st.DataObject
+    drawn: tuple[str, list[Message]], data: st.DataObject
 ) -> None:
-    num_ranks, messages = drawn
-    holder = Holder(StatisticsLedger(num_ranks))
+    layers, messages = drawn
+    holder = Holder(StatisticsLedger(layers))
     for message in messages:
         holder.receive(message)
         if data.draw(st.booleans()):
             holder.apply()
     holder.apply()
-    whole = whole_steps(num_ranks, messages)
-    assert holder.applied == [[(step, rank) for rank in range(num_ranks)] for step in whole]
+    whole = whole_steps(layers, messages)
+    assert holder.applied == [(step, layers) for step in whole]
     begun = {step for step, _ in messages if whole and step < whole[-1]}
     assert holder.ledger.dropped == len(begun - set(whole))
     assert holder.ledger.applied_step == (whole[-1] if whole else 0)
@@ -74,71 +81,78 @@ def test_each_step_that_arrived_whole_is_applied_exactly_once_and_in_order(
     }
 
 
-@given(st.integers(1, 3), st.lists(st.tuples(st.integers(1, 6), st.integers(0, 2)), max_size=80))
-def test_no_message_is_ever_applied_twice_whatever_comes(
-    num_ranks: int, messages: list[Message]
-) -> None:
-    """Even if a rank does not send in order."""
-    holder = Holder(StatisticsLedger(num_ranks))
-    for step, rank in messages:
-        holder.receive((step, rank % num_ranks))
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.sets(st.sampled_from("abc"), min_size=1)), max_size=80)
+)
+def test_no_step_is_ever_applied_twice_whatever_comes(messages: list[tuple[int, set[str]]]) -> None:
+    """Even if steps do not come in order, and their layers are divided in any way."""
+    holder = Holder(StatisticsLedger("abc"))
+    for step, layers in messages:
+        holder.receive((step, "".join(sorted(layers))))
         holder.apply()
-    steps = [group[0][0] for group in holder.applied]
+    steps = [step for step, _ in holder.applied]
     assert steps == sorted(set(steps))
-    assert holder.applied == [[(step, rank) for rank in range(num_ranks)] for step in steps]
+    assert holder.applied == [(step, "abc") for step in steps]
 
 
-@given(deliveries(), st.integers(1, 4), st.data())
+@given(deliveries(), st.lists(st.integers(1, 3), max_size=3), st.data())
 def test_a_restart_at_the_step_of_the_saved_statistics_applies_nothing_twice(
-    drawn: tuple[int, list[Message]], ranks_after: int, data: st.DataObject
+    drawn: tuple[str, list[Message]], ends: list[int], data: st.DataObject
 ) -> None:
-    """After the restart everything is sent again, by another number of ranks."""
-    num_ranks, messages = drawn
+    """After the restart everything is sent again, divided in another way."""
+    layers, messages = drawn
     stop = data.draw(st.integers(0, len(messages)))
-    holder = Holder(StatisticsLedger(num_ranks))
+    holder = Holder(StatisticsLedger(layers))
     for message in messages[:stop]:
         holder.receive(message)
         if data.draw(st.booleans()):
             holder.apply()
     saved_step = holder.ledger.applied_step
-    after = Holder(StatisticsLedger(ranks_after, saved_step))
+    after = Holder(StatisticsLedger(layers, saved_step))
     for step in range(1, 9):
-        for rank in range(ranks_after):
-            after.receive((step, rank))
+        for part in cut(layers, ends):
+            after.receive((step, part))
         after.apply()
-    steps = [group[0][0] for group in after.applied]
-    assert steps == list(range(saved_step + 1, 9))
+    assert after.applied == [(step, layers) for step in range(saved_step + 1, 9)]
 
 
 def test_the_receipts() -> None:
-    ledger = StatisticsLedger(2, applied_step=4)
-    assert ledger.receive(4, 0) == "late"
-    assert ledger.receive(5, 0) == "accepted"
-    assert ledger.receive(5, 0) == "duplicate"
-    assert ledger.receive(6, 0) == "accepted"
-    assert ledger.receive(6, 1) == "accepted"
-    assert ledger.receive(6, 1) == "duplicate"
-    assert ledger.receive(5, 1) == "late"
+    ledger = StatisticsLedger("ab", applied_step=4)
+    assert ledger.receive(4, "a") == "late"
+    assert ledger.receive(5, "a") == "accepted"
+    assert ledger.receive(5, "a") == "duplicate"
+    assert ledger.receive(6, "a") == "accepted"
+    assert ledger.receive(6, "b") == "accepted"
+    assert ledger.receive(6, "b") == "duplicate"
+    assert ledger.receive(5, "b") == "late"
     assert (ledger.complete_steps(), ledger.dropped) == ((6,), 1)
-    assert ledger.receive(6, 1) == "late"
+    assert ledger.receive(6, "b") == "late"
     assert ledger.complete_steps() == ()
 
 
-@pytest.mark.parametrize(
-    ("step", "rank", "message"),
-    [
-        (0, 0, "step must be at least 1; got 0"),
-        (1, 2, "rank must be between 0 and 1; got 2"),
-        (1, -1, "rank must be between 0 and 1; got -1"),
-    ],
-)
-def test_a_message_that_cannot_be_is_refused(step: int, rank: int, message: str) -> None:
-    with pytest.raises(InvalidSpecError, match=message):
-        StatisticsLedger(2).receive(step, rank)
+def test_a_step_that_is_repeated_may_divide_its_layers_in_another_way() -> None:
+    ledger = StatisticsLedger("abc")
+    assert ledger.receive(1, "ab") == "accepted"  # then a gradient worker died
+    assert ledger.receive(1, "a") == "duplicate"
+    assert ledger.complete_steps() == ()
+    assert ledger.receive(1, "bc") == "accepted"
+    assert ledger.complete_steps() == (1,)
 
 
-def test_a_ledger_of_nobody_is_refused() -> None:
-    with pytest.raises(InvalidSpecError, match="num_ranks must be at least 1; got 0"):
-        StatisticsLedger(0)
+def test_steps_that_are_wanted_later_are_left() -> None:
+    ledger = StatisticsLedger("a")
+    for step in (1, 2, 3):
+        ledger.receive(step, "a")
+    assert ledger.complete_steps(last_step=2) == (1, 2)
+    assert ledger.applied_step == 2
+    assert ledger.receive(3, "a") == "duplicate"
+    assert ledger.complete_steps() == (3,)
+
+
+def test_a_message_and_a_ledger_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InvalidSpecError, match="step must be at least 1; got 0"):
+        StatisticsLedger("ab").receive(0, "a")
+    with pytest.raises(InvalidSpecError, match="number of layers must be at least 1; got 0"):
+        StatisticsLedger(())
     with pytest.raises(InvalidSpecError, match="applied_step must be at least 0; got -1"):
-        StatisticsLedger(1, applied_step=-1)
+        StatisticsLedger("a", applied_step=-1)

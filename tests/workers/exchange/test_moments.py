@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from kfac_dist.core.factors import KroneckerPair
 from tests.workers.whole_jobs.local_job import in_threads, make_group
-from workers.exchange.moments import Basis, ServerMoments, WorkerMoments
+from workers.exchange.messages import Traffic
+from workers.exchange.moments import Basis, ShardMoments, WorkerMoments
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 LAYERS = ("a", "norm", "b")
@@ -17,12 +19,18 @@ def basis(version: int, dim_A: int, dim_G: int) -> Basis:
     return Basis(version_step=version, pair=KroneckerPair(A=matrices[0], G=matrices[1]))
 
 
-def test_each_basis_is_sent_once_and_moments_come_back_in_the_bases_sent():
-    groups = make_group(2)
-    workers = [WorkerMoments(group, LAYERS, LIKE) for group in groups[:2]]
-    server = ServerMoments(groups[2], LAYERS, LIKE)
+def of(layers: tuple[str, ...], bases: dict[str, Basis]) -> dict[str, Basis]:
+    return {name: bases[name] for name in layers if name in bases}
+
+
+# The last has a shard whose layers have no moments, as where all are diagonal.
+@pytest.mark.parametrize("cut", [(LAYERS,), (("a", "norm"), ("b",)), (("b",), ("norm",), ("a",))])
+def test_each_basis_is_sent_once_and_moments_come_back_in_the_bases_sent(cut):
     first = {"b": basis(3, 4, 2), "a": basis(3, 3, 5)}
     second = {**first, "a": basis(7, 3, 5)}
+    groups = make_group(2, num_shards=len(cut))
+    workers = [WorkerMoments(group, cut, LIKE) for group in groups[:2]]
+    shards = [ShardMoments(group, own, LIKE) for group, own in zip(groups[2:], cut, strict=True)]
 
     def work(rank: int) -> list[dict[str, KroneckerPair]]:
         side, seen = workers[rank], []
@@ -35,23 +43,27 @@ def test_each_basis_is_sent_once_and_moments_come_back_in_the_bases_sent():
         side.send({name: rank * value for name, value in ones.items()})
         return seen
 
-    def serve() -> list:
-        before = server.receive()
+    def serve(number: int) -> list:
+        shard = shards[number]
+        before = shard.receive()
         for bases in (first, first, second):
-            server.send_bases(bases)
-        return [before, server.receive(), server.receive()]
+            shard.send_bases(of(cut[number], bases))
+        return [before, shard.receive(), shard.receive()]
 
-    *mirrors, (before, with_zeros, both) = in_threads([lambda: work(0), lambda: work(1), serve])
-    assert before == {}
-    for seen in mirrors:
+    calls = [lambda: work(0), lambda: work(1)]
+    calls += [lambda number=number: serve(number) for number in range(len(cut))]
+    results = in_threads(calls)
+    for seen in results[:2]:
         for bases, found in zip((first, first, second), seen, strict=True):
-            assert list(found) == ["a", "b"]
+            assert set(found) == {"a", "b"}
             for name, pair in found.items():
                 assert torch.equal(pair.A, bases[name].pair.A)
                 assert torch.equal(pair.G, bases[name].pair.G)
         assert seen[1]["a"] is seen[0]["a"]
         assert seen[2]["b"] is seen[0]["b"]
-    for moments in (with_zeros, both):
+    assert all(before == {} for before, *_ in results[2:])
+    for when in (1, 2):
+        moments = {name: layer for result in results[2:] for name, layer in result[when].items()}
         assert {name: layer.version_step for name, layer in moments.items()} == {"a": 7, "b": 3}
         assert torch.equal(moments["a"].sums, torch.ones(5, 3, dtype=torch.float64))
         assert torch.equal(moments["b"].sums, torch.ones(2, 4, dtype=torch.float64))
@@ -59,8 +71,9 @@ def test_each_basis_is_sent_once_and_moments_come_back_in_the_bases_sent():
 
 def test_without_layers_nothing_is_exchanged():
     groups = make_group(1)
-    worker, server = WorkerMoments(groups[0], (), LIKE), ServerMoments(groups[1], (), LIKE)
-    server.send_bases({})
+    worker, shard = WorkerMoments(groups[0], ((),), LIKE), ShardMoments(groups[1], (), LIKE)
+    shard.send_bases({})
     worker.receive_bases()
     worker.send(None)
-    assert server.receive() == {}
+    assert shard.receive() == {}
+    assert all(group.take_traffic() == Traffic() for group in groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import torch
 
 from kfac_dist.core.factors import KroneckerPair, Link
@@ -11,7 +12,8 @@ from kfac_dist.core.inverse.damped import Inverted
 from kfac_dist.core.packing import packed_size, unpack_symmetric
 from kfac_dist.core.statistics.sums import BatchStatistics
 from workers.exchange.parcels import (
-    add_up,
+    flat_arrays,
+    merged,
     pack_inverses,
     pack_statistics,
     pack_tensors,
@@ -84,14 +86,35 @@ def test_factors_that_layers_share_are_packed_once():
         assert torch.equal(tensors["G"], factors[name].G)
 
 
-def test_statistics_add_up():
-    parts = [statistics(seed) for seed in (0, 10, 20)]
-    total = read_statistics(add_up([pack_statistics(part) for part in parts]))
+def test_parts_of_a_parcel_are_put_together_again():
+    links = [Link("a", "b"), Link("b", "c")]
+    whole = pack_statistics(statistics(0))
+    again = merged([whole.part(["c"], links), whole.part(["a"], links), whole.part(["b"], links)])
+    assert again.factors.keys() == whole.factors.keys()
+    assert again.crosses.keys() == whole.crosses.keys()
     for kind in ("factors", "crosses"):
-        for name, found in getattr(total, kind).items():
-            for key, tensor in unpack_symmetric(found.tensors()).items():
-                summands = [getattr(part, kind)[name].tensors()[key] for part in parts]
-                assert torch.equal(tensor, summands[0] + summands[1] + summands[2])
+        for name, arrays in getattr(whole, kind).items():
+            for key, array in arrays.items():
+                assert getattr(again, kind)[name][key] is array
+
+
+def test_sums_are_formed_over_all_arrays_at_once_and_put_back_in_their_places():
+    shared = pair(3, 2, 0)
+    factors = {"q": shared, "k": KroneckerPair(A=shared.A, G=symmetric(2, 5)), "v": pair(2, 2, 9)}
+    crosses = {"q": KroneckerPair(A=torch.randn(3, 2), G=torch.randn(2, 2))}
+    parcel = pack_statistics(BatchStatistics(factors=factors, crosses=crosses, moments={}))
+    arrays = flat_arrays(parcel)
+    numbers = packed_size(3) + 2 * packed_size(2) + 2 * packed_size(2) + 6 + 4
+    assert sum(array.size for array in arrays) == numbers  # the shared factor is there once
+    flat = np.concatenate([array.reshape(-1) for array in arrays])
+    total = read_statistics(parcel.with_values(flat + 2 * flat))
+    for name, found in total.factors.items():
+        for key, tensor in unpack_symmetric(found.tensors()).items():
+            own = factors[name].tensors()[key]
+            assert torch.equal(tensor, own + 2 * own)
+    assert torch.equal(total.crosses["q"].A, crosses["q"].A + 2 * crosses["q"].A)
+    again = parcel.with_values(flat)
+    assert again.factors["q"]["A:lower"] is again.factors["k"]["A:lower"]
 
 
 def test_tensors_that_inverses_share_are_sent_once_and_shared_again():

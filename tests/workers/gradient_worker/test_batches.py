@@ -12,20 +12,18 @@ from workers.gradient_worker.batches import BatchPart, BatchReader
 from workers.gradient_worker.reading import PlainReader
 
 DATA = ArrayDataset(torch.arange(40.0).unsqueeze(1), torch.arange(40))
+CPU = torch.device("cpu")
 WINDOW = BatchWindow(epoch=2, start=10, stop=27)
 
 
 def parts(num_workers: int) -> list[BatchPart]:
-    readers = [
-        BatchReader(
-            PlainReader({"train": DATA}, seed=3),
-            num_workers=num_workers,
-            rank=rank,
-            device=torch.device("cpu"),
-        )
-        for rank in range(num_workers)
-    ]
-    return [reader.read(WINDOW) for reader in readers]
+    return [placed(rank, num_workers).read(WINDOW) for rank in range(num_workers)]
+
+
+def placed(rank: int, num_workers: int) -> BatchReader:
+    reader = BatchReader(PlainReader({"train": DATA}, seed=3), device=CPU)
+    reader.place(rank, num_workers)
+    return reader
 
 
 @pytest.mark.parametrize("num_workers", [2, 3, 20])
@@ -51,11 +49,21 @@ def test_a_subset_of_the_batch_does_not_either(num_workers, fraction):
     assert torch.equal(torch.cat(chosen), expected.select(whole.targets))
 
 
+def test_a_reader_may_take_another_place() -> None:
+    reader = placed(0, 2)
+    assert reader.read(WINDOW).slice == range(9)
+    reader.place(2, 3)
+    moved = reader.read(WINDOW)
+    assert moved.slice == parts(3)[2].slice
+    assert torch.equal(moved.targets, parts(3)[2].targets)
+    assert moved.subset(0.5) == parts(3)[2].subset(0.5)
+
+
 def test_a_case_that_cannot_be_used_is_named_when_it_is_read() -> None:
     inputs = torch.zeros(40, 1)
     inputs[23] = float("inf")
     data = ArrayDataset(inputs, torch.arange(40))
-    cases = PlainReader({"train": data}, seed=3)
-    reader = BatchReader(cases, num_workers=1, rank=0, device=torch.device("cpu"))
+    reader = BatchReader(PlainReader({"train": data}, seed=3), device=CPU)
+    reader.place(0, 1)
     with pytest.raises(DataError, match="train data, input of case 23 at position 0 is inf"):
         reader.read(BatchWindow(epoch=0, start=0, stop=40))

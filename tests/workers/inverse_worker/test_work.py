@@ -57,25 +57,33 @@ def make(tmp_path):
     return build
 
 
-def message(step: int, rank: int, *, usable: bool = True, job: str = "local", bad: bool = False):
-    generator = torch.Generator().manual_seed(100 * step + rank)
+def message(
+    step: int,
+    *names: str,
+    usable: bool = True,
+    job: str = "local",
+    bad: bool = False,
+    epoch: int = 1,
+):
+    """The sums of a step for the layers of these names."""
     factors = {}
-    for layer in LAYERS:
+    for number, layer in enumerate(LAYERS):
+        generator = torch.Generator().manual_seed(100 * step + number)
         rows = [
             torch.randn(6, order, dtype=torch.float64, generator=generator)
             for order in layer.orders
         ]
         if bad:
             rows[0][0, 0] = float("nan")
-        factors[layer.name] = KroneckerPair(A=rows[0].T @ rows[0], G=rows[1].T @ rows[1])
+        if layer.name in names:
+            factors[layer.name] = KroneckerPair(A=rows[0].T @ rows[0], G=rows[1].T @ rows[1])
     statistics = BatchStatistics(factors=factors, crosses={}, moments={})
     header = StatisticsHeader(
         job=job,
         step=step,
-        rank=rank,
         num_cases=6,
-        layers=("a", "b"),
-        assignment_epoch=1,
+        layers=names,
+        assignment_epoch=epoch,
         usable=usable,
     )
     parcel = pack_statistics(statistics) if usable else None
@@ -89,7 +97,7 @@ def deliver(work: InverseWork, *messages) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in work.snapshot().items()}
 
 
-IN_ORDER = [message(step, rank) for step in (1, 2, 3) for rank in (0, 1)]
+IN_ORDER = [message(step, name) for step in (1, 2, 3) for name in ("a", "b")]
 
 
 def test_duplicated_and_late_statistics_change_nothing(make):
@@ -101,15 +109,43 @@ def test_duplicated_and_late_statistics_change_nothing(make):
     assert (work.handled_step, status.duplicates + status.late) == (3, 8)
 
 
-def test_ranks_may_arrive_in_any_order(make):
-    swapped = [IN_ORDER[i] for i in (1, 0, 3, 5, 2, 4)]
-    assert deliver(make(), *swapped) == deliver(make(), *IN_ORDER)
+def test_layers_may_arrive_in_any_order_and_together(make):
+    expected = deliver(make(), *IN_ORDER)
+    swapped = [IN_ORDER[i] for i in (1, 0, 2, 3, 5, 4)]
+    assert deliver(make(), *swapped) == expected
+    assert deliver(make(), *(message(step, "b", "a") for step in (1, 2, 3))) == expected
 
 
-def test_statistics_of_another_job_are_ignored(make):
+def test_a_step_that_is_repeated_may_come_in_other_pieces(make):
+    """A gradient worker died when it had sent its sums and the others had not."""
     work = make()
-    deliver(work, *(message(1, rank, job="other") for rank in (0, 1)))
+    pieces = [message(1, "a"), message(1, "a", "b"), *IN_ORDER[2:]]
+    assert deliver(work, *pieces) == deliver(make(), *IN_ORDER)
+    assert work.status(0).dropped == 0
+
+
+def test_a_step_of_which_a_layer_never_came_is_dropped(make):
+    work = make()
+    deliver(work, *IN_ORDER[:2], IN_ORDER[2], *IN_ORDER[4:])
+    assert (work.handled_step, work.status(0).dropped) == (3, 1)
+    deliver(work, IN_ORDER[3])
+    assert work.status(0).late == 1
+
+
+@pytest.mark.parametrize("strange", [{"job": "other"}, {"epoch": 2}], ids=str)
+def test_statistics_for_another_job_or_another_worker_are_ignored(make, strange):
+    work = make()
+    deliver(work, *(message(1, name, **strange) for name in ("a", "b")))
     assert work.status(0).foreign == 2
+    assert work.handled_step == 0
+
+
+def test_layers_that_this_worker_does_not_own_are_ignored(make):
+    work = make()
+    foreign = message(1, "a", "b")
+    header = replace(foreign.header, layers=("a", "b", "c"))
+    deliver(work, replace(foreign, header=header))
+    assert work.status(0).foreign == 1
     assert work.handled_step == 0
 
 
@@ -117,7 +153,7 @@ def test_statistics_of_another_job_are_ignored(make):
 def test_statistics_that_are_not_finite_are_refused_and_counted(make, how):
     work = make()
     before = deliver(work, *IN_ORDER[:2])
-    assert deliver(work, message(2, 0), message(2, 1, **how)) == before
+    assert deliver(work, message(2, "a"), message(2, "b", **how)) == before
     assert work.status(0).refused == 1
     assert work.handled_step == 2
 
@@ -144,7 +180,7 @@ def test_a_synchronous_request_waits_for_its_statistics(make):
 
 def test_a_recorded_request_is_for_some_layers_with_gammas_of_their_own(make):
     work = make(replay_script=RECORDING)
-    statistics = {step: [message(step, rank) for rank in (0, 1)] for step in (1, 2, 3, 4)}
+    statistics = {step: [message(step, "b", "a")] for step in (1, 2, 3, 4)}
     deliver(work, *statistics[1], *statistics[2], *statistics[3])
     assert work.handled_step == 2  # the first inverse is of step 2
     work.request(recorded_request(2))

@@ -39,7 +39,6 @@ def message(step, pair):
     header = StatisticsHeader(
         job="local",
         step=step,
-        rank=0,
         num_cases=1,
         layers=("0",),
         assignment_epoch=1,
@@ -101,10 +100,12 @@ def test_a_failure_counts_once_for_each_gamma(failing, tmp_path):
 class Spoiled(LocalJob):
     """Its inverse workers receive factors that no damping makes invertible."""
 
-    def _send(self, worker, message):
+    def _send(self, messages):
+        super()._send({rank: [self._spoil(m) for m in own] for rank, own in messages.items()})
+
+    def _spoil(self, message):
         if not message.header.usable:
-            super()._send(worker, message)
-            return
+            return message
         orders = {
             name: {key: len(tensor) for key, tensor in unpack_tensors(arrays).items()}
             for name, arrays in message.parcel.factors.items()
@@ -113,12 +114,12 @@ class Spoiled(LocalJob):
             name: KroneckerPair(A=-1e12 * torch.eye(order["A"]), G=torch.eye(order["G"]))
             for name, order in orders.items()
         }
-        super()._send(worker, replace(message, parcel=pack(factors)))
+        return replace(message, parcel=pack(factors))
 
 
 def test_the_server_counts_fallbacks_to_the_gradient_and_skipped_steps(tmp_path):
     job = Spoiled(small_spec(steps=4), tmp_path)
-    num_layers = len(job.store.layers)
+    num_layers = len(job.registration.names)
     (report,) = job.steps(1)
     assert report.applied
     assert report.numeric_events == {"no_inverse": num_layers, "gradient_fallback": num_layers}

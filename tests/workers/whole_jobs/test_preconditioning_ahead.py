@@ -24,19 +24,19 @@ class HeldBack(LocalJob):
         super().__init__(*arguments)
         self.ahead: dict[int, bool] = {}
         self._preconditioned = threading.Event()
-        sender, update = self.workers[0]._sender, self.server._update
-        send, directions = sender.send, update.directions
+        sender, computer = self.workers[0]._sender, self.server._directions
+        send, compute = sender.send, computer.compute
 
         def held_back(step: int, *arguments: Any, **more: Any) -> Any:
             self.ahead[step] = self._preconditioned.wait(PATIENCE_SECONDS)
             return send(step, *arguments, **more)
 
         def noted(*arguments: Any) -> Any:
-            result = directions(*arguments)
+            result = compute(*arguments)
             self._preconditioned.set()
             return result
 
-        sender.send, update.directions = held_back, noted
+        sender.send, computer.compute = held_back, noted
 
     def _step(self) -> Any:
         self._preconditioned.clear()

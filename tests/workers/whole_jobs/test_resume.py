@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +32,51 @@ def test_a_resumed_run_on_other_numbers_of_workers_equals_it_to_rounding(tmp_pat
     _, saved = trained(tmp_path, 7)
     resumed, _ = trained(tmp_path, 7, saved, **workers)
     torch.testing.assert_close(resumed, straight, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("inverse", ["block_diagonal", "ekfac"])
+def test_a_run_on_two_shards_is_resumed_on_any_number_of_them_bit_for_bit(tmp_path, inverse):
+    """Step 6 chooses among three gammas; four is more shards than the model has layers."""
+
+    def run(steps: int, saved: Saved | None = None, **workers: Any):
+        spec = chain_spec(tmp_path, optimizer={"inverse": inverse}, workers=workers)
+        with closing(LocalJob(spec, tmp_path, saved)) as job:
+            job.steps(steps)
+            return job.parameters.clone(), job.save(), len(job.plan)
+
+    straight, end, _ = run(12)
+    _, saved, _ = run(6, parameter_server=2)
+    for count in (1, 4):
+        resumed, again, num_shards = run(6, saved, parameter_server=count)
+        assert num_shards == count
+        assert torch.equal(resumed, straight)
+        assert again.server.keys() == end.server.keys()
+        for name, array in end.server.items():
+            np.testing.assert_array_equal(again.server[name], array, err_msg=name)
+    resumed, _, num_shards = run(6, saved, gradient=3)  # a shard beside each gradient worker
+    assert num_shards == 3
+    torch.testing.assert_close(resumed, straight, rtol=1e-9, atol=1e-12)
+
+
+def test_a_checkpoint_has_the_names_that_it_had_before_there_were_shards(tmp_path):
+    for count in (1, 3):
+        _, saved = trained(tmp_path, 6, parameter_server=count)
+        names = {name for name in saved.server if not name.startswith(("inverse:", "count:"))}
+        assert names == {
+            "average:average",
+            "average:num_averaged",
+            "parameters",
+            "stale_applied",
+            "update:damping",
+            "update:fisher_noise",
+            "update:gamma",
+            "update:previous_update",
+            "update:search",
+            "version",
+        }
+        inverse = {name for name in saved.server if name.startswith("inverse:code/")}
+        assert inverse >= {"inverse:code/used", "inverse:code/6/0/gamma", "inverse:code/6/0/pi"}
+        assert len(saved.server["parameters"]) == len(saved.server["update:previous_update"])
 
 
 @pytest.mark.parametrize("step", [6, 7])

@@ -33,6 +33,8 @@ def report(*accepted: InverseHeader) -> ServerReport:
         numeric_events={},
         waited_seconds=0.0,
         phase_seconds={},
+        step_seconds=0.5,
+        time=1.7e9,
     )
 
 
@@ -59,7 +61,8 @@ def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> Invers
 def test_the_result_of_an_inversion(accepted: InverseHeader, result: str) -> None:
     traffic = Traffic(sent_bytes=70, received_bytes=30, num_messages=6)
     workers = [WorkerReport(phase_seconds={}, traffic=traffic)]
-    record = StepRecords().record(report(accepted), workers, {}, step_seconds=0.5)
+    record = StepRecords().record(report(accepted), workers, {})
+    assert (record.step_seconds, record.time) == (0.5, 1.7e9)
     assert (record.exchanged_bytes, record.num_messages) == (100, 6)
     (inversion,) = record.inversions
     assert (inversion.layer, inversion.seconds, inversion.result) == ("a", 0.25, result)
