@@ -41,7 +41,6 @@ from kfac_dist.core.passes.fisher import FisherMeans
 from kfac_dist.core.step.averaging import ParameterAverage
 from kfac_dist.core.step.block_numbers import (
     DirectionNumbers,
-    block_numbers,
     direction_numbers,
 )
 from kfac_dist.core.step.choice import Choice, combine
@@ -275,12 +274,12 @@ class KFAC(torch.optim.Optimizer):
     ) -> tuple[Tensor, DirectionNumbers]:
         """Return one direction for each gamma, [C, P], and what the step rule needs of them."""
         inverses = [layer_inverses(nearest_inverses(admitted, gamma)) for gamma in gammas]
-        matrices = self._flat.matrices(gradient, "gradient")
-        solved, fallen = self._directions.compute(matrices, inverses, gammas)
+        blocks = self._flat.gather(gradient, "gradient")
+        solved, fallen = self._directions.compute(self._layout.matrices(blocks), inverses, gammas)
         self.numeric_events["gradient_fallback"] += len(fallen)
         directions, by_block = self._flat.directions(solved)
-        previous = self._flat.matrices(self._previous_update, "previous update")
-        return directions, direction_numbers(block_numbers(matrices, by_block, previous))
+        numbers = self._flat.numbers(blocks, by_block, self._previous_update)
+        return directions, direction_numbers(numbers)
 
     def _fisher_products(
         self,

@@ -122,7 +122,7 @@ class FirstOrderShard:
             self._optimizer.step()
             self.state.applied(order.plan.step)
             self._side.send_parameters(self.state.parameters)
-        moved = self.state.layout.matrices(self.state.parameters - before)
+        moved = self.state.layout.regions(self.state.parameters - before)
         return block_squares(moved.values())
 
     def _norm(self, squares: Tensor) -> float | None:

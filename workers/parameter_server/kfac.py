@@ -96,6 +96,7 @@ class KFACShard:
         self.step_done = 0
         self._applied_step = 0
         self._starts: dict[int, _Start] = {}
+        self._tried_directions = state.parameters.new_zeros((1, state.layout.size))
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
         self._group: Group  # set by `join`
@@ -243,16 +244,28 @@ class KFACShard:
         inverses = self._wait_for_inverses(plan, verdict, phases)
         with phases("precondition"):
             layout = self.state.layout
-            matrices = layout.matrices(gradient)
             solved, fallen = self._directions.compute(
-                matrices, inverses.candidates(), inverses.gammas
+                layout.matrices(gradient), inverses.candidates(), inverses.gammas
             )
             self._counts["gradient_fallback"] += len(fallen)
-            numbers = block_numbers(matrices, solved, layout.matrices(self._previous_update))
-            directions = gradient.new_zeros((len(solved), layout.size))
+            directions = self._direction_memory(len(solved))
             for by_block, direction in zip(solved, directions, strict=True):
                 layout.write(by_block, direction)
+            numbers = block_numbers(
+                layout.regions(gradient),
+                [layout.regions(direction) for direction in directions],
+                layout.regions(self._previous_update),
+            )
         return _Tried(inverses=inverses, directions=directions, numbers=numbers)
+
+    def _direction_memory(self, count: int) -> Tensor:
+        """Return memory for directions [count, Q], which the next step overwrites."""
+        # New memory costs more, page by page, than writing to it.
+        if len(self._tried_directions) < count:
+            self._tried_directions = self.state.parameters.new_zeros(
+                (count, self.state.layout.size)
+            )
+        return self._tried_directions[:count]
 
     def _wait_for_inverses(
         self, plan: StepPlan, verdict: Verdict, phases: Phases

@@ -37,7 +37,7 @@ class ShardState:
 
     def squares(self) -> Tensor:
         """Return the sum of squares of each block's parameters, float64 [B]."""
-        return block_squares(self.layout.matrices(self.parameters).values())
+        return block_squares(self.layout.regions(self.parameters).values())
 
     def mean_gradient(self, total: Tensor, num_cases: int) -> Tensor:
         """Return the mean gradient [Q] with the l2 term, in the memory of the sum over cases."""

@@ -7,7 +7,6 @@ that unit alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,16 +88,8 @@ class LayerBlock:
         views = [part.view(vector) for part in self.parts]
         return views[0] if len(views) == 1 else torch.cat(views, dim=1)
 
-    def read(self, vector: Tensor, matrix: Tensor) -> None:
-        """Write this block's part of `vector` [P] into `matrix` [dim_G, dim_A]."""
-        for part, columns in self._columns(matrix):
-            columns.copy_(part.view(vector))
-
     def write(self, matrix: Tensor, vector: Tensor) -> None:
         """Write `matrix` [dim_G, dim_A] into this block's part of `vector` [P], in place."""
-        for part, columns in self._columns(matrix):
-            part.view(vector).copy_(columns)
-
-    def _columns(self, matrix: Tensor) -> Iterator[tuple[Part, Tensor]]:
         widths = [part.num_columns for part in self.parts]
-        yield from zip(self.parts, torch.split(matrix, widths, dim=1), strict=True)
+        for part, columns in zip(self.parts, torch.split(matrix, widths, dim=1), strict=True):
+            part.view(vector).copy_(columns)

@@ -34,33 +34,30 @@ def block_numbers(
 ) -> Tensor:
     """Return the inner products of each block, float64 [B, 2 + 3C], on the device of the blocks.
 
-    All arguments map the same B blocks to matrices [dim_G, dim_A]. The columns are those of
-    `DirectionNumbers`.
+    All arguments map the same B blocks to their pieces [dim_G * dim_A] of block vectors. The
+    columns are those of `DirectionNumbers`.
     """
     rows = [
-        _row(matrix, [direction[name] for direction in directions], previous_update[name])
-        for name, matrix in gradient.items()
+        _row(own, [direction[name] for direction in directions], previous_update[name])
+        for name, own in gradient.items()
     ]
     return torch.stack(rows).double()
 
 
 def _row(gradient: Tensor, directions: Sequence[Tensor], previous: Tensor) -> Tensor:
-    own, before = gradient.reshape(-1), previous.reshape(-1)
-    products = [torch.dot(own, before), torch.dot(before, before)]
-    for matrix in directions:
-        direction = matrix.reshape(-1)
+    products = [torch.dot(gradient, previous), torch.dot(previous, previous)]
+    for direction in directions:
         products += [
-            torch.dot(own, direction),
+            torch.dot(gradient, direction),
             torch.dot(direction, direction),
-            torch.dot(direction, before),
+            torch.dot(direction, previous),
         ]
     return torch.stack(products)
 
 
-def block_squares(matrices: Iterable[Tensor]) -> Tensor:
-    """Return the sum of squares of each matrix, float64 [B]."""
-    flat = [matrix.reshape(-1) for matrix in matrices]
-    return torch.stack([torch.dot(values, values) for values in flat]).double()
+def block_squares(regions: Iterable[Tensor]) -> Tensor:
+    """Return the sum of squares of each block's piece of a block vector, float64 [B]."""
+    return torch.stack([torch.dot(values, values) for values in regions]).double()
 
 
 def add_up(numbers: Tensor) -> list[float]:

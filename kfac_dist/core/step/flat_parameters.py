@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from kfac_dist.core.blocks.layout import BlockLayout
-from kfac_dist.core.step.block_numbers import block_squares, total_square
+from kfac_dist.core.step.block_numbers import block_numbers, block_squares, total_square
 from kfac_dist.core.vector import flatten
 from kfac_dist.errors import InvalidSpecError
 
@@ -42,33 +42,35 @@ class FlatParameters:
         """Return (l2 / 2) ||theta||^2, summed block by block."""
         if self._l2 == 0:
             return 0.0
-        return (
-            0.5
-            * self._l2
-            * total_square(block_squares(self.matrices(theta, "parameters").values()))
-        )
+        regions = self._layout.regions(self.gather(theta, "parameters"))
+        return 0.5 * self._l2 * total_square(block_squares(regions.values()))
 
-    def matrices(self, vector: Tensor, use: str) -> dict[str, Tensor]:
-        """Return each block's matrix [dim_G, dim_A] in `vector` [P], copied.
+    def gather(self, vector: Tensor, use: str) -> Tensor:
+        """Return `vector` [P] as a block vector [Q]; the next call for this `use` overwrites it."""
+        return self._layout.gather(vector, self._memory(use))
 
-        The next call for the same `use` overwrites them.
-        """
+    def _memory(self, use: str) -> Tensor:
         # New memory costs more, page by page, than copying to it.
         if use not in self._gathered:
-            self._gathered[use] = vector.new_zeros(self._layout.size)
-        return self._layout.matrices(self._layout.gather(vector, self._gathered[use]))
+            self._gathered[use] = self._theta.new_zeros(self._layout.size)
+        return self._gathered[use]
 
-    def directions(
-        self, solved: Sequence[Mapping[str, Tensor]]
-    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Return directions as vectors [C, P] and by block; the next call overwrites the latter."""
+    def directions(self, solved: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """Return directions, given by block, as vectors [C, P] and as block vectors [Q].
+
+        The next call overwrites the block vectors.
+        """
         vectors = self._theta.new_empty((len(solved), len(self._theta)))
-        by_block = []
-        for number, (matrices, vector) in enumerate(zip(solved, vectors, strict=True)):
-            use = f"direction {number}"
-            if use not in self._gathered:
-                self._gathered[use] = vector.new_zeros(self._layout.size)
-            self._layout.write(matrices, self._gathered[use])
-            self._layout.scatter(self._gathered[use], vector)
-            by_block.append(self._layout.matrices(self._gathered[use]))
+        by_block = [self._memory(f"direction {number}") for number in range(len(solved))]
+        for matrices, own, vector in zip(solved, by_block, vectors, strict=True):
+            self._layout.write(matrices, own)
+            self._layout.scatter(own, vector)
         return vectors, by_block
+
+    def numbers(self, gradient: Tensor, directions: Sequence[Tensor], previous: Tensor) -> Tensor:
+        """Return `block_numbers` of block vectors [Q]; `previous` is a vector [P]."""
+        regions = self._layout.regions
+        before = self.gather(previous, "previous update")
+        return block_numbers(
+            regions(gradient), [regions(values) for values in directions], regions(before)
+        )
