@@ -28,6 +28,7 @@ _SUMMARY = (
     "steps_per_second",
     "inverse_staleness_steps",
     "workers",
+    "workers_at_end",
 )
 
 # Keys that stand before a line already or say nothing new.

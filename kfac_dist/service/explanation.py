@@ -36,6 +36,9 @@ _ADVICE_BY_REASON = {
     "grow from 2 s to 300 s; `kfac-dist pause ID` and `kfac-dist resume ID` start it at once.",
     "inverse_worker_died": "Training continues with the last inverses. The worker is replaced "
     "automatically, and the job is RUNNING again when its inverses are fresh enough.",
+    "gradient_workers_missing": "Training continues with the gradient workers that are there; the "
+    "others join when they have started, which needs room on the cluster "
+    "(`kfac-dist cluster status`). `kfac-dist scale ID --gradient N` is content with fewer.",
     "preempted": "The machine of a worker was taken away, too often for faults.max_preemptions. "
     "`kfac-dist retry ID` resumes at the newest checkpoint.",
     "peers_lost": "A gradient worker or the network between them failed; the first failure names "

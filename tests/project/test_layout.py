@@ -33,6 +33,7 @@ FOLDERS_WITHOUT_SOURCE = {
     "oracles/truth": "the slow and obvious code that the oracles compare with",
     "project": "documents, layout and interface of the project itself",
     "workers/whole_jobs": "whole jobs, in which all roles take part",
+    "workers/whole_jobs/sharded": "whole jobs whose parameter server has several shards",
 }
 
 
