@@ -269,7 +269,7 @@ class Crew:
         self.changes.maintain(self.step, self.preempted())
 
     def resize(self, num_workers: int | None) -> None:
-        """Wait until there are exactly so many gradient workers; None leaves them as they are."""
+        """Wait for exactly this number of gradient workers; None leaves it as it is."""
         if num_workers is None:
             return
         self.changes.wished = num_workers
