@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kfac_dist.cli.job_view import age
+from kfac_dist.cli.job_view import GROUP_NUMBERS, age
 from kfac_dist.cli.output import local_time
 from kfac_dist.cli.progress import STALENESS, number_facts
 from kfac_dist.cli.terminal import indented, plain
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 _VERSIONS = "inverse_version_step."
 _NUMBERS = tuple(name for name, number in STEP_NUMBERS.items() if number.in_watch)
-_GROUP = ("epoch", "gradient_workers", "shards")
-METRICS = (*_NUMBERS, *_GROUP, *STALENESS, f"{_VERSIONS}*")
+METRICS = (*_NUMBERS, *GROUP_NUMBERS, *STALENESS, f"{_VERSIONS}*")
 _NUM_EVENTS, _NUM_LAYERS, _BAR_WIDTH = 6, 16, 30
 _STYLES = {"warning": "yellow", "error": "red"}
 
@@ -97,9 +96,9 @@ class WatchView:
 
     def _group(self) -> Iterable[RenderableType]:
         """Say how many there are now; each change of the members makes a new group."""
-        if any(name not in self._values for name in _GROUP):
+        if any(name not in self._values for name in GROUP_NUMBERS):
             return
-        epoch, workers, shards = (int(self._values[name]) for name in _GROUP)
+        epoch, workers, shards = (int(self._values[name]) for name in GROUP_NUMBERS)
         wished = (self._job.spec.get("workers") or {}).get("gradient")
         of = f" of {wished}" if wished and workers < wished else ""
         yield Text(f"group {epoch}: gradient workers {workers}{of}, shards {shards}")

@@ -10,6 +10,7 @@ from kfac_dist.errors import FirstFailure
 from kfac_dist.service.job_records import Attempt, Job, JobEvent
 
 _ECHO_SEVERITIES = ("warning", "error")
+_CHANGES = ("member_joined", "member_left")  # they say how a loss was dealt with
 
 # By the job's `reason`. For other reasons its message says enough.
 _ADVICE_BY_REASON = {
@@ -66,9 +67,9 @@ _ADVICE_BY_STATE = {
 class Explanation:
     """Why a job is in its state.
 
-    `attempts` are all of them, oldest first. `echoes` are the warnings and errors of the newest
-    attempt that came after the first failure, oldest first. Without a first failure they are all of
-    its warnings and errors.
+    `attempts` are all of them, oldest first. `echoes` are the warnings, errors and changes of the
+    members of the newest attempt that came after the first failure, oldest first. Without a first
+    failure they are all that it has.
     """
 
     job: str
@@ -102,7 +103,7 @@ def _echoes(job: Job, events: Sequence[JobEvent]) -> list[JobEvent]:
     echoes = [
         event
         for event in events
-        if event.severity in _ECHO_SEVERITIES
+        if (event.severity in _ECHO_SEVERITIES or event.kind in _CHANGES)
         and event.attempt in (0, job.attempt)
         and (first is None or _is_echo(event, first))
     ]

@@ -70,7 +70,11 @@ def test_a_replay_goes_through_a_join_a_leave_and_a_shard_that_moved(tmp_path: P
             wishes.put(WorkerWishes(gradient=2))
 
     jobs.on_step = on_step
-    jobs.run(asynchronous(), wishes=wishes)
+    summary = jobs.run(asynchronous(), wishes=wishes)
+    counts = {"gradient": 2, "inverse": 2, "parameter_server": 1}
+    assert summary.workers.model_dump() == counts
+    assert summary.workers_at_end is not None
+    assert summary.workers_at_end.model_dump() == counts
     groups = {r.epoch: (r.gradient_workers, r.shards) for r in jobs.records}
     assert groups == {1: (2, 1), 2: (3, 1), 3: (3, 1), 4: (2, 1)}
     assert not any(record.incomplete for record in jobs.records)
