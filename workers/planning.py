@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kfac_dist.config import BatchSchedule, JobSpec, KFACSpec
+from kfac_dist.config import BatchSchedule, JobSpec, KFACSpec, WorkersSpec
 from kfac_dist.coordination.steps.assignment import (
     DEFAULT_COST_MODEL,
     CostModel,
@@ -107,6 +107,14 @@ def arithmetic_of(
         measured = precondition_dtype.dtype if precondition_dtype else None
         arithmetic["precondition_dtype"] = measured or spec.optimizer.precondition_dtype
     return arithmetic
+
+
+def room_for_replay(workers: WorkersSpec, script: ReplayScript | None) -> WorkersSpec | None:
+    """Return the most workers that a replay has at once; None without a script."""
+    if script is None:
+        return None
+    most = max(workers.gradient, script.most_gradient_workers)
+    return workers.model_copy(update={"gradient": most})
 
 
 def batch_size(spec: JobSpec, step: int, num_cases: int) -> int:

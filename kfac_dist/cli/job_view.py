@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,11 @@ _SUMMARY = (
     "steps_per_second",
     "inverse_staleness_steps",
     "workers",
+    "workers_at_end",
 )
+
+GROUP_NUMBERS = ("epoch", "gradient_workers", "shards")
+"""Names in the history of what says how large the group of a step was."""
 
 # Keys that stand before a line already or say nothing new.
 _IN_PREFIX = frozenset({"timestamp", "event", "level", "role", "rank", "attempt", "job"})
@@ -80,14 +84,20 @@ def jobs_table(jobs: Iterable[Job]) -> Table:
     return make_table(columns, rows, right=("step", "attempt", "age"), cut="message")
 
 
-def described(job: Job, attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """Return all facts of a job, beginning with the keys of the summary that `train` prints."""
+def described(
+    job: Job, attempts: Iterable[Attempt], group: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Return all facts of a job, beginning with the keys of the summary that `train` prints.
+
+    `group` has the numbers of the group that did the last step, if there was one.
+    """
     summary = job.summary or {}
     workers = job.spec.get("workers") or {}
     counts = {key: workers.get(key) for key in ("gradient", "inverse", "parameter_server")}
     facts: dict[str, Any] = {"job": job.id, "state": str(job.state), "step": job.step}
     facts |= {key: summary.get(key) for key in _SUMMARY}
     facts["workers"] = summary.get("workers") or counts
+    facts["group"] = group
     failure = job.first_failure
     return facts | {
         "run_dir": job.run_dir,

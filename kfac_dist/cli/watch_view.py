@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kfac_dist.cli.job_view import age
+from kfac_dist.cli.job_view import GROUP_NUMBERS, age
 from kfac_dist.cli.output import local_time
 from kfac_dist.cli.progress import STALENESS, number_facts
 from kfac_dist.cli.terminal import indented, plain
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _VERSIONS = "inverse_version_step."
 _NUMBERS = tuple(name for name, number in STEP_NUMBERS.items() if number.in_watch)
-METRICS = (*_NUMBERS, *STALENESS, f"{_VERSIONS}*")
+METRICS = (*_NUMBERS, *GROUP_NUMBERS, *STALENESS, f"{_VERSIONS}*")
 _NUM_EVENTS, _NUM_LAYERS, _BAR_WIDTH = 6, 16, 30
 _STYLES = {"warning": "yellow", "error": "red"}
 
@@ -61,7 +61,12 @@ class WatchView:
 
     def __rich__(self) -> RenderableType:
         return Group(
-            self._head(), *self._progress(), *self._numbers(), *self._layers(), *self._log()
+            self._head(),
+            *self._progress(),
+            *self._numbers(),
+            *self._group(),
+            *self._layers(),
+            *self._log(),
         )
 
     def _head(self) -> Text:
@@ -88,6 +93,15 @@ class WatchView:
     def _numbers(self) -> Iterable[RenderableType]:
         if facts := number_facts(self._values, _NUMBERS):
             yield Text("  ".join(facts))
+
+    def _group(self) -> Iterable[RenderableType]:
+        """Say how many there are now; each change of the members makes a new group."""
+        if any(name not in self._values for name in GROUP_NUMBERS):
+            return
+        epoch, workers, shards = (int(self._values[name]) for name in GROUP_NUMBERS)
+        wished = (self._job.spec.get("workers") or {}).get("gradient")
+        of = f" of {wished}" if wished and workers < wished else ""
+        yield Text(f"group {epoch}: gradient workers {workers}{of}, shards {shards}")
 
     def _layers(self) -> Iterable[RenderableType]:
         """Draw the stalest layers; a full bar is the bound, or the stalest layer if beyond it."""

@@ -134,11 +134,26 @@ STALE_APPLIED = Metric(
     kind="counter",
     help="Inverses applied beyond the staleness bound since the start of the job.",
 )
+GROUP_EPOCH = Metric(
+    name="kfac_group_epoch",
+    kind="gauge",
+    help="Number of the group of members in this attempt, from 1; each change makes a new one.",
+)
+GRADIENT_WORKERS = Metric(
+    name="kfac_gradient_workers",
+    kind="gauge",
+    help="Gradient workers in the group that did the last step.",
+)
+SHARDS = Metric(
+    name="kfac_shards",
+    kind="gauge",
+    help="Shards of the parameter server in the group that did the last step.",
+)
 WORKER_RESTARTS = Metric(
     name="kfac_worker_restarts_total",
     kind="counter",
     labels=("role",),
-    help="Workers that were replaced in this attempt, by role.",
+    help="Processes lost in this attempt that were replaced, or that others do without, by role.",
 )
 BUILD_INFO = Metric(
     name="kfac_build_info",
@@ -163,6 +178,9 @@ CATALOGUE = (
     STEP_DURATION,
     NUMERIC_EVENTS,
     STALE_APPLIED,
+    GROUP_EPOCH,
+    GRADIENT_WORKERS,
+    SHARDS,
     WORKER_RESTARTS,
     BUILD_INFO,
 )

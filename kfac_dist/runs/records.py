@@ -142,7 +142,7 @@ class JobRecord(RunRecord):
 
 
 class WorkerCounts(RunRecord):
-    """The number of processes of each role."""
+    """The number of workers of each role; of the parameter server it is the number of shards."""
 
     gradient: int
     inverse: int
@@ -155,8 +155,9 @@ class JobSummary(RunRecord):
     `train` and `test` are null if the job ended before an evaluation; the averaged ones also while
     Polyak averaging is off. `initial_objective` is that of the first step's batch.
     `inverse_staleness_steps` covers all steps. `wall_seconds` and `steps_per_second` cover this
-    attempt; the latter leaves evaluation out. `not_stored` names what is not in the storage of the
-    specification, or not in its newest state.
+    attempt; the latter leaves evaluation out. `workers` are those at the start of this attempt,
+    `workers_at_end` those when it ended, null if none had started. `not_stored`
+    names what is not in the storage of the specification, or not in its newest state.
     """
 
     job: str
@@ -171,6 +172,7 @@ class JobSummary(RunRecord):
     steps_per_second: float | None = None
     inverse_staleness_steps: StalenessSummary | None = None
     workers: WorkerCounts
+    workers_at_end: WorkerCounts | None = None
     run_dir: str
     reason: str | None = None
     message: str | None = None

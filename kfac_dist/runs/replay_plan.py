@@ -14,6 +14,11 @@ from typing import Any
 
 from kfac_dist.config import JobSpec, KFACSpec, parse_spec
 from kfac_dist.coordination.steps.recorded import InverseUse, RecordedInverses, ReplayScript
+from kfac_dist.coordination.steps.recorded_members import (
+    RecordedChange,
+    changed_numbers,
+    obstacles,
+)
 from kfac_dist.errors import ConflictError, KfacDistError, NotFoundError
 from kfac_dist.runs.checkpoint_folder import list_checkpoints
 from kfac_dist.runs.folder import RunFolder
@@ -88,12 +93,14 @@ def plan_replay(folder: RunFolder, num_steps: int | None) -> ReplayPlan:
     if num_steps is not None and num_steps <= possible:
         possible, stop = num_steps, None
     replayed = records[:possible]
+    gradient_workers = changed_numbers([record.gradient_workers for record in replayed])
     script = ReplayScript(
         inverses=_inverses(replayed, folder),
         checkpoint_steps=frozenset(step for step in history.checkpoint_steps if step <= possible),
         evaluation_steps=frozenset(r.step for r in replayed if r.evaluation is not None),
+        gradient_workers=gradient_workers,
     )
-    spec = _replayed_spec(folder, history, script.checkpoint_steps, possible)
+    spec = _replayed_spec(folder, history, script.checkpoint_steps, replayed)
     return ReplayPlan(job=job.job, spec=spec, script=script, records=replayed, stop=stop)
 
 
@@ -113,6 +120,9 @@ class _History:
     checkpoint_steps: set[int] = field(default_factory=set)
     without_factors: set[int] = field(default_factory=set)
     stops: list[Stop] = field(default_factory=list)
+    changes: list[RecordedChange] = field(default_factory=list)
+    epoch: int = 1
+    gradient_workers: int = 1
 
     def go_back_to(self, step: int) -> None:
         """Forget what happened after `step`: those steps are done again."""
@@ -120,6 +130,29 @@ class _History:
         self.checkpoint_steps = {saved for saved in self.checkpoint_steps if saved <= step}
         self.without_factors = {saved for saved in self.without_factors if saved <= step}
         self.stops = [stop for stop in self.stops if stop.step <= step]
+        self.changes = [change for change in self.changes if change.after_step < step]
+
+    def start(self, event: Event) -> None:
+        """Begin an attempt, with a group of its own."""
+        self.attempts.append(_Attempt(first_step=event.step + 1, arithmetic=event.details))
+        self.epoch = 1
+        self.gradient_workers = event.details.get("gradient_workers", 1)
+
+    def change(self, event: Event) -> None:
+        """Note a change of the members; there is an event for each of them, with one epoch."""
+        facts = event.details
+        if facts["epoch"] == self.epoch:
+            return
+        self.changes.append(
+            RecordedChange(
+                after_step=facts["after_step"],
+                workers_before=self.gradient_workers,
+                repeats_step=facts["repeats_step"],
+                undoes_step=facts["undoes_step"],
+                loses_buffers=facts["loses_buffers"],
+            )
+        )
+        self.epoch, self.gradient_workers = facts["epoch"], facts["gradient_workers"]
 
 
 def _history(events: Iterable[Event]) -> _History:
@@ -132,14 +165,15 @@ def _history(events: Iterable[Event]) -> _History:
                 if event.step in history.without_factors:
                     history.stops.append(_resumed_without_factors(event))
             case "started":
-                attempt = _Attempt(first_step=event.step + 1, arithmetic=event.details)
-                history.attempts.append(attempt)
+                history.start(event)
             case "checkpoint":
                 history.checkpoint_steps.add(event.step)
             case "factors_missing":
                 history.without_factors.add(event.step)
             case "inverse_worker_died":
                 history.stops.append(_death(event))
+            case "member_died" | "member_left" | "member_joined":
+                history.change(event)
     return history
 
 
@@ -160,7 +194,9 @@ def _resumed_without_factors(event: Event) -> Stop:
 
 
 def _first_stop(records: Sequence[StepRecord], history: _History) -> Stop | None:
-    stops = [*_gaps(records), *history.stops, *_changes(history)]
+    workers = {record.step: record.gradient_workers for record in records}
+    stops = [*_gaps(records), *history.stops, *_changes(history, workers), *_unreported(records)]
+    stops += [Stop(step=step, reason=why) for step, why in obstacles(history.changes, workers)]
     first = min(stops, key=lambda stop: stop.step, default=None)
     return first if first is not None and first.step <= len(records) else None
 
@@ -172,13 +208,44 @@ def _gaps(records: Sequence[StepRecord]) -> Iterator[Stop]:
             return
 
 
-def _changes(history: _History) -> Iterator[Stop]:
+def _unreported(records: Sequence[StepRecord]) -> Iterator[Stop]:
+    """Stop at the first step for which some inverse is unknown, since its shard was lost.
+
+    It is known if the layer's inverse was the same before and afterwards.
+    """
+    before: dict[str, int] = {}
+    stale: Collection[str] = ()
+    for index, record in enumerate(records):
+        if record.incomplete:
+            whole = (after for after in records[index:] if not after.incomplete)
+            after = next(whole, None)
+            versions = {} if after is None else after.inverse_version_step
+            missing = {**before, **versions}.keys() - record.inverse_version_step.keys()
+            unsure = {*stale, *(() if after is None else after.stale_layers)}
+            for layer in sorted(missing):
+                if layer in unsure or before.get(layer) != versions.get(layer):
+                    yield Stop(step=record.step, reason=_unknown(layer, record.step))
+                    return
+        before |= record.inverse_version_step
+        stale = record.stale_layers
+
+
+def _unknown(layer: str, step: int) -> str:
+    return (
+        f"the shard of layer {layer} was lost before it reported step {step}, so it is not "
+        "recorded which inverse was used"
+    )
+
+
+def _changes(history: _History, workers: Mapping[int, int | None]) -> Iterator[Stop]:
     for attempt in history.attempts[1:]:
         before = history.attempts[0].arithmetic
+        # The records have the number of gradient workers, and the replay changes it.
+        follows = workers.get(attempt.first_step) is not None
         changed = [
             f"{name} {before.get(name)} to {value}"
             for name, value in attempt.arithmetic.items()
-            if before.get(name) != value
+            if before.get(name) != value and not (follows and name == "gradient_workers")
         ]
         if changed:
             step = attempt.first_step
@@ -218,12 +285,16 @@ def _inverses(records: Sequence[StepRecord], folder: RunFolder) -> RecordedInver
 
 
 def _replayed_spec(
-    folder: RunFolder, history: _History, checkpoint_steps: Collection[int], num_steps: int
+    folder: RunFolder,
+    history: _History,
+    checkpoint_steps: Collection[int],
+    records: Sequence[StepRecord],
 ) -> JobSpec:
     """Return the specification with the first attempt's settings where they affect numerics.
 
     It keeps as many checkpoints as the run still has for these steps, so that they can be compared.
-    It allows no restart: after the death of an inverse worker the replay would differ.
+    It allows no restart: after the death of an inverse worker the replay would differ. Where the
+    number of gradient workers changes, the shards have processes of their own, which stay.
     """
     spec = folder.read_spec()
     oldest = min((info.step for info in list_checkpoints(folder.places.checkpoints)), default=0)
@@ -241,11 +312,14 @@ def _replayed_spec(
         "checkpoint": {"keep": max(1, keep)},
         "faults": {"max_restarts": 0},
     }
+    shards = records[0].shards
+    if shards is not None and changed_numbers([record.gradient_workers for record in records]):
+        changes["workers"]["parameter_server"] = shards
     if "staleness_max_steps" in had:
         changes["staleness"]["max_steps"] = had["staleness_max_steps"]
     if isinstance(spec.optimizer, KFACSpec) and "precondition_dtype" in had:
         changes["optimizer"] = {"precondition_dtype": had["precondition_dtype"]}
-    values = spec.model_dump(mode="json") | {"steps": num_steps}
+    values = spec.model_dump(mode="json") | {"steps": len(records)}
     for section, inner in changes.items():
         values[section] |= inner
     return parse_spec(values, label=f"{folder.path}, as its first attempt was run")
@@ -255,6 +329,9 @@ def first_difference(recorded: StepRecord, replayed: StepRecord) -> Difference |
     """Compare two records of a step to the last bit; NaN equals NaN, as null does in JSON."""
     compared = {name for name, number in STEP_NUMBERS.items() if number.compared}
     before, after = _plain(recorded, compared), _plain(replayed, compared)
+    if recorded.incomplete:  # only the layers of the shards that reported the step are known
+        known, versions = before["inverse_version_step"], after["inverse_version_step"]
+        after["inverse_version_step"] = {name: versions.get(name) for name in known}
     for name, value in before.items():
         if after[name] != value:
             return Difference(step=recorded.step, field=name, recorded=value, replayed=after[name])

@@ -32,6 +32,7 @@ class Chart:
         guides: levels drawn across the chart.
         clip: the range that is drawn.
         optional: leave the chart out when the run has none of the values.
+        varying: leave the chart out when all values are the same.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Chart:
     guides: tuple[float, ...] = ()
     clip: tuple[float, float] | None = None
     optional: bool = False
+    varying: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +214,21 @@ class StepRecord(RunRecord):
     """Euclidean norm; 0 in a step that was skipped."""
     parameter_version: Annotated[int, StepNumber()]
     """Number of updates since the start of the job."""
+
+    # The group of gradient workers and shards that did the step; null in older records.
+    epoch: Annotated[int | None, StepNumber(metric=metrics.GROUP_EPOCH)] = None
+    """Number of the group in this attempt, from 1: each change of its members makes a new one."""
+    gradient_workers: Annotated[
+        int | None,
+        StepNumber(
+            chart=Chart(title="Gradient workers", caption="in the group", varying=True),
+            metric=metrics.GRADIENT_WORKERS,
+        ),
+    ] = None
+    shards: Annotated[int | None, StepNumber(metric=metrics.SHARDS)] = None
+    """Of the parameter server."""
+    incomplete: bool = False
+    """A shard died before it reported the step: its layers are missing here."""
 
     # Counted from the start of the job.
     numeric_events: Annotated[dict[str, int], StepNumber(metric=metrics.NUMERIC_EVENTS)] = Field(

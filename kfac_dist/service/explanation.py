@@ -10,6 +10,7 @@ from kfac_dist.errors import FirstFailure
 from kfac_dist.service.job_records import Attempt, Job, JobEvent
 
 _ECHO_SEVERITIES = ("warning", "error")
+_CHANGES = ("member_joined", "member_left")  # they say how a loss was dealt with
 
 # By the job's `reason`. For other reasons its message says enough.
 _ADVICE_BY_REASON = {
@@ -36,6 +37,9 @@ _ADVICE_BY_REASON = {
     "grow from 2 s to 300 s; `kfac-dist pause ID` and `kfac-dist resume ID` start it at once.",
     "inverse_worker_died": "Training continues with the last inverses. The worker is replaced "
     "automatically, and the job is RUNNING again when its inverses are fresh enough.",
+    "gradient_workers_missing": "Training continues with the gradient workers that are there; the "
+    "others join when they have started, which needs room on the cluster "
+    "(`kfac-dist cluster status`). `kfac-dist scale ID --gradient N` is content with fewer.",
     "preempted": "The machine of a worker was taken away, too often for faults.max_preemptions. "
     "`kfac-dist retry ID` resumes at the newest checkpoint.",
     "peers_lost": "A gradient worker or the network between them failed; the first failure names "
@@ -63,9 +67,9 @@ _ADVICE_BY_STATE = {
 class Explanation:
     """Why a job is in its state.
 
-    `attempts` are all of them, oldest first. `echoes` are the warnings and errors of the newest
-    attempt that came after the first failure, oldest first. Without a first failure they are all of
-    its warnings and errors.
+    `attempts` are all of them, oldest first. `echoes` are the warnings, errors and changes of the
+    members of the newest attempt that came after the first failure, oldest first. Without a first
+    failure they are all that it has.
     """
 
     job: str
@@ -99,7 +103,7 @@ def _echoes(job: Job, events: Sequence[JobEvent]) -> list[JobEvent]:
     echoes = [
         event
         for event in events
-        if event.severity in _ECHO_SEVERITIES
+        if (event.severity in _ECHO_SEVERITIES or event.kind in _CHANGES)
         and event.attempt in (0, job.attempt)
         and (first is None or _is_echo(event, first))
     ]

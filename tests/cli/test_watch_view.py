@@ -97,6 +97,16 @@ def test_it_shows_step_numbers_and_the_stalest_layer_first() -> None:
     assert "15" in text
 
 
+def test_it_shows_the_group_and_who_is_missing() -> None:
+    view = WatchView(job(spec={"workers": {"gradient": 3}}))
+    assert "group" not in drawn(view)
+    numbers = {"epoch": 2, "gradient_workers": 2, "shards": 3}
+    view.add(Update(metrics=[series(name, 40, number) for name, number in numbers.items()]))
+    assert "group 2: gradient workers 2 of 3, shards 3" in drawn(view)
+    view.add(Update(metrics=[series("gradient_workers", 41, 3)]))
+    assert "group 2: gradient workers 3, shards 3" in drawn(view)
+
+
 def test_it_shows_why_a_job_failed_and_its_last_events() -> None:
     event = JobEvent(
         job="digits-1",

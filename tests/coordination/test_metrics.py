@@ -22,6 +22,9 @@ counter   kfac_samples_total
 gauge     kfac_step_duration_seconds{phase}
 counter   kfac_numeric_events_total{rung}
 counter   kfac_stale_applied_total
+gauge     kfac_group_epoch
+gauge     kfac_gradient_workers
+gauge     kfac_shards
 counter   kfac_worker_restarts_total{role}
 gauge     kfac_build_info{version}
 """

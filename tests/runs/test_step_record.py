@@ -16,7 +16,7 @@ IN_HISTORY = {
     *("reduction_ratio", "alpha", "mu", "predicted_change", "parameter_version"),
     *("stale_applied_total", "waited_seconds", "exchanged_bytes", "num_messages"),
     *("phase_seconds", "inverse_version_step", "numeric_events", "inverse_queue_depth"),
-    "inverse_staleness_steps",
+    *("inverse_staleness_steps", "epoch", "gradient_workers", "shards"),
 }
 COMPARED = [
     *("inverse_version_step", "loss", "objective", "num_cases", "alpha", "mu", "damping"),
@@ -30,6 +30,7 @@ CHARTS = {
     "reduction_ratio": "Reduction ratio ρ",
     "steps_per_second": "Throughput",
     "update_norm": "Update norm",
+    "gradient_workers": "Gradient workers",
 }
 
 

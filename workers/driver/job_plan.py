@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kfac_dist.config import JobSpec, KFACSpec
 from kfac_dist.coordination.steps.assignment import CostModel, LayerCost
 from kfac_dist.coordination.steps.forecast import crowding, forecast_staleness
+from kfac_dist.core.packing import packed_size
 from kfac_dist.data import BatchedDataset, fetch
 from kfac_dist.optim.optimizer import KFAC
 from kfac_dist.tasks import (
@@ -42,7 +43,8 @@ from workers.driver.memory import (
 )
 from workers.driver.preparation import Preparation, prepare
 from workers.exchange.messages import InverseSetup
-from workers.planning import batch_size, inverse_setups
+from workers.exchange.shard_plan import ShardPlan
+from workers.planning import batch_size, inverse_setups, shard_plan
 
 _MEASURED_STEPS = 6
 _FIRST_STEPS = 3  # left out: each of them refreshes the inverses, and the first warms up
@@ -65,7 +67,8 @@ def job_plan(
     The memory of a role is what this process held before it loaded the task, and then what the
     role adds: the data set and the model as they grew this process, the matrices and vectors of
     the algorithm, and for gradient workers the peak of a step. Files that are mapped, such as those
-    of built-in data sets, count once for all processes. A baseline has no layers and no refresh.
+    of built-in data sets, count once for all processes. A shard in the process of a gradient worker
+    adds to that process. A baseline has no layers and no refresh.
     Call it in a process that has not done anything else.
 
     Raises:
@@ -95,7 +98,8 @@ def job_plan(
         )
         registration = preparation.registration
         setups = [] if registration is None else inverse_setups(spec, registration, 0)
-    placement = list(_placement(spec, num_parameters, setups, held))
+        shards = shard_plan(spec, registration, num_parameters, spec.workers.num_shards)
+    placement = list(_placement(spec, num_parameters, shards, setups, held))
     needed = shared + sum(row["processes"] * row["memory_bytes_each"] for row in placement)
     return {
         "job": spec.name,
@@ -131,25 +135,28 @@ def _machine() -> dict[str, Any]:
 
 
 def _placement(
-    spec: JobSpec, num_parameters: int, setups: list[InverseSetup], held: _Held
+    spec: JobSpec, num_parameters: int, shards: ShardPlan, setups: list[InverseSetup], held: _Held
 ) -> Iterator[dict[str, Any]]:
     workers, width = spec.workers, torch_dtype(spec.dtype).itemsize
     matrices = {setup.rank: sum(map(_num_elements, setup.layers)) for setup in setups}
     largest, total = max(matrices.values(), default=0), sum(matrices.values())
-    # Each shard of the parameter server owns its part of the layers and of the parameters.
-    num_shards = workers.num_shards
-    own = total // num_shards
-    vectors = math.ceil(num_parameters / num_shards)
+    # Each shard of the parameter server owns whole layers and their parameters.
+    elements = {layer.name: _num_elements(layer) for setup in setups for layer in setup.layers}
+    own = max(sum(elements.get(name, 0) for name in part.names) for part in shards.layouts)
+    vectors = max(part.size for part in shards.layouts)
+    shard = (_SERVER_VECTORS * vectors + _SERVER_COPIES * own) * width
     worker = (_WORKER_VECTORS * num_parameters + total) * width
+    shares = workers.has_colocated_shards
     added = {
         "driver": held.model + held.data,
         "gradient_worker": held.model
         + held.data
         + held.ahead
-        + max(worker, held.step - _SERIAL_COPIES * total * width),
+        + max(worker, held.step - _SERIAL_COPIES * total * width)
+        + (shard if shares else 0),
         "data_process": held.data + held.ahead // max(1, spec.data.num_workers),
         "inverse_worker": _INVERSE_COPIES * largest * width,
-        "parameter_server": held.model + (_SERVER_VECTORS * vectors + _SERVER_COPIES * own) * width,
+        "parameter_server": held.model + shard,
     }
     devices = plan_devices(workers, torch.cuda.device_count())
     member, inverse = devices.gpus_per_member, devices.gpus_per_inverse_worker
@@ -157,20 +164,43 @@ def _placement(
         "driver": (1, 0, 0.0),
         "gradient_worker": (workers.gradient, workers.threads or 1, member),
         "inverse_worker": (workers.inverse if setups else 0, 0, inverse),
-        "parameter_server": (num_shards, 0, member),
+        "parameter_server": (0 if shares else len(shards), 0, member),
     }
     if spec.data.num_workers:
         counts["data_process"] = (workers.gradient * spec.data.num_workers, 0, 0.0)
+    received = _received(spec, vectors, num_parameters, setups)
     for role, (processes, cpus, gpus) in counts.items():
         store = 0 if role == "data_process" else _STORE_COPIES * total * width
         each = held.process + store
         yield {
             "role": role,
             "processes": processes,
+            "shards_each": int(role == ("gradient_worker" if shares else "parameter_server")),
             "cpus_each": cpus,
             "gpus_each": gpus,
             "memory_bytes_each": each + added[role] if processes else 0,
+            "received_bytes_each": received.get(role, 0) * width if processes else 0,
         }
+
+
+def _received(
+    spec: JobSpec, of_a_shard: int, num_parameters: int, setups: list[InverseSetup]
+) -> dict[str, int]:
+    """Return how many elements a process of each role receives in a step that has statistics.
+
+    A shard receives its slice [Q] of every gradient, a gradient worker the direction [P]. All
+    gradient workers together add up the packed factors [F], so each receives the others' parts of
+    its share; then an inverse worker receives the sums of its layers.
+    """
+    number, shares = spec.workers.gradient, spec.workers.has_colocated_shards
+    owned = [sum(packed_size(order) for one in s.layers for order in one.orders) for s in setups]
+    slices = number * of_a_shard
+    others = sum(owned) * (number - 1) // number
+    return {
+        "gradient_worker": num_parameters + others + (slices if shares else 0),
+        "inverse_worker": max(owned, default=0),
+        "parameter_server": slices,
+    }
 
 
 def _layers(setups: list[InverseSetup]) -> Iterator[dict[str, Any]]:

@@ -17,14 +17,12 @@ from kfac_dist._home import data_cache, runs_dir
 from kfac_dist.config import JobSpec
 from kfac_dist.coordination.jobs.placement import check_admitted, check_placement
 from kfac_dist.coordination.steps.recorded import ReplayScript
-from kfac_dist.errors import FirstFailure, JobFailedError, KfacDistError
+from kfac_dist.errors import JobFailedError, KfacDistError
 from kfac_dist.runs import (
     Failure,
     JobSummary,
     RunFolder,
     RunIdentity,
-    RunState,
-    WorkerCounts,
 )
 from kfac_dist.runs.records import Severity
 from kfac_dist.runs.reports.report import render_report
@@ -41,6 +39,7 @@ from workers.driver.crew.processes import CrewPlan
 from workers.driver.evaluator import divergence
 from workers.driver.other_nodes import other_nodes
 from workers.driver.preparation import Preparation, prepare
+from workers.driver.records.job_summary import Outcome, job_summary
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
 from workers.driver.records.step_records import StepRecords
@@ -55,20 +54,12 @@ from workers.planning import (
     has_mirrors,
     inverse_setups,
     layer_costs,
+    room_for_replay,
     shard_plan,
 )
 
 _UPLOAD_SECONDS = 120.0  # at the end, for what is not in the storage yet
 _LAST_UPLOAD_SECONDS = 10.0  # the same after an interrupt
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    state: RunState
-    result: TrainingResult | None = None
-    reason: str | None = None
-    message: str | None = None
-    first_failure: FirstFailure | None = None
 
 
 def run_job(
@@ -209,6 +200,7 @@ class _JobAttempt:
         self._wishes = wishes
         self._step_records = StepRecords()
         self._started = time.monotonic()
+        self._crew: Crew | None = None  # once it was launched
 
     def run(self, ray_address: str | None, *, is_admitted: bool) -> JobSummary:
         """Train and evaluate; even after a failure the folder has state, summary and report.
@@ -219,23 +211,23 @@ class _JobAttempt:
             result = self._train(ray_address, is_admitted)
         except KeyboardInterrupt:
             ending = self._interrupts.ends_as
-            self._try_to_finish(_Outcome(state=ending, reason="interrupted", message="interrupted"))
+            self._try_to_finish(Outcome(state=ending, reason="interrupted", message="interrupted"))
             raise
         except Exception as error:
-            self._try_to_finish(_Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
+            self._try_to_finish(Outcome(state="FAILED", **Failure.from_error(error)._asdict()))
             raise
         return self._finish(self._judged(result))
 
-    def _judged(self, result: TrainingResult) -> _Outcome:
+    def _judged(self, result: TrainingResult) -> Outcome:
         """Return the outcome of a training that has done all its steps, for better or worse."""
         objective = result.evaluation.train["objective"]
         diverged = divergence(self._step_records.initial_objective, objective)
         if diverged is None:
-            return _Outcome(state="SUCCEEDED", result=result)
+            return Outcome(state="SUCCEEDED", result=result)
         self._journal.event("diverged", diverged, severity="warning")
-        return _Outcome(state="SUCCEEDED", result=result, reason="diverged", message=diverged)
+        return Outcome(state="SUCCEEDED", result=result, reason="diverged", message=diverged)
 
-    def _try_to_finish(self, outcome: _Outcome) -> None:
+    def _try_to_finish(self, outcome: Outcome) -> None:
         """Record how the run ended; where that is refused, what ended it is still what is shown."""
         with suppress(JobFailedError):  # the folder is gone, or its disk is full
             self._finish(outcome)
@@ -246,7 +238,7 @@ class _JobAttempt:
         for message in partial_checks:
             self._journal.event("data_checked_in_part", message, severity="warning")
         point = self._find_start()
-        room_for = self._job.spec.workers if self._job.replay_script else None
+        room_for = room_for_replay(self._job.spec.workers, self._job.replay_script)
         owner = Owner(mark=self._mark, run_dir=self._folder.path)
         with (
             ray_errors_end_the_job(),
@@ -283,6 +275,7 @@ class _JobAttempt:
                 loop.on_inverse_worker_death,
                 loop.on_group_change,
             )
+            self._crew = crew
             try:
                 ready = crew.build()
                 arithmetic = arithmetic_of(
@@ -355,8 +348,17 @@ class _JobAttempt:
             return []
         return inverse_setups(self._job.spec, registration, point.statistics_step)
 
-    def _finish(self, outcome: _Outcome) -> JobSummary:
-        summary = self._summary(outcome)
+    def _finish(self, outcome: Outcome) -> JobSummary:
+        summary = job_summary(
+            self._job,
+            outcome,
+            self._step_records,
+            step=self._journal.step,
+            num_shards=len(self._shards()),
+            wall_seconds=time.monotonic() - self._started,
+            run_dir=self._folder.path,
+            at_end=self._crew.counts if self._crew else None,
+        )
         self._folder.write_summary(summary)
         self._journal.state(
             outcome.state,
@@ -380,30 +382,3 @@ class _JobAttempt:
             damages.append(f"report.html could not be written: {error}")
         for damage in damages:
             self._journal.event("records_damaged", damage, severity="warning")
-
-    def _summary(self, outcome: _Outcome) -> JobSummary:
-        workers, result = self._job.spec.workers, outcome.result
-        evaluation = result.evaluation if result else None
-        seconds = result.training_seconds if result else 0.0
-        return JobSummary(
-            job=self._job.job,
-            state=outcome.state,
-            step=self._journal.step,
-            train=evaluation.train if evaluation else None,
-            test=evaluation.test if evaluation else None,
-            train_averaged=evaluation.train_averaged if evaluation else None,
-            test_averaged=evaluation.test_averaged if evaluation else None,
-            initial_objective=self._step_records.initial_objective,
-            wall_seconds=time.monotonic() - self._started,
-            steps_per_second=result.num_steps / seconds if result and seconds else None,
-            inverse_staleness_steps=self._step_records.staleness(),
-            workers=WorkerCounts(
-                gradient=workers.gradient,
-                inverse=workers.inverse,
-                parameter_server=len(self._shards()),
-            ),
-            run_dir=str(self._folder.path),
-            reason=outcome.reason,
-            message=outcome.message,
-            first_failure=outcome.first_failure,
-        )

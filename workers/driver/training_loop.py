@@ -26,7 +26,9 @@ from workers.driver.crew.deaths import InverseWorkerDied, named
 from workers.driver.crew.group_changes import GroupChange
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
+from workers.driver.crew.processes import GroupShape
 from workers.driver.evaluator import evaluate_splits
+from workers.driver.records.group_events import record_change
 from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords
 from workers.driver.rescaling import Rescaling
@@ -129,6 +131,8 @@ class TrainingLoop:
     def _prepare(self, crew: Crew) -> None:
         """Take in what has started since the last window, and wait for what steps need."""
         step = crew.step + 1
+        if self._replay_script is not None:
+            crew.resize(self._replay_script.gradient_workers.get(step))
         crew.maintain()
         self._connect_started(crew, step)
         self._limit_degradation(crew, step)
@@ -138,6 +142,7 @@ class TrainingLoop:
         """Order the steps of a window from all actors, record them, and return the last one."""
         started = time.perf_counter()
         orders, cursors = self._orders(crew, first)
+        shape = crew.shape  # another one if a member is lost in this window
         reports = crew.run(orders)
         seconds = time.perf_counter() - started
         self._training_seconds += seconds
@@ -147,7 +152,7 @@ class TrainingLoop:
         self._window_length.note(seconds, [report.server.step_seconds for report in reports])
         crew.inverse_pool.poll()
         for order, report in zip(orders, reports, strict=False):
-            self._note(crew, order.plan, report)
+            self._note(crew, order.plan, report, shape)
         return first + len(reports) - 1
 
     def _orders(self, crew: Crew, first: int) -> tuple[list[StepOrder], list[SamplerCursor]]:
@@ -170,11 +175,11 @@ class TrainingLoop:
             step == self._spec.steps
             or self._evaluates(step)
             or self._is_due(step, self._spec.checkpoint.every_steps)
-            or (self._replay_script is not None and step in self._replay_script.checkpoint_steps)
+            or (self._replay_script is not None and self._replay_script.ends_window(step))
             or bool(crew.inverse_pool.orphaned)
         )
 
-    def _note(self, crew: Crew, plan: StepPlan, reports: StepReports) -> None:
+    def _note(self, crew: Crew, plan: StepPlan, reports: StepReports, shape: GroupShape) -> None:
         """Record a step, and draw the conclusions from its reports."""
         self._journal.step = crew.step = plan.step
         server = reports.server
@@ -182,7 +187,10 @@ class TrainingLoop:
             self._statistics_step = plan.step
         self._versions = server.inverse_version_step or self._versions
         self._check_recovery(crew, server)
-        record = self._step_records.record(server, reports.workers, crew.inverse_pool.statuses())
+        statuses = crew.inverse_pool.statuses()
+        record = self._step_records.record(
+            server, reports.workers, statuses, shape, is_incomplete=reports.is_incomplete
+        )
         if self._evaluates(plan.step):
             evaluation = self._evaluate(crew)
             record = record.model_copy(update={"evaluation": evaluation})
@@ -292,25 +300,7 @@ class TrainingLoop:
 
     def on_group_change(self, change: GroupChange) -> None:
         """Record that a member of the group was lost, has left or has joined."""
-        verb = {"member_died": "is lost", "member_left": "has left", "member_joined": "has joined"}
-        message = (
-            f"{named(str(change.member), change.member.pid or None)} {verb[change.kind]} after "
-            f"step {change.step}; group {change.epoch} has {change.num_workers} gradient workers "
-            f"and {change.num_shards} shards"
-        )
-        if change.message:
-            message += f": {change.message}"
-        self._journal.event(
-            change.kind,
-            message,
-            severity="info" if change.kind == "member_joined" else "warning",
-            role=change.member.role,
-            rank=change.member.rank,
-            pid=change.member.pid or None,
-            epoch=change.epoch,
-            gradient_workers=change.num_workers,
-            shards=change.num_shards,
-        )
+        message = record_change(self._journal, change)
         was_degraded, self._lacks_workers = self._lacks_workers, change.is_degraded
         if change.is_degraded:
             self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)

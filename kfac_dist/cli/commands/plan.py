@@ -21,10 +21,11 @@ def plan(
     data: DataDirOption = None,
     output: OutputOption = Format.table,
 ) -> None:
-    """Predict a job's processes, memory, layer assignment, times and staleness.
+    """Predict a job's processes, memory, traffic, layer assignment, times and staleness.
 
-    It measures a few steps on this machine, with one gradient worker's part of a batch. Memory is
-    what each process holds, with Python, torch and Ray. Times are those of workers that share the
+    It measures a few steps on this machine, with one gradient worker's part of a batch. What stands
+    beside a role is for each of its processes: shards of the parameter server, memory with Python,
+    torch and Ray, what it receives in a step. Times are those of workers that share the
     cores of this machine; what else runs on it now makes them too long.
     """
     from kfac_dist.config import load_spec
@@ -60,14 +61,16 @@ def _warnings(machine: dict[str, Any]) -> Iterator[str]:
 
 
 def _write_tables(found: dict[str, Any]) -> None:
-    columns = ("role", "processes", "CPUs each", "GPUs each", "MiB each")
+    columns = ("role", "processes", "shards", "CPUs", "GPUs", "MiB", "MiB received a step")
     rows = [
         (
             row["role"],
             row["processes"],
+            row["shards_each"],
             row["cpus_each"],
             f"{row['gpus_each']:g}",
             f"{row['memory_bytes_each'] / _MIB:.1f}",
+            f"{row['received_bytes_each'] / _MIB:.3g}",
         )
         for row in found["placement"]
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -78,3 +78,14 @@ class ReplayScript:
     inverses: RecordedInverses
     checkpoint_steps: frozenset[int]
     evaluation_steps: frozenset[int]
+    gradient_workers: Mapping[int, int] = field(default_factory=dict)
+    """By step, the number of gradient workers from that step on, where it changed."""
+
+    def ends_window(self, step: int) -> bool:
+        """Return whether something has to be done between `step` and the next one."""
+        return step in self.checkpoint_steps or step + 1 in self.gradient_workers
+
+    @property
+    def most_gradient_workers(self) -> int:
+        """The largest number that it changes to, 0 if it never does."""
+        return max(self.gradient_workers.values(), default=0)

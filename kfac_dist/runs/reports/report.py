@@ -86,12 +86,17 @@ def _tiles(
     if summary is not None:
         yield Tile("Steps a second", _number(summary.steps_per_second), "evaluation left out")
         yield Tile("Wall time", _duration(summary.wall_seconds), "")
-    workers = spec.workers
-    yield Tile(
-        "Workers",
-        f"{workers.gradient} + {workers.inverse} + {workers.parameter_server}",
-        "gradient + inverse + server",
-    )
+    yield _workers(spec, records)
+
+
+def _workers(spec: JobSpec, records: Sequence[StepRecord]) -> Tile:
+    """Return the workers of the last step, or as specified before there is one."""
+    gradient, shards = spec.workers.gradient, spec.workers.num_shards
+    if records:
+        gradient = records[-1].gradient_workers or gradient
+        shards = records[-1].shards or shards
+    values = f"{gradient} + {spec.workers.inverse} + {shards}"
+    return Tile("Workers", values, "gradient + inverse + shards, in the last step")
 
 
 def _metric_table(summary: JobSummary | None) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -29,7 +29,7 @@ def report_series(
     columns = thin_out(records)
     charts = {name: number.chart for name, number in STEP_NUMBERS.items() if number.chart}
     curves = {name: _curve(name, chart, columns) for name, chart in charts.items()}
-    drawn = {n: c for n, c in charts.items() if not c.optional or any(curves[n])}
+    drawn = {n: c for n, c in charts.items() if _is_drawn(c, curves[n])}
     layers = list(dict.fromkeys(name for r in records for name in r.inverse_version_step))
     return {
         "steps": [column[-1].step for column in columns],
@@ -42,6 +42,12 @@ def report_series(
         "bound": staleness_bound(spec),
         "events": [_event(event) for event in events],
     }
+
+
+def _is_drawn(chart: Chart, curve: Values) -> bool:
+    if chart.varying:
+        return len(set(curve)) > 1
+    return not chart.optional or any(curve)
 
 
 def thin_out(records: Sequence[StepRecord], most: int = MOST_COLUMNS) -> list[Column]:

@@ -75,6 +75,7 @@ def test_every_layer_has_an_owner_and_every_role_its_memory(
         "parameter_server",
     ]
     assert [row["processes"] for row in plan["placement"]] == [1, 2, 2, 1]
+    assert [row["shards_each"] for row in plan["placement"]] == [0, 0, 0, 1]
     # Python, torch and Ray alone are more than this in every process.
     assert all(row["memory_bytes_each"] > 200 * 2**20 for row in plan["placement"])
     total = sum(row["processes"] * row["memory_bytes_each"] for row in plan["placement"])
@@ -89,6 +90,34 @@ def test_every_layer_has_an_owner_and_every_role_its_memory(
     table = kfac_dist("plan", small).out
     assert "encoder1" in table
     assert "refresh_seconds" in table
+
+
+def test_shards_beside_gradient_workers_are_part_of_them(kfac_dist: KfacDist, small: Path) -> None:
+    found = []
+    for shards in ("auto", "3"):
+        options = ("workers.gradient=3", f"workers.parameter_server={shards}")
+        done = kfac_dist("plan", small, *(w for o in options for w in ("--set", o)), "-o", "json")
+        assert done.code == 0, done.err
+        plan = json.loads(done.out)
+        found.append({row["role"]: row for row in plan["placement"]})
+    beside, alone = found
+    assert (beside["gradient_worker"]["processes"], beside["gradient_worker"]["shards_each"]) == (
+        3,
+        1,
+    )
+    assert (beside["parameter_server"]["processes"], alone["parameter_server"]["processes"]) == (
+        0,
+        3,
+    )
+    assert beside["parameter_server"]["memory_bytes_each"] == 0
+    received = [
+        alone[role]["received_bytes_each"] for role in ("gradient_worker", "parameter_server")
+    ]
+    assert beside["gradient_worker"]["received_bytes_each"] == sum(received)
+    parameters = 4 * plan["num_parameters"]
+    assert received[0] > parameters, "the direction, and parts of statistics"
+    # Three gradients, in slices of a third if the layers were of one size.
+    assert parameters <= received[1] <= 3 * parameters
 
 
 def test_a_baseline_has_no_layers(kfac_dist: KfacDist, small: Path) -> None:

@@ -43,6 +43,13 @@ def test_the_report_shows_how_the_run_went(tmp_path: Path) -> None:
     assert len(_data(text)["steps"]) == 80
 
 
+def test_the_report_shows_the_workers_of_the_last_step(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, sample_spec(workers={"gradient": 3})) as folder:
+        assert "3 + 1 + 3" in render_report(folder).read_text()
+        folder.append_metrics(sample_record(1, gradient_workers=2, shards=2))
+        assert "2 + 1 + 2" in render_report(folder).read_text()
+
+
 def test_what_comes_from_a_user_is_escaped(tmp_path: Path) -> None:
     spec = sample_spec(task=HOSTILE, task_args={HOSTILE: HOSTILE})
     with RunFolder.create(tmp_path, spec) as folder:

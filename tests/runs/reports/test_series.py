@@ -53,6 +53,15 @@ def test_the_learning_rate_is_drawn_where_there_is_one() -> None:
         assert ("lr" in [chart["key"] for chart in series["charts"]]) is (lr is not None)
 
 
+def test_the_number_of_gradient_workers_is_drawn_where_it_changes() -> None:
+    for last in (2, 3):
+        records = [sample_record(1, gradient_workers=2), sample_record(2, gradient_workers=last)]
+        series = report_series(sample_spec(), records, [])
+        keys = [chart["key"] for chart in series["charts"]]
+        assert ("gradient_workers" in keys) is (last == 3)
+        assert series["series"]["gradient_workers"] == [2, last]
+
+
 def test_evaluations_have_the_averaged_parameters_beside_the_last_iterate() -> None:
     last = {"train": {"objective": 3.0}, "test": {"objective": 4.0}}
     averaged = {"train_averaged": {"objective": 2.0}, "test_averaged": {"objective": math.nan}}

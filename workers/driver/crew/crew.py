@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import ray
 
 from kfac_dist.errors import KfacDistError, TimedOutError
-from kfac_dist.runs import RunFolder
+from kfac_dist.runs import RunFolder, WorkerCounts
 from workers.actor import Handle, Ref, node_address
 from workers.cluster.daemons import DaemonWatch, daemons_awake
 from workers.cluster.interrupts import Interrupts
@@ -41,6 +41,7 @@ from workers.driver.crew.processes import (
     Calls,
     CrewPlan,
     GroupProcess,
+    GroupShape,
     call,
     first_places,
     start_process,
@@ -203,6 +204,24 @@ class Crew:
         self._connect(processes)
         return self._epoch
 
+    @property
+    def shape(self) -> GroupShape:
+        """The size of the present group."""
+        return GroupShape(
+            epoch=self._epoch,
+            gradient_workers=len(with_worker(self.changes.processes)),
+            shards=len(self.changes.shards),
+        )
+
+    @property
+    def counts(self) -> WorkerCounts:
+        """The number of processes of each role now, where the server's are its shards."""
+        return WorkerCounts(
+            gradient=self.shape.gradient_workers,
+            inverse=len(self.inverse_pool.setups),
+            parameter_server=self.shape.shards,
+        )
+
     def connect_inverse_workers(self) -> None:
         """Tell all members to which inverse worker they send what."""
         self._connect(self.changes.processes)
@@ -248,6 +267,15 @@ class Crew:
     def maintain(self) -> None:
         """Between two windows, let members join and leave."""
         self.changes.maintain(self.step, self.preempted())
+
+    def resize(self, num_workers: int | None) -> None:
+        """Wait for exactly this number of gradient workers; None leaves it as it is."""
+        if num_workers is None:
+            return
+        self.changes.wished = num_workers
+        while self.shape.gradient_workers != num_workers:
+            self.maintain()
+            self.wait()
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`; none for a first-order optimizer."""

@@ -23,7 +23,9 @@ from kfac_dist.errors import KfacDistError, WorkerDiedError
 from workers.actor import Ref
 from workers.driver.crew.failures import Member, MemberLostError, failure_of, finished
 from workers.driver.crew.healing import (
+    StepInHand,
     StepReports,
+    has_gone_beyond,
     healed_snapshot,
     last_whole_step,
     reported_decisions,
@@ -59,7 +61,10 @@ _ray: Any = ray
 
 @dataclass(frozen=True, kw_only=True)
 class GroupChange:
-    """A change of the members, for records and people; it takes effect after `step`."""
+    """A change of the members, for records and people; it takes effect after `step`.
+
+    `loses_buffers`: the model has buffers, and a gradient worker is gone with its own.
+    """
 
     kind: ChangeKind
     member: Member
@@ -68,6 +73,8 @@ class GroupChange:
     num_workers: int
     num_shards: int
     is_degraded: bool
+    in_hand: StepInHand
+    loses_buffers: bool
     message: str
 
 
@@ -140,9 +147,12 @@ class GroupChanges:
         progress = self._progress(alive, dead)
         last = last_whole_step(progress, first_step) if progress else first_step - 1
         steps = range(first_step, last + 1)
-        reports = whole_reports(progress, steps, self._plan.layers, self.last_report)
+        reports = whole_reports(
+            progress, steps, self._plan.layers, self.last_report, len(self.shards)
+        )
         self.note(reports)
-        self._change(lost.cause, dead, (), last)
+        in_hand = StepInHand(begun=bool(calls), undone=has_gone_beyond(progress, last))
+        self._change(lost.cause, dead, (), last, in_hand)
         return reports
 
     def note(self, reports: Sequence[StepReports]) -> None:
@@ -159,7 +169,7 @@ class GroupChanges:
         if decision.step == "continue" and all(p.place.worker is not None for p in leaving):
             self._start(decision.num_to_start)
             return
-        self._change(WorkerDiedError(decision.message), (), leaving, step)
+        self._change(WorkerDiedError(decision.message), (), leaving, step, None)
 
     def _progress(
         self, alive: list[GroupProcess], dead: list[GroupProcess]
@@ -217,11 +227,17 @@ class GroupChanges:
         dead: Sequence[GroupProcess],
         leaving: Sequence[GroupProcess],
         step: int,
+        in_hand: StepInHand | None,
     ) -> None:
-        """Form the next group, after `step`, once there are enough gradient workers."""
+        """Form the next group, after `step`, once there are enough gradient workers.
+
+        `in_hand` is None if nothing was lost.
+        """
         workers = [process for process in dead if process.place.worker is not None]
         decision = self._decide(workers, leaving)
-        counted = decision.num_deaths + len(dead) - len(workers) + (not dead and not leaving)
+        counted = (
+            decision.num_deaths + len(dead) - len(workers) + (in_hand is not None and not dead)
+        )
         for process in dead:
             self._calls.forget(process)
         gone = [*dead, *leaving]
@@ -238,9 +254,31 @@ class GroupChanges:
         else:
             members = [by_number[number] for number in decision.members]
         joined = [process for process in members if process not in self.processes]
+        gone += [p for p in with_worker(self.processes) if p not in [*members, *gone]]
+        loses_buffers = self._plan.has_buffers and bool(with_worker([*dead, *leaving]))
         self._regroup(cause, members, dead, gone, joined, step)
         self._num_deaths, self._num_preemptions = counted, decision.num_preemptions
-        self._tell(dead, leaving, joined, step, decision)
+        kinds: dict[ChangeKind, Sequence[GroupProcess]] = {
+            "member_died": dead,
+            "member_left": [process for process in gone if process not in dead],
+            "member_joined": joined,
+        }
+        for kind, processes in kinds.items():
+            for process in processes:
+                self._on_change(
+                    GroupChange(
+                        kind=kind,
+                        member=process.member,
+                        step=step,
+                        epoch=self._epoch,
+                        num_workers=len(with_worker(self.processes)),
+                        num_shards=len(self.shards),
+                        is_degraded=decision.is_degraded,
+                        in_hand=in_hand or StepInHand(),
+                        loses_buffers=loses_buffers,
+                        message=decision.message,
+                    )
+                )
 
     def _regroup(
         self,
@@ -392,34 +430,6 @@ class GroupChanges:
         if self._plan.has_buffers and joined and trained:
             (buffers,) = self._calls.gather(call(trained[:1], "buffers", []))
             self._calls.gather(call(joined, "set_buffers", [buffers]))
-
-    def _tell(
-        self,
-        dead: Sequence[GroupProcess],
-        leaving: Sequence[GroupProcess],
-        joined: Sequence[GroupProcess],
-        step: int,
-        decision: MembershipDecision,
-    ) -> None:
-        kinds: list[tuple[ChangeKind, Sequence[GroupProcess]]] = [
-            ("member_died", dead),
-            ("member_left", leaving),
-            ("member_joined", joined),
-        ]
-        for kind, processes in kinds:
-            for process in processes:
-                self._on_change(
-                    GroupChange(
-                        kind=kind,
-                        member=process.member,
-                        step=step,
-                        epoch=self._epoch,
-                        num_workers=len(with_worker(self.processes)),
-                        num_shards=len(self.shards),
-                        is_degraded=decision.is_degraded,
-                        message=decision.message,
-                    )
-                )
 
     def end(self) -> None:
         """End all processes, those that are starting as well."""

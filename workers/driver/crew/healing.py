@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,10 +33,22 @@ _DECIDED = (
 
 @dataclass(frozen=True, kw_only=True)
 class StepReports:
-    """What all members report of one step."""
+    """What all members report of one step; incomplete if a shard was lost that had not yet."""
 
     server: ServerReport
     workers: Sequence[WorkerReport]
+    is_incomplete: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInHand:
+    """The step in which a group ended: `begun`, so that it is repeated; `undone` by some process.
+
+    A process undoes what it had applied. Its parameters are then those of before to rounding.
+    """
+
+    begun: bool = False
+    undone: bool = False
 
 
 def last_whole_step(progress: Sequence[MemberProgress], first_step: int) -> int:
@@ -72,12 +84,31 @@ def whole_reports(
     steps: range,
     layers: Sequence[str],
     last: ServerReport | None,
+    num_shards: int,
 ) -> list[StepReports]:
     """Return the reports of the first steps of a window, as the surviving members know them.
 
-    The layers of a shard that is gone are missing in them. `last` is the report before.
+    The layers of a shard that is gone are missing in them. `last` is the report before,
+    `num_shards` how many there were.
     """
-    return [_whole_report(progress, step, steps.start, layers, last) for step in steps]
+    found = [_whole_report(progress, step, steps.start, layers, last) for step in steps]
+    return [
+        replace(reports, is_incomplete=_num_reporting(progress, reports.server.step) < num_shards)
+        for reports in found
+    ]
+
+
+def _num_reporting(progress: Sequence[MemberProgress], step: int) -> int:
+    return sum(report.step == step for own in progress for report in own.shard_reports)
+
+
+def has_gone_beyond(progress: Sequence[MemberProgress], step: int) -> bool:
+    """Return whether some process has done more than `step`, which it has to undo."""
+    return any(
+        done is not None and done > step
+        for own in progress
+        for done in (own.worker_step, own.shard_step)
+    )
 
 
 def _whole_report(

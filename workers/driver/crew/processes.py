@@ -63,6 +63,15 @@ class GroupProcess:
     member: Member
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupShape:
+    """How large a group is, for the records of its steps; `epoch` counts from 1."""
+
+    epoch: int
+    gradient_workers: int
+    shards: int
+
+
 def first_places(job: JobContext, num_shards: int) -> list[MemberPlace]:
     """Return the roles of each process at the start: the shards first, then the workers."""
     shared = job.spec.workers.has_colocated_shards

@@ -43,7 +43,9 @@ class JobJournal:
             yield
             return
         with server.series(job) as series:
-            self.watch(series.on_record, series.on_event)
+            # Before all watchers: what one of them sees can be scraped already.
+            self._on_record.insert(0, series.on_record)
+            self._on_event.insert(0, series.on_event)
             self.event("metrics_served", f"metrics at {server.url}", url=server.url)
             yield
 

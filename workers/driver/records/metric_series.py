@@ -26,6 +26,13 @@ from kfac_dist.runs.step_record import STEP_NUMBERS, StepNumber
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 _Values = dict[tuple[str, ...], float]  # by the values of the labels
 
+# An inverse worker counts when its successor is there. The others have one only if they are missed.
+_RESTARTS = {
+    "inverse_worker": "inverse_worker_replaced",
+    "gradient_worker": "member_died",
+    "parameter_server": "member_died",
+}
+
 
 class JobSeries(Collector):
     """The series of one job: the driver's thread adds to them, the server's threads collect."""
@@ -39,7 +46,7 @@ class JobSeries(Collector):
             metrics.BUILD_INFO: {(__version__,): 1},
             metrics.INVERSIONS: {(result,): 0 for result in get_args(InversionResult)},
             metrics.SAMPLES: {(): 0},
-            metrics.WORKER_RESTARTS: {("inverse_worker",): 0},
+            metrics.WORKER_RESTARTS: {(role,): 0 for role in _RESTARTS},
         }
 
     def on_record(self, record: StepRecord) -> None:
@@ -51,7 +58,7 @@ class JobSeries(Collector):
 
     def on_event(self, event: Event) -> None:
         """Add an event."""
-        if event.kind == "inverse_worker_replaced" and event.role is not None:
+        if event.role is not None and _RESTARTS.get(event.role) == event.kind:
             with self._lock:
                 self._values[metrics.WORKER_RESTARTS][(event.role,)] += 1
 

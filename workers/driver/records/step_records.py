@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from kfac_dist.runs import Inversion, StalenessSummary, StepRecord
 from kfac_dist.runs.records import InversionResult
+from workers.driver.crew.processes import GroupShape
 from workers.exchange.messages import InverseHeader, InverseStatus, ServerReport, WorkerReport
 
 # Which phases of the actors make up a phase of the record: those of the slowest gradient worker, or
@@ -52,13 +53,18 @@ class StepRecords:
         report: ServerReport,
         workers: Sequence[WorkerReport],
         statuses: Mapping[int, InverseStatus],
+        shape: GroupShape,
+        *,
+        is_incomplete: bool = False,
     ) -> StepRecord:
         """Return the record of a step.
 
         Args:
             report: what the parameter server says of it.
-            workers: what the gradient workers say of it, at least one.
+            workers: what the gradient workers say of it; none if all of them were lost since.
             statuses: the health of the inverse workers by rank, when the window of the step ended.
+            shape: the size of the group that did it.
+            is_incomplete: whether a shard was lost before it reported the step.
         """
         reported = {name: getattr(report, name) for name in _REPORTED}
         combined = {
@@ -67,9 +73,11 @@ class StepRecords:
             "inverse_staleness_steps": _staleness(report),
             "numeric_events": self._numeric_events(report, statuses),
             "exchanged_bytes": max(
-                worker.traffic.sent_bytes + worker.traffic.received_bytes for worker in workers
+                (w.traffic.sent_bytes + w.traffic.received_bytes for w in workers), default=0
             ),
-            "num_messages": max(worker.traffic.num_messages for worker in workers),
+            "num_messages": max((w.traffic.num_messages for w in workers), default=0),
+            "incomplete": is_incomplete,
+            **asdict(shape),
             "inverse_queue_depth": {
                 str(rank): status.queue_depth for rank, status in statuses.items()
             },
@@ -101,7 +109,10 @@ class StepRecords:
         statuses: Mapping[int, InverseStatus],
     ) -> dict[str, float]:
         phases = {
-            phase: max(sum(w.phase_seconds.get(part, 0.0) for part in parts) for w in workers)
+            phase: max(
+                (sum(w.phase_seconds.get(part, 0.0) for part in parts) for w in workers),
+                default=0.0,
+            )
             for phase, parts in _WORKER_PHASES.items()
         }
         for phase, parts in _SERVER_PHASES.items():

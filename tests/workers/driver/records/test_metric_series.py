@@ -39,6 +39,9 @@ def record(step: int, **changes: Any) -> StepRecord:
         "damping": 30.0,
         "gamma": 6.0,
         "parameter_version": step,
+        "epoch": 1,
+        "gradient_workers": 3,
+        "shards": 3,
         "inverse_version_step": {"0": 1, 'odd "\\name': 1},
         "inverse_queue_depth": {"0": 2, "1": 0},
         "numeric_events": {"float64": 1},
@@ -125,8 +128,21 @@ def test_inversions_by_result_and_duration(series: JobSeries) -> None:
 def test_restarts_are_counted_by_role(series: JobSeries) -> None:
     for kind in ("inverse_worker_died", "inverse_worker_replaced", "checkpoint"):
         series.on_event(Event(kind=kind, message=kind, step=1, role="inverse_worker", rank=0))
+    for kind in ("member_died", "member_joined", "member_left", "member_died"):
+        series.on_event(Event(kind=kind, message=kind, step=1, role="gradient_worker", rank=0))
     found = samples(text_of(series))
-    assert by_label(found, "kfac_worker_restarts_total", "role") == {"inverse_worker": 1}
+    assert by_label(found, "kfac_worker_restarts_total", "role") == {
+        "inverse_worker": 1,
+        "gradient_worker": 2,
+        "parameter_server": 0,
+    }
+
+
+def test_the_size_of_the_group_is_that_of_the_last_step(series: JobSeries) -> None:
+    series.on_record(record(2, epoch=4, gradient_workers=2, shards=1))
+    found = samples(text_of(series))
+    names = ("kfac_group_epoch", "kfac_gradient_workers", "kfac_shards")
+    assert [value(found, name) for name in names] == [4, 2, 1]
 
 
 def test_a_baseline_has_no_series_of_kfac() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from workers.driver.crew.processes import GroupShape
 from workers.driver.records.step_records import StepRecords
 from workers.exchange.messages import InverseHeader, ServerReport, Traffic, WorkerReport
 
@@ -38,6 +39,9 @@ def report(*accepted: InverseHeader) -> ServerReport:
     )
 
 
+SHAPE = GroupShape(epoch=2, gradient_workers=3, shards=4)
+
+
 def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> InverseHeader:
     return InverseHeader(
         layer="a",
@@ -61,8 +65,16 @@ def header(pis: tuple[float | None, ...], rungs: tuple[str, ...] = ()) -> Invers
 def test_the_result_of_an_inversion(accepted: InverseHeader, result: str) -> None:
     traffic = Traffic(sent_bytes=70, received_bytes=30, num_messages=6)
     workers = [WorkerReport(phase_seconds={}, traffic=traffic)]
-    record = StepRecords().record(report(accepted), workers, {})
+    record = StepRecords().record(report(accepted), workers, {}, SHAPE)
     assert (record.step_seconds, record.time) == (0.5, 1.7e9)
+    assert (record.epoch, record.gradient_workers, record.shards) == (2, 3, 4)
+    assert not record.incomplete
     assert (record.exchanged_bytes, record.num_messages) == (100, 6)
     (inversion,) = record.inversions
     assert (inversion.layer, inversion.seconds, inversion.result) == ("a", 0.25, result)
+
+
+def test_a_step_whose_reports_were_lost_is_incomplete() -> None:
+    record = StepRecords().record(report(), (), {}, SHAPE, is_incomplete=True)
+    assert record.incomplete
+    assert (record.exchanged_bytes, record.phase_seconds["compute"]) == (0, 0.0)
