@@ -22,7 +22,7 @@ from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.deaths import InverseWorkerDied, named
-from workers.driver.crew.group_changes import GroupChange
+from workers.driver.crew.group_changes import GroupChange, NoticeKind
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.evaluator import evaluate_splits
@@ -316,6 +316,13 @@ class TrainingLoop:
             self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)
         elif was_degraded and not self._lacks_inverses:
             self._journal.state("RUNNING", reason=None, message=None)
+
+    def on_group_notice(self, kind: NoticeKind, message: str) -> None:
+        """Record what keeps the group from being as it is wished."""
+        self._journal.event(kind, message, severity="warning")
+        if kind == "members_awaited":
+            self._lacks_workers = True
+            self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)
 
     def on_inverse_worker_death(self, death: InverseWorkerDied) -> None:
         """Record a death and set the job to DEGRADED; it continues with the last good inverses.

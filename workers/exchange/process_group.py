@@ -47,13 +47,20 @@ def host_store(host: str, timeout_seconds: float) -> c10d.TCPStore:
 
 
 def join_store(rendezvous: Rendezvous) -> c10d.TCPStore:
-    """Connect to the store that the driver hosts."""
-    return c10d.TCPStore(
-        rendezvous.host,
-        rendezvous.port,
-        is_master=False,
-        timeout=timedelta(seconds=rendezvous.timeout_seconds),
-    )
+    """Connect to the store that the driver hosts.
+
+    Raises:
+        PeerLostError: the store has been closed, because another member is gone.
+    """
+    try:
+        return c10d.TCPStore(
+            rendezvous.host,
+            rendezvous.port,
+            is_master=False,
+            timeout=timedelta(seconds=rendezvous.timeout_seconds),
+        )
+    except RuntimeError as error:
+        raise PeerLostError(f"could not join group {rendezvous.epoch}: {error}") from error
 
 
 class Kind(IntEnum):
@@ -107,7 +114,8 @@ class Group:
         self.workers = range(num_workers)
         self.shards = range(num_workers, num_workers + num_shards)
         self.device = device
-        self._sending: list[tuple[Any, Tensor]] = []
+        self._sending: list[Any] = []
+        self._sent: list[Tensor] = []  # what is being sent
         self._traffic = Traffic()
 
     @property
@@ -126,14 +134,16 @@ class Group:
         The caller must leave `tensor` unchanged until `finish_sending` has returned.
         """
         tensor = tensor.to(self.device).contiguous()
-        self._sending.append((self._start("send", [tensor], to, int(kind)), tensor))
+        self._sending.append(self._start("send", [tensor], to, int(kind)))
+        self._sent.append(tensor)
         self._count(sent=tensor.nbytes)
 
     def finish_sending(self) -> None:
         """Wait until everything that was sent may be overwritten."""
-        for work, _ in self._sending:
-            self._wait("send", work)
-        self._sending.clear()
+        # Another thread may leave the group meanwhile.
+        sending, self._sending = self._sending, []
+        self._wait("send", sending)
+        self._sent.clear()
 
     def receive(self, kind: Kind, into: Tensor, source: int) -> Tensor:
         """Receive a tensor into the memory of `into`, which is on the backend's device."""
@@ -143,8 +153,7 @@ class Group:
     def receive_all(self, kind: Kind, messages: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
         """Receive one tensor from each source, all at the same time, and return them in order."""
         works = [self._start("recv", [into], source, int(kind)) for into, source in messages]
-        for work in works:
-            self._wait("recv", work)
+        self._wait("recv", works)
         received = [into for into, _ in messages]
         self._count(received=sum(t.nbytes for t in received), messages=len(received))
         return received
@@ -205,14 +214,23 @@ class Group:
         except RuntimeError as error:
             raise self._lost(call, error) from error
 
-    def _wait(self, call: str, work: Any) -> None:
+    def _wait(self, call: str, works: list[Any]) -> None:
+        """Wait for transfers until none is left in `works`.
+
+        Nobody else may keep one: it would keep the connections of a group open that has been left,
+        and the others would wait for this member.
+        """
         try:
-            with waiting():
-                work.wait()
+            while works:
+                with waiting():
+                    works[-1].wait()
+                works.pop()
         except torch.AcceleratorError:
             raise  # a device is lost, not a peer
         except RuntimeError as error:
             raise self._lost(call, error) from error
+        finally:
+            works.clear()
 
     def _lost(self, call: str, error: RuntimeError) -> PeerLostError:
         return PeerLostError(f"{call} in rank {self.rank}: {error}")
@@ -221,6 +239,7 @@ class Group:
         """Close the connections, so that members that wait for this one fail at once."""
         self._backend = None
         self._sending.clear()
+        self._sent.clear()
 
 
 def join_group(
