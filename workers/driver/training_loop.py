@@ -22,9 +22,9 @@ from kfac_dist.runs import Evaluation, RunFolder
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.deaths import InverseWorkerDied, named
-from workers.driver.crew.group_changes import GroupChange, NoticeKind
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
+from workers.driver.crew.losses import GroupChange, NoticeKind
 from workers.driver.evaluator import evaluate_splits
 from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords

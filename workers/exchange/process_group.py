@@ -114,13 +114,12 @@ class Group:
         self.workers = range(num_workers)
         self.shards = range(num_workers, num_workers + num_shards)
         self.device = device
-        self._sending: list[Any] = []
-        self._sent: list[Tensor] = []  # what is being sent
+        self._sending: list[tuple[Any, Tensor]] = []
         self._traffic = Traffic()
 
     @property
     def decider(self) -> int:
-        """Rank of the shard that decides about a step: the first."""
+        """Rank of the shard that decides for all: the first."""
         return self.shards.start
 
     @property
@@ -134,16 +133,13 @@ class Group:
         The caller must leave `tensor` unchanged until `finish_sending` has returned.
         """
         tensor = tensor.to(self.device).contiguous()
-        self._sending.append(self._start("send", [tensor], to, int(kind)))
-        self._sent.append(tensor)
+        self._sending.append((self._start("send", [tensor], to, int(kind)), tensor))
         self._count(sent=tensor.nbytes)
 
     def finish_sending(self) -> None:
         """Wait until everything that was sent may be overwritten."""
-        # Another thread may leave the group meanwhile.
         sending, self._sending = self._sending, []
-        self._wait("send", sending)
-        self._sent.clear()
+        self._wait_for_all("send", [work for work, _ in sending])
 
     def receive(self, kind: Kind, into: Tensor, source: int) -> Tensor:
         """Receive a tensor into the memory of `into`, which is on the backend's device."""
@@ -152,8 +148,9 @@ class Group:
 
     def receive_all(self, kind: Kind, messages: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
         """Receive one tensor from each source, all at the same time, and return them in order."""
-        works = [self._start("recv", [into], source, int(kind)) for into, source in messages]
-        self._wait("recv", works)
+        self._wait_for_all(
+            "recv", [self._start("recv", [into], source, int(kind)) for into, source in messages]
+        )
         received = [into for into, _ in messages]
         self._count(received=sum(t.nbytes for t in received), messages=len(received))
         return received
@@ -214,17 +211,18 @@ class Group:
         except RuntimeError as error:
             raise self._lost(call, error) from error
 
-    def _wait(self, call: str, works: list[Any]) -> None:
-        """Wait for transfers until none is left in `works`.
+    def _wait_for_all(self, call: str, works: list[Any]) -> None:
+        """Wait for `works` in order, and forget them.
 
-        Nobody else may keep one: it would keep the connections of a group open that has been left,
-        and the others would wait for this member.
+        A work keeps the connections of the group open, and an error keeps the frames that it went
+        through. So after an error none may be left in these, or `leave` would close nothing and
+        the other members would wait until the timeout.
         """
         try:
-            while works:
-                with waiting():
-                    works[-1].wait()
-                works.pop()
+            with waiting():
+                while works:
+                    works[0].wait()
+                    del works[0]
         except torch.AcceleratorError:
             raise  # a device is lost, not a peer
         except RuntimeError as error:
@@ -239,7 +237,6 @@ class Group:
         """Close the connections, so that members that wait for this one fail at once."""
         self._backend = None
         self._sending.clear()
-        self._sent.clear()
 
 
 def join_group(

@@ -31,11 +31,12 @@ from workers.driver.crew.failures import (
     job_error,
     stall_error,
 )
-from workers.driver.crew.group_changes import GroupChanges, Observer
+from workers.driver.crew.group_changes import GroupChanges
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.health import Health, Stall, patience_seconds
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InversePool
+from workers.driver.crew.losses import Observer
 from workers.driver.crew.processes import (
     Calls,
     CrewPlan,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import ray
 
@@ -20,11 +20,12 @@ from kfac_dist.coordination.steps.membership import (
     MembershipView,
     decide_membership,
 )
-from kfac_dist.errors import KfacDistError, WorkerDiedError
+from kfac_dist.errors import WorkerDiedError
 from workers.actor import Ref
 from workers.driver.crew.failures import Member, MemberLostError, failure_of, finished
 from workers.driver.crew.handover import Handover
 from workers.driver.crew.healing import StepReports, last_whole_step, whole_reports
+from workers.driver.crew.losses import ChangeKind, GroupChange, Losses, Observer, too_often
 from workers.driver.crew.processes import (
     Calls,
     CrewPlan,
@@ -42,60 +43,10 @@ from workers.exchange.messages import JobContext, MemberPlace, ServerReport
 from workers.exchange.progress import MemberProgress
 from workers.parameter_server.inverse_store import REMEMBERED_STATISTICS
 
-ChangeKind = Literal["member_died", "member_left", "member_joined"]
-NoticeKind = Literal["members_awaited", "member_start_failed"]
-
 _SILENT_WAIT_SECONDS = 1.0  # Ray gives the room of a process that is gone free within this time
 
 # Ray's stubs leave much untyped.
 _ray: Any = ray
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupChange:
-    """A change of the members, for records and people; it takes effect after `step`."""
-
-    kind: ChangeKind
-    member: Member
-    step: int
-    epoch: int
-    num_workers: int
-    num_shards: int
-    is_degraded: bool
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observer:
-    """Whom changes are told: each one that was made, and what keeps others from being made."""
-
-    on_change: Callable[[GroupChange], None]
-    on_notice: Callable[[NoticeKind, str], None]
-
-
-@dataclass(kw_only=True)
-class _Losses:
-    """Members that are no longer in the next group, and why it is formed; `step` was the last one.
-
-    `ended` are those of `leaving` whose process has been ended already. `num_cuts` counts losses
-    of a connection that no member is to blame for.
-    """
-
-    cause: KfacDistError
-    step: int
-    dead: list[GroupProcess] = field(default_factory=list)
-    leaving: list[GroupProcess] = field(default_factory=list)
-    ended: list[GroupProcess] = field(default_factory=list)
-    num_cuts: int = 0
-
-    @property
-    def gone(self) -> list[GroupProcess]:
-        """The members that are not in the next group."""
-        return [*self.dead, *self.leaving]
-
-    def answers(self, process: GroupProcess) -> bool:
-        """Return whether a member can still be asked."""
-        return process not in self.dead and process not in self.ended
 
 
 class GroupChanges:
@@ -141,7 +92,7 @@ class GroupChanges:
         """
         self._num_deaths += 1
         if self._num_deaths > self._limits.max_restarts:
-            raise _too_often(lost.cause, self._num_deaths, self._limits.max_restarts)
+            raise too_often(lost.cause, self._num_deaths, self._limits.max_restarts)
         self._observer.on_notice("member_start_failed", f"{lost.cause.message}; it starts again")
         dead = next((p for p in self.processes if p.member == lost.member), None)
         if dead is None:
@@ -173,7 +124,7 @@ class GroupChanges:
         steps = range(first_step, last + 1)
         reports = whole_reports(progress, steps, self._plan.layers, self.last_report)
         self.note(reports)
-        self._change(_Losses(cause=lost.cause, step=last, dead=dead, num_cuts=int(not dead)))
+        self._change(Losses(cause=lost.cause, step=last, dead=dead, num_cuts=int(not dead)))
         return reports
 
     def note(self, reports: Sequence[StepReports]) -> None:
@@ -186,7 +137,7 @@ class GroupChanges:
     def maintain(self, step: int, preempted: Sequence[Member]) -> None:
         """Between two windows, take in processes that are ready and let those leave that must."""
         leaving = [process for process in self.processes if process.member in preempted]
-        losses = _Losses(cause=WorkerDiedError(""), step=step, leaving=leaving)
+        losses = Losses(cause=WorkerDiedError(""), step=step, leaving=leaving)
         decision = self._decide(losses)
         if decision.step == "continue" and all(p.place.worker is not None for p in leaving):
             self._start(decision.num_to_start, losses)
@@ -205,7 +156,7 @@ class GroupChanges:
             dead.append(process)
         return [ray.get(ref) for ref, process in calls.items() if process in alive]
 
-    def _decide(self, losses: _Losses) -> MembershipDecision:
+    def _decide(self, losses: Losses) -> MembershipDecision:
         ready = self._ready()
         num_starting = len(self._starting) - len(ready)
         members = with_worker(self.processes)
@@ -241,7 +192,7 @@ class GroupChanges:
         threads = self._job.spec.workers.threads or 1
         return int(free.get("CPU", 0.0) // threads)
 
-    def _start(self, count: int, losses: _Losses) -> None:
+    def _start(self, count: int, losses: Losses) -> None:
         present = [*self.processes, *self._starting.values()]
         taken = {process.place.worker for process in present if process not in losses.gone}
         for _ in range(count):
@@ -252,7 +203,7 @@ class GroupChanges:
             self._num_started += 1
             self._starting[process.handle.build.remote(self._plan.buffers, None)] = process
 
-    def _change(self, losses: _Losses) -> None:
+    def _change(self, losses: Losses) -> None:
         """Form the next group; another time, if another member is lost meanwhile."""
         while True:
             try:
@@ -265,7 +216,7 @@ class GroupChanges:
                 losses.dead += [p for p in found if p not in losses.dead]
                 losses.leaving = [p for p in losses.leaving if p not in losses.dead]
 
-    def _form(self, losses: _Losses) -> None:
+    def _form(self, losses: Losses) -> None:
         """Form the next group once there are enough gradient workers.
 
         Raises:
@@ -291,7 +242,7 @@ class GroupChanges:
         self._handover.end()
         self._tell(losses.step, epoch, decision)
 
-    def _await_enough(self, losses: _Losses) -> MembershipDecision:
+    def _await_enough(self, losses: Losses) -> MembershipDecision:
         """Wait until there are enough gradient workers, and start those that are missing.
 
         Raises:
@@ -315,14 +266,14 @@ class GroupChanges:
             decision = self._decide(losses)
         num_deaths = decision.num_deaths + self._num_uncounted(losses)
         if decision.step == "fail":
-            raise _too_often(losses.cause, num_deaths, self._limits.max_restarts, decision.message)
+            raise too_often(losses.cause, num_deaths, self._limits.max_restarts, decision.message)
         if num_deaths > self._limits.max_restarts:
-            raise _too_often(losses.cause, num_deaths, self._limits.max_restarts)
+            raise too_often(losses.cause, num_deaths, self._limits.max_restarts)
         self._start(decision.num_to_start, losses)
         return decision
 
     @staticmethod
-    def _num_uncounted(losses: _Losses) -> int:
+    def _num_uncounted(losses: Losses) -> int:
         """Return how many losses the rule about gradient workers does not count."""
         return losses.num_cuts + sum(process.place.worker is None for process in losses.dead)
 
@@ -335,7 +286,7 @@ class GroupChanges:
         return place_members(members, alone, num_shards, shared=shared)
 
     def _find_buffers(
-        self, losses: _Losses, old: Sequence[GroupProcess], members: Sequence[GroupProcess]
+        self, losses: Losses, old: Sequence[GroupProcess], members: Sequence[GroupProcess]
     ) -> None:
         """Read the buffers that the model has come to, for the members that join.
 
@@ -351,7 +302,7 @@ class GroupChanges:
 
     def _commit(
         self,
-        losses: _Losses,
+        losses: Losses,
         decision: MembershipDecision,
         processes: Sequence[GroupProcess],
         places: dict[int, MemberPlace],
@@ -416,15 +367,3 @@ def _owners_in_order(places: dict[int, MemberPlace]) -> list[int]:
     """Return the numbers of the processes that have a shard, in the order of the shards."""
     owners = {place.shard: n for n, place in places.items() if place.shard is not None}
     return [owners[shard] for shard in sorted(owners)]
-
-
-def _too_often(
-    cause: KfacDistError, num_deaths: int, most: int, why: str | None = None
-) -> KfacDistError:
-    """Return `cause`, with the limit that keeps the job from continuing."""
-    if not isinstance(cause, WorkerDiedError):
-        return cause
-    why = why or (
-        f"members of the group were lost {num_deaths} times, faults.max_restarts is {most}"
-    )
-    return WorkerDiedError(f"{cause.message}; {why}", first_failure=cause.first_failure)

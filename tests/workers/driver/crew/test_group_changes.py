@@ -62,7 +62,7 @@ def every_case_is_used_once(jobs: Jobs) -> bool:
 
 def test_members_die_join_and_leave_without_a_trace_in_the_result(tmp_path: Path) -> None:
     still = parameters(run(tmp_path / "still", 2))
-    before = set(os.listdir("/dev/shm"))
+    before = set(Path("/dev/shm").iterdir())
 
     # The worker has a shard, the deciding one.
     worker = run(tmp_path / "worker", 3, killed="gradient_worker")
@@ -78,4 +78,4 @@ def test_members_die_join_and_leave_without_a_trace_in_the_result(tmp_path: Path
     for jobs in (worker, shard, scaled):
         assert every_case_is_used_once(jobs)
         np.testing.assert_allclose(parameters(jobs), still, rtol=SAME, atol=SAME)
-    assert {name for name in os.listdir("/dev/shm") if "kfac" in name} <= before
+    assert {path for path in Path("/dev/shm").iterdir() if "kfac" in path.name} <= before
