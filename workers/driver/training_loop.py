@@ -19,6 +19,7 @@ from kfac_dist.coordination.steps.windows import WindowLength
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
+from kfac_dist.runs.records import Severity
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.deaths import InverseWorkerDied, named
@@ -296,10 +297,8 @@ class TrainingLoop:
         message = (
             f"{named(str(change.member), change.member.pid or None)} {verb[change.kind]} after "
             f"step {change.step}; group {change.epoch} has {change.num_workers} gradient workers "
-            f"and {change.num_shards} shards"
+            f"and {change.num_shards} shards{change.message and ': '}{change.message}"
         )
-        if change.message:
-            message += f": {change.message}"
         self._journal.event(
             change.kind,
             message,
@@ -319,7 +318,8 @@ class TrainingLoop:
 
     def on_group_notice(self, kind: NoticeKind, message: str) -> None:
         """Record what keeps the group from being as it is wished."""
-        self._journal.event(kind, message, severity="warning")
+        severity: Severity = "info" if kind == "scale_waits" else "warning"
+        self._journal.event(kind, message, severity=severity)
         if kind == "members_awaited":
             self._lacks_workers = True
             self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)

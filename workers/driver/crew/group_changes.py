@@ -71,6 +71,7 @@ class GroupChanges:
         self._observer = observer
         self._handover = Handover(plan, calls, averages=job.spec.optimizer.averaging is not None)
         self._untold: list[tuple[ChangeKind, Member]] = []
+        self._told = {""}  # why there are fewer members than are wished for
         self._without_buffers: list[GroupProcess] = []  # they have joined, and have not got them
         self._buffers: Mapping[str, Array] = {}  # for those
         self._starting: dict[Ref, GroupProcess] = {}
@@ -141,6 +142,9 @@ class GroupChanges:
         decision = self._decide(losses)
         if decision.step == "continue" and all(p.place.worker is not None for p in leaving):
             self._start(decision.num_to_start, losses)
+            if decision.message not in self._told:
+                self._told.add(decision.message)
+                self._observer.on_notice("scale_waits", decision.message)
             return
         losses.cause = WorkerDiedError(decision.message)
         self._change(losses)
@@ -222,6 +226,8 @@ class GroupChanges:
         Raises:
             MemberLostError: another member was lost.
         """
+        alive = [process for process in self.processes if process not in losses.dead]
+        self._handover.check(losses.cause, alive, losses.dead)
         decision = self._await_enough(losses)
         old = [process for process in self.processes if losses.answers(process)]
         self._calls.gather(call(old, "rewind", [losses.step]))
@@ -343,6 +349,7 @@ class GroupChanges:
 
     def _tell(self, step: int, epoch: int, decision: MembershipDecision) -> None:
         untold, self._untold = self._untold, []
+        self._told = {"", decision.message}
         for kind, member in untold:
             self._observer.on_change(
                 GroupChange(

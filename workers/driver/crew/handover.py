@@ -40,6 +40,17 @@ class Handover:
         self._averages = averages
         self._state: Mapping[str, Array] | None = None  # only on its way
 
+    def check(
+        self,
+        cause: KfacDistError,
+        alive: Sequence[GroupProcess],
+        silent: Sequence[GroupProcess],
+    ) -> None:
+        """Raise `cause` if nobody has the whole state any more."""
+        is_lost = not self._plan.has_mirrors or not with_worker(alive)
+        if self._state is None and with_shard(silent) and is_lost:
+            raise cause
+
     def take(
         self,
         cause: KfacDistError,
@@ -68,9 +79,8 @@ class Handover:
             return
         # What a silent shard had: parameters and previous update are mirrored, inverses are
         # sent again by the inverse workers.
+        self.check(cause, alive, silent)
         workers = with_worker(alive)
-        if not self._plan.has_mirrors or not workers:
-            raise cause
         (mirrored,) = self._calls.gather(call(workers[:1], "mirrored_state", []))
         decided = next((part for p, part in own.items() if p.place.shard == 0), None)
         if decided is None:

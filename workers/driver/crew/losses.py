@@ -11,7 +11,7 @@ from workers.driver.crew.failures import Member
 from workers.driver.crew.processes import GroupProcess
 
 ChangeKind = Literal["member_died", "member_left", "member_joined"]
-NoticeKind = Literal["members_awaited", "member_start_failed"]
+NoticeKind = Literal["members_awaited", "member_start_failed", "scale_waits"]
 
 
 @dataclass(frozen=True, kw_only=True)
