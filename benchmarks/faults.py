@@ -1,12 +1,13 @@
 """What happens to a job whose processes are killed or stopped, role by role and moment by moment?
 
 A small job is run by the command line, as a user runs it, once undisturbed and once for each role,
-signal and moment. An attempt that ends is resumed, as a server would do it. Told are the time from
-the signal to the first step that had not been taken before, the number of resumes, how far the
-final parameters are from the undisturbed run's, and what is left behind. The exit code is 1 if a
-case does not end SUCCEEDED, leaves something behind, or differs where it must not: a synchronous
-run must end at the same parameters, except that the statistics of a dead inverse worker since the
-last checkpoint are lost.
+signal and moment. An attempt that ends is resumed, as a server would do it; only the end of the
+driver may end one. Told are the time from the signal to the next step that was applied, the number
+of resumes, how far the final parameters are from the undisturbed run's, and what is left behind:
+processes, folders and shared memory. The exit code is 1 if a case does not end SUCCEEDED, was
+resumed or leaves something behind where it must not, or differs: a synchronous run must end at the
+same parameters, except that the statistics of a dead inverse worker since the last checkpoint are
+lost.
 
     python benchmarks/faults.py --out benchmarks/results
     python benchmarks/faults.py --short
@@ -135,6 +136,7 @@ class Trial:
         self.run = folder / "run"
         self.mark = uuid.uuid4().hex
         self.ray_folders: set[str] = set()
+        self.shared_memory: set[str] = set()
         (folder / "line.py").write_text(TASK)
         (folder / "job.json").write_text(json.dumps(SPEC))
 
@@ -160,8 +162,11 @@ class Trial:
                 if f"{_MARK}={self.mark}".encode() not in (entry / "environ").read_bytes():
                     continue
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                maps = (entry / "maps").read_text()
             except OSError:
                 continue
+            mapped = (line.split(maxsplit=5)[-1] for line in maps.splitlines())
+            self.shared_memory |= {path for path in mapped if path.startswith("/dev/shm/")}
             for word in command.split():
                 if "/tmp/kfac-" in word:
                     self.ray_folders.add("/tmp/" + word.split("/tmp/")[1].split("/")[0])
@@ -186,7 +191,8 @@ class Trial:
         deadline = time.monotonic() + _CLEAN_SECONDS
         while True:
             left = [f"process {name[:60]}" for _, name in self.processes()]
-            left += [folder for folder in self.ray_folders if Path(folder).exists()]
+            places = self.ray_folders | self.shared_memory
+            left += [place for place in sorted(places) if Path(place).exists()]
             if not left or time.monotonic() > deadline:
                 return left
             time.sleep(0.2)
@@ -243,8 +249,12 @@ def strike(trial: Trial, case: Case, driver: subprocess.Popen[str]) -> tuple[flo
 
 
 def seconds_to_new_step(trial: Trial, struck: float, last_step: int) -> float | None:
-    """Return the time from the signal to the first record of a step that had none then."""
-    later = [record["time"] for record in trial.records() if record["step"] > last_step + 1]
+    """Return the time from the signal to the first step applied after it that had no record."""
+    later = [
+        record["time"]
+        for record in trial.records()
+        if record["step"] > last_step and record["time"] > struck
+    ]
     return min(later) - struck if later else None
 
 
@@ -260,6 +270,8 @@ def faults_of(case: Case, outcome: Outcome) -> list[str]:
     wrong = [f"left behind: {left}" for left in outcome.left_behind]
     if outcome.state != "SUCCEEDED":
         wrong.append(f"ended {outcome.state}: {outcome.said}")
+    if outcome.resumes and case.role != "driver":
+        wrong.append(f"resumed {outcome.resumes} times: {outcome.said}")
     exact = case.role != "inverse_worker"
     if exact and (outcome.difference is None or outcome.difference > LIMIT):
         wrong.append(f"parameters differ by {outcome.difference}")
@@ -331,8 +343,8 @@ def page(results: list[dict[str, Any]], wrong: list[str]) -> str:
     return document(
         "Faults: what becomes of a job whose processes are killed or stopped",
         f"A synchronous job of {STEPS} steps on 2 gradient workers, 1 inverse worker and 1 "
-        f"parameter server, `faults.stall_seconds` {STALL_SECONDS:g}. Whatever ends an attempt "
-        "is followed by a resume from the newest checkpoint, and the time to a new step contains "
+        f"parameter server, `faults.stall_seconds` {STALL_SECONDS:g}. A killed driver is "
+        "followed by a resume from the newest checkpoint, and the time to a new step contains "
         "the start of that attempt. The difference is of the final parameters from those of the "
         "undisturbed run, relative to the largest. A killed inverse worker loses the statistics "
         "since the last checkpoint, so there the parameters may differ.",

@@ -35,6 +35,7 @@ from workers.cluster.lost import ray_errors_end_the_job
 from workers.device import plan_devices
 from workers.driver.checkpointing import START, ResumePoint, find_resume_point
 from workers.driver.crew.crew import Crew
+from workers.driver.crew.losses import Observer
 from workers.driver.crew.processes import CrewPlan
 from workers.driver.evaluator import divergence
 from workers.driver.other_nodes import other_nodes
@@ -273,7 +274,7 @@ class _JobAttempt:
                 plan,
                 self._interrupts,
                 loop.on_inverse_worker_death,
-                loop.on_group_change,
+                Observer(on_change=loop.on_group_change, on_notice=loop.on_group_notice),
             )
             self._crew = crew
             try:

@@ -19,13 +19,14 @@ from kfac_dist.coordination.steps.windows import WindowLength
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
 from kfac_dist.errors import NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
+from kfac_dist.runs.records import Severity
 from workers.cluster.interrupts import Interrupts
 from workers.driver.checkpointing import ResumePoint, save_checkpoint
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.deaths import InverseWorkerDied, named
-from workers.driver.crew.group_changes import GroupChange
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
+from workers.driver.crew.losses import GroupChange, NoticeKind
 from workers.driver.crew.processes import GroupShape
 from workers.driver.evaluator import evaluate_splits
 from workers.driver.records.group_events import record_change
@@ -306,6 +307,14 @@ class TrainingLoop:
             self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)
         elif was_degraded and not self._lacks_inverses:
             self._journal.state("RUNNING", reason=None, message=None)
+
+    def on_group_notice(self, kind: NoticeKind, message: str) -> None:
+        """Record what keeps the group from being as it is wished."""
+        severity: Severity = "info" if kind == "scale_waits" else "warning"
+        self._journal.event(kind, message, severity=severity)
+        if kind == "members_awaited":
+            self._lacks_workers = True
+            self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)
 
     def on_inverse_worker_death(self, death: InverseWorkerDied) -> None:
         """Record a death and set the job to DEGRADED; it continues with the last good inverses.

@@ -47,13 +47,20 @@ def host_store(host: str, timeout_seconds: float) -> c10d.TCPStore:
 
 
 def join_store(rendezvous: Rendezvous) -> c10d.TCPStore:
-    """Connect to the store that the driver hosts."""
-    return c10d.TCPStore(
-        rendezvous.host,
-        rendezvous.port,
-        is_master=False,
-        timeout=timedelta(seconds=rendezvous.timeout_seconds),
-    )
+    """Connect to the store that the driver hosts.
+
+    Raises:
+        PeerLostError: the store has been closed, because another member is gone.
+    """
+    try:
+        return c10d.TCPStore(
+            rendezvous.host,
+            rendezvous.port,
+            is_master=False,
+            timeout=timedelta(seconds=rendezvous.timeout_seconds),
+        )
+    except RuntimeError as error:
+        raise PeerLostError(f"could not join group {rendezvous.epoch}: {error}") from error
 
 
 class Kind(IntEnum):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -32,11 +32,12 @@ from workers.driver.crew.failures import (
     job_error,
     stall_error,
 )
-from workers.driver.crew.group_changes import GroupChange, GroupChanges
+from workers.driver.crew.group_changes import GroupChanges
 from workers.driver.crew.healing import StepReports
 from workers.driver.crew.health import Health, Stall, patience_seconds
 from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
 from workers.driver.crew.inverse_pool import InversePool
+from workers.driver.crew.losses import Observer
 from workers.driver.crew.processes import (
     Calls,
     CrewPlan,
@@ -83,11 +84,11 @@ class Crew:
         *,
         processes: Sequence[GroupProcess],
         inverse_pool: InversePool,
-        on_change: Callable[[GroupChange], None],
+        observer: Observer,
     ) -> None:
         self.step = 0
         self.inverse_pool = inverse_pool
-        self.changes = GroupChanges(job, plan, processes, self, on_change)
+        self.changes = GroupChanges(job, plan, processes, self, observer)
         self._job = job
         self._folder = folder
         self._plan = plan
@@ -106,7 +107,7 @@ class Crew:
         plan: CrewPlan,
         interrupts: Interrupts,
         on_death: Callable[[InverseWorkerDied], None],
-        on_change: Callable[[GroupChange], None],
+        observer: Observer,
     ) -> Crew:
         """Start all actors, without waiting until they are there; `build` comes next.
 
@@ -117,7 +118,7 @@ class Crew:
             interrupts: checked in every wait.
             on_death: called in the middle of a wait for each inverse worker that dies; what it
                 raises ends the job.
-            on_change: called for each member that was lost, has left or has joined.
+            observer: is told of each member that was lost, has left or has joined.
         """
         processes = [
             start_process(job, plan, place, number)
@@ -133,7 +134,7 @@ class Crew:
             inverse_pool=InversePool.launch(
                 job, owners, plan.devices, plan.setups, plan.averages, on_death
             ),
-            on_change=on_change,
+            observer=observer,
         )
 
     @property
@@ -151,25 +152,38 @@ class Crew:
             TimedOutError: an actor did not start in time.
         """
         processes = self.changes.processes
-        calls = {
-            process.handle.build.remote(
-                self._plan.buffers, self._snapshot_of(process.place)
-            ): process.member
-            for process in processes
-        }
-        started = self.inverse_pool.first_statuses()
-        with lost_members_end_the_job():
-            ready = self.gather(calls | started, deadline_seconds=_START_SECONDS)[: len(calls)]
-            for process, answer in zip(processes, ready, strict=True):
-                process.member = replace(process.member, pid=answer.pid)
-            self.inverse_pool.note_started(step=0)
-            self.form_group(processes, self._plan.shards, self._plan.start_step)
+        calls = {self._build(process): process for process in processes}
+        while True:
+            try:
+                self._await_built(calls)
+                break
+            except MemberLostError as lost:
+                calls = {
+                    ref: process for ref, process in calls.items() if process.member != lost.member
+                }
+                successor = self.changes.restart(lost)
+                if successor is not None:
+                    calls[self._build(successor)] = successor
+                self.inverse_pool.set_owners(_owners(processes, self._plan.shards))
+        built: dict[Ref, MemberReady] = dict(zip(calls, ray.get(list(calls)), strict=True))
         first: MemberReady = next(
-            answer
-            for process, answer in zip(processes, ready, strict=True)
-            if process.place.shard == 0
+            answer for ref, answer in built.items() if calls[ref].place.shard == 0
         )
         return first
+
+    def _build(self, process: GroupProcess) -> Ref:
+        snapshot = self._snapshot_of(process.place)
+        built: Ref = process.handle.build.remote(self._plan.buffers, snapshot)
+        return built
+
+    def _await_built(self, calls: Mapping[Ref, GroupProcess]) -> None:
+        members = {ref: process.member for ref, process in calls.items()}
+        started = self.inverse_pool.first_statuses()
+        ready = self.gather(members | started, deadline_seconds=_START_SECONDS)
+        for process, answer in zip(calls.values(), ready, strict=False):
+            process.member = replace(process.member, pid=answer.pid)
+        self.inverse_pool.note_started(step=0)
+        self.form_group(self.changes.processes, self._plan.shards, self._plan.start_step)
 
     def _snapshot_of(self, place: MemberPlace) -> Mapping[str, Array] | None:
         """Return a shard's part of the checkpoint from which the run resumes."""
@@ -192,12 +206,15 @@ class Crew:
             step=step,
             timeout_seconds=self.group_timeout_seconds,
         )
-        self.gather(
-            {
-                process.handle.join.remote(meet, process.place): process.member
-                for process in processes
-            }
-        )
+        calls = {
+            process.handle.join.remote(meet, process.place): process.member for process in processes
+        }
+        try:
+            self.gather(calls)
+        except MemberLostError:
+            del store  # those that wait there for the one that is gone wait no longer
+            self.settle(calls)
+            raise
         self._store = store  # that of the epoch before is closed only now
         if self._epoch > 1:
             self.inverse_pool.set_owners(_owners(processes, shards))
@@ -420,7 +437,10 @@ class Crew:
         """Return the calls that have ended, possibly none; handle deaths of inverse workers."""
         self._interrupts.check()
         lifelines = self.inverse_pool.lifelines()
-        ready, _ = ray.wait([*pending, *lifelines], num_returns=1, timeout=_WAIT_SECONDS)
+        awaited = [*pending, *lifelines]
+        if not awaited:
+            time.sleep(_WAIT_SECONDS)
+        ready, _ = ray.wait(awaited, num_returns=1, timeout=_WAIT_SECONDS)
         dead = finished(lifelines)
         if dead or not ready:
             self._check_node()
@@ -468,7 +488,7 @@ class Crew:
         process = next(p for p in self.changes.processes if p.member == stall.member)
         member = process.member
         ray.kill(process.handle)
-        log = self._folder.places.log(member.role, member.rank, self._job.attempt)
+        log = self._log(member)
         return MemberLostError(member, stall_error(member, stall.why, step=self.step, log=log))
 
     def _error(self, failed: Calls, pending: Calls) -> Exception:
@@ -486,8 +506,13 @@ class Crew:
 
     def _job_error(self, member: Member, error: BaseException) -> KfacDistError:
         self._plan.catch_up_logs()
-        path = self._folder.places.log(member.role, member.rank, self._job.attempt)
-        return job_error(member, error, step=self.step, log=path)
+        return job_error(member, error, step=self.step, log=self._log(member))
+
+    def _log(self, member: Member) -> Path:
+        """Return the log of a member, which has the name of what it was started as."""
+        logs = (process.log for process in self.changes.processes if process.member == member)
+        own = next(logs, member)
+        return self._folder.places.log(own.role, own.rank, self._job.attempt)
 
     def preempted(self) -> list[Member]:
         """Return the members that have had notice that their process will be ended."""
@@ -504,15 +529,6 @@ class Crew:
         with daemons_awake():
             self.changes.end()
             self.inverse_pool.kill()
-
-
-@contextmanager
-def lost_members_end_the_job() -> Iterator[None]:
-    """Raise the cause of a loss, where no group can be formed without the member."""
-    try:
-        yield
-    except MemberLostError as lost:
-        raise lost.cause from lost
 
 
 def _owners(processes: Sequence[GroupProcess], shards: ShardPlan) -> dict[str, Handle]:

@@ -6,10 +6,11 @@ Each change makes a new epoch: a new process group, in which every member is tol
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import ray
 
@@ -19,82 +20,39 @@ from kfac_dist.coordination.steps.membership import (
     MembershipView,
     decide_membership,
 )
-from kfac_dist.errors import KfacDistError, WorkerDiedError
+from kfac_dist.errors import WorkerDiedError
 from workers.actor import Ref
 from workers.driver.crew.failures import Member, MemberLostError, failure_of, finished
+from workers.driver.crew.handover import Handover
 from workers.driver.crew.healing import (
     StepInHand,
     StepReports,
     has_gone_beyond,
-    healed_snapshot,
     last_whole_step,
-    reported_decisions,
     whole_reports,
 )
+from workers.driver.crew.losses import ChangeKind, GroupChange, Losses, Observer, too_often
 from workers.driver.crew.processes import (
     Calls,
     CrewPlan,
+    GroupCalls,
     GroupProcess,
     call,
     member_at,
+    place_members,
     start_process,
     with_shard,
     with_worker,
 )
-from workers.exchange.arrays import Array, to_array, to_tensor
+from workers.exchange.arrays import Array
 from workers.exchange.member_progress import MemberProgress
 from workers.exchange.messages import JobContext, MemberPlace, ServerReport
-from workers.exchange.shard_plan import (
-    ShardPlan,
-    merge_snapshots,
-    split_snapshot,
-)
 from workers.parameter_server.inverse_store import REMEMBERED_STATISTICS
 
-_AVERAGE = "average:average"
-
-ChangeKind = Literal["member_died", "member_left", "member_joined"]
+_SILENT_WAIT_SECONDS = 1.0  # Ray gives the room of a process that is gone free within this time
 
 # Ray's stubs leave much untyped.
 _ray: Any = ray
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupChange:
-    """A change of the members, for records and people; it takes effect after `step`.
-
-    `loses_buffers`: the model has buffers, and a gradient worker is gone with its own.
-    """
-
-    kind: ChangeKind
-    member: Member
-    step: int
-    epoch: int
-    num_workers: int
-    num_shards: int
-    is_degraded: bool
-    in_hand: StepInHand
-    loses_buffers: bool
-    message: str
-
-
-class GroupCalls(Protocol):
-    """What a change needs of the crew: how to wait for calls, and how to form a group."""
-
-    def gather(self, calls: Calls) -> list[Any]:
-        """Wait for all `calls` and return their results in order."""
-
-    def settle(self, calls: Calls) -> list[GroupProcess]:
-        """Wait until all calls have ended, however they end; return the processes that died."""
-
-    def wait(self) -> None:
-        """Let a moment pass, and handle what has happened."""
-
-    def form_group(self, processes: Sequence[GroupProcess], shards: ShardPlan, step: int) -> int:
-        """Form a group of these processes after `step`, and return its epoch."""
-
-    def forget(self, process: GroupProcess) -> None:
-        """Forget all about a process that is gone, and end it if it is not."""
 
 
 class GroupChanges:
@@ -106,7 +64,7 @@ class GroupChanges:
         plan: CrewPlan,
         processes: Sequence[GroupProcess],
         calls: GroupCalls,
-        on_change: Callable[[GroupChange], None],
+        observer: Observer,
     ) -> None:
         self.processes = list(processes)
         self.shards = plan.shards
@@ -116,7 +74,12 @@ class GroupChanges:
         self._job = job
         self._plan = plan
         self._calls = calls
-        self._on_change = on_change
+        self._observer = observer
+        self._handover = Handover(plan, calls, averages=job.spec.optimizer.averaging is not None)
+        self._untold: list[tuple[ChangeKind, Member]] = []
+        self._told = {""}  # why there are fewer members than are wished for
+        self._without_buffers: list[GroupProcess] = []  # they have joined, and have not got them
+        self._buffers: Mapping[str, Array] = {}  # for those
         self._starting: dict[Ref, GroupProcess] = {}
         self._num_started = len(self.processes)
         self._num_deaths = 0
@@ -127,6 +90,25 @@ class GroupChanges:
             max_restarts=faults.max_restarts,
             max_preemptions=faults.max_preemptions,
         )
+
+    def restart(self, lost: MemberLostError) -> GroupProcess | None:
+        """Before the first step, start a process in place of one that is lost, and return it.
+
+        Raises:
+            KfacDistError: processes were lost too often.
+        """
+        self._num_deaths += 1
+        if self._num_deaths > self._limits.max_restarts:
+            raise too_often(lost.cause, self._num_deaths, self._limits.max_restarts)
+        self._observer.on_notice("member_start_failed", f"{lost.cause.message}; it starts again")
+        dead = next((p for p in self.processes if p.member == lost.member), None)
+        if dead is None:
+            return None
+        self._calls.forget(dead)
+        process = start_process(self._job, self._plan, dead.place, self._num_started)
+        self._num_started += 1
+        self.processes[self.processes.index(dead)] = process
+        return process
 
     def recover(self, lost: MemberLostError, calls: Calls, first_step: int) -> list[StepReports]:
         """Form a new group without a member that is lost, and return the reports of whole steps.
@@ -152,7 +134,9 @@ class GroupChanges:
         )
         self.note(reports)
         in_hand = StepInHand(begun=bool(calls), undone=has_gone_beyond(progress, last))
-        self._change(lost.cause, dead, (), last, in_hand)
+        losses = Losses(cause=lost.cause, step=last, dead=dead, num_cuts=int(not dead))
+        losses.in_hand = in_hand
+        self._change(losses)
         return reports
 
     def note(self, reports: Sequence[StepReports]) -> None:
@@ -165,11 +149,16 @@ class GroupChanges:
     def maintain(self, step: int, preempted: Sequence[Member]) -> None:
         """Between two windows, take in processes that are ready and let those leave that must."""
         leaving = [process for process in self.processes if process.member in preempted]
-        decision = self._decide((), leaving)
+        losses = Losses(cause=WorkerDiedError(""), step=step, leaving=leaving)
+        decision = self._decide(losses)
         if decision.step == "continue" and all(p.place.worker is not None for p in leaving):
-            self._start(decision.num_to_start)
+            self._start(decision.num_to_start, losses)
+            if decision.message not in self._told:
+                self._told.add(decision.message)
+                self._observer.on_notice("scale_waits", decision.message)
             return
-        self._change(WorkerDiedError(decision.message), (), leaving, step, None)
+        losses.cause = WorkerDiedError(decision.message)
+        self._change(losses)
 
     def _progress(
         self, alive: list[GroupProcess], dead: list[GroupProcess]
@@ -182,17 +171,21 @@ class GroupChanges:
             dead.append(process)
         return [ray.get(ref) for ref, process in calls.items() if process in alive]
 
-    def _decide(
-        self, dead: Sequence[GroupProcess], leaving: Sequence[GroupProcess]
-    ) -> MembershipDecision:
+    def _decide(self, losses: Losses) -> MembershipDecision:
+        ready = self._ready()
+        num_starting = len(self._starting) - len(ready)
+        members = with_worker(self.processes)
+        numbers = {process.number for process in losses.gone}
+        staying = sum(process.number not in numbers for process in members)
+        is_short = self.wished > staying + len(self._starting)
         view = MembershipView(
-            members=tuple(process.number for process in with_worker(self.processes)),
-            dead=[process.number for process in dead],
-            leaving=[process.number for process in leaving],
-            ready=[process.number for process in self._ready()],
-            num_starting=len(self._starting) - len(self._ready()),
+            members=tuple(process.number for process in members),
+            dead=[process.number for process in losses.dead],
+            leaving=[process.number for process in losses.leaving],
+            ready=[process.number for process in ready],
+            num_starting=num_starting,
             wished=self.wished,
-            room=self._room(),
+            room=self._room() if is_short else 0,
             num_deaths=self._num_deaths,
             num_preemptions=self._num_preemptions,
         )
@@ -200,9 +193,13 @@ class GroupChanges:
 
     def _ready(self) -> list[GroupProcess]:
         ended = finished(self._starting)
-        for ref in [ref for ref in ended if failure_of(ref) is not None]:
-            self._calls.forget(self._starting.pop(ref))
-            self._num_deaths += 1
+        for ref in ended:
+            if (error := failure_of(ref)) is not None:
+                process = self._starting.pop(ref)
+                self._calls.forget(process)
+                self._num_deaths += 1
+                message = f"a successor did not start: {type(error).__name__}: {error}"
+                self._observer.on_notice("member_start_failed", message.splitlines()[0])
         return [self._starting[ref] for ref in ended if ref in self._starting]
 
     def _room(self) -> int:
@@ -210,9 +207,9 @@ class GroupChanges:
         threads = self._job.spec.workers.threads or 1
         return int(free.get("CPU", 0.0) // threads)
 
-    def _start(self, count: int) -> None:
-        taken = {process.place.worker for process in self.processes}
-        taken |= {process.place.worker for process in self._starting.values()}
+    def _start(self, count: int, losses: Losses) -> None:
+        present = [*self.processes, *self._starting.values()]
+        taken = {process.place.worker for process in present if process not in losses.gone}
         for _ in range(count):
             rank = next(rank for rank in range(len(taken) + 1) if rank not in taken)
             taken.add(rank)
@@ -221,215 +218,165 @@ class GroupChanges:
             self._num_started += 1
             self._starting[process.handle.build.remote(self._plan.buffers, None)] = process
 
-    def _change(
-        self,
-        cause: KfacDistError,
-        dead: Sequence[GroupProcess],
-        leaving: Sequence[GroupProcess],
-        step: int,
-        in_hand: StepInHand | None,
-    ) -> None:
-        """Form the next group, after `step`, once there are enough gradient workers.
+    def _change(self, losses: Losses) -> None:
+        """Form the next group; another time, if another member is lost meanwhile."""
+        while True:
+            try:
+                self._form(losses)
+                return
+            except MemberLostError as lost:
+                found = [p for p in self.processes if p.member == lost.member]
+                losses.cause = lost.cause
+                losses.num_cuts += not found
+                losses.dead += [p for p in found if p not in losses.dead]
+                losses.leaving = [p for p in losses.leaving if p not in losses.dead]
 
-        `in_hand` is None if nothing was lost.
+    def _form(self, losses: Losses) -> None:
+        """Form the next group once there are enough gradient workers.
+
+        Raises:
+            MemberLostError: another member was lost.
         """
-        workers = [process for process in dead if process.place.worker is not None]
-        decision = self._decide(workers, leaving)
-        counted = (
-            decision.num_deaths + len(dead) - len(workers) + (in_hand is not None and not dead)
-        )
-        for process in dead:
-            self._calls.forget(process)
-        gone = [*dead, *leaving]
-        while decision.step == "wait":
-            self._start(decision.num_to_start)
-            self._calls.wait()
-            decision = self._decide(workers, leaving)
-        if decision.step == "fail" or counted > self._limits.max_restarts:
-            raise _too_often(cause, counted, self._limits.max_restarts, decision)
-        self._start(decision.num_to_start)
+        alive = [process for process in self.processes if process not in losses.dead]
+        self._handover.check(losses.cause, alive, losses.dead)
+        decision = self._await_enough(losses)
+        old = [process for process in self.processes if losses.answers(process)]
+        self._calls.gather(call(old, "rewind", [losses.step]))
         by_number = {process.number: process for process in [*self.processes, *self._ready()]}
-        if decision.step == "continue":  # only a dedicated shard died, or a connection
-            members = with_worker([p for p in self.processes if p not in gone])
-        else:
-            members = [by_number[number] for number in decision.members]
-        joined = [process for process in members if process not in self.processes]
-        gone += [p for p in with_worker(self.processes) if p not in [*members, *gone]]
-        loses_buffers = self._plan.has_buffers and bool(with_worker([*dead, *leaving]))
-        self._regroup(cause, members, dead, gone, joined, step)
-        self._num_deaths, self._num_preemptions = counted, decision.num_preemptions
-        kinds: dict[ChangeKind, Sequence[GroupProcess]] = {
-            "member_died": dead,
-            "member_left": [process for process in gone if process not in dead],
-            "member_joined": joined,
-        }
-        for kind, processes in kinds.items():
-            for process in processes:
-                self._on_change(
-                    GroupChange(
-                        kind=kind,
-                        member=process.member,
-                        step=step,
-                        epoch=self._epoch,
-                        num_workers=len(with_worker(self.processes)),
-                        num_shards=len(self.shards),
-                        is_degraded=decision.is_degraded,
-                        in_hand=in_hand or StepInHand(),
-                        loses_buffers=loses_buffers,
-                        message=decision.message,
-                    )
-                )
-
-    def _regroup(
-        self,
-        cause: KfacDistError,
-        members: Sequence[GroupProcess],
-        dead: Sequence[GroupProcess],
-        gone: Sequence[GroupProcess],
-        joined: Sequence[GroupProcess],
-        step: int,
-    ) -> None:
-        old = [process for process in self.processes if process not in dead]
-        self._calls.gather(call(old, "rewind", [step]))
-        alone = [p for p in old if p.place.worker is None and p not in gone]
+        members = [by_number[number] for number in decision.members]
+        if decision.step == "continue":  # only a dedicated shard is gone, or a connection
+            members = [p for p in with_worker(self.processes) if p not in losses.gone]
+        alone = [p for p in old if p.place.worker is None and p not in losses.leaving]
         places = self._places(members, alone)
-        processes = [*alone, *members]
-        before = with_shard(self.processes)
-        after = [
-            p
-            for _, p in sorted(
-                (places[p.number].shard, p.number)
-                for p in processes
-                if places[p.number].shard is not None
-            )
-        ]
-        intact = [p.number for p in before] == after
-        if intact:
-            for process in processes:
-                process.place = places[process.number]
-        else:
-            snapshot = self._snapshot(cause, old, dead)
-            self.shards = self._plan.plan_shards(max(1, len(after)))
-            self._hand_out(processes, places, snapshot)
-        for process in processes:
-            process.member = member_at(process.place, process.member.pid)
-        for process in joined:
-            ref = next(ref for ref, other in self._starting.items() if other is process)
-            process.member = replace(process.member, pid=ray.get(ref).pid)
-            del self._starting[ref]
-        for process in gone:
-            if process not in dead:
+        self._find_buffers(losses, old, members)
+        before = [process.number for process in with_shard(self.processes)]
+        if before != _owners_in_order(places):
+            silent = [p for p in self.processes if p not in old]
+            self._handover.take(losses.cause, old, silent, self.shards, self.last_report)
+        self._commit(losses, decision, [*alone, *members], places)
+        self._hand_out()
+        epoch = self._calls.form_group(self.processes, self.shards, losses.step)
+        self._handover.end()
+        self._tell(losses, epoch, decision)
+
+    def _await_enough(self, losses: Losses) -> MembershipDecision:
+        """Wait until there are enough gradient workers, and start those that are missing.
+
+        Raises:
+            KfacDistError: members were lost too often.
+        """
+        for process in losses.dead:
+            self._calls.forget(process)
+        started, told = time.monotonic(), set[str]()
+        decision = self._decide(losses)
+        while decision.step == "wait":
+            # Their place may be needed, and a checkpoint has been written.
+            for process in losses.leaving:
                 self._calls.forget(process)
-        self._share_buffers(old, joined, gone)
-        self.processes = processes
-        self._epoch = self._calls.form_group(processes, self.shards, step)
+            losses.ended = list(losses.leaving)
+            self._start(decision.num_to_start, losses)
+            self._calls.wait()
+            waited = time.monotonic() - started
+            if decision.message not in told and waited > _SILENT_WAIT_SECONDS:
+                told.add(decision.message)
+                self._observer.on_notice("members_awaited", decision.message)
+            decision = self._decide(losses)
+        num_deaths = decision.num_deaths + self._num_uncounted(losses)
+        if decision.step == "fail":
+            raise too_often(losses.cause, num_deaths, self._limits.max_restarts, decision.message)
+        if num_deaths > self._limits.max_restarts:
+            raise too_often(losses.cause, num_deaths, self._limits.max_restarts)
+        self._start(decision.num_to_start, losses)
+        return decision
+
+    @staticmethod
+    def _num_uncounted(losses: Losses) -> int:
+        """Return how many losses the rule about gradient workers does not count."""
+        return losses.num_cuts + sum(process.place.worker is None for process in losses.dead)
 
     def _places(
         self, members: Sequence[GroupProcess], alone: Sequence[GroupProcess]
     ) -> dict[int, MemberPlace]:
-        """Return the place of each process: ranks as given, and which shards they have."""
-        if self._job.spec.workers.has_colocated_shards:
-            num_shards = len(self._plan.plan_shards(len(members)))
-            owners: dict[int, int] = {members[s].number: s for s in range(num_shards)}
-        else:
-            num_shards = len(self.shards)
-            owners = {
-                process.number: process.place.shard
-                for process in [*alone, *members]
-                if process.place.shard is not None
-            }
-            free = [process for process in members if process.number not in owners]
-            for shard in sorted(set(range(num_shards)) - set(owners.values())):
-                # A shard whose process is gone moves into that of a gradient worker.
-                owners[free.pop(0).number] = shard
-        ranks: dict[int, int | None] = {process.number: None for process in alone}
-        ranks |= {process.number: rank for rank, process in enumerate(members)}
-        return {
-            number: MemberPlace(worker=rank, shard=owners.get(number), num_shards=num_shards)
-            for number, rank in ranks.items()
-        }
+        """Return the place of each process, by its number."""
+        shared = self._job.spec.workers.has_colocated_shards
+        num_shards = len(self._plan.plan_shards(len(members)) if shared else self.shards)
+        return place_members(members, alone, num_shards, shared=shared)
 
-    def _snapshot(
-        self,
-        cause: KfacDistError,
-        old: Sequence[GroupProcess],
-        dead: Sequence[GroupProcess],
-    ) -> Mapping[str, Array]:
-        """Return the state of the whole parameter server, from its shards or from the mirrors."""
-        shards = with_shard(old)
-        own = self._calls.gather(call(shards, "snapshot", []))
-        if not with_shard(dead):
-            return merge_snapshots(self.shards, own)
-        # What the shard that died had: parameters and previous update are mirrored, inverses are
-        # sent again by the inverse workers.
-        workers = with_worker(old)
-        if not self._plan.has_mirrors or not workers:
-            raise cause
-        (state,) = self._calls.gather(call(workers[:1], "mirrored_state", []))
-        decided = next((s for p, s in zip(shards, own, strict=True) if p.place.shard == 0), None)
-        last = self.last_report
-        if decided is None:
-            decided = reported_decisions(last) if last else self._plan.server_snapshot or {}
-        averages = self._averages(cause, dict(zip(shards, own, strict=True)), workers)
-        return healed_snapshot(state, decided, last) | averages
+    def _find_buffers(
+        self, losses: Losses, old: Sequence[GroupProcess], members: Sequence[GroupProcess]
+    ) -> None:
+        """Read the buffers that the model has come to, for the members that join.
 
-    def _averages(
-        self,
-        cause: KfacDistError,
-        alive: Mapping[GroupProcess, Mapping[str, Array]],
-        workers: Sequence[GroupProcess],
-    ) -> dict[str, Array]:
-        """Return the average of the parameters, from the shards that live and from mirrors."""
-        if self._job.spec.optimizer.averaging is None:
-            return {}
-        by_shard = {process.place.shard: snapshot for process, snapshot in alive.items()}
-        num_workers = len(with_worker(self.processes))
-        parts: list[Mapping[str, Array]] = []
-        for shard in range(len(self.shards)):
-            if shard in by_shard:
-                parts.append(by_shard[shard])
-                continue
-            rank = (shard + 1) % num_workers
-            mirrors = [process for process in workers if process.place.worker == rank]
-            if not mirrors:
-                raise cause
-            (part,) = self._calls.gather(call(mirrors, "mirrored_average", [shard]))
-            parts.append(part)
-        names = [name for name in parts[0] if name.startswith("average:")]
-        if _AVERAGE not in names:
-            return {}
-        slices = [to_tensor(part[_AVERAGE]) for part in parts]
-        whole = to_array(self.shards.whole(slices))
-        return {name: parts[0][name] for name in names} | {_AVERAGE: whole}
+        Raises:
+            KfacDistError: nobody has them any more; it is the cause of the change.
+        """
+        trained = [p for p in with_worker(old) if p not in self._without_buffers]
+        if not self._plan.has_buffers or all(process in trained for process in members):
+            return
+        if not trained:
+            raise losses.cause
+        (self._buffers,) = self._calls.gather(call(trained[:1], "buffers", []))
 
-    def _hand_out(
+    def _commit(
         self,
+        losses: Losses,
+        decision: MembershipDecision,
         processes: Sequence[GroupProcess],
-        places: Mapping[int, MemberPlace],
-        snapshot: Mapping[str, Array],
+        places: dict[int, MemberPlace],
     ) -> None:
-        accepted = tuple(self._accepted_statistics)
-        calls: Calls = {}
+        """From now on these are the members, whatever happens to them; all losses are counted."""
+        gone = [*losses.dead, *losses.leaving]
+        dropped = [p for p in self.processes if p not in processes and p not in gone]
+        joined = [process for process in processes if process not in self.processes]
+        left = [*losses.leaving, *dropped]
+        losses.loses_buffers |= self._plan.has_buffers and bool(with_worker([*gone, *dropped]))
+        self._untold += [("member_died", process.member) for process in losses.dead]
+        self._untold += [("member_left", process.member) for process in left]
+        for process in left:
+            self._calls.forget(process)
+        for process in joined:
+            ref = next(ref for ref, other in self._starting.items() if other is process)
+            process.member = replace(process.member, pid=ray.get(ref).pid)
+            del self._starting[ref]
         for process in processes:
-            place = places[process.number]
-            part = None
-            if place.shard is not None:
-                part = split_snapshot(self.shards, snapshot, place.shard)
-            calls[process.handle.own_shard.remote(place, part, accepted)] = process.member
-            process.place = place
-        self._calls.gather(calls)
+            process.place = places[process.number]
+            process.member = member_at(process.place, process.member.pid)
+        self._untold += [("member_joined", process.member) for process in joined]
+        self._without_buffers += joined
+        self.processes = list(processes)
+        self.shards = self._plan.plan_shards(processes[0].place.num_shards)
+        alone = sum(process.place.worker is None for process in losses.leaving)
+        self._num_deaths = decision.num_deaths + self._num_uncounted(losses)
+        self._num_preemptions = decision.num_preemptions + alone
+        losses.dead, losses.leaving, losses.ended, losses.num_cuts = [], [], [], 0
 
-    def _share_buffers(
-        self,
-        old: Sequence[GroupProcess],
-        joined: Sequence[GroupProcess],
-        gone: Sequence[GroupProcess],
-    ) -> None:
-        """Give those that join the buffers of a model that has been trained."""
-        trained = [process for process in with_worker(old) if process not in gone]
-        if self._plan.has_buffers and joined and trained:
-            (buffers,) = self._calls.gather(call(trained[:1], "buffers", []))
-            self._calls.gather(call(joined, "set_buffers", [buffers]))
+    def _hand_out(self) -> None:
+        """Give each member what it needs to be in its place."""
+        accepted = tuple(self._accepted_statistics)
+        self._handover.give(self.processes, self.shards, accepted)
+        joined = [process for process in self._without_buffers if process in self.processes]
+        if self._plan.has_buffers:
+            self._calls.gather(call(joined, "set_buffers", [self._buffers]))
+        self._without_buffers = []
+
+    def _tell(self, losses: Losses, epoch: int, decision: MembershipDecision) -> None:
+        untold, self._untold = self._untold, []
+        self._told = {"", decision.message}
+        for kind, member in untold:
+            self._observer.on_change(
+                GroupChange(
+                    kind=kind,
+                    member=member,
+                    step=losses.step,
+                    epoch=epoch,
+                    num_workers=len(with_worker(self.processes)),
+                    num_shards=len(self.shards),
+                    is_degraded=decision.is_degraded,
+                    in_hand=losses.in_hand,
+                    loses_buffers=losses.loses_buffers,
+                    message=decision.message,
+                )
+            )
 
     def end(self) -> None:
         """End all processes, those that are starting as well."""
@@ -437,13 +384,7 @@ class GroupChanges:
             ray.kill(process.handle)
 
 
-def _too_often(
-    cause: KfacDistError, num_deaths: int, most: int, decision: MembershipDecision
-) -> KfacDistError:
-    """Return `cause`, with the limit that keeps the job from continuing."""
-    why = decision.message
-    if decision.step != "fail":
-        why = f"members of the group were lost {num_deaths} times, faults.max_restarts is {most}"
-    if not isinstance(cause, WorkerDiedError):
-        return cause
-    return WorkerDiedError(f"{cause.message}; {why}", first_failure=cause.first_failure)
+def _owners_in_order(places: dict[int, MemberPlace]) -> list[int]:
+    """Return the numbers of the processes that have a shard, in the order of the shards."""
+    owners = {place.shard: n for n, place in places.items() if place.shard is not None}
+    return [owners[shard] for shard in sorted(owners)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from workers.actor import Handle, Ref, gpu_options
 from workers.device import DevicePlan
@@ -61,6 +61,27 @@ class GroupProcess:
     place: MemberPlace
     handle: Handle
     member: Member
+    log: Member
+    """As whom it writes its log, which is what it was started as."""
+
+
+class GroupCalls(Protocol):
+    """What a change of the group needs: ways to wait for calls, and to form a group."""
+
+    def gather(self, calls: Calls) -> list[Any]:
+        """Wait for all `calls` and return their results in order."""
+
+    def settle(self, calls: Calls) -> list[GroupProcess]:
+        """Wait until all calls have ended, however they end; return the processes that died."""
+
+    def wait(self) -> None:
+        """Let a moment pass, and handle what has happened."""
+
+    def form_group(self, processes: Sequence[GroupProcess], shards: ShardPlan, step: int) -> int:
+        """Form a group of these processes after `step`, and return its epoch."""
+
+    def forget(self, process: GroupProcess) -> None:
+        """Forget all about a process that is gone, and end it if it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +123,8 @@ def start_process(job: JobContext, plan: CrewPlan, place: MemberPlace, number: i
     patience = patience_seconds(job.spec.faults)
     options |= gpu_options(plan.devices.gpus_per_member)
     handle = actor.options(**options).remote(job, place, plan.devices, plan.host, threads, patience)
-    return GroupProcess(number=number, place=place, handle=handle, member=member_at(place))
+    member = member_at(place)
+    return GroupProcess(number=number, place=place, handle=handle, member=member, log=member)
 
 
 def member_at(place: MemberPlace, pid: int = 0) -> Member:
@@ -129,3 +151,42 @@ def with_shard(processes: Sequence[GroupProcess]) -> list[GroupProcess]:
     """Return the processes that have a shard, in the order of the shards."""
     found = [process for process in processes if process.place.shard is not None]
     return sorted(found, key=lambda process: process.place.shard or 0)
+
+
+def place_members(
+    members: Sequence[GroupProcess],
+    alone: Sequence[GroupProcess],
+    num_shards: int,
+    *,
+    shared: bool,
+) -> dict[int, MemberPlace]:
+    """Return the next place of each process, by its number.
+
+    Shards stay where they are if they can. One whose process is gone moves into that of a gradient
+    worker; only if there are fewer processes than shards, there are fewer shards from then on.
+
+    Args:
+        members: the gradient workers in the order of their ranks.
+        alone: processes that are no gradient workers.
+        num_shards: the number of shards that there shall be.
+        shared: whether the shards are those of the first gradient workers.
+    """
+    if shared:
+        owners: dict[int, int] = {members[s].number: s for s in range(num_shards)}
+    else:
+        processes = [*alone, *members]
+        num_shards = min(num_shards, len(processes))
+        owners = {
+            process.number: process.place.shard
+            for process in processes
+            if process.place.shard is not None and process.place.shard < num_shards
+        }
+        free = [process for process in processes if process.number not in owners]
+        for shard in sorted(set(range(num_shards)) - set(owners.values())):
+            owners[free.pop(0).number] = shard
+    ranks: dict[int, int | None] = {process.number: None for process in alone}
+    ranks |= {process.number: rank for rank, process in enumerate(members)}
+    return {
+        number: MemberPlace(worker=rank, shard=owners.get(number), num_shards=num_shards)
+        for number, rank in ranks.items()
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workers.driver.crew.deaths import named
-from workers.driver.crew.group_changes import GroupChange
+from workers.driver.crew.losses import GroupChange
 from workers.driver.records.journal import JobJournal
 
 _VERBS = {

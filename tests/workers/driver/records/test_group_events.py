@@ -10,8 +10,8 @@ import pytest
 from kfac_dist.runs import RunFolder
 from tests.runs.samples import sample_spec
 from workers.driver.crew.failures import Member
-from workers.driver.crew.group_changes import GroupChange
 from workers.driver.crew.healing import StepInHand
+from workers.driver.crew.losses import GroupChange
 from workers.driver.records.group_events import record_change
 from workers.driver.records.journal import JobJournal
 
