@@ -282,6 +282,7 @@ class _JobAttempt:
                 self._interrupts,
                 loop.on_inverse_worker_death,
                 loop.on_group_change,
+                loop.on_lost_statistics,
             )
             try:
                 ready = crew.build()
