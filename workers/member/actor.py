@@ -38,7 +38,7 @@ from workers.exchange.progress import MemberProgress
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.heartbeat import Heartbeat, Pulse
-from workers.member.outbox import KeptReport, Outbox
+from workers.member.outbox import Outbox, SentReport
 from workers.member.roles import MemberRoles
 from workers.parameter_server.build import BuiltShard, ShardBuilder
 from workers.this_node import on_this_node
@@ -188,11 +188,11 @@ class Member:
         assignment: Mapping[int, tuple[str, ...]],
         assignment_epochs: Mapping[int, int],
         copied_steps: Mapping[int, int],
-    ) -> KeptReport:
+    ) -> None:
         """Send statistics and requests to these inverse workers from now on; see `Outbox`."""
         if self._roles.worker is not None:
             self._roles.worker.connect(assignment, assignment_epochs)
-        return self._outbox.connect(inverse_workers, assignment_epochs, copied_steps)
+        self._outbox.connect(inverse_workers, assignment_epochs, copied_steps)
 
     @ray.method(concurrency_group="control")
     def reconnect(
@@ -200,9 +200,14 @@ class Member:
         inverse_workers: Mapping[int, Handle],
         assignment_epochs: Mapping[int, int],
         copied_steps: Mapping[int, int],
-    ) -> KeptReport:
+    ) -> None:
         """Send to the successor of an inverse worker from now on, also in the middle of a step."""
-        return self._outbox.connect(inverse_workers, assignment_epochs, copied_steps)
+        self._outbox.connect(inverse_workers, assignment_epochs, copied_steps)
+
+    @ray.method(concurrency_group="control")
+    def sent_to(self, inverse_worker: int) -> SentReport:
+        """Return what an inverse worker that has just started was sent while it did."""
+        return self._outbox.report(inverse_worker)
 
     @ray.method(concurrency_group="control")
     def forget_statistics(self, copied_steps: Mapping[int, int]) -> None:

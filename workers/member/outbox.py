@@ -29,14 +29,14 @@ _MOST_REQUESTS = 1000  # more than are open while a worker is replaced
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptReport:
-    """What a member has kept: for each inverse worker, the layers by step.
+class SentReport:
+    """What a member has sent to a new inverse worker: the layers by step.
 
-    `sent_step` is the last step whose statistics it has sent, None before the first.
+    `last_step` is the last step whose statistics it has sent to anybody, None before the first.
     """
 
-    sent_step: int | None
-    kept: Mapping[int, Mapping[int, tuple[str, ...]]]
+    last_step: int | None
+    layers: Mapping[int, tuple[str, ...]]
 
 
 class _Content(NamedTuple):
@@ -54,6 +54,7 @@ class Outbox:
         self._unanswered: dict[int, list[Ref]] = {}
         self._kept: KeptStatistics[_Content] = KeptStatistics(_MOST_KEPT_BYTES)
         self._copied_steps: dict[int, int] = {}
+        self._to_new: dict[int, dict[int, tuple[str, ...]]] = {}  # what those got that catch up
         self._requests: list[RefreshRequest] = []
         self._sent_step: int | None = None
 
@@ -62,7 +63,7 @@ class Outbox:
         handles: Mapping[int, Handle],
         epochs: Mapping[int, int],
         copied_steps: Mapping[int, int],
-    ) -> KeptReport:
+    ) -> None:
         """Send to these workers from now on; those that are new get first what they lack.
 
         Args:
@@ -79,25 +80,26 @@ class Outbox:
             self._forget()
             for rank in new:
                 self._send_again(rank, copied_steps[rank])
-            return self._report()
 
     def _send_again(self, rank: int, step: int) -> None:
+        self._to_new[rank] = {}
         newer = self._kept.newer_than(rank, step)
         refs = [self._post(rank, message.content) for message in newer]
         for request in self._requests:
             # Earlier exact versions have been delivered before later statistics were averaged.
             if request.step >= step or not request.exact:
                 self._handles[rank].refresh.remote(request)
-        if newer:  # it may only be starting, and is not waited for before it has answered
-            self._unanswered[rank] = refs
+        # It may only be starting, and is not waited for before it has answered.
+        self._unanswered[rank] = refs or [self._handles[rank].status.remote()]
 
-    def _report(self) -> KeptReport:
-        kept: dict[int, dict[int, tuple[str, ...]]] = {}
-        for rank, step in self._copied_steps.items():
-            own = kept.setdefault(rank, {})
-            for message in self._kept.newer_than(rank, step):
-                own[message.step] = (*own.get(message.step, ()), *message.layers)
-        return KeptReport(sent_step=self._sent_step, kept=kept)
+    def report(self, rank: int) -> SentReport:
+        """Return what a new inverse worker, which has started now, was sent so far.
+
+        What it is sent from now on is waited for.
+        """
+        with self._lock:
+            self._unanswered.pop(rank, None)
+            return SentReport(last_step=self._sent_step, layers=self._to_new.pop(rank, {}))
 
     def rewind(self, step: int) -> None:
         """Expect the steps after `step` to be sent once more."""
@@ -152,6 +154,8 @@ class Outbox:
 
     def _post(self, rank: int, content: _Content) -> Ref:
         header = replace(content.header, assignment_epoch=self._epochs[rank])
+        if (own := self._to_new.get(rank)) is not None:
+            own[header.step] = (*own.get(header.step, ()), *header.layers)
         sent: Ref = self._handles[rank].update.remote(header, content.parcel)
         return sent
 

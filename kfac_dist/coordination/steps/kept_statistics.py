@@ -78,18 +78,22 @@ class CatchUp:
 def plan_catch_up(
     due: Iterable[int],
     layers: Collection[str],
-    kept: Sequence[Mapping[int, Collection[str]]],
+    sent: Sequence[Mapping[int, Collection[str]]],
+    done_step: int,
 ) -> CatchUp:
     """Divide the steps that are not in the copy of the averages into whole and lost ones.
 
     Args:
-        due: the steps with statistics after the copy, up to the last that all have sent.
+        due: the steps with statistics after the copy, up to the last that anybody has sent.
         layers: all layers of the inverse worker.
-        kept: for each gradient worker, the layers by step for which it still has messages.
+        sent: for each gradient worker, the layers by step that the new worker has been sent.
+        done_step: all have sent their part of the steps up to this one. Of a later step the rest
+            is still to come.
     """
     steps: list[int] = []
     lost: list[int] = []
     for step in due:
-        found = {layer for own in kept for layer in own.get(step, ())}
-        (steps if found.issuperset(layers) else lost).append(step)
+        found = {layer for own in sent for layer in own.get(step, ())}
+        is_whole = step > done_step or found.issuperset(layers)
+        (steps if is_whole else lost).append(step)
     return CatchUp(steps=tuple(steps), lost=tuple(lost))

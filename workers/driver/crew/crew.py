@@ -96,7 +96,7 @@ class Crew:
         self._plan = plan
         self._interrupts = interrupts
         self._on_loss = on_loss
-        self._catching_up: dict[int, Calls] = {}  # by rank of the successor
+        self._catching_up: dict[int, Calls] = {}  # by rank; empty until the successor has started
         self._epoch = 0
         self._store: object  # where the members of a group meet
         self._health = Health(job.spec.faults)
@@ -422,14 +422,18 @@ class Crew:
         """
         pool = self.inverse_pool
         arguments = pool.handles, pool.assignment_epochs, pool.copied_steps
-        self._catching_up[rank] = call(self.changes.processes, "reconnect", arguments)
+        call(self.changes.processes, "reconnect", arguments)
+        self._catching_up[rank] = {}
 
     def _catch_up(self) -> None:
-        """Tell successors what to expect, once the members have said what they have kept."""
+        """Tell successors that have started what to expect, from what the members have sent."""
         for rank, calls in list(self._catching_up.items()):
             if rank not in self.inverse_pool.assignment:
                 del self._catching_up[rank]
-            elif len(finished(calls)) == len(calls):
+            elif not calls and self.inverse_pool.has_started(rank):
+                asked = call(self.changes.processes, "sent_to", [rank])
+                self._catching_up[rank] = asked
+            elif calls and len(finished(calls)) == len(calls):
                 failed = failed_among(calls)
                 reports = ray.get([ref for ref in calls if ref not in failed])
                 plan = self.inverse_pool.catch_up(rank, reports, self.step)

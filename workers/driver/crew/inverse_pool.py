@@ -26,7 +26,7 @@ from workers.driver.crew.health import InverseStatuses, Stall
 from workers.exchange.arrays import Array, to_array, to_tensor
 from workers.exchange.messages import InverseSetup, InverseStatus, JobContext, RefreshRequest
 from workers.inverse_worker.actor import InverseWorkerActor
-from workers.member.outbox import KeptReport
+from workers.member.outbox import SentReport
 from workers.planning import step_schedule
 
 ROLE = "inverse_worker"
@@ -265,26 +265,37 @@ class InversePool:
                 self._keep(copy)
         worker.copy = None
 
-    def catch_up(self, rank: int, reports: Sequence[KeptReport], last_step: int) -> CatchUp:
-        """Tell a successor which steps are sent again, and return them with those that are lost.
+    def has_started(self, rank: int) -> bool:
+        """Return whether a worker answers."""
+        ref = self._workers[rank].first_status
+        return bool(finished([ref])) and failure_of(ref) is None
+
+    def catch_up(self, rank: int, reports: Sequence[SentReport], last_step: int) -> CatchUp:
+        """Tell a successor which steps to expect, and return them with those that are lost.
 
         Args:
-            rank: that of the successor.
-            reports: what the members have kept that could be asked.
+            rank: that of the successor, which has started.
+            reports: what it was sent until now by the members that could be asked.
             last_step: the last step that was done, if none of them has sent statistics.
         """
         worker = self._workers[rank]
-        sent = [report.sent_step for report in reports if report.sent_step is not None]
-        steps = range(worker.setup.applied_step + 1, min(sent, default=last_step) + 1)
-        due = [step for step in steps if self._schedule.plan(step).update_factors]
-        kept = [report.kept.get(rank, {}) for report in reports]
-        plan = plan_catch_up(due, self.assignment[rank], kept)
+        sent = [report.last_step for report in reports if report.last_step is not None]
+        plan = plan_catch_up(
+            self._statistics_steps(worker.setup.applied_step, max(sent, default=last_step)),
+            self.assignment[rank],
+            [report.layers for report in reports],
+            done_step=min(sent, default=last_step),
+        )
         worker.handle.expect.remote(plan.steps)
         worker.lacks_nothing = not plan.lost
         if plan.lost:
             for owner in dict.fromkeys(self._owners.values()):
                 owner.lose_statistics.remote(self.assignment[rank], plan.lost[-1])
         return plan
+
+    def _statistics_steps(self, after: int, last: int) -> list[int]:
+        steps = range(after + 1, last + 1)
+        return [step for step in steps if self._schedule.plan(step).update_factors]
 
     def _averages_step(self, layers: Sequence[str]) -> int:
         return _newest_step(self._averages, layers)
