@@ -86,7 +86,6 @@ class InversePool:
         self._orphaned: dict[str, int] = {}  # to the rank of the worker that owned it
         self._awaited: set[str] = set()  # orphaned layers that the server waits for again
         self._num_deaths = 0
-        self._schedule = step_schedule(job.spec)
         self._statuses = InverseStatuses()
 
     @classmethod
@@ -294,8 +293,8 @@ class InversePool:
         return plan
 
     def _statistics_steps(self, after: int, last: int) -> list[int]:
-        steps = range(after + 1, last + 1)
-        return [step for step in steps if self._schedule.plan(step).update_factors]
+        schedule, steps = step_schedule(self._job.spec), range(after + 1, last + 1)
+        return [step for step in steps if schedule.plan(step).update_factors]
 
     def _averages_step(self, layers: Sequence[str]) -> int:
         return _newest_step(self._averages, layers)
