@@ -228,6 +228,20 @@ class FactorAverages:
                     state[f"{name}/cross_{key}"] = value.clone()
         return state
 
+    def packed_state_dict(self) -> dict[str, Tensor]:
+        """Return copies like `state_dict`, where factors that are packed stay packed.
+
+        This takes less than half the time.
+        """
+        state = {"step": torch.tensor(self.step)}
+        for name, average in self._averages.items():
+            state[f"{name}/num_updates"] = torch.tensor(self._num_updates[name])
+            state |= {f"{name}/{key}": value.clone() for key, value in average.tensors().items()}
+            if name in self._crosses:
+                crosses = self._crosses[name].tensors()
+                state |= {f"{name}/cross_{key}": value.clone() for key, value in crosses.items()}
+        return state
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a state. Layers of this object that it lacks start from zero.
 

@@ -275,6 +275,7 @@ class _JobAttempt:
                 self._interrupts,
                 loop.on_inverse_worker_death,
                 Observer(on_change=loop.on_group_change, on_notice=loop.on_group_notice),
+                loop.on_lost_statistics,
             )
             self._crew = crew
             try:

@@ -36,6 +36,7 @@ from workers.driver.rescaling import Rescaling
 from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
 from workers.planning import batch_size, staleness_bound, step_schedule
 
+_MOST_NAMED = 5
 _GRACE_SECONDS = 2.0  # after an interrupt, for the current step and its checkpoint
 
 
@@ -152,6 +153,7 @@ class TrainingLoop:
         self._cursor, self._gammas = cursors[len(reports) - 1], reports[-1].server.next_gammas
         self._window_length.note(seconds, [report.server.step_seconds for report in reports])
         crew.inverse_pool.poll()
+        crew.keep_copies()
         for order, report in zip(orders, reports, strict=False):
             self._note(crew, order.plan, report, shape)
         return first + len(reports) - 1
@@ -216,7 +218,8 @@ class TrainingLoop:
         if not started:
             return
         crew.connect_inverse_workers()
-        self._request_first(crew, step, started)
+        if not self._bound.is_exact(step):  # else it has all requests that are due
+            self._request_first(crew, step, started)
         for rank in started:
             pid = crew.inverse_pool.pid(rank)
             self._journal.event(
@@ -257,11 +260,10 @@ class TrainingLoop:
     def _limit_degradation(self, crew: Crew, step: int) -> None:
         """Wait for successors of inverse workers whose layers have been degraded for too long.
 
-        A successor can make an inverse only in a step that computes statistics, in an exact run
-        only in one that refreshes. There the server waits for it.
+        A successor can make an inverse only in a step that computes statistics. Exact steps wait
+        for it anyway.
         """
-        plan = self._schedule.plan(step)
-        if not (plan.refresh_inverses if self._bound.is_exact(step) else plan.update_factors):
+        if self._bound.is_exact(step) or not self._schedule.plan(step).update_factors:
             return
         most = self._spec.staleness.max_degraded_steps
         orphaned = crew.inverse_pool.orphaned
@@ -289,7 +291,8 @@ class TrainingLoop:
         """Set the job to RUNNING again once no layer is orphaned any more."""
         versions = report.inverse_version_step
         oldest = {name: self._bound.oldest_admissible(report.step, name) for name in versions}
-        recovered = crew.inverse_pool.note_versions(versions, oldest)
+        exact = self._bound.is_exact(report.step)
+        recovered = crew.inverse_pool.note_versions(versions, oldest, is_exact=exact)
         if recovered and not crew.inverse_pool.orphaned:
             self._lacks_inverses = False
             if not self._lacks_workers:
@@ -327,6 +330,8 @@ class TrainingLoop:
         then = "it had no layers yet"
         if layers:
             then = f"training continues with the last inverses of {layers}"
+            if self._bound.is_exact(self._journal.step + 1):
+                then = f"steps that need new inverses of {layers} wait for its successor"
         message = f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); {then}"
         self._journal.event(
             "inverse_worker_died",
@@ -348,6 +353,21 @@ class TrainingLoop:
             self._lacks_inverses = True
             self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
 
+    def on_lost_statistics(self, rank: int, steps: Sequence[int]) -> None:
+        """Record that the successor of an inverse worker cannot get the statistics of `steps`."""
+        named_steps = ", ".join(map(str, steps[:_MOST_NAMED])) + (
+            f" and {len(steps) - _MOST_NAMED} more" if len(steps) > _MOST_NAMED else ""
+        )
+        self._journal.event(
+            "statistics_lost",
+            f"the new inverse worker {rank} continues without the statistics of steps "
+            f"{named_steps}: the processes that had kept them are gone, or had no room",
+            severity="warning",
+            role=INVERSE_ROLE,
+            rank=rank,
+            steps=list(steps),
+        )
+
     def _warn_of_refusals(self, report: ServerReport) -> None:
         if report.refused_in_a_row >= REFUSALS_TO_WARN_OF and not self._warned_of_refusals:
             self._warned_of_refusals = True
@@ -367,6 +387,7 @@ class TrainingLoop:
         """Write a checkpoint of the step just done, if one is wanted and it has none yet."""
         if self._checkpointed_step == crew.step or not self._wants_checkpoint(crew.step):
             return
+        crew.surviving(lambda: self._connect_started(crew, crew.step + 1))
         num_missing = crew.surviving(
             lambda: save_checkpoint(
                 self._folder,

@@ -25,8 +25,10 @@ from workers.exchange.parcels import StatisticsOnTheWay, StatisticsParcel, flat_
 from workers.exchange.process_group import Group, Kind
 from workers.gradient_worker.batches import BatchPart, Subset
 
-SendStatistics = Callable[[Mapping[int, list[StatisticsMessage]]], None]
-"""Sends messages to inverse workers, by their rank, and returns once they have arrived."""
+SendStatistics = Callable[[int, Mapping[int, list[StatisticsMessage]]], None]
+"""Sends the messages of a step to inverse workers, by their rank, and returns once they are there.
+
+It is called in every step with statistics, without messages if this worker adds none up."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ class StatisticsSender:
             )
             message = StatisticsMessage(header=header, parcel=own if is_usable else None)
             messages.setdefault(group.inverse_worker, []).append(message)
-        self._send(messages)
+        self._send(step, messages)
         self._group.finish_sending()  # the memory of the parcel is used again
 
     def _zero(self, step: int, part: BatchPart) -> BatchStatistics:

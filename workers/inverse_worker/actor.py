@@ -17,13 +17,17 @@ from workers.exchange.messages import (
     InverseStatus,
     JobContext,
     RefreshRequest,
+    StatisticsHeader,
     StatisticsMessage,
 )
+from workers.exchange.parcels import StatisticsParcel
 from workers.heartbeat import Pulse
 from workers.inverse_worker.loop import InverseLoop
 from workers.inverse_worker.work import InverseWork
 from workers.planning import num_versions_used
 from workers.this_node import on_this_node
+
+_ARRIVAL_SECONDS = 10.0
 
 
 class InverseWorker:
@@ -42,6 +46,9 @@ class InverseWorker:
         self._kept: dict[str, deque[InverseMessage]] = {}  # by layer, for a new owner
         self._num_kept = num_versions_used(job.spec)
         self._sending = threading.Lock()
+        # Steps do not wait for these versions, so a successor must be sure that they have arrived
+        # if the averages contain later statistics.
+        self._waits_for_arrival = bool(job.spec.staleness.delay_steps or job.replay_script)
         self._log = role_log(job, "inverse_worker", setup.rank)
         device = devices.inverse_device(setup.rank, own_gpu())
         self._loop = InverseLoop(InverseWork(job, setup, averages, device), self._publish)
@@ -54,7 +61,9 @@ class InverseWorker:
         header = message.header
         with self._sending:
             self._kept.setdefault(header.layer, deque(maxlen=self._num_kept)).append(message)
-            self._owners[header.layer].accept.remote(message)
+            sent = self._owners[header.layer].accept.remote(message)
+        if self._waits_for_arrival:
+            ray.wait([sent], timeout=_ARRIVAL_SECONDS)
         self._log.debug("inverted", layer=header.layer, version_step=header.version_step)
         for rung in header.rungs:
             self._log.warning("inversion_trouble", layer=header.layer, rung=rung)
@@ -62,14 +71,24 @@ class InverseWorker:
             self._log.warning("inversion_failed", layer=header.layer, gammas=header.gammas)
 
     @ray.method(concurrency_group="mailbox")
-    def update(self, message: StatisticsMessage) -> None:
+    def update(self, header: StatisticsHeader, parcel: StatisticsParcel | None) -> None:
         """Put statistics into the mailbox."""
-        self._loop.put_statistics(message)
+        self._loop.put_statistics(StatisticsMessage(header=header, parcel=parcel))
 
     @ray.method(concurrency_group="mailbox")
     def refresh(self, request: RefreshRequest) -> None:
         """Put a refresh request into the mailbox."""
         self._loop.put_request(request)
+
+    @ray.method(concurrency_group="mailbox")
+    def expect(self, steps: tuple[int, ...]) -> None:
+        """Average these steps, which gradient workers send again, before any later one."""
+        self._loop.expect(steps)
+
+    @ray.method(concurrency_group="copies")
+    def copy(self, least_step: int, timeout_seconds: float) -> dict[str, Array] | None:
+        """Return the averages as they are; None if they lack the statistics of `least_step`."""
+        return self._loop.copy(least_step, timeout_seconds)
 
     @ray.method(concurrency_group="control")
     def set_owners(self, owners: Mapping[str, Handle]) -> None:
@@ -108,4 +127,4 @@ class InverseWorker:
         logged(self._log, "inverse loop", self._loop.lifeline)
 
 
-InverseWorkerActor = as_actor(InverseWorker, "mailbox", "control", "lifeline")
+InverseWorkerActor = as_actor(InverseWorker, "mailbox", "control", "copies", "lifeline")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -46,13 +46,35 @@ class _Reassignment:
     answer: Future[None] = field(default_factory=Future)
 
 
-_Letter = StatisticsMessage | RefreshRequest | _SnapshotRequest | _Reassignment
+@dataclass(frozen=True, kw_only=True)
+class _CopyRequest:
+    """Asks for a copy of the averages as they are, if they contain `least_step`."""
+
+    least_step: int
+    answer: Future[dict[str, Array] | None] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Expectation:
+    """Tells which steps are sent again."""
+
+    steps: Sequence[int]
+
+
+_Letter = (
+    StatisticsMessage
+    | RefreshRequest
+    | _SnapshotRequest
+    | _Reassignment
+    | _CopyRequest
+    | _Expectation
+)
 
 
 class InverseLoop:
     """Runs an `InverseWork` in a thread of its own, whose doings `heartbeat` tells.
 
-    Every method returns at once, except `snapshot`, `reassign` and `lifeline`.
+    Every method returns at once, except `snapshot`, `copy`, `reassign` and `lifeline`.
     """
 
     def __init__(self, work: InverseWork, publish: Callable[[InverseMessage], None]) -> None:
@@ -93,6 +115,22 @@ class InverseLoop:
         request = _SnapshotRequest(step=step)
         self._put(request)
         return request.answer.result(timeout=timeout_seconds)
+
+    def copy(self, least_step: int, timeout_seconds: float) -> dict[str, Array] | None:
+        """Return the averages, packed, as soon as no layer is being inverted.
+
+        None if they do not contain the statistics of `least_step`.
+
+        Raises:
+            TimeoutError: an inversion took too long.
+        """
+        request = _CopyRequest(least_step=least_step)
+        self._put(request)
+        return request.answer.result(timeout=timeout_seconds)
+
+    def expect(self, steps: Sequence[int]) -> None:
+        """Average these steps, which are sent again, before any later one."""
+        self._put(_Expectation(steps=steps))
 
     def reassign(self, setup: InverseSetup, averages: Arrays, timeout_seconds: float) -> None:
         """Return once the worker owns the layers of `setup`.
@@ -164,6 +202,10 @@ class InverseLoop:
             case _Reassignment():
                 self._work = self._work.reassigned(letter.setup, letter.averages)
                 letter.answer.set_result(None)
+            case _CopyRequest():
+                letter.answer.set_result(self._work.copy(letter.least_step))
+            case _Expectation():
+                self._work.expect(letter.steps)
 
     def _answer_snapshots(self) -> None:
         # A resumed job does not repeat old requests, so every exact version that was asked for has

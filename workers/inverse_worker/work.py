@@ -20,7 +20,7 @@ from kfac_dist.coordination.steps.refresh import LayerRefreshState, choose_next
 from kfac_dist.core.factors import FactorAverages
 from kfac_dist.core.inverse.structure import structure_for
 from kfac_dist.core.packing import pack_symmetric
-from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensors
+from workers.exchange.arrays import Array, Arrays, section, to_array, to_arrays, to_tensors
 from workers.exchange.messages import (
     InverseHeader,
     InverseMessage,
@@ -68,7 +68,9 @@ class InverseWork:
         self._settings = job.spec.optimizer
         self._policy = job.spec.staleness.refresh_policy
         self._layers = {layer.name: layer for layer in setup.layers}
-        self._ledger = StatisticsLedger(self._layers, setup.applied_step)
+        self._ledger = StatisticsLedger(
+            self._layers, setup.applied_step, catches_up=setup.catches_up
+        )
         self._waiting: dict[int, list[StatisticsMessage]] = {}  # by step
         self._handled_step = setup.applied_step
         self._structure = structure_for(self._settings, list(self._layers), setup.links)
@@ -93,6 +95,10 @@ class InverseWork:
             state = to_tensors(section(averages, f"{name}:"), self.device)
             if state:
                 own.load_state_dict(pack_symmetric(state))
+
+    def expect(self, steps: Sequence[int]) -> None:
+        """Average these steps, which are sent again, before any later one."""
+        self._ledger.expect(steps)
 
     def reassigned(self, setup: InverseSetup, averages: Arrays) -> InverseWork:
         """Return the work for the layers of `setup`, with `averages` of those that are new here.
@@ -240,6 +246,16 @@ class InverseWork:
             f"{name}:{key}": array
             for name, averages in self._averages.items()
             for key, array in to_arrays(averages.state_dict()).items()
+        }
+
+    def copy(self, least_step: int) -> dict[str, Array] | None:
+        """Return the averages like `snapshot`, packed; None before `least_step`."""
+        if self._handled_step < max(least_step, 1):
+            return None
+        return {
+            f"{name}:{key}": to_array(value)
+            for name, averages in self._averages.items()
+            for key, value in averages.packed_state_dict().items()
         }
 
     def status(self, queue_depth: int) -> InverseStatus:

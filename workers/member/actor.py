@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 import ray
 import torch
-from ray.exceptions import RayActorError
 
 from kfac_dist.data import Split
 from kfac_dist.optim.arithmetic import float32_precision
 from kfac_dist.optim.precision import PreconditionDtype
 from workers.actor import (
     Handle,
-    Ref,
     as_actor,
     enter_code_folder,
     logged,
@@ -33,22 +31,17 @@ from workers.exchange.messages import (
     JobContext,
     MemberPlace,
     MemberReport,
-    RefreshRequest,
     Rendezvous,
-    StatisticsMessage,
     StepOrder,
 )
 from workers.exchange.process_group import Group, join_group, join_store
 from workers.gradient_worker.build import build_gradient_work
 from workers.gradient_worker.work import GradientWork
 from workers.heartbeat import Heartbeat, Pulse
+from workers.member.outbox import Outbox, SentReport
 from workers.member.roles import MemberRoles
 from workers.parameter_server.build import BuiltShard, ShardBuilder
 from workers.this_node import on_this_node
-
-# A message is normally there in a millisecond. An inverse worker that has stalled holds a step up
-# once, and is not waited for again until it answers.
-_ARRIVAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +79,7 @@ class GroupMember:
         self._host = host or node_address()
         self._threads = threads
         self._timeout_seconds = timeout_seconds
-        self._inverse_workers: Mapping[int, Handle] = {}
-        self._unanswered: dict[int, list[Ref]] = {}
+        self._outbox = Outbox()
         self._roles: MemberRoles  # set by `build`
         self._builder: ShardBuilder | None = None  # made when this process first has a shard
         self._device: torch.device  # set by `build`
@@ -123,7 +115,7 @@ class GroupMember:
 
     def _build_worker(self, buffers: Arrays) -> GradientWork:
         rank = self._place.worker or 0
-        worker = build_gradient_work(self._job, rank, self._device, self._send_statistics)
+        worker = build_gradient_work(self._job, rank, self._device, self._outbox.send)
         worker.set_buffers(buffers)
         return worker
 
@@ -131,7 +123,7 @@ class GroupMember:
         assert self._place.shard is not None
         if self._builder is None:
             self._builder = ShardBuilder(
-                self._job, self._device, self._timeout_seconds, self._request_inverses
+                self._job, self._device, self._timeout_seconds, self._outbox.request
             )
         built = self._builder.build(self._place.shard, self._place.num_shards)
         if snapshot is not None:
@@ -145,6 +137,7 @@ class GroupMember:
     def rewind(self, step: int) -> None:
         """Go back to the end of `step`, which is the last one or the one before it."""
         self._roles.rewind(step)
+        self._outbox.rewind(step)
 
     def mirrored_state(self) -> dict[str, Array]:
         """Return the parameters and the previous update [P], as this gradient worker has them."""
@@ -194,45 +187,32 @@ class GroupMember:
         inverse_workers: Mapping[int, Handle],
         assignment: Mapping[int, tuple[str, ...]],
         assignment_epochs: Mapping[int, int],
+        copied_steps: Mapping[int, int],
     ) -> None:
-        """Send statistics and requests to these inverse workers from now on."""
-        self._inverse_workers = inverse_workers
-        self._unanswered = {}
+        """Send statistics and requests to these inverse workers from now on; see `Outbox`."""
         if self._roles.worker is not None:
             self._roles.worker.connect(assignment, assignment_epochs)
+        self._outbox.connect(inverse_workers, assignment_epochs, copied_steps)
 
-    def _send_statistics(self, messages: Mapping[int, list[StatisticsMessage]]) -> None:
-        """Send messages and wait until they have arrived.
+    @ray.method(concurrency_group="control")
+    def reconnect(
+        self,
+        inverse_workers: Mapping[int, Handle],
+        assignment_epochs: Mapping[int, int],
+        copied_steps: Mapping[int, int],
+    ) -> None:
+        """Send to the successor of an inverse worker from now on, also in the middle of a step."""
+        self._outbox.connect(inverse_workers, assignment_epochs, copied_steps)
 
-        A step that is applied then has its statistics at their owners, even if a process dies.
-        """
-        for rank in messages:
-            self._note_answers(rank)
-        waited_for: list[Ref] = []
-        for rank, own in messages.items():
-            silent = bool(self._unanswered.get(rank))
-            refs = [self._inverse_workers[rank].update.remote(message) for message in own]
-            self._unanswered[rank] = [*self._unanswered.get(rank, []), *refs]
-            if not silent:
-                waited_for += refs
-        if waited_for:
-            ray.wait(waited_for, num_returns=len(waited_for), timeout=_ARRIVAL_SECONDS)
+    @ray.method(concurrency_group="control")
+    def sent_to(self, inverse_worker: int) -> SentReport:
+        """Return what an inverse worker that has just started was sent while it did."""
+        return self._outbox.report(inverse_worker)
 
-    def _note_answers(self, rank: int) -> None:
-        """Forget the messages to an inverse worker that have arrived, or that it died with."""
-        refs = self._unanswered.get(rank)
-        if not refs:
-            return
-        answered, self._unanswered[rank] = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for ref in answered:
-            try:
-                ray.get(ref)
-            except RayActorError:
-                continue  # the driver learns of the death by itself
-
-    def _request_inverses(self, request: RefreshRequest) -> None:
-        for handle in self._inverse_workers.values():
-            handle.refresh.remote(request)
+    @ray.method(concurrency_group="control")
+    def forget_statistics(self, copied_steps: Mapping[int, int]) -> None:
+        """Forget the statistics up to these steps, by inverse worker; they are safe."""
+        self._outbox.forget(copied_steps)
 
     def run(self, orders: Sequence[StepOrder]) -> list[MemberReport]:
         """Do this member's part of a window of steps."""
@@ -309,6 +289,13 @@ class GroupMember:
         shard = self._roles.shard
         if shard is not None and shard.store is not None:
             shard.store.set_orphaned(layers)
+
+    @ray.method(concurrency_group="control")
+    def lose_statistics(self, layers: tuple[str, ...], step: int) -> None:
+        """Do without versions of these layers up to `step`: the statistics for them are lost."""
+        shard = self._roles.shard
+        if shard is not None and shard.store is not None:
+            shard.store.lose_statistics(layers, step)
 
 
 class GradientWorker(GroupMember):

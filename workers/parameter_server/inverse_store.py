@@ -135,6 +135,13 @@ class InverseStore:
             self._orphaned = frozenset(layers)
             self._changed.notify_all()
 
+    def lose_statistics(self, layers: Collection[str], step: int) -> None:
+        """Note that nobody can make versions of these layers up to `step` any more."""
+        with self._changed:
+            for layer in set(layers).intersection(self.layers):
+                self._failed_step[layer] = max(step, self._failed_step.get(layer, 0))
+            self._changed.notify_all()
+
     def note_statistics(self, step: int) -> None:
         """Note that all gradient workers have sent usable statistics of `step`."""
         self._accepted_statistics.append(step)
@@ -191,7 +198,8 @@ class InverseStore:
             self._versions(step),
             self.bound,
             self.staleness.at_bound,
-            self._orphaned | self._failed(step),
+            self._orphaned,
+            failed=self._failed(step),
             accepted_statistics=self._accepted_statistics,
         )
 

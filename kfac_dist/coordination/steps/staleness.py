@@ -123,6 +123,7 @@ def admit(
     at_bound: AtBound,
     orphaned: Collection[str] = (),
     *,
+    failed: Collection[str] = (),
     accepted_statistics: Sequence[int] | None = None,
 ) -> Admission:
     """Decide for each layer whether its newest inverse may precondition `step`.
@@ -136,8 +137,10 @@ def admit(
         versions: the version of the newest available inverse of each layer, None before the first.
         bound: the staleness bound.
         at_bound: what to do with a layer beyond the bound.
-        orphaned: layers that nobody refreshes now, because their inverse worker is being replaced
-            or their inversion failed. The step never waits for them.
+        orphaned: layers whose inverse worker is being replaced. Only an exact step waits for them:
+            the new worker makes the exact version, too.
+        failed: layers whose version nobody can make, because their inversion failed or their
+            statistics are lost. No step waits for them.
         accepted_statistics: the steps whose statistics were accepted, ascending, None if unknown.
             An inverse cannot be newer than the last of them, and in an exact step not newer than
             the last that the exact version may contain. So the step does not wait for a newer one.
@@ -154,7 +157,8 @@ def admit(
         exhausted = accepted_statistics is not None and (
             _newest(accepted_statistics, oldest if bound.is_exact(step) else None) <= (version or 0)
         )
-        if name in orphaned or exhausted:
+        left = name in orphaned and not bound.is_exact(step)
+        if left or name in failed or exhausted:
             outcome = "gradient" if version is None else "degraded"
         else:
             outcome = "damp" if may_damp and version is not None else "wait_for"

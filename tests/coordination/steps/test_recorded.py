@@ -83,7 +83,7 @@ def test_a_step_waits_for_what_it_used_and_damps_what_it_damped(
 
 
 def test_a_version_whose_inversion_fails_now_is_not_waited_for() -> None:
-    decision = admit(5, {"a": 1, "b": 1}, BOUND, "wait", orphaned={"a"})
+    decision = admit(5, {"a": 1, "b": 1}, BOUND, "wait", failed={"a"})
     assert decision == Admission(degraded=("a",))
 
 

@@ -114,6 +114,21 @@ def test_a_synchronous_step_is_never_damped(bound: StalenessBound) -> None:
     assert decision == Admission(wait_for=("layer",))
 
 
+@pytest.mark.parametrize("bound", [make_bound(0), make_bound(40, warmup_steps=100)])
+def test_a_synchronous_step_waits_for_the_successor_of_a_dead_inverse_worker(
+    bound: StalenessBound,
+) -> None:
+    versions: dict[str, int | None] = {"old": 99, "new": None, "there": 100}
+    decision = admit(100, versions, bound, "wait", {"old", "new", "there"})
+    assert decision == Admission(wait_for=("old", "new"))
+
+
+def test_no_step_waits_for_a_version_that_nobody_can_make() -> None:
+    versions = {"old": 79, "new": None}
+    decision = admit(100, versions, make_bound(0), "wait", {"old"}, failed={"old", "new"})
+    assert decision == Admission(degraded=("old",), gradient=("new",))
+
+
 def test_a_step_does_not_wait_for_statistics_that_were_refused() -> None:
     bound = make_bound(0)
     versions = {"as_new_as_can_be": 80, "older": 79, "new": None}
@@ -160,6 +175,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "at_bound": draw(st.sampled_from(["wait", "damp"])),
         "orphaned": draw(st.sets(st.sampled_from(names))),
+        "failed": draw(st.sets(st.sampled_from(names))),
         "accepted_statistics": None if newest is None else [newest][: newest > 0],
     }
 
@@ -177,7 +193,8 @@ def test_nothing_staler_than_the_bound_is_applied_uncounted(situation: dict[str,
         assert within == (name not in counted)
     assert all(versions[name] is not None for name in decision.stale)
     assert all(versions[name] is None for name in decision.gradient)
-    assert not set(decision.wait_for) & situation["orphaned"]
+    assert not set(decision.wait_for) & situation["failed"]
+    assert bound.is_exact(step) or not set(decision.wait_for) & situation["orphaned"]
     assert not decision.damp or (situation["at_bound"] == "damp" and not bound.is_exact(step))
 
 

@@ -125,6 +125,20 @@ def test_orphaned_layers_are_not_waited_for_and_keep_their_last_inverse():
     assert admission.stale == ("a", "b")
 
 
+def test_a_synchronous_step_waits_for_orphaned_layers_unless_their_statistics_are_lost():
+    store = make_store(max_steps=0)
+    publish_all(store, 1)
+    store.set_orphaned(["a", "b"])
+    with pytest.raises(TimedOutError, match="inverse of a, b came"):
+        store.admit(2)
+    store.lose_statistics(["a", "elsewhere"], 2)
+    publish(store, "b", 2)
+    admission = store.admit(2).admission
+    assert (admission.degraded, admission.wait_for) == (("a",), ())
+    with pytest.raises(TimedOutError, match="inverse of a, b came"):
+        store.admit(3)  # the next version can be made again
+
+
 def test_beyond_the_bound_damping_grows_with_the_age():
     store = make_store(max_steps=4, at_bound="damp")
     publish_all(store, 1)

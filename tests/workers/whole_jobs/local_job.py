@@ -228,7 +228,7 @@ class LocalJob:
         assert store is not None
         store.accept(message)
 
-    def _send(self, messages: Mapping[int, list[StatisticsMessage]]) -> None:
+    def _send(self, _step: int, messages: Mapping[int, list[StatisticsMessage]]) -> None:
         for rank, own in messages.items():
             for message in own:
                 self.loops[rank].put_statistics(message)

@@ -65,6 +65,9 @@ from workers.member.actor import MemberReady
 
 T = TypeVar("T")
 
+OnLoss = Callable[[int, Sequence[int]], None]
+"""Receives the rank of an inverse worker and the steps whose statistics it cannot get."""
+
 _WAIT_SECONDS = 0.25  # how soon an interrupt is seen
 _START_SECONDS = 300.0  # on a cluster without room an actor waits forever, without an error
 
@@ -85,6 +88,7 @@ class Crew:
         processes: Sequence[GroupProcess],
         inverse_pool: InversePool,
         observer: Observer,
+        on_loss: OnLoss,
     ) -> None:
         self.step = 0
         self.inverse_pool = inverse_pool
@@ -93,6 +97,8 @@ class Crew:
         self._folder = folder
         self._plan = plan
         self._interrupts = interrupts
+        self._on_loss = on_loss
+        self._catching_up: dict[int, Calls] = {}  # by rank; empty until the successor has started
         self._epoch = 0
         self._store: object  # where the members of a group meet
         self._health = Health(job.spec.faults)
@@ -108,6 +114,7 @@ class Crew:
         interrupts: Interrupts,
         on_death: Callable[[InverseWorkerDied], None],
         observer: Observer,
+        on_loss: OnLoss,
     ) -> Crew:
         """Start all actors, without waiting until they are there; `build` comes next.
 
@@ -119,6 +126,7 @@ class Crew:
             on_death: called in the middle of a wait for each inverse worker that dies; what it
                 raises ends the job.
             observer: is told of each member that was lost, has left or has joined.
+            on_loss: called where the successor of an inverse worker cannot get all statistics.
         """
         processes = [
             start_process(job, plan, place, number)
@@ -135,6 +143,7 @@ class Crew:
                 job, owners, plan.devices, plan.setups, plan.averages, on_death
             ),
             observer=observer,
+            on_loss=on_loss,
         )
 
     @property
@@ -246,8 +255,8 @@ class Crew:
     def _connect(self, processes: Sequence[GroupProcess]) -> None:
         pool = self.inverse_pool
         if pool.assignment:
-            arguments = pool.handles, pool.assignment, pool.assignment_epochs
-            self.gather(call(processes, "connect", arguments))
+            epochs, copied = pool.assignment_epochs, pool.copied_steps
+            self.gather(call(processes, "connect", (pool.handles, pool.assignment, epochs, copied)))
 
     def run(self, orders: Sequence[StepOrder]) -> list[StepReports]:
         """Have all members do the steps of a window, and return their reports by step.
@@ -450,7 +459,42 @@ class Crew:
         for ref in dead:
             rank = self.inverse_pool.handle_death(ref)
             self._health.forget(Member(role=INVERSE_ROLE, rank=rank))
+            self._reconnect(rank)
+        self._catch_up()
         return finished(pending)
+
+    def _reconnect(self, rank: int) -> None:
+        """Have the members send to the successor of an inverse worker, first what it lacks.
+
+        This can be in the middle of a step, which may wait for that worker's inverses.
+        """
+        pool = self.inverse_pool
+        arguments = pool.handles, pool.assignment_epochs, pool.copied_steps
+        call(self.changes.processes, "reconnect", arguments)
+        self._catching_up[rank] = {}
+
+    def _catch_up(self) -> None:
+        """Tell successors that have started what to expect, from what the members have sent."""
+        for rank, calls in list(self._catching_up.items()):
+            if rank not in self.inverse_pool.assignment:
+                del self._catching_up[rank]
+            elif not calls and self.inverse_pool.has_started(rank):
+                asked = call(self.changes.processes, "sent_to", [rank])
+                self._catching_up[rank] = asked
+            elif calls and len(finished(calls)) == len(calls):
+                failed = failed_among(calls)
+                reports = ray.get([ref for ref in calls if ref not in failed])
+                plan = self.inverse_pool.catch_up(rank, reports, self.step)
+                del self._catching_up[rank]
+                if plan.lost:
+                    self._on_loss(rank, plan.lost)
+
+    def keep_copies(self) -> None:
+        """Keep what inverse workers have copied; members forget the statistics in it."""
+        if self.inverse_pool.take_copies():
+            copied = self.inverse_pool.copied_steps
+            for process in self.changes.processes:
+                process.handle.forget_statistics.remote(copied)
 
     def _check_node(self) -> None:
         lost = self._daemons.lost()

@@ -15,19 +15,30 @@ from dataclasses import dataclass, replace
 
 import ray
 
+from kfac_dist.coordination.steps.kept_statistics import CatchUp, plan_catch_up
+from kfac_dist.core.packing import LOWER, unpack
 from kfac_dist.errors import JobFailedError
 from workers.actor import Handle, Ref, gpu_options
 from workers.device import DevicePlan
 from workers.driver.crew.deaths import InverseWorkerDied, exit_type, pid_of
 from workers.driver.crew.failures import Member, failed_among, failure_of, finished
 from workers.driver.crew.health import InverseStatuses, Stall
-from workers.exchange.arrays import Array
+from workers.exchange.arrays import Array, to_array, to_tensor
 from workers.exchange.messages import InverseSetup, InverseStatus, JobContext, RefreshRequest
 from workers.inverse_worker.actor import InverseWorkerActor
+from workers.member.outbox import SentReport
+from workers.planning import step_schedule
 
 ROLE = "inverse_worker"
+COPY_PERIOD = 16
+"""In steps with statistics: how often the averages are copied for a successor. A copy takes about
+as long as averaging once."""
+
 SUCCESSOR_SECONDS = 120.0
 """How long a successor may take to start; then it counts as dead, and has a successor itself."""
+
+_COPY_SECONDS = 600.0
+_STEP = ":step"
 
 
 @dataclass
@@ -48,6 +59,10 @@ class _Worker:
     why: str = ""
     latest_seconds: float = math.inf
     """Of the monotonic clock: when it must have started."""
+    lacks_nothing: bool = False
+    """Whether it has got again all that its predecessor had been sent."""
+    copy: Ref | None = None
+    """A call for its averages, None if none is open."""
 
 
 class InversePool:
@@ -175,17 +190,21 @@ class InversePool:
             del self._joining[rank]
             self._report_death(dead, error, ())
             return rank
+        self._take_copy(dead)
         layers = self.assignment[rank]
         self._orphaned |= dict.fromkeys(layers, rank)
         self._awaited -= set(layers)
         self._send_orphaned()
         self._statuses.forget(rank)
         self._report_death(dead, error, layers)
+        copied = self.copied_steps[rank]
         setup = replace(
             dead.setup,
             assignment_epoch=dead.setup.assignment_epoch + 1,
-            applied_step=self._averages_step(layers),
-            exact_step=None,
+            applied_step=copied,
+            # An exact version of the copied step itself may not have been made.
+            exact_step=max(0, copied - 1),
+            catches_up=True,
         )
         self._workers[rank] = self._start(setup)
         self._workers[rank].latest_seconds = time.monotonic() + SUCCESSOR_SECONDS
@@ -213,9 +232,72 @@ class InversePool:
             )
         )
 
+    @property
+    def copied_steps(self) -> dict[int, int]:
+        """By rank, up to which step statistics are in averages that outlive the worker."""
+        return {
+            rank: max(worker.setup.applied_step, self._averages_step(self.assignment[rank]))
+            for rank, worker in self._workers.items()
+        }
+
+    def take_copies(self) -> bool:
+        """Keep the averages that have come, and ask for newer ones; return whether any has.
+
+        At most one call to a worker is open, and it interrupts no inversion.
+        """
+        before = self.copied_steps
+        for rank, worker in self._workers.items():
+            if worker.connected_step is None:
+                continue
+            self._take_copy(worker)
+            if worker.copy is None:
+                least = self.copied_steps[rank] + COPY_PERIOD
+                worker.copy = worker.handle.copy.remote(least, _COPY_SECONDS)
+        return before != self.copied_steps
+
+    def _take_copy(self, worker: _Worker) -> None:
+        if worker.copy is None or not finished([worker.copy]):
+            return
+        if failure_of(worker.copy) is None and (copy := ray.get(worker.copy)):
+            layers = [layer.name for layer in worker.setup.layers]
+            if _newest_step(copy, layers) > self._averages_step(layers):
+                self._keep(copy)
+        worker.copy = None
+
+    def has_started(self, rank: int) -> bool:
+        """Return whether a worker answers."""
+        ref = self._workers[rank].first_status
+        return bool(finished([ref])) and failure_of(ref) is None
+
+    def catch_up(self, rank: int, reports: Sequence[SentReport], last_step: int) -> CatchUp:
+        """Tell a successor which steps to expect, and return them with those that are lost.
+
+        Args:
+            rank: that of the successor, which has started.
+            reports: what it was sent until now by the members that could be asked.
+            last_step: the last step that was done, if none of them has sent statistics.
+        """
+        worker = self._workers[rank]
+        sent = [report.last_step for report in reports if report.last_step is not None]
+        plan = plan_catch_up(
+            self._statistics_steps(worker.setup.applied_step, max(sent, default=last_step)),
+            self.assignment[rank],
+            [report.layers for report in reports],
+            done_step=min(sent, default=last_step),
+        )
+        worker.handle.expect.remote(plan.steps)
+        worker.lacks_nothing = not plan.lost
+        if plan.lost:
+            for owner in dict.fromkeys(self._owners.values()):
+                owner.lose_statistics.remote(self.assignment[rank], plan.lost[-1])
+        return plan
+
+    def _statistics_steps(self, after: int, last: int) -> list[int]:
+        schedule, steps = step_schedule(self._job.spec), range(after + 1, last + 1)
+        return [step for step in steps if schedule.plan(step).update_factors]
+
     def _averages_step(self, layers: Sequence[str]) -> int:
-        steps = [int(self._averages.get(f"{name}:step", 0)) for name in layers]
-        return max(steps, default=0)
+        return _newest_step(self._averages, layers)
 
     def _send_orphaned(self) -> list[Ref]:
         left = tuple(layer for layer in self._orphaned if layer not in self._awaited)
@@ -270,19 +352,24 @@ class InversePool:
                 worker.handle.refresh.remote(request)
 
     def note_versions(
-        self, versions: Mapping[str, int], oldest_admissible: Mapping[str, int]
+        self,
+        versions: Mapping[str, int],
+        oldest_admissible: Mapping[str, int],
+        *,
+        is_exact: bool,
     ) -> list[str]:
         """Return the layers that cease to be orphaned, given the versions now in use.
 
         A layer is orphaned until the version in use was made by the successor and is within the
-        staleness bound.
+        staleness bound. In an exact step the version is the same, whoever made it.
         """
         recovered = [
             layer
             for layer, rank in self._orphaned.items()
             # Only the successor can make versions from its first step on.
             if (connected := self._workers[rank].connected_step) is not None
-            and versions.get(layer, 0) >= max(connected, oldest_admissible.get(layer, 1))
+            and versions.get(layer, 0)
+            >= max(0 if is_exact else connected, oldest_admissible.get(layer, 1))
         ]
         for layer in recovered:
             del self._orphaned[layer]
@@ -344,13 +431,25 @@ class InversePool:
         return {
             worker.handle.snapshot.remote(step, timeout_seconds): Member(role=ROLE, rank=rank)
             for rank, worker in self._workers.items()
-            if worker.connected_step is not None and worker.connected_step <= step
+            if worker.connected_step is not None
+            and (worker.lacks_nothing or worker.connected_step <= step)
         }
 
     def keep_snapshot(self, averages: Mapping[str, Array]) -> dict[str, Array]:
         """Keep averages for successors; return the newest that are known of every layer."""
+        self._keep(averages)
+        return {
+            name.removesuffix(LOWER): to_array(unpack(to_tensor(array)))
+            if name.endswith(LOWER)
+            else array
+            for name, array in self._averages.items()
+        }
+
+    def _keep(self, averages: Mapping[str, Array]) -> None:
+        """Replace what is known of the layers in `averages`; names of arrays may differ."""
+        new = tuple(key.removesuffix("step") for key in averages if key.endswith(_STEP))
+        self._averages = {k: v for k, v in self._averages.items() if not k.startswith(new)}
         self._averages |= averages
-        return dict(self._averages)
 
     @property
     def setups(self) -> dict[int, InverseSetup]:
@@ -398,6 +497,7 @@ class InversePool:
             new = [layer.name for layer in setup.layers if layer not in worker.setup.layers]
             self._workers[rank] = worker
             worker.setup, worker.connected_step = setup, step
+            worker.copy = None  # of the layers that it had before
             if joined is not None:
                 worker.pid = ray.get(worker.first_status).pid
             call = worker.handle.reassign.remote(setup, self._averages_of(new), timeout_seconds)
@@ -411,3 +511,7 @@ class InversePool:
         """End all workers."""
         for worker in (*self._workers.values(), *self._joining.values()):
             ray.kill(worker.handle)
+
+
+def _newest_step(averages: Mapping[str, Array], layers: Sequence[str]) -> int:
+    return max((int(averages.get(f"{name}{_STEP}", 0)) for name in layers), default=0)

@@ -71,7 +71,9 @@ class InverseScaling:
             return None
         moved = _moved(pool.assignment, setups)
         changed = tuple(rank for rank, own in setups.items() if pool.setups.get(rank) != own)
-        averages = crew.averages_of(set(moved.values()), statistics_step)
+        # Also of those that only gain layers: copies of all layers of a worker are of one step.
+        asked = {*moved.values(), *(rank for rank in changed if rank in pool.setups)}
+        averages = crew.averages_of(asked, statistics_step)
         if averages is None:  # a worker has died: its successor comes first
             return None
         pool.keep_snapshot(averages)
