@@ -273,7 +273,7 @@ def join_group(
         # way to set the address is an environment variable of the whole process.
         gloo: Any = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=own_host)]
-        # Whoever dies now is noticed only by this timeout; afterwards a connection breaks.
+        # A death now is noticed only by this timeout; afterwards a connection breaks.
         gloo._timeout = min(timeout, _CONNECTING)
         member = c10d.ProcessGroupGloo(numbered, rank, size, gloo)
     except RuntimeError as error:

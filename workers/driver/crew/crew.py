@@ -117,7 +117,7 @@ class Crew:
             interrupts: checked in every wait.
             on_death: called in the middle of a wait for each inverse worker that dies; what it
                 raises ends the job.
-            observer: is told of each member that was lost, has left or has joined.
+            observer: learns of each member that was lost, has left or has joined.
         """
         processes = [
             start_process(job, plan, place, number)
