@@ -158,7 +158,7 @@ def place_members(
 
     Args:
         members: the gradient workers in the order of their ranks.
-        alone: processes with nothing but a shard.
+        alone: processes that only have a shard.
         num_shards: the number of shards that there shall be.
         shared: whether the shards are those of the first gradient workers.
     """
