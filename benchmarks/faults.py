@@ -39,7 +39,6 @@ ROLES = ("gradient_worker", "parameter_server", "inverse_worker", "driver")
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 MOMENTS = ("start", "first step", "middle", "checkpoint", "evaluation", "last step")
 _AFTER_RECORD = {
-    "first step": 0,
     "middle": MIDDLE,
     "checkpoint": CHECKPOINT,
     "evaluation": STEPS,
@@ -186,6 +185,13 @@ class Trial:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
+    def has_come_to(self, moment: str, step: int) -> bool:
+        """Return whether the moment has come, if `step` is the last step that has a record."""
+        if moment == "first step":
+            events = self.run / "events.jsonl"
+            return events.exists() and '"kind":"started"' in events.read_text()
+        return moment == "start" or step >= _AFTER_RECORD[moment]
+
     def left_behind(self) -> list[str]:
         """Return what is left of the job after some time."""
         deadline = time.monotonic() + _CLEAN_SECONDS
@@ -239,7 +245,7 @@ def strike(trial: Trial, case: Case, driver: subprocess.Popen[str]) -> tuple[flo
     deadline = time.monotonic() + _CASE_SECONDS
     while time.monotonic() < deadline and driver.poll() is None:
         step = max((record["step"] for record in trial.records()), default=0)
-        if case.moment == "start" or step >= _AFTER_RECORD[case.moment]:
+        if trial.has_come_to(case.moment, step):
             pid = trial.pid_of(case.role, driver.pid)
             if pid is not None and (case.role != "driver" or (trial.run / "job.json").exists()):
                 os.kill(pid, SIGNALS[case.signal])

@@ -23,6 +23,9 @@ from workers.device import Backend
 from workers.exchange.messages import Rendezvous, Traffic
 from workers.heartbeat import waiting
 
+# How long connecting to all others may take, once all have been asked to.
+_CONNECTING = timedelta(seconds=15)
+
 
 class PeerLostError(RuntimeError):
     """A collective failed because another member is gone or late.
@@ -114,6 +117,7 @@ class Group:
         self.workers = range(num_workers)
         self.shards = range(num_workers, num_workers + num_shards)
         self.device = device
+        self.patience: timedelta | None = None  # in a wait; None for that of the backend
         self._sending: list[tuple[Any, Tensor]] = []
         self._traffic = Traffic()
 
@@ -218,10 +222,11 @@ class Group:
         through. So after an error none may be left in these, or `leave` would close nothing and
         the other members would wait until the timeout.
         """
+        patience = () if self.patience is None else (self.patience,)
         try:
             with waiting():
                 while works:
-                    works[0].wait()
+                    works[0].wait(*patience)
                     del works[0]
         except torch.AcceleratorError:
             raise  # a device is lost, not a peer
@@ -268,13 +273,16 @@ def join_group(
         # way to set the address is an environment variable of the whole process.
         gloo: Any = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=own_host)]
-        gloo._timeout = timeout
+        # A death now is noticed only by this timeout; afterwards a connection breaks.
+        gloo._timeout = min(timeout, _CONNECTING)
         member = c10d.ProcessGroupGloo(numbered, rank, size, gloo)
     except RuntimeError as error:
         raise PeerLostError(
             f"rank {rank} could not join group {rendezvous.epoch}: {error}"
         ) from error
-    return _group(member, rendezvous, rank, torch.device("cpu"))
+    group = _group(member, rendezvous, rank, torch.device("cpu"))
+    group.patience = timeout
+    return group
 
 
 def _group(member: c10d.Backend, rendezvous: Rendezvous, rank: int, device: torch.device) -> Group:

@@ -125,7 +125,7 @@ class Crew:
             interrupts: checked in every wait.
             on_death: called in the middle of a wait for each inverse worker that dies; what it
                 raises ends the job.
-            observer: is told of each member that was lost, has left or has joined.
+            observer: learns of each member that was lost, has left or has joined.
             on_loss: called where the successor of an inverse worker cannot get all statistics.
         """
         processes = [

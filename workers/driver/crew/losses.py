@@ -1,4 +1,4 @@
-"""What a group of members loses, what is told of it, and when that is too much."""
+"""What a group of members loses, who learns of it, and when that is too much."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GroupChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Observer:
-    """Whom changes are told: each one that was made, and what keeps others from being made."""
+    """Receives each change that was made, and what keeps others from being made."""
 
     on_change: Callable[[GroupChange], None]
     on_notice: Callable[[NoticeKind, str], None]

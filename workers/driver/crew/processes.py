@@ -167,7 +167,7 @@ def place_members(
 
     Args:
         members: the gradient workers in the order of their ranks.
-        alone: processes that are no gradient workers.
+        alone: processes that only have a shard.
         num_shards: the number of shards that there shall be.
         shared: whether the shards are those of the first gradient workers.
     """

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from kfac_dist.config import parse_spec
 from kfac_dist.runs import StepRecord
+from tests.waiting import wait_until
 from tests.workers.whole_jobs.jobs import Jobs, line_spec
 from workers.driver.wishes import WishBox, WorkerWishes
 
@@ -19,34 +20,61 @@ pytestmark = pytest.mark.usefixtures("processes")
 
 STEPS = 90
 BATCH = 20
-JOIN, LEAVE = 30, 60
+DEATH, JOIN, LEAVE = 15, 30, 60
 SAME = 1e-9
 
 
-def run(folder: Path, num_workers: int, *, killed: str = "", scale: bool = False) -> Jobs:
-    """A synchronous job of STEPS steps; `killed` is a role whose rank 0 dies in the middle.
-
-    With `scale` a gradient worker is wished for after step JOIN, and one fewer after LEAVE.
-    """
-    folder.mkdir()
-    jobs, wishes = Jobs(folder), WishBox()
-
-    def disturb(record: StepRecord) -> None:
-        if killed and record.step == STEPS // 2:
-            os.kill(jobs.pid(killed), signal.SIGKILL)
-        if scale and record.step in (JOIN, LEAVE):
-            wishes.put(WorkerWishes(gradient=num_workers + (record.step == JOIN)))
-
-    jobs.on_step = disturb
+def run(jobs: Jobs, num_workers: int, wishes: WishBox | None = None) -> Jobs:
     spec = line_spec(
         steps=STEPS,
         batch_size=BATCH,
         task_args={"depth": 3},
-        checkpoint={"every_steps": STEPS},
+        checkpoint={"every_steps": 15},  # no window goes beyond one
         workers={"gradient": num_workers, "inverse": 1},
     )
-    assert jobs.run(parse_spec(spec), wishes=wishes).state == "SUCCEEDED"
+    assert jobs.run(parse_spec(spec), wishes=wishes or WishBox()).state == "SUCCEEDED"
     return jobs
+
+
+def new_jobs(folder: Path) -> Jobs:
+    folder.mkdir()
+    return Jobs(folder)
+
+
+def undisturbed(folder: Path) -> Jobs:
+    return run(new_jobs(folder), 1)
+
+
+def shard_dies(folder: Path) -> Jobs:
+    """The only shard, in a process of its own, dies in the middle."""
+    jobs = new_jobs(folder)
+
+    def kill(record: StepRecord) -> None:
+        if record.step == STEPS // 2:
+            os.kill(jobs.pid("parameter_server"), signal.SIGKILL)
+
+    jobs.on_step = kill
+    return run(jobs, 1)
+
+
+def workers_come_and_go(folder: Path) -> Jobs:
+    """Each worker has a shard; the one with the deciding shard dies, one joins, one leaves."""
+    jobs, wishes = new_jobs(folder), WishBox()
+
+    def num_built() -> int:
+        log = jobs.run_folder().places.log("gradient_worker", 0)
+        return log.read_text().count('"event": "built"')
+
+    def disturb(record: StepRecord) -> None:
+        if record.step == DEATH:
+            os.kill(jobs.pid("gradient_worker"), signal.SIGKILL)
+        elif record.step == JOIN:
+            wait_until(lambda: num_built() == 2, "the successor")
+        elif record.step == LEAVE:
+            wishes.put(WorkerWishes(gradient=2))
+
+    jobs.on_step = disturb
+    return run(jobs, 3, wishes)
 
 
 def parameters(jobs: Jobs) -> np.ndarray:
@@ -61,21 +89,17 @@ def every_case_is_used_once(jobs: Jobs) -> bool:
 
 
 def test_members_die_join_and_leave_without_a_trace_in_the_result(tmp_path: Path) -> None:
-    still = parameters(run(tmp_path / "still", 2))
-    before = set(Path("/dev/shm").iterdir())
+    still = parameters(undisturbed(tmp_path / "still"))
+    shard = shard_dies(tmp_path / "shard")
+    workers = workers_come_and_go(tmp_path / "workers")
 
-    # The worker has a shard, the deciding one.
-    worker = run(tmp_path / "worker", 3, killed="gradient_worker")
-    # A shard in a process of its own moves into that of a gradient worker.
-    shard = run(tmp_path / "shard", 2, killed="parameter_server")
-    scaled = run(tmp_path / "scaled", 2, scale=True)
-
-    assert "member_joined" in scaled.kinds()
-    assert "member_left" in scaled.kinds()
-    assert {"inverse_worker_died", "layers_moved"}.isdisjoint(scaled.kinds())
-    for jobs in (worker, shard):
-        assert jobs.event("member_died").step >= STEPS // 2
-    for jobs in (worker, shard, scaled):
+    assert shard.event("member_died").details["shards"] == 1
+    kinds = [kind for kind in workers.kinds() if kind.startswith("member_")]
+    assert kinds == ["member_died", "member_joined", "member_left"]
+    assert [workers.event(kind).details["shards"] for kind in kinds] == [2, 3, 2]
+    assert DEATH <= workers.event("member_died").step < JOIN <= workers.event("member_joined").step
+    assert workers.event("member_joined").step < LEAVE <= workers.event("member_left").step
+    for jobs in (shard, workers):
         assert every_case_is_used_once(jobs)
+        assert {"inverse_worker_died", "inverse_workers_scaled"}.isdisjoint(jobs.kinds())
         np.testing.assert_allclose(parameters(jobs), still, rtol=SAME, atol=SAME)
-    assert {path for path in Path("/dev/shm").iterdir() if "kfac" in path.name} <= before
