@@ -1,7 +1,7 @@
 """Changes of the group: members die, stall, leave and join, and the step in hand is repeated.
 
 Who the gradient workers are from then on is decided by the rule in `coordination.steps.membership`.
-Each change makes a new epoch: a new process group, in which every member is told its place.
+Each change makes a new epoch: a new process group, in which every member has a new place.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def healed_snapshot(
 
 
 def reported_decisions(last: ServerReport) -> dict[str, Array]:
-    """Return the state from which the first shard decides about the step after a report."""
+    """Return the state from which the first shard decides the step after a report."""
     return {
         "version": np.array(last.parameter_version),
         "update:damping": np.array(last.damping),
