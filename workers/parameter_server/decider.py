@@ -107,6 +107,7 @@ class KFACDecider:
                 }
             )
             self._decided = None if mirror.decision is None else (step, mirror.decision)
+            self._refused_in_a_row = mirror.decision.refused_in_a_row if mirror.decision else 0
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`, including those of an open search."""

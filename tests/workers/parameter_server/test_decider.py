@@ -220,6 +220,21 @@ def test_statistics_that_are_refused_are_counted_in_a_row_while_gradients_are_fi
     assert counts == [1, 2, 2, 3, 0]
 
 
+def test_a_step_that_is_repeated_begins_as_it_began_before():
+    members = Members(1)
+    decider, counts = members.decider, []
+    for step in (1, 2, 3, 3, 3):
+        plan = members.schedule.plan(step)
+        decider.rewind(step - 1)
+        decider.begin_step(plan)
+        damping = decider._update.damping
+        decider.verdict(plan, LOSSES, is_finite=True)
+        decider.note_statistics(usable=False, is_finite=True)
+        counts.append((damping, decider.decision(plan, 0).refused_in_a_row))
+    assert [refused for _, refused in counts] == [1, 2, 3, 3, 3]
+    assert counts[2] == counts[3] == counts[4]
+
+
 def test_a_snapshot_continues_an_open_search():
     members = Members(1)
     members.decider.begin_step(members.schedule.plan(3))
