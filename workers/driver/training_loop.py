@@ -9,7 +9,7 @@ What a step computes is in `gradient_worker.work`, `parameter_server.kfac` and
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kfac_dist.coordination.steps.plan import StepPlan
@@ -161,10 +161,14 @@ class TrainingLoop:
     def _orders(self, crew: Crew, first: int) -> tuple[list[StepOrder], list[SamplerCursor]]:
         """Return the orders of the next steps, and the position in the data after each.
 
-        A window ends with a step after which the driver has to do something.
+        A window ends with a step after which the driver has to do something. It also ends before a
+        step that would have to wait if an inverse worker died now: the driver waits only between
+        windows.
         """
         orders, cursors, cursor = [], [], self._cursor
         for step in range(first, first + self._window_length.steps):
+            if step > first and self._degraded_too_long(step, self._versions):
+                break
             size = batch_size(self._spec, step, self._num_train_cases)
             window, cursor = next_window(cursor, size, self._num_train_cases)
             orders.append(StepOrder(plan=self._schedule.plan(step), window=window))
@@ -265,9 +269,7 @@ class TrainingLoop:
         """
         if self._bound.is_exact(step) or not self._schedule.plan(step).update_factors:
             return
-        most = self._spec.staleness.max_degraded_steps
-        orphaned = crew.inverse_pool.orphaned
-        late = degraded_too_long(step, self._versions, self._bound, orphaned, most)
+        late = self._degraded_too_long(step, crew.inverse_pool.orphaned)
         if not late:
             return
         if ranks := crew.inverse_pool.starting(late):
@@ -275,6 +277,10 @@ class TrainingLoop:
             crew.await_inverse_workers(late)
         self._connect_started(crew, step)
         crew.stop_degrading(late)
+
+    def _degraded_too_long(self, step: int, layers: Collection[str]) -> dict[str, int]:
+        most = self._spec.staleness.max_degraded_steps
+        return degraded_too_long(step, self._versions, self._bound, layers, most)
 
     def _journal_wait(self, step: int, ranks: Sequence[int], late: Mapping[str, int]) -> None:
         oldest = max(late, key=late.__getitem__)

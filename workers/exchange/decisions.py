@@ -1,8 +1,8 @@
 """What the deciding shard has decided, as the gradient workers mirror it.
 
 The first shard's decisions exist nowhere else until the driver has its report. With each step it
-tells the workers what came out of the step before, and the state from which it decides about this
-one. So if it dies, nothing is lost: the step in hand is repeated from there.
+tells the workers what came out of the step before, and the state from which this one is decided.
+So if it dies, nothing is lost: the step in hand is repeated from there.
 """
 
 from __future__ import annotations

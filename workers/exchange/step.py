@@ -76,7 +76,7 @@ class Coefficients:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class StepVerdict:
     """Whether a step continues after its gradient was seen, and at which gammas.
 
     `search` are the gammas of a search that can be decided in this step, empty without one;
@@ -218,11 +218,11 @@ class ShardSide:
         (value,) = self._group.receive_numbers(Kind.BEGIN, 1, self._group.decider)
         return bool(value)
 
-    def receive_verdict(self) -> Verdict:
+    def receive_verdict(self) -> StepVerdict:
         """Return how the step continues."""
         numbers = self._group.receive_numbers(Kind.VERDICT, 3 + _MOST_GAMMAS, self._group.decider)
         goes_on, gamma, count, *gammas = numbers
-        return Verdict(goes_on=bool(goes_on), gamma=gamma, search=tuple(gammas[: int(count)]))
+        return StepVerdict(goes_on=bool(goes_on), gamma=gamma, search=tuple(gammas[: int(count)]))
 
     def receive_gammas(self, search: Sequence[float], gamma: float) -> tuple[float, ...]:
         """Return the gammas that the step tries: all of a search, or the current one alone."""
@@ -300,7 +300,7 @@ class DecidingSide:
         self._group.send_numbers(Kind.BEGIN, [float(value)], self._others)
         return value
 
-    def send_verdict(self, verdict: Verdict) -> None:
+    def send_verdict(self, verdict: StepVerdict) -> None:
         """Tell the other shards how the step continues."""
         padding = [0.0] * (_MOST_GAMMAS - len(verdict.search))
         numbers = [

@@ -52,7 +52,7 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Start:
+class _StepStart:
     """What a step began with, beside the parameters."""
 
     buffers: Mapping[str, Array]
@@ -115,7 +115,7 @@ class GradientWork:
         self.step_done = 0
         self._step = 0  # the step in hand
         self._applied_step = 0
-        self._starts: dict[int, _Start] = {}
+        self._starts: dict[int, _StepStart] = {}
         self._joined: Joined  # set by `join`
 
     def join(self, group: Group, step: int) -> None:
@@ -197,7 +197,7 @@ class GradientWork:
         """Remember what the user's training pass may change, here and in the step before."""
         self._starts = {s: start for s, start in self._starts.items() if s == step - 1}
         model = self._computer.model
-        self._starts[step] = _Start(buffers=read_buffers(model), streams=RandomStreams(model))
+        self._starts[step] = _StepStart(buffers=read_buffers(model), streams=RandomStreams(model))
         self._step = step
 
     def rewind(self, step: int) -> None:

@@ -24,7 +24,7 @@ from workers.exchange.arrays import Array, Arrays, section, to_arrays, to_tensor
 from workers.exchange.decisions import DecisionMirror
 from workers.exchange.messages import StepDecision, StepOrder
 from workers.exchange.process_group import Kind
-from workers.exchange.step import Coefficients, DecidingSide, Verdict
+from workers.exchange.step import Coefficients, DecidingSide, StepVerdict
 from workers.parameter_server.refresh_requests import RefreshRequests
 from workers.phases import Phases
 
@@ -107,13 +107,14 @@ class KFACDecider:
                 }
             )
             self._decided = None if mirror.decision is None else (step, mirror.decision)
+            self._refused_in_a_row = mirror.decision.refused_in_a_row if mirror.decision else 0
 
     def next_gammas(self, step: int) -> tuple[float, ...]:
         """Return the gammas to invert with for `step`, including those of an open search."""
         plan = self._schedule.plan(step)
         return self._update.requested_gammas(search=plan.search_gamma, damping=plan.damping)
 
-    def verdict(self, plan: StepPlan, losses: BatchLosses, *, is_finite: bool) -> Verdict:
+    def verdict(self, plan: StepPlan, losses: BatchLosses, *, is_finite: bool) -> StepVerdict:
         """Decide whether the step continues, and tell the other shards.
 
         `is_finite` is what this shard found of its slice of the gradient.
@@ -121,7 +122,7 @@ class KFACDecider:
         self._losses = losses
         found = self._side.collect(Kind.FINITE, torch.tensor([float(is_finite)]).double())
         goes_on = math.isfinite(losses.loss) and all(bool(flag) for flag in found)
-        verdict = Verdict(
+        verdict = StepVerdict(
             goes_on=goes_on,
             gamma=self._update.gamma,
             search=self._update.wanted_gammas(search=plan.search_gamma) if goes_on else (),
@@ -129,7 +130,7 @@ class KFACDecider:
         self._side.send_verdict(verdict)
         return verdict
 
-    def gammas(self, verdict: Verdict, *, is_complete: bool) -> tuple[float, ...]:
+    def gammas(self, verdict: StepVerdict, *, is_complete: bool) -> tuple[float, ...]:
         """Decide whether the open search is decided now, and return the gammas to try.
 
         It is when every shard has inverses for all gammas; `is_complete` says it of this one.

@@ -19,7 +19,7 @@ from workers.exchange.decisions import DecisionMirror
 from workers.exchange.messages import ShardReport, StepDecision, StepOrder
 from workers.exchange.process_group import Group, Kind
 from workers.exchange.shard_plan import ShardPlan
-from workers.exchange.step import DecidingSide, ShardSide, Verdict
+from workers.exchange.step import DecidingSide, ShardSide, StepVerdict
 from workers.heartbeat import beat_step
 from workers.parameter_server.decider import BatchLosses, l2_term
 from workers.parameter_server.state import ShardState
@@ -108,7 +108,7 @@ class FirstOrderShard:
         losses = BatchLosses(loss_sum, num_cases, before)
         found = self._deciding.collect(Kind.FINITE, finite)
         goes_on = math.isfinite(losses.loss) and all(bool(flag) for flag in found)
-        self._deciding.send_verdict(Verdict(goes_on=goes_on, gamma=0.0, search=()))
+        self._deciding.send_verdict(StepVerdict(goes_on=goes_on, gamma=0.0, search=()))
         self._deciding.send_header(int(goes_on), None, self._before[step])
         self._counts["bad_step"] += not goes_on
         return losses, goes_on

@@ -30,7 +30,7 @@ from workers.exchange.messages import ShardReport, StepOrder
 from workers.exchange.moments import ShardMoments
 from workers.exchange.process_group import Group, Kind
 from workers.exchange.shard_plan import ShardPlan
-from workers.exchange.step import Coefficients, DecidingSide, ShardSide, Verdict
+from workers.exchange.step import Coefficients, DecidingSide, ShardSide, StepVerdict
 from workers.heartbeat import beat_step
 from workers.parameter_server.decider import BatchLosses, KFACDecider, l2_term
 from workers.parameter_server.inverse_store import AdmittedInverses, InverseStore
@@ -41,7 +41,7 @@ _ROUNDED = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tried:
+class _TriedDirections:
     """What a step tries: the admitted inverses, and by candidate the directions [C, Q].
 
     `numbers` [B, 2 + 3C] are the inner products of this shard's blocks.
@@ -53,7 +53,7 @@ class _Tried:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Start:
+class _ShardStart:
     """What a step began with, beside parameters and previous update."""
 
     in_use: Mapping[str, InverseVersion]
@@ -95,7 +95,7 @@ class KFACShard:
         self._spare = torch.zeros_like(state.parameters)  # the update before the previous one
         self.step_done = 0
         self._applied_step = 0
-        self._starts: dict[int, _Start] = {}
+        self._starts: dict[int, _ShardStart] = {}
         self._tried_directions = state.parameters.new_zeros((1, state.layout.size))
         self._counts: Counter[str] = Counter()
         self._stale_applied = 0
@@ -172,7 +172,9 @@ class KFACShard:
     def _begin(self, step: int) -> None:
         """Remember what is needed to repeat the step, or the one before it."""
         self._starts = {s: start for s, start in self._starts.items() if s == step - 1}
-        self._starts[step] = _Start(in_use=self._store.in_use(), stale_applied=self._stale_applied)
+        self._starts[step] = _ShardStart(
+            in_use=self._store.in_use(), stale_applied=self._stale_applied
+        )
 
     def rewind(self, step: int) -> None:
         """Go back to the end of `step`, which is the last one or the one before it.
@@ -195,7 +197,7 @@ class KFACShard:
             total = self._side.receive_gradient()
             return self.state.mean_gradient(total, order.window.size)
 
-    def _verdict(self, plan: StepPlan, gradient: Tensor, phases: Phases) -> Verdict:
+    def _verdict(self, plan: StepPlan, gradient: Tensor, phases: Phases) -> StepVerdict:
         finite = is_finite(gradient)
         with phases("reduce"):
             if self._decider is None:
@@ -239,8 +241,8 @@ class KFACShard:
             self._store.observe(moments, len(rows))
 
     def _precondition(
-        self, plan: StepPlan, gradient: Tensor, verdict: Verdict, phases: Phases
-    ) -> _Tried:
+        self, plan: StepPlan, gradient: Tensor, verdict: StepVerdict, phases: Phases
+    ) -> _TriedDirections:
         inverses = self._wait_for_inverses(plan, verdict, phases)
         with phases("precondition"):
             layout = self.state.layout
@@ -256,7 +258,7 @@ class KFACShard:
                 [layout.regions(direction) for direction in directions],
                 layout.regions(self._previous_update),
             )
-        return _Tried(inverses=inverses, directions=directions, numbers=numbers)
+        return _TriedDirections(inverses=inverses, directions=directions, numbers=numbers)
 
     def _direction_memory(self, count: int) -> Tensor:
         """Return memory for directions [count, Q], which the next step overwrites."""
@@ -268,7 +270,7 @@ class KFACShard:
         return self._tried_directions[:count]
 
     def _wait_for_inverses(
-        self, plan: StepPlan, verdict: Verdict, phases: Phases
+        self, plan: StepPlan, verdict: StepVerdict, phases: Phases
     ) -> AdmittedInverses:
         """Return the inverses of a step: at one gamma, or at several when a search is decided.
 
@@ -284,20 +286,24 @@ class KFACShard:
                 gammas = self._searched_gammas(verdict, inverses.carry(verdict.search))
         return self._store.at_gammas(inverses, gammas)
 
-    def _searched_gammas(self, verdict: Verdict, is_complete: bool) -> tuple[float, ...]:
+    def _searched_gammas(self, verdict: StepVerdict, is_complete: bool) -> tuple[float, ...]:
         if self._decider is not None:
             return self._decider.gammas(verdict, is_complete=is_complete)
         self._side.report(Kind.COMPLETE, torch.tensor([float(is_complete)]).double())
         return self._side.receive_gammas(verdict.search, verdict.gamma)
 
-    def _choice(self, order: StepOrder, tried: _Tried, phases: Phases) -> Coefficients | None:
+    def _choice(
+        self, order: StepOrder, tried: _TriedDirections, phases: Phases
+    ) -> Coefficients | None:
         if self._decider is not None:
             return self._decider.choose(order, tried.numbers, tried.inverses.gammas, phases)
         self._side.report(Kind.NUMBERS, tried.numbers)
         with phases("fisher_products"):
             return self._side.receive_choice()
 
-    def _apply(self, plan: StepPlan, tried: _Tried, choice: Coefficients, phases: Phases) -> None:
+    def _apply(
+        self, plan: StepPlan, tried: _TriedDirections, choice: Coefficients, phases: Phases
+    ) -> None:
         with phases("apply"):
             direction = tried.directions[choice.candidate]
             # The update before this one is kept, so that the step can be undone.

@@ -13,7 +13,7 @@ from kfac_dist.errors import InvalidSpecError
 
 
 class FlatParameters:
-    """The parameters [P], read anew when they are asked for, and their blocks by `layout`."""
+    """The parameters [P], read again whenever they are asked for, and their blocks by `layout`."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], layout: BlockLayout, l2: float) -> None:
         self._parameters = parameters

@@ -11,29 +11,26 @@ from kfac_dist.core.step.block_numbers import (
     total_square,
 )
 
-SHAPES = {"a": (2, 3), "b": (4, 1), "c": (3, 3)}
+SIZES = {"a": 6, "b": 4, "c": 9}
 
 
 def vectors(count: int, dtype: torch.dtype = torch.float64) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
-        {
-            name: torch.randn(shape, dtype=dtype, generator=generator)
-            for name, shape in SHAPES.items()
-        }
+        {name: torch.randn(size, dtype=dtype, generator=generator) for name, size in SIZES.items()}
         for _ in range(count)
     ]
 
 
-def flat(matrices: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([matrix.reshape(-1) for matrix in matrices.values()])
+def flat(regions: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(regions.values()))
 
 
 @pytest.mark.parametrize("num_directions", [1, 3])
 def test_the_numbers_are_inner_products_of_the_whole_vectors(num_directions):
     gradient, previous, *directions = vectors(2 + num_directions)
     rows = block_numbers(gradient, directions, previous)
-    assert rows.shape == (len(SHAPES), 2 + 3 * num_directions)
+    assert rows.shape == (len(SIZES), 2 + 3 * num_directions)
     numbers = direction_numbers(rows)
     whole = flat(gradient), flat(previous)
     assert numbers.gradient_previous == pytest.approx((whole[0] @ whole[1]).item(), rel=1e-12)
@@ -63,8 +60,8 @@ def test_blocks_of_several_processes_give_the_bits_of_one():
     gradient, previous, *directions = vectors(5)
     whole = block_numbers(gradient, directions, previous)
     pieces = []
-    for name in SHAPES:
-        own = [{name: matrices[name]} for matrices in (gradient, previous, *directions)]
+    for name in SIZES:
+        own = [{name: regions[name]} for regions in (gradient, previous, *directions)]
         pieces.append(block_numbers(own[0], own[2:], own[1]))
     assert direction_numbers(torch.cat(pieces)) == direction_numbers(whole)
 
@@ -72,7 +69,7 @@ def test_blocks_of_several_processes_give_the_bits_of_one():
 def test_squares_by_block():
     (values,) = vectors(1)
     squares = block_squares(values.values())
-    expected = [matrix.square().sum().item() for matrix in values.values()]
+    expected = [region.square().sum().item() for region in values.values()]
     assert squares.tolist() == pytest.approx(expected, rel=1e-14)
     a, b, c = squares.tolist()
     assert total_square(squares) == a + b + c

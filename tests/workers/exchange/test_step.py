@@ -14,9 +14,10 @@ from kfac_dist.core.compute import GradientSums
 from kfac_dist.core.passes.fisher import FisherSums
 from kfac_dist.core.step.choice import Choice, skipped_choice
 from tests.workers.whole_jobs.local_job import in_threads, make_group
+from workers.exchange.decisions import DecisionMirror
 from workers.exchange.process_group import Group, Kind
 from workers.exchange.shard_plan import ShardPlan, plan_shards
-from workers.exchange.step import Coefficients, DecidingSide, ShardSide, Verdict, WorkerSide
+from workers.exchange.step import Coefficients, DecidingSide, ShardSide, StepVerdict, WorkerSide
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 CHOICE = Choice(
@@ -27,6 +28,9 @@ CHOICE = Choice(
     update_norm=1.0,
     predicted_change=None,
     prediction_for_ratio=None,
+)
+MIRROR = DecisionMirror(
+    step=4, decision=None, damping=0.1, gamma=1 / 3, fisher_noise=0.0, search=(1 / 3, 0.7)
 )
 CHOSEN = Coefficients(
     candidate=1, alpha=1 / 3, mu=-1e-17, gamma=0.1 + 0.2, search_open=True, measure=True
@@ -50,7 +54,7 @@ class Served:
 
     gradient: Tensor
     usable: bool
-    verdict: Verdict
+    verdict: StepVerdict
     gammas: tuple[float, ...]
     choice: Coefficients | None
     collected: tuple
@@ -66,7 +70,8 @@ def work(group: Group, plan: ShardPlan) -> tuple:
     side.send_fisher(FisherSums.unpacked(torch.full((4, 3), 1.0 + rank).double()))
     choice = side.receive_choice()
     side.send_loss(loss)
-    return state, directions, choice, side.receive_directions(), side.receive_choice()
+    mirror = side.mirror
+    return state, directions, mirror, choice, side.receive_directions(), side.receive_choice()
 
 
 def serve(group: Group, plan: ShardPlan) -> Served:
@@ -78,7 +83,7 @@ def serve(group: Group, plan: ShardPlan) -> Served:
     own = torch.tensor([float(side.number)]).double()
     sums = deciding.receive_sums() if first else None
     found = deciding.collect(Kind.FINITE, own) if first else side.report(Kind.FINITE, own)
-    verdict = Verdict(goes_on=True, gamma=0.5, search=(0.5, 0.25, 1.0))
+    verdict = StepVerdict(goes_on=True, gamma=0.5, search=(0.5, 0.25, 1.0))
     if first:
         deciding.send_verdict(verdict)
     else:
@@ -88,7 +93,7 @@ def serve(group: Group, plan: ShardPlan) -> Served:
         deciding.send_gammas(decided=True)
     gammas = verdict.search if first else side.receive_gammas(verdict.search, verdict.gamma)
     if first:
-        deciding.send_header(2, 0.25)
+        deciding.send_header(2, 0.25, MIRROR)
     side.send_directions(torch.stack([layout.gather(whole / 7), layout.gather(whole / 9)]))
     rows = torch.tensor([[float(place), -1.0] for place in plan.places[side.number]]).double()
     if not first:
@@ -99,7 +104,7 @@ def serve(group: Group, plan: ShardPlan) -> Served:
     fisher = deciding.receive_fisher(3)
     deciding.send_choice(CHOICE, search_open=True, measure=True)
     loss = deciding.receive_loss()
-    deciding.skip_step()
+    deciding.send_header(0, None, MIRROR)
     deciding.send_choice(skipped_choice(0.5), search_open=False, measure=False)
     collected = (None, sums, found, numbers, fisher, loss)
     return Served(gradient, usable, verdict, gammas, CHOSEN, collected)
@@ -118,7 +123,7 @@ def test_a_step_of_the_protocol(num_shards):
     assert torch.equal(plan.whole([shard.gradient for shard in shards]), expected)
     for shard in shards:
         assert not shard.usable
-        assert shard.verdict == Verdict(goes_on=True, gamma=0.5, search=(0.5, 0.25, 1.0))
+        assert shard.verdict == StepVerdict(goes_on=True, gamma=0.5, search=(0.5, 0.25, 1.0))
         assert shard.gammas == (0.5, 0.25, 1.0)
         assert shard.choice == CHOSEN
         assert shard.collected[0] is None, "what is not applied has no coefficients"
@@ -128,10 +133,11 @@ def test_a_step_of_the_protocol(num_shards):
     assert numbers.tolist() == [[float(place), -1.0] for place in range(4)]
     assert torch.equal(fisher.packed(), torch.full((4, 3), 3.0).double())
     whole = torch.arange(plan.num_parameters).double()
-    for state, directions, choice, skipped, not_applied in results[:2]:
+    for state, directions, mirror, choice, skipped, not_applied in results[:2]:
         assert torch.equal(torch.stack(state), torch.stack([whole, -whole]))
         assert torch.equal(directions.vectors, torch.stack([whole / 7, whole / 9]))
         assert directions.fisher_fraction == 0.25
+        assert DecisionMirror.from_numbers(mirror, 4) == MIRROR
         assert choice == CHOSEN
         assert (skipped, not_applied) == (None, None)
 
@@ -152,7 +158,7 @@ def test_a_first_order_step_sends_the_new_parameters(applied):
     def update(group: Group) -> None:
         side = ShardSide(group, plan, LIKE)
         if side.number == 0:
-            DecidingSide(group, plan, LIKE).send_applied(applied=applied)
+            DecidingSide(group, plan, LIKE).send_header(int(applied), None, MIRROR)
         if applied:
             side.send_parameters(plan.layouts[side.number].gather(whole))
         group.finish_sending()

@@ -123,8 +123,9 @@ class Asked(PlainReader):
 
 
 def batch_reader(cases: Asked, rank: int = 0) -> BatchReader:
-    cpu = torch.device("cpu")
-    return BatchReader(cases, num_workers=2, rank=rank, device=cpu, prefetch_batches=2)
+    reader = BatchReader(cases, device=torch.device("cpu"), prefetch_batches=2)
+    reader.place(rank, 2)
+    return reader
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -23,7 +23,7 @@ from tests.workers.whole_jobs.local_job import make_group
 from workers.exchange.messages import RefreshRequest, StepOrder
 from workers.exchange.process_group import Kind
 from workers.exchange.shard_plan import plan_shards
-from workers.exchange.step import DecidingSide, ShardSide, Verdict, WorkerSide
+from workers.exchange.step import DecidingSide, ShardSide, StepVerdict, WorkerSide
 from workers.parameter_server.decider import BatchLosses, KFACDecider, l2_term
 from workers.parameter_server.refresh_requests import RefreshRequests
 from workers.phases import Phases
@@ -74,7 +74,7 @@ def members(request: pytest.FixtureRequest) -> Members:
 
 
 def verdict(members: Members, finite: Sequence[bool], losses: BatchLosses, step: int = 1) -> list:
-    def other(side: ShardSide) -> Verdict:
+    def other(side: ShardSide) -> StepVerdict:
         side.report(Kind.FINITE, torch.tensor([float(finite[side.number])]).double())
         return side.receive_verdict()
 
@@ -133,7 +133,7 @@ def choose(members: Members, order: StepOrder, numbers: Tensor) -> tuple[list, A
 
     def work() -> Any:
         # The shards' slices of the directions are not sent here, so only the header is read.
-        count, fraction = members.worker._group.receive_numbers(Kind.HEADER, 2, 1)
+        count, fraction = members.worker._receive_header()
         members.worker.send_fisher(FISHER)
         return count, fraction, members.worker.receive_choice()
 
@@ -156,7 +156,7 @@ def test_all_members_receive_the_choice_that_one_process_would_make(members):
     alone = KFACUpdate(SETTINGS)
     expected = alone.choose(direction_numbers(NUMBERS), [1.0], FISHER.mean(4), lr=None)
     assert (own.alpha, own.mu, own.gamma) == (expected.alpha, expected.mu, expected.gamma)
-    decision = members.decider.decision(order.plan)
+    decision = members.decider.decision(order.plan, 1)
     assert decision.applied
     assert (decision.loss, decision.objective) == (1.5, 2.0)
     assert decision.update_norm == expected.update_norm
@@ -171,7 +171,7 @@ def test_nothing_is_applied_and_the_step_is_counted_if_no_candidate_is_finite(me
     assert own is None
     assert seen == [None] * len(seen)
     assert members.decider.counts == {"bad_step": 1}
-    assert not members.decider.decision(order.plan).applied
+    assert not members.decider.decision(order.plan, 1).applied
 
 
 def test_the_damping_moves_by_the_loss_at_the_new_parameters_and_the_squares_of_all_shards():
@@ -187,7 +187,7 @@ def test_the_damping_moves_by_the_loss_at_the_new_parameters_and_the_squares_of_
         for side in members.others:
             side.report(Kind.SQUARES, members.rows(side.number, squares))
         members.decider.adapt_damping(members.rows(0, squares))
-        decision = members.decider.decision(order.plan)
+        decision = members.decider.decision(order.plan, 1)
         actual = 5.0 / 4 + 0.5 * 0.25 * 1.75 - LOSSES.objective
         assert decision.reduction_ratio is not None
         alone = KFACUpdate(SETTINGS)
@@ -203,8 +203,10 @@ def test_without_an_l2_term_the_shards_report_no_squares(members):
 
 
 def test_statistics_that_are_refused_are_counted_in_a_row_while_gradients_are_finite():
-    decider = Members(1).decider
-    decider.verdict(decider._schedule.plan(1), LOSSES, is_finite=True)
+    members = Members(1)
+    decider, plan = members.decider, members.schedule.plan(1)
+    decider.begin_step(plan)
+    decider.verdict(plan, LOSSES, is_finite=True)
     counts = []
     for usable, finite in [
         (False, True),
@@ -214,8 +216,23 @@ def test_statistics_that_are_refused_are_counted_in_a_row_while_gradients_are_fi
         (True, True),
     ]:
         decider.note_statistics(usable=usable, is_finite=finite)
-        counts.append(decider.decision(decider._schedule.plan(1)).refused_in_a_row)
+        counts.append(decider.decision(plan, 0).refused_in_a_row)
     assert counts == [1, 2, 2, 3, 0]
+
+
+def test_a_step_that_is_repeated_begins_as_it_began_before():
+    members = Members(1)
+    decider, counts = members.decider, []
+    for step in (1, 2, 3, 3, 3):
+        plan = members.schedule.plan(step)
+        decider.rewind(step - 1)
+        decider.begin_step(plan)
+        damping = decider._update.damping
+        decider.verdict(plan, LOSSES, is_finite=True)
+        decider.note_statistics(usable=False, is_finite=True)
+        counts.append((damping, decider.decision(plan, 0).refused_in_a_row))
+    assert [refused for _, refused in counts] == [1, 2, 3, 3, 3]
+    assert counts[2] == counts[3] == counts[4]
 
 
 def test_a_snapshot_continues_an_open_search():
