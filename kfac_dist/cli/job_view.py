@@ -92,8 +92,7 @@ def described(
     `group` has the numbers of the group that did the last step, if there was one.
     """
     summary = job.summary or {}
-    workers = job.spec.get("workers") or {}
-    counts = {key: workers.get(key) for key in ("gradient", "inverse", "parameter_server")}
+    counts = _asked_for(job.spec.get("workers") or {})
     facts: dict[str, Any] = {"job": job.id, "state": str(job.state), "step": job.step}
     facts |= {key: summary.get(key) for key in _SUMMARY}
     facts["workers"] = summary.get("workers") or counts
@@ -118,6 +117,17 @@ def described(
         "attempts": [attempt_facts(attempt) for attempt in attempts],
         "spec": dict(job.spec),
     }
+
+
+def _asked_for(workers: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return the numbers of workers of a specification; those of shards as `auto` chooses them."""
+    shards = workers.get("parameter_server")
+    if shards == "auto":
+        from kfac_dist.config import WorkersSpec  # pydantic takes a while to load
+
+        shards = WorkersSpec.model_validate(workers).num_shards
+    numbers = {key: workers.get(key) for key in ("gradient", "inverse")}
+    return numbers | {"parameter_server": shards}
 
 
 def event_facts(event: JobEvent) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def test_describe_has_what_train_prints(server: Serving, kfac_dist: KfacDist, jo
     assert keys[:5] == ["job", "state", "step", "train", "test"]
     assert {"wall_seconds", "steps_per_second", "inverse_staleness_steps", "run_dir"} <= set(keys)
     assert facts["workers"] == {"gradient": 1, "inverse": 1, "parameter_server": 1}
+    assert facts["group"] is None, "there was no step"
     assert facts["attempts"] == []
     assert facts["spec"]["optimizer"]["name"] == "kfac"
     assert "digits" in kfac_dist("describe", job).out
@@ -266,6 +267,23 @@ def test_metrics(server: Serving, kfac_dist: KfacDist, job: str) -> None:
     assert kfac_dist("metrics", job, "lss").code == 4
 
 
+def test_describe_shows_the_group_of_the_last_step(
+    server: Serving, kfac_dist: KfacDist, job: str
+) -> None:
+    begin(server, job)
+    steps = [
+        StepValues(
+            step=step,
+            time=float(step),
+            values={"epoch": epoch, "gradient_workers": 4.0 - epoch, "shards": 1.0},
+        )
+        for step, epoch in ((1, 1.0), (2, 1.0), (3, 2.0))
+    ]
+    report(server, job, JobState.RUNNING, steps=steps)
+    facts = json.loads(kfac_dist("describe", job, "-o", "json").out)
+    assert facts["group"] == {"epoch": 2, "gradient_workers": 2, "shards": 1}
+
+
 def test_watch_and_wait_end_with_the_job(
     server: Serving, kfac_dist: KfacDist, job: str, spec: Path
 ) -> None:
@@ -303,6 +321,7 @@ def test_explain_puts_the_first_failure_before_its_echoes(
             rank=0,
         ),
         Event(kind="x", message="just so.", step=3, time=21.0),
+        Event(kind="member_joined", message="worker 1 has joined.", step=3, time=22.0),
     ]
     failed = ReportedState(
         state=JobState.FAILED,
@@ -318,13 +337,13 @@ def test_explain_puts_the_first_failure_before_its_echoes(
     with server.jobs.change(job) as (session, row):
         move(session, row, Trigger.FAIL, time.time(), reason="worker_died", message=failed.message)
     out = kfac_dist("explain", job).out
-    told_in_order = ("is FAILED", "gradient_worker 1", "Killed", "echo of", "advice")
+    told_in_order = ("is FAILED", "gradient_worker 1", "Killed", "echo of", "has joined", "advice")
     places = [out.index(text) for text in told_in_order]
     assert places == sorted(places)
     assert "just so" not in out
     facts = json.loads(kfac_dist("explain", job, "-o", "json").out)
     assert facts["first_failure"]["rank"] == 1
-    assert [echo["rank"] for echo in facts["echoes"]] == [0]
+    assert [echo["rank"] for echo in facts["echoes"]] == [0, None]
     assert job in facts["advice"]
 
 

@@ -39,6 +39,8 @@ def describe(
 
 def _group(client: Client, job: Job) -> dict[str, int] | None:
     """Return the epoch and size of the group that did the last step; None before the first one."""
+    if not {*GROUP_NUMBERS} <= {*client.metric_names(job.id)}:
+        return None
     newest = max(1, job.step - _FEW_STEPS)  # few enough that no number is a mean over several
     found = client.metrics(job.id, GROUP_NUMBERS, first_step=newest)
     return {series.name: int(series.points[-1].value) for series in found if series.points} or None
