@@ -435,15 +435,13 @@ class InversePool:
             and (worker.lacks_nothing or worker.connected_step <= step)
         }
 
-    def keep_snapshot(self, averages: Mapping[str, Array]) -> dict[str, Array]:
-        """Keep averages for successors; return the newest that are known of every layer."""
+    def keep_snapshot(self, averages: Mapping[str, Array]) -> None:
+        """Keep averages for successors."""
         self._keep(averages)
-        return {
-            name.removesuffix(LOWER): to_array(unpack(to_tensor(array)))
-            if name.endswith(LOWER)
-            else array
-            for name, array in self._averages.items()
-        }
+
+    def known_averages(self) -> dict[str, Array]:
+        """Return the newest averages that are known of every layer; some may be packed."""
+        return dict(self._averages)
 
     def _keep(self, averages: Mapping[str, Array]) -> None:
         """Replace what is known of the layers in `averages`; names of arrays may differ."""
@@ -515,3 +513,13 @@ class InversePool:
 
 def _newest_step(averages: Mapping[str, Array], layers: Sequence[str]) -> int:
     return max((int(averages.get(f"{name}{_STEP}", 0)) for name in layers), default=0)
+
+
+def unpack_averages(averages: Mapping[str, Array]) -> dict[str, Array]:
+    """Return averages as checkpoints have them: no matrix is packed."""
+    return {
+        name.removesuffix(LOWER): to_array(unpack(to_tensor(array)))
+        if name.endswith(LOWER)
+        else array
+        for name, array in averages.items()
+    }
