@@ -1,6 +1,6 @@
 """Writes checkpoints in a thread, so that training waits for a copy and not for the disk.
 
-Training goes on while a checkpoint is merged, hashed and written. There is never more than one on
+Training continues while a checkpoint is merged, hashed and written. There is never more than one on
 its way. What went wrong is raised in the driver's thread, between two steps.
 """
 

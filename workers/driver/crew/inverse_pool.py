@@ -361,7 +361,7 @@ class InversePool:
         """Return the layers that cease to be orphaned, given the versions now in use.
 
         A layer is orphaned until the version in use was made by the successor and is within the
-        staleness bound. In an exact step the version is the same, whoever made it.
+        staleness bound. In an exact step both workers make the same version.
         """
         recovered = [
             layer
