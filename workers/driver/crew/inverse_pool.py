@@ -182,9 +182,10 @@ class InversePool:
             for worker in (*self._workers.values(), *self._joining.values())
             if worker.lifeline == lifeline
         ]
-        rank, error = dead.setup.rank, failure_of(lifeline)
+        error = failure_of(lifeline)
         if isinstance(error, JobFailedError):
             raise error  # a successor would fail in the same way
+        rank = dead.setup.rank
         ray.kill(dead.handle)  # its work may have failed while the process lives
         if self._joining.get(rank) is dead:
             del self._joining[rank]
