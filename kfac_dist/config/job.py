@@ -99,7 +99,7 @@ class StalenessSpec(Section):
     """Number of synchronous steps at the start."""
     max_degraded_steps: CountOrZero | None = 40
     """Steps beyond the bound that an inverse is used while its inverse worker is replaced; then
-    the job waits for the new worker. null never waits."""
+    the job waits for the new worker. null never waits. Synchronous steps always wait."""
     delay_steps: dict[str, CountOrZero] = Field(default_factory=dict)
     """Use each new inverse exactly this many steps late, by pattern of layer name; reproducible."""
 

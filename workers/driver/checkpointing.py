@@ -10,8 +10,10 @@ import numpy as np
 from kfac_dist.coordination.steps.sampling import SamplerCursor
 from kfac_dist.errors import InvalidSpecError, JobFailedError
 from kfac_dist.runs import RunFolder
-from workers.checkpoint import LoadedCheckpoint, load_newest, write_checkpoint
+from workers.checkpoint import LoadedCheckpoint, load_newest
+from workers.driver.checkpoint_writer import CheckpointContent
 from workers.driver.crew.crew import Crew
+from workers.driver.crew.inverse_pool import unpack_averages
 from workers.driver.crew.processes import SERVER_ROLE
 from workers.exchange.arrays import Array
 
@@ -110,43 +112,53 @@ def _resume_point(loaded: LoadedCheckpoint) -> ResumePoint:
     )
 
 
-def save_checkpoint(
-    folder: RunFolder, crew: Crew, *, statistics_step: int, cursor: SamplerCursor, keep: int
-) -> int:
-    """Write a checkpoint of the step that the crew has just finished.
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What all actors had after a step.
 
-    Returns how many inverse workers provided no factors, because they died, are still starting, or
-    did not answer in time. Their layers keep the factors of the last checkpoint.
+    `num_missing` inverse workers provided no factors, because they died, are still starting, or
+    did not answer in time. Their layers keep the factors that are known of them.
+    """
+
+    content: CheckpointContent
+    num_missing: int
+
+
+def take_snapshot(crew: Crew, *, statistics_step: int, cursor: SamplerCursor) -> Snapshot:
+    """Copy what belongs into a checkpoint of the step that the crew has just finished.
 
     Args:
-        folder: the run folder.
         crew: the actors, between two steps.
         statistics_step: the factors must include the statistics of this step.
         cursor: the position in the training data after the step.
-        keep: how many checkpoints to keep, this one included.
 
     Raises:
-        JobFailedError: the workers' parameters differ from the server's, or the disk is full.
+        JobFailedError: the workers' parameters differ from the server's.
     """
     _check_mirrors(crew)
     timeout = crew.group_timeout_seconds
     asked = crew.inverse_pool.snapshots(statistics_step, timeout)
     parts = crew.gather_optional(asked)
-    averages: dict[str, Array] = {}
     for part in parts:
-        averages |= part
-    averages = crew.inverse_pool.keep_snapshot(averages)
+        crew.inverse_pool.keep_snapshot(part)
+    averages = crew.inverse_pool.known_averages()
     server = crew.server_snapshot()
-    roles: dict[str, Mapping[str, Array]] = {SERVER_ROLE: server}
-    if averages:
-        roles[FACTORS_ROLE] = averages
-    if buffers := crew.share_buffers():
-        roles[_BUFFERS_ROLE] = buffers
+    buffers = crew.share_buffers()
     state: dict[str, object] = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}
     if not averages:  # no layers, or all inverse workers died before their first snapshot
         state[_WITHOUT_FACTORS] = True
-    write_checkpoint(folder.places.checkpoints, crew.step, roles, state, keep)
-    return crew.inverse_pool.num_starting + len(asked) - len(parts)
+
+    def roles() -> dict[str, Mapping[str, Array]]:
+        found: dict[str, Mapping[str, Array]] = {SERVER_ROLE: server()}
+        if averages:
+            found[FACTORS_ROLE] = unpack_averages(averages)
+        if buffers:
+            found[_BUFFERS_ROLE] = buffers
+        return found
+
+    content = CheckpointContent(step=crew.step, roles=roles, state=state)
+    num_missing = crew.inverse_pool.num_starting + len(asked) - len(parts)
+    return Snapshot(content=content, num_missing=num_missing)
 
 
 def _check_mirrors(crew: Crew) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kfac_dist.coordination.steps.plan import StepPlan
@@ -17,11 +18,12 @@ from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.coordination.steps.staleness import degraded_too_long
 from kfac_dist.coordination.steps.windows import WindowLength
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
-from kfac_dist.errors import NumericError, WorkerDiedError
+from kfac_dist.errors import KfacDistError, NumericError, WorkerDiedError
 from kfac_dist.runs import Evaluation, RunFolder
 from kfac_dist.runs.records import Severity
 from workers.cluster.interrupts import Interrupts
-from workers.driver.checkpointing import ResumePoint, save_checkpoint
+from workers.driver.checkpoint_writer import CheckpointWriter
+from workers.driver.checkpointing import ResumePoint, take_snapshot
 from workers.driver.crew.crew import Crew
 from workers.driver.crew.deaths import InverseWorkerDied, named
 from workers.driver.crew.healing import StepReports
@@ -78,7 +80,9 @@ class TrainingLoop:
         self._replay_script = job.replay_script
         self._interrupts = interrupts
         self._rescaling = rescaling
-        self._folder = folder
+        self._writer = CheckpointWriter(
+            folder.places.checkpoints, job.spec.checkpoint.keep, self._note_written
+        )
         self._journal = journal
         self._step_records = step_records
         self._num_train_cases = num_train_cases
@@ -103,6 +107,16 @@ class TrainingLoop:
             KfacDistError: the job failed; its newest checkpoint stays usable.
             KeyboardInterrupt: the job was interrupted.
         """
+        try:
+            return self._run(crew)
+        except Exception:
+            self._finish_after_failure()
+            raise
+        except KeyboardInterrupt:
+            self._writer.wait(_GRACE_SECONDS)
+            raise
+
+    def _run(self, crew: Crew) -> TrainingResult:
         crew.step = self._first_step - 1
         self._gammas = crew.surviving(lambda: crew.next_gammas(self._first_step))
         self._interrupts.grace_seconds = _GRACE_SECONDS
@@ -110,21 +124,29 @@ class TrainingLoop:
         while step <= self._spec.steps:
             crew.surviving(lambda: self._prepare(crew))
             step = self._window(crew, step) + 1
+            self._writer.look()
             if self._replay_script or self._is_due(crew.step, self._spec.checkpoint.every_steps):
                 self._checkpoint(crew)
             if self._interrupts.requested:
                 self._checkpoint(crew)
+                self._writer.finish(self._interrupts.check)
                 raise KeyboardInterrupt
             self._leave_preempted(crew)
         # Not set yet if the run resumes at its last step and only evaluates.
         crew.step = self._journal.step = self._spec.steps
         self._checkpoint(crew)
+        self._writer.finish(self._interrupts.check)
         self._interrupts.grace_seconds = 0.0
         return TrainingResult(
             evaluation=self._evaluate(crew),
             num_steps=self._spec.steps + 1 - self._first_step,
             training_seconds=self._training_seconds,
         )
+
+    def _finish_after_failure(self) -> None:
+        """Let a checkpoint that is on its way reach the disk; the failure is what is shown."""
+        with suppress(KfacDistError):
+            self._writer.finish(self._interrupts.check)
 
     @staticmethod
     def _is_due(step: int, period: int | None) -> bool:
@@ -260,6 +282,7 @@ class TrainingLoop:
                 crew.replace_preempted(member.rank, self._statistics_step)
             else:
                 self._checkpoint(crew)
+                self._writer.finish(self._interrupts.check)
 
     def _limit_degradation(self, crew: Crew, step: int) -> None:
         """Wait for successors of inverse workers whose layers have been degraded for too long.
@@ -394,24 +417,22 @@ class TrainingLoop:
         if self._checkpointed_step == crew.step or not self._wants_checkpoint(crew.step):
             return
         crew.surviving(lambda: self._connect_started(crew, crew.step + 1))
-        num_missing = crew.surviving(
-            lambda: save_checkpoint(
-                self._folder,
-                crew,
-                statistics_step=self._statistics_step,
-                cursor=self._cursor,
-                keep=self._spec.checkpoint.keep,
-            )
+        self._writer.finish(self._interrupts.check)
+        snapshot = crew.surviving(
+            lambda: take_snapshot(crew, statistics_step=self._statistics_step, cursor=self._cursor)
         )
         self._checkpointed_step = crew.step
-        self._journal.event("checkpoint", f"checkpoint of step {crew.step} written")
-        if num_missing:
+        self._writer.start(snapshot.content)
+        if snapshot.num_missing:
             self._journal.event(
                 "factors_missing",
-                f"{num_missing} inverse workers provided no factors for the checkpoint of "
+                f"{snapshot.num_missing} inverse workers provided no factors for the checkpoint of "
                 f"step {crew.step}, which has their previous ones",
                 severity="warning",
             )
+
+    def _note_written(self, step: int) -> None:
+        self._journal.event("checkpoint", f"checkpoint of step {step} written", step=step)
 
     def _wants_checkpoint(self, step: int) -> bool:
         if self._replay_script is not None:

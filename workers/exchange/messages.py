@@ -353,9 +353,9 @@ class InverseSetup:
         assignment_epoch: numbers the workers that have had this rank, from 1; statistics sent to
             a predecessor are ignored.
         applied_step: the step of the newest statistics in the averages it starts from.
-        exact_step: exact versions up to this step have been made; None if the next version need not
-            be exact.
-        catches_up: it gets again what a predecessor got, and is told which steps to expect.
+        exact_step: exact versions up to this step have been made; None if the next version
+            does not have to be exact.
+        catches_up: it gets again what a predecessor got, and learns which steps to expect.
     """
 
     rank: int

@@ -120,7 +120,7 @@ class Outbox:
     def send(self, step: int, messages: Mapping[int, list[StatisticsMessage]]) -> None:
         """Send the messages of a step and wait until they have arrived.
 
-        A step that is applied then has its statistics at their owners, whoever dies. The messages
+        A step that is applied then has its statistics at their owners. The messages
         may be changed once this returns.
         """
         waited_for: list[Ref] = []

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -317,9 +318,13 @@ class Crew:
             return None
         return to_array(self.changes.shards.whole([to_tensor(part) for part in slices]))
 
-    def server_snapshot(self) -> dict[str, Array]:
-        """Return everything of the parameter server that the next step depends on."""
-        return merge_snapshots(self.changes.shards, self.gather(self._call_shards("snapshot")))
+    def server_snapshot(self) -> Callable[[], dict[str, Array]]:
+        """Copy everything of the parameter server that the next step depends on.
+
+        Returns a call that merges what the shards have copied; it can be made at any time.
+        """
+        parts = self.gather(self._call_shards("snapshot"))
+        return partial(merge_snapshots, self.changes.shards, parts)
 
     def diverged_workers(self) -> list[int]:
         """Return the gradient workers whose mirrors differ from the parameters of the shards."""

@@ -182,9 +182,10 @@ class InversePool:
             for worker in (*self._workers.values(), *self._joining.values())
             if worker.lifeline == lifeline
         ]
-        rank, error = dead.setup.rank, failure_of(lifeline)
+        error = failure_of(lifeline)
         if isinstance(error, JobFailedError):
             raise error  # a successor would fail in the same way
+        rank = dead.setup.rank
         ray.kill(dead.handle)  # its work may have failed while the process lives
         if self._joining.get(rank) is dead:
             del self._joining[rank]
@@ -361,7 +362,7 @@ class InversePool:
         """Return the layers that cease to be orphaned, given the versions now in use.
 
         A layer is orphaned until the version in use was made by the successor and is within the
-        staleness bound. In an exact step the version is the same, whoever made it.
+        staleness bound. In an exact step both workers make the same version.
         """
         recovered = [
             layer
@@ -435,15 +436,13 @@ class InversePool:
             and (worker.lacks_nothing or worker.connected_step <= step)
         }
 
-    def keep_snapshot(self, averages: Mapping[str, Array]) -> dict[str, Array]:
-        """Keep averages for successors; return the newest that are known of every layer."""
+    def keep_snapshot(self, averages: Mapping[str, Array]) -> None:
+        """Keep averages for successors."""
         self._keep(averages)
-        return {
-            name.removesuffix(LOWER): to_array(unpack(to_tensor(array)))
-            if name.endswith(LOWER)
-            else array
-            for name, array in self._averages.items()
-        }
+
+    def known_averages(self) -> dict[str, Array]:
+        """Return the newest averages that are known of every layer; some may be packed."""
+        return dict(self._averages)
 
     def _keep(self, averages: Mapping[str, Array]) -> None:
         """Replace what is known of the layers in `averages`; names of arrays may differ."""
@@ -515,3 +514,13 @@ class InversePool:
 
 def _newest_step(averages: Mapping[str, Array], layers: Sequence[str]) -> int:
     return max((int(averages.get(f"{name}{_STEP}", 0)) for name in layers), default=0)
+
+
+def unpack_averages(averages: Mapping[str, Array]) -> dict[str, Array]:
+    """Return averages as checkpoints have them: no matrix is packed."""
+    return {
+        name.removesuffix(LOWER): to_array(unpack(to_tensor(array)))
+        if name.endswith(LOWER)
+        else array
+        for name, array in averages.items()
+    }

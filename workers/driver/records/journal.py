@@ -81,13 +81,14 @@ class JobJournal:
         severity: Severity = "info",
         role: str | None = None,
         rank: int | None = None,
+        step: int | None = None,
         **details: Any,
     ) -> None:
-        """Write an event of the current step."""
+        """Write an event of `step`, by default the current one."""
         event = Event(
             kind=kind,
             message=message,
-            step=self.step,
+            step=self.step if step is None else step,
             time=time.time(),
             severity=severity,
             role=role,
