@@ -13,7 +13,7 @@ from kfac_dist.runs import RunFolder
 from workers.checkpoint import LoadedCheckpoint, load_newest
 from workers.driver.checkpoint_writer import CheckpointContent
 from workers.driver.crew.crew import Crew
-from workers.driver.crew.inverse_pool import unpack_averages
+from workers.driver.crew.inverse.kept_averages import unpack_averages
 from workers.driver.crew.processes import SERVER_ROLE
 from workers.exchange.arrays import Array
 
@@ -140,8 +140,8 @@ def take_snapshot(crew: Crew, *, statistics_step: int, cursor: SamplerCursor) ->
     asked = crew.inverse_pool.snapshots(statistics_step, timeout)
     parts = crew.gather_optional(asked)
     for part in parts:
-        crew.inverse_pool.keep_snapshot(part)
-    averages = crew.inverse_pool.known_averages()
+        crew.inverse_pool.averages.keep(part)
+    averages = crew.inverse_pool.averages.known()
     server = crew.server_snapshot()
     buffers = crew.share_buffers()
     state: dict[str, object] = {"sampler": {"epoch": cursor.epoch, "offset": cursor.offset}}

@@ -40,6 +40,7 @@ from workers.driver.crew.processes import CrewPlan
 from workers.driver.evaluator import divergence
 from workers.driver.other_nodes import other_nodes
 from workers.driver.preparation import Preparation, prepare
+from workers.driver.records.degradation import Degradation
 from workers.driver.records.job_summary import Outcome, job_summary
 from workers.driver.records.journal import JobJournal, OnEvent, OnRecord
 from workers.driver.records.metrics_server import MetricsServer
@@ -57,6 +58,7 @@ from workers.planning import (
     layer_costs,
     room_for_replay,
     shard_plan,
+    staleness_bound,
 )
 
 _UPLOAD_SECONDS = 120.0  # at the end, for what is not in the storage yet
@@ -257,6 +259,7 @@ class _JobAttempt:
                     self._job, self._surroundings.data_url, are_possible=cluster.host is None
                 )
             )
+            degradation = self._degradation()
             loop = TrainingLoop(
                 job,
                 self._folder,
@@ -266,6 +269,7 @@ class _JobAttempt:
                 self._preparation.num_train_cases,
                 self._interrupts,
                 self._rescaling(),
+                degradation,
             )
             plan = self._plan_crew(cluster, point, catch_up_logs)
             crew = Crew.launch(
@@ -273,9 +277,11 @@ class _JobAttempt:
                 self._folder,
                 plan,
                 self._interrupts,
-                loop.on_inverse_worker_death,
-                Observer(on_change=loop.on_group_change, on_notice=loop.on_group_notice),
-                loop.on_lost_statistics,
+                degradation.on_inverse_worker_death,
+                Observer(
+                    on_change=degradation.on_group_change, on_notice=degradation.on_group_notice
+                ),
+                degradation.on_lost_statistics,
             )
             self._crew = crew
             try:
@@ -287,6 +293,11 @@ class _JobAttempt:
                 return loop.run(crew)
             finally:
                 crew.kill()
+
+    def _degradation(self) -> Degradation:
+        spec = self._job.spec
+        bound = staleness_bound(spec, self._job.replay_script)
+        return Degradation(self._journal, bound, spec.faults.max_restarts)
 
     def _rescaling(self) -> Rescaling:
         registration = self._preparation.registration

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kfac_dist.config import WorkersSpec
 from kfac_dist.coordination.steps.assignment import LayerCost
 from workers.driver.crew.crew import Crew
-from workers.driver.crew.inverse_scaling import InverseScaling, Rescaled
+from workers.driver.crew.inverse.inverse_scaling import InverseScaling, Rescaled
 from workers.driver.records.journal import JobJournal
 from workers.driver.wishes import WishBox
 

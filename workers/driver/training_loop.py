@@ -18,27 +18,24 @@ from kfac_dist.coordination.steps.sampling import SamplerCursor, next_window
 from kfac_dist.coordination.steps.staleness import degraded_too_long
 from kfac_dist.coordination.steps.windows import WindowLength
 from kfac_dist.core.statistics.refusals import REFUSALS_TO_WARN_OF, refusal_warning
-from kfac_dist.errors import KfacDistError, NumericError, WorkerDiedError
+from kfac_dist.errors import KfacDistError, NumericError
 from kfac_dist.runs import Evaluation, RunFolder
-from kfac_dist.runs.records import Severity
 from workers.cluster.interrupts import Interrupts
 from workers.driver.checkpoint_writer import CheckpointWriter
 from workers.driver.checkpointing import ResumePoint, take_snapshot
 from workers.driver.crew.crew import Crew
-from workers.driver.crew.deaths import InverseWorkerDied, named
 from workers.driver.crew.healing import StepReports
-from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
-from workers.driver.crew.losses import GroupChange, NoticeKind
+from workers.driver.crew.inverse.inverse_pool import ROLE as INVERSE_ROLE
+from workers.driver.crew.inverse.inverse_scaling import replace_preempted
 from workers.driver.crew.processes import GroupShape
 from workers.driver.evaluator import evaluate_splits
-from workers.driver.records.group_events import record_change
+from workers.driver.records.degradation import Degradation
 from workers.driver.records.journal import JobJournal
 from workers.driver.records.step_records import StepRecords
 from workers.driver.rescaling import Rescaling
 from workers.exchange.messages import JobContext, RefreshRequest, ServerReport, StepOrder
 from workers.planning import batch_size, staleness_bound, step_schedule
 
-_MOST_NAMED = 5
 _GRACE_SECONDS = 2.0  # after an interrupt, for the current step and its checkpoint
 
 
@@ -63,6 +60,7 @@ class TrainingLoop:
         num_train_cases: the size of the training set.
         interrupts: checked after each step; given a grace period while steps run.
         rescaling: changes the number of workers between steps, as is wished.
+        degradation: records what is lost and what has recovered.
     """
 
     def __init__(
@@ -75,11 +73,13 @@ class TrainingLoop:
         num_train_cases: int,
         interrupts: Interrupts,
         rescaling: Rescaling,
+        degradation: Degradation,
     ) -> None:
         self._spec = job.spec
         self._replay_script = job.replay_script
         self._interrupts = interrupts
         self._rescaling = rescaling
+        self._degradation = degradation
         self._writer = CheckpointWriter(
             folder.places.checkpoints, job.spec.checkpoint.keep, self._note_written
         )
@@ -98,7 +98,6 @@ class TrainingLoop:
         self._warned_of_refusals = False
         self._training_seconds = 0.0
         self._window_length = WindowLength()
-        self._lacks_workers = self._lacks_inverses = False  # why the job is DEGRADED
 
     def run(self, crew: Crew) -> TrainingResult:
         """Do all remaining steps, write a checkpoint, and evaluate.
@@ -279,7 +278,7 @@ class TrainingLoop:
         """
         for member in crew.preempted():
             if member.role == INVERSE_ROLE:
-                crew.replace_preempted(member.rank, self._statistics_step)
+                replace_preempted(crew, member.rank, self._statistics_step)
             else:
                 self._checkpoint(crew)
                 self._writer.finish(self._interrupts.check)
@@ -323,79 +322,7 @@ class TrainingLoop:
         exact = self._bound.is_exact(report.step)
         recovered = crew.inverse_pool.note_versions(versions, oldest, is_exact=exact)
         if recovered and not crew.inverse_pool.orphaned:
-            self._lacks_inverses = False
-            if not self._lacks_workers:
-                self._journal.state("RUNNING", reason=None, message=None)
-            self._journal.event(
-                "recovered",
-                "all layers have inverses within the staleness bound again",
-            )
-
-    def on_group_change(self, change: GroupChange) -> None:
-        """Record that a member of the group was lost, has left or has joined."""
-        message = record_change(self._journal, change)
-        was_degraded, self._lacks_workers = self._lacks_workers, change.is_degraded
-        if change.is_degraded:
-            self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)
-        elif was_degraded and not self._lacks_inverses:
-            self._journal.state("RUNNING", reason=None, message=None)
-
-    def on_group_notice(self, kind: NoticeKind, message: str) -> None:
-        """Record what keeps the group from being as it is wished."""
-        severity: Severity = "info" if kind == "scale_waits" else "warning"
-        self._journal.event(kind, message, severity=severity)
-        if kind == "members_awaited":
-            self._lacks_workers = True
-            self._journal.state("DEGRADED", reason="gradient_workers_missing", message=message)
-
-    def on_inverse_worker_death(self, death: InverseWorkerDied) -> None:
-        """Record a death and set the job to DEGRADED; it continues with the last good inverses.
-
-        Raises:
-            WorkerDiedError: more workers have died than `faults.max_restarts` allows.
-        """
-        layers = ", ".join(death.layers)
-        how = f"{death.exit}: {death.why}" if death.why else death.exit
-        then = "it had no layers yet"
-        if layers:
-            then = f"training continues with the last inverses of {layers}"
-            if self._bound.is_exact(self._journal.step + 1):
-                then = f"steps that need new inverses of {layers} wait for its successor"
-        message = f"{named(f'inverse worker {death.rank}', death.pid)} died ({how}); {then}"
-        self._journal.event(
-            "inverse_worker_died",
-            message,
-            severity="warning",
-            role=INVERSE_ROLE,
-            rank=death.rank,
-            pid=death.pid,
-            exit=death.exit,
-            layers=list(death.layers),
-        )
-        most = self._spec.faults.max_restarts
-        if death.num_deaths > most:
-            raise WorkerDiedError(
-                f"inverse workers died {death.num_deaths} times, faults.max_restarts is {most}; "
-                f"the last one was {death.rank} ({how})"
-            )
-        if death.layers:
-            self._lacks_inverses = True
-            self._journal.state("DEGRADED", reason="inverse_worker_died", message=message)
-
-    def on_lost_statistics(self, rank: int, steps: Sequence[int]) -> None:
-        """Record that the successor of an inverse worker cannot get the statistics of `steps`."""
-        named_steps = ", ".join(map(str, steps[:_MOST_NAMED])) + (
-            f" and {len(steps) - _MOST_NAMED} more" if len(steps) > _MOST_NAMED else ""
-        )
-        self._journal.event(
-            "statistics_lost",
-            f"the new inverse worker {rank} continues without the statistics of steps "
-            f"{named_steps}: the processes that had kept them are gone, or had no room",
-            severity="warning",
-            role=INVERSE_ROLE,
-            rank=rank,
-            steps=list(steps),
-        )
+            self._degradation.note_recovered_inverses()
 
     def _warn_of_refusals(self, report: ServerReport) -> None:
         if report.refused_in_a_row >= REFUSALS_TO_WARN_OF and not self._warned_of_refusals:

@@ -28,9 +28,8 @@ T = TypeVar("T")
 class JobContext:
     """What every actor needs to build its part of a job; paths are those of its own machine.
 
-    With a `replay_script` the job repeats what was recorded. `allowed_targets` are those that the
-    model's outputs allow, None if all numbers are possible. Without `delivery` all processes are on
-    the driver's machine.
+    With a `replay_script` the job repeats a recorded one. `allowed_targets` are those that the
+    model's outputs allow, None if all are possible. Without `delivery` all are on one machine.
     """
 
     job: str

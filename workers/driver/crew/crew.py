@@ -1,43 +1,29 @@
-"""All actors of a job as the driver holds them, and the one way to wait for their calls.
-
-A *call* is a method of an actor that has been invoked and has not been waited for.
-"""
+"""All actors of a job as the driver holds them: the process group, and the inverse workers."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
-from kfac_dist.errors import KfacDistError, TimedOutError
 from kfac_dist.runs import RunFolder, WorkerCounts
 from workers.actor import Handle, Ref, node_address
-from workers.cluster.daemons import DaemonWatch, daemons_awake
+from workers.cluster.daemons import daemons_awake
 from workers.cluster.interrupts import Interrupts
-from workers.cluster.lost import lost_node_error, stopped_daemon_error
 from workers.driver.crew.deaths import InverseWorkerDied
 from workers.driver.crew.failures import (
     Member,
     MemberLostError,
-    failed_among,
-    failure_of,
-    finished,
-    first_cause,
-    is_death,
-    job_error,
-    stall_error,
 )
 from workers.driver.crew.group_changes import GroupChanges
 from workers.driver.crew.healing import StepReports
-from workers.driver.crew.health import Health, Stall, patience_seconds
-from workers.driver.crew.inverse_pool import ROLE as INVERSE_ROLE
-from workers.driver.crew.inverse_pool import InversePool
+from workers.driver.crew.health import patience_seconds
+from workers.driver.crew.inverse.inverse_pool import InversePool
+from workers.driver.crew.inverse.successors import OnLoss, Successors
 from workers.driver.crew.losses import Observer
 from workers.driver.crew.processes import (
     Calls,
@@ -50,34 +36,28 @@ from workers.driver.crew.processes import (
     with_shard,
     with_worker,
 )
+from workers.driver.crew.waiter import Waiter
 from workers.exchange.arrays import Array, to_array, to_tensor
 from workers.exchange.messages import (
-    InverseSetup,
     JobContext,
     MemberPlace,
     Rendezvous,
     StepOrder,
     merge_reports,
 )
-from workers.exchange.process_group import PeerLostError, host_store
+from workers.exchange.process_group import host_store
 from workers.exchange.shard_plan import ShardPlan, merge_snapshots, split_snapshot
 from workers.gradient_worker.buffers import mean_buffers
 from workers.member.actor import MemberReady
+from workers.planning import step_schedule
 
 T = TypeVar("T")
 
-OnLoss = Callable[[int, Sequence[int]], None]
-"""Receives the rank of an inverse worker and the steps whose statistics it cannot get."""
-
-_WAIT_SECONDS = 0.25  # how soon an interrupt is seen
 _START_SECONDS = 300.0  # on a cluster without room an actor waits forever, without an error
-
-# Ray's stubs leave much untyped.
-_ray: Any = ray
 
 
 class Crew:
-    """The actors of a job, started by `launch`; `step` is the step that errors name."""
+    """The actors of a job, started by `launch`."""
 
     def __init__(
         self,
@@ -91,20 +71,29 @@ class Crew:
         observer: Observer,
         on_loss: OnLoss,
     ) -> None:
-        self.step = 0
         self.inverse_pool = inverse_pool
         self.changes = GroupChanges(job, plan, processes, self, observer)
         self._job = job
-        self._folder = folder
         self._plan = plan
-        self._interrupts = interrupts
-        self._on_loss = on_loss
-        self._catching_up: dict[int, Calls] = {}  # by rank; empty until the successor has started
         self._epoch = 0
         self._store: object  # where the members of a group meet
-        self._health = Health(job.spec.faults)
-        self._checked_seconds = 0.0
-        self._daemons = DaemonWatch(job.spec.faults.stall_seconds)
+        members = self._members
+        self._successors = Successors(step_schedule(job.spec), inverse_pool, members, on_loss)
+        self._waiter = Waiter(
+            job, folder, plan, interrupts, inverse_pool, self._successors, members
+        )
+
+    def _members(self) -> Sequence[GroupProcess]:
+        return self.changes.processes
+
+    @property
+    def step(self) -> int:
+        """The last step that is done, which errors name."""
+        return self._waiter.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._waiter.step = step
 
     @classmethod
     def launch(
@@ -350,66 +339,32 @@ class Crew:
         return call(with_shard(self.changes.processes), method, arguments)
 
     def gather(self, calls: Calls, deadline_seconds: float = math.inf) -> list[Any]:
-        """Wait for all `calls` and return their results in order.
-
-        The death of an inverse worker is handled meanwhile and does not end the wait.
-
-        Raises:
-            KfacDistError: the cause of the first failure among `calls`, or a member stalls.
-            TimedOutError: some calls did not return before the deadline.
-        """
-        pending = dict(calls)
-        deadline = time.monotonic() + deadline_seconds
-        while pending:
-            if time.monotonic() > deadline:
-                raise _start_timed_out(pending, deadline_seconds)
-            ready = {ref: pending.pop(ref) for ref in self._wait(pending)}
-            if failed := failed_among(ready):
-                raise self._error(failed, pending)
-        return list(ray.get(list(calls)))
+        """Wait for all `calls` and return their results in order; see `Waiter`."""
+        return self._waiter.gather(calls, deadline_seconds)
 
     def gather_optional(self, calls: Calls) -> list[Any]:
         """Wait for all `calls` and return the results of those that did not fail."""
-        pending = dict(calls)
-        while pending:
-            for ref in self._wait(pending):
-                del pending[ref]
-        failed = failed_among(calls)
-        return list(ray.get([ref for ref in calls if ref not in failed]))
+        return self._waiter.gather_optional(calls)
 
     def settle(self, calls: Calls) -> list[GroupProcess]:
-        """Wait until all calls have ended, however they end; return the processes that died.
-
-        Raises:
-            KfacDistError: a member raised an error that is not the loss of another one.
-        """
-        pending = dict(calls)
-        lost: set[Member] = set()
-        while pending:
-            try:
-                ended = self._wait({ref: m for ref, m in pending.items() if m not in lost})
-            except MemberLostError as loss:
-                if loss.member is not None:
-                    lost.add(loss.member)
-                pending = {ref: m for ref, m in pending.items() if m not in lost}
-                continue
-            for ref in ended:
-                member = pending.pop(ref)
-                error = failure_of(ref)
-                if error is not None and is_death(error):
-                    lost.add(member)
-                elif error is not None and not isinstance(error, PeerLostError):
-                    raise self._job_error(member, error)
-        return [process for process in self.changes.processes if process.member in lost]
+        """Wait until all calls have ended, however they end; return the processes that died."""
+        return self._waiter.settle(calls)
 
     def wait(self) -> None:
         """Let a moment pass, and handle what has happened."""
-        self._wait({})
+        self._waiter.wait()
 
     def forget(self, process: GroupProcess) -> None:
         """Forget all about a process that is gone, and end it if it is not."""
-        self._health.forget(process.member)
-        ray.kill(process.handle)
+        self._waiter.forget(process)
+
+    def preempted(self) -> list[Member]:
+        """Return the members that have had notice that their process will be ended."""
+        return self._waiter.preempted()
+
+    def keep_copies(self) -> None:
+        """Keep what inverse workers have copied; members forget the statistics in it."""
+        self._successors.keep_copies()
 
     def await_inverse_workers(self, layers: Collection[str]) -> None:
         """Wait until the inverse workers that own these layers have started.
@@ -418,160 +373,13 @@ class Crew:
             KfacDistError: they died too often, or another member did.
         """
         while self.inverse_pool.starting(layers):
-            self._wait({})
+            self.wait()
 
     def stop_degrading(self, layers: Collection[str]) -> None:
         """Have steps wait for new inverses of these layers, whose workers are there again."""
-        refs = self.inverse_pool.wait_again(layers)
+        refs = self.inverse_pool.orphans.wait_again(layers)
         shards = with_shard(self.changes.processes)
         self.gather(dict(zip(refs, (process.member for process in shards), strict=True)))
-
-    def averages_of(self, ranks: Collection[int], statistics_step: int) -> dict[str, Array] | None:
-        """Return the averages of the inverse workers of these ranks; None if one has died.
-
-        They contain the statistics up to `statistics_step`.
-        """
-        snapshots = self.inverse_pool.snapshots(statistics_step, self.group_timeout_seconds)
-        asked = {ref: member for ref, member in snapshots.items() if member.rank in ranks}
-        parts = self.gather_optional(asked)
-        if len(parts) < len(asked):
-            return None
-        return {name: array for part in parts for name, array in part.items()}
-
-    def hand_over_layers(self, setups: Mapping[int, InverseSetup], step: int) -> None:
-        """Let the inverse workers own the layers of `setups` from `step` on.
-
-        One that dies meanwhile has a successor like any other.
-        """
-        timeout = self.group_timeout_seconds
-        self.gather_optional(self.inverse_pool.hand_over(setups, step, timeout))
-        self.connect_inverse_workers()
-
-    def _wait(self, pending: Calls) -> list[Ref]:
-        """Return the calls that have ended, possibly none; handle deaths of inverse workers."""
-        self._interrupts.check()
-        lifelines = self.inverse_pool.lifelines()
-        awaited = [*pending, *lifelines]
-        if not awaited:
-            time.sleep(_WAIT_SECONDS)
-        ready, _ = ray.wait(awaited, num_returns=1, timeout=_WAIT_SECONDS)
-        dead = finished(lifelines)
-        if dead or not ready:
-            self._check_node()
-        self._check_health()
-        if not ready:
-            self.inverse_pool.poll()
-        for ref in dead:
-            rank = self.inverse_pool.handle_death(ref)
-            self._health.forget(Member(role=INVERSE_ROLE, rank=rank))
-            self._reconnect(rank)
-        self._catch_up()
-        return finished(pending)
-
-    def _reconnect(self, rank: int) -> None:
-        """Have the members send to the successor of an inverse worker, first what it lacks.
-
-        This can be in the middle of a step, which may wait for that worker's inverses.
-        """
-        pool = self.inverse_pool
-        arguments = pool.handles, pool.assignment_epochs, pool.copied_steps
-        call(self.changes.processes, "reconnect", arguments)
-        self._catching_up[rank] = {}
-
-    def _catch_up(self) -> None:
-        """Tell successors that have started what to expect, from what the members have sent."""
-        for rank, calls in list(self._catching_up.items()):
-            if rank not in self.inverse_pool.assignment:
-                del self._catching_up[rank]
-            elif not calls and self.inverse_pool.has_started(rank):
-                asked = call(self.changes.processes, "sent_to", [rank])
-                self._catching_up[rank] = asked
-            elif calls and len(finished(calls)) == len(calls):
-                failed = failed_among(calls)
-                reports = ray.get([ref for ref in calls if ref not in failed])
-                plan = self.inverse_pool.catch_up(rank, reports, self.step)
-                del self._catching_up[rank]
-                if plan.lost:
-                    self._on_loss(rank, plan.lost)
-
-    def keep_copies(self) -> None:
-        """Keep what inverse workers have copied; members forget the statistics in it."""
-        if self.inverse_pool.take_copies():
-            copied = self.inverse_pool.copied_steps
-            for process in self.changes.processes:
-                process.handle.forget_statistics.remote(copied)
-
-    def _check_node(self) -> None:
-        lost = self._daemons.lost()
-        if lost is None:
-            return
-        if lost.fate == "died":
-            raise lost_node_error(lost.name, self.step)
-        stall_seconds = self._job.spec.faults.stall_seconds
-        raise stopped_daemon_error(lost.name, self.step, stall_seconds)
-
-    def _check_health(self) -> None:
-        """Ask all members for their pulse, from time to time, and kill those that stall.
-
-        Raises:
-            WorkerDiedError: a member stalls that the job cannot continue without.
-        """
-        now = time.monotonic()
-        if now - self._checked_seconds < _WAIT_SECONDS:
-            return
-        self._checked_seconds = now
-        self._check_node()
-        self._health.ask(self._members() | self.inverse_pool.members())
-        for stall in self._health.stalls():
-            if stall.member.role == INVERSE_ROLE:
-                self.inverse_pool.end_stalled(stall)
-                self._health.forget(stall.member)
-            else:
-                raise self._stalled(stall)
-
-    def _members(self) -> dict[Member, Handle]:
-        return {process.member: process.handle for process in self.changes.processes}
-
-    def _stalled(self, stall: Stall) -> MemberLostError:
-        """Kill a member and return the error that names it."""
-        process = next(p for p in self.changes.processes if p.member == stall.member)
-        member = process.member
-        ray.kill(process.handle)
-        log = self._log(member)
-        return MemberLostError(member, stall_error(member, stall.why, step=self.step, log=log))
-
-    def _error(self, failed: Calls, pending: Calls) -> Exception:
-        self._check_node()  # if the node is lost, who died on it says nothing
-        member, error = first_cause(failed, pending)
-        is_lost = isinstance(error, PeerLostError)
-        suspect = self._health.suspect() if is_lost else None
-        if suspect is not None and suspect.member.role != INVERSE_ROLE:
-            return self._stalled(suspect)
-        cause = self._job_error(member, error)
-        is_ours = member in self._members()
-        if is_lost:
-            return MemberLostError(None, cause)
-        return MemberLostError(member, cause) if is_ours and is_death(error) else cause
-
-    def _job_error(self, member: Member, error: BaseException) -> KfacDistError:
-        self._plan.catch_up_logs()
-        return job_error(member, error, step=self.step, log=self._log(member))
-
-    def _log(self, member: Member) -> Path:
-        """Return the log of a member, which has the name of what it was started as."""
-        logs = (process.log for process in self.changes.processes if process.member == member)
-        own = next(logs, member)
-        return self._folder.places.log(own.role, own.rank, self._job.attempt)
-
-    def preempted(self) -> list[Member]:
-        """Return the members that have had notice that their process will be ended."""
-        return self._health.preempted()
-
-    def replace_preempted(self, rank: int, statistics_step: int) -> None:
-        """Replace an inverse worker that will be ended; its averages are kept for its successor."""
-        averages = self.averages_of([rank], statistics_step)
-        self.inverse_pool.keep_snapshot(averages or {})
-        self.inverse_pool.end_preempted(rank)
 
     def kill(self) -> None:
         """End all actors at once."""
@@ -588,12 +396,3 @@ def _owners(processes: Sequence[GroupProcess], shards: ShardPlan) -> dict[str, H
         if process.place.shard is not None
         for name in shards.layouts[process.place.shard].names
     }
-
-
-def _start_timed_out(pending: Calls, seconds: float) -> TimedOutError:
-    missing = ", ".join(str(member) for member in pending.values())
-    free: dict[str, float] = _ray.available_resources()
-    room = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU", "inverse"))
-    return TimedOutError(
-        f"{missing} did not start within {seconds:g} s; free in the Ray cluster: {room}"
-    )

@@ -11,7 +11,7 @@ import pytest
 from kfac_dist.config import parse_spec
 from kfac_dist.errors import WorkerDiedError
 from tests.workers.whole_jobs.jobs import Jobs, line_spec
-from workers.driver.crew import inverse_pool
+from workers.driver.crew.inverse import inverse_pool
 
 pytestmark = pytest.mark.usefixtures("processes")
 

@@ -6,8 +6,9 @@ import pytest
 
 from kfac_dist.errors import JobFailedError
 from workers.device import DevicePlan
-from workers.driver.crew import inverse_pool
-from workers.driver.crew.inverse_pool import InversePool, _Worker
+from workers.driver.crew.inverse import inverse_pool
+from workers.driver.crew.inverse.inverse_pool import InversePool
+from workers.driver.crew.inverse.inverse_process import InverseProcess
 
 
 def test_a_full_gpu_ends_the_job_instead_of_one_worker_after_the_other(monkeypatch):
@@ -16,7 +17,7 @@ def test_a_full_gpu_ends_the_job_instead_of_one_worker_after_the_other(monkeypat
     deaths: list[object] = []
     devices = DevicePlan(kind="cpu", backend="gloo", gpus_per_member=0.0)
     pool = InversePool(None, None, devices, {}, deaths.append)
-    pool._workers = {0: _Worker(setup=None, handle=None, lifeline="line", first_status=None)}
+    pool._workers = {0: InverseProcess(setup=None, handle=None, lifeline="line", first_status=None)}
     with pytest.raises(JobFailedError) as caught:
         pool.handle_death("line")
     assert caught.value is full

@@ -8,7 +8,7 @@ statistics are lost and none counts twice. A worker that leaves ends after that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import ray
 
 from kfac_dist.coordination.steps.assignment import LayerCost
 from workers.driver.crew.crew import Crew
+from workers.exchange.arrays import Array
 from workers.exchange.messages import InverseSetup
 from workers.planning import rescaled_setups
 
@@ -73,11 +74,13 @@ class InverseScaling:
         changed = tuple(rank for rank, own in setups.items() if pool.setups.get(rank) != own)
         # Also of those that only gain layers: copies of all layers of a worker are of one step.
         asked = {*moved.values(), *(rank for rank in changed if rank in pool.setups)}
-        averages = crew.averages_of(asked, statistics_step)
+        averages = averages_of(crew, asked, statistics_step)
         if averages is None:  # a worker has died: its successor comes first
             return None
-        pool.keep_snapshot(averages)
-        crew.hand_over_layers(setups, step)
+        pool.averages.keep(averages)
+        # One that dies meanwhile has a successor like any other.
+        crew.gather_optional(pool.hand_over(setups, step, crew.group_timeout_seconds))
+        crew.connect_inverse_workers()
         self._reached = wished
         return Rescaled(num_workers=len(setups), moved=tuple(moved), changed=changed)
 
@@ -103,3 +106,25 @@ def _missing(num_starting: int) -> str | None:
     if free >= num_starting:
         return None
     return f"{num_starting} more inverse workers need as many 'inverse' resources, {free} are free"
+
+
+def averages_of(
+    crew: Crew, ranks: Collection[int], statistics_step: int
+) -> dict[str, Array] | None:
+    """Return the averages of the inverse workers of these ranks; None if one has died.
+
+    They contain the statistics up to `statistics_step`.
+    """
+    snapshots = crew.inverse_pool.snapshots(statistics_step, crew.group_timeout_seconds)
+    asked = {ref: member for ref, member in snapshots.items() if member.rank in ranks}
+    parts = crew.gather_optional(asked)
+    if len(parts) < len(asked):
+        return None
+    return {name: array for part in parts for name, array in part.items()}
+
+
+def replace_preempted(crew: Crew, rank: int, statistics_step: int) -> None:
+    """Replace an inverse worker that will be ended; its averages are kept for its successor."""
+    averages = averages_of(crew, [rank], statistics_step)
+    crew.inverse_pool.averages.keep(averages or {})
+    crew.inverse_pool.end_preempted(rank)
