@@ -24,7 +24,12 @@ def own(tmp_path: Path) -> Path:
         ("return nn.Linear(1, 1)", "return nn.Linear(2, 1)", 1, "given inputs of shape (2, 1)"),
         ("return nn.Linear(1, 1)", "return nn.Linear(1, 3)", 1, "outputs have shape (2, 3)"),
         ("self.slope * x)", "x / (x - x[7]))", 1, "train data, target of case 7"),
-        ("return TensorDataset(x, self.slope * x)", "return iter(())", 1, "map-style"),
+        (
+            "return TensorDataset(x, self.slope * x)",
+            "return iter(())",
+            1,
+            "must return a data set with __len__",
+        ),
         ("num_cases=12", "num_cases=1", 3, "batch_size"),
     ],
 )

@@ -18,6 +18,7 @@ def test_a_synchronous_job_on_1_then_3_then_1_inverse_workers_equals_the_undistu
     tmp_path: Path,
 ) -> None:
     spec = line_spec(steps=60, task_args={"depth": 3}, checkpoint={"every_steps": 60})
+    spec["evaluation"] = {"every_steps": 1}  # so each window has one step
     spec["optimizer"]["factor_update_period"] = 3
     still, jobs, wishes = Jobs(tmp_path), Jobs(tmp_path), WishBox()
     still.run(parse_spec(spec), run_dir="still")
