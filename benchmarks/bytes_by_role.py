@@ -104,10 +104,10 @@ class _Counting(LocalJob):
 
     statistics_bytes = 0
 
-    def _send(self, messages: Mapping[int, list[StatisticsMessage]]) -> None:
+    def _send(self, step: int, messages: Mapping[int, list[StatisticsMessage]]) -> None:
         parcels = [m.parcel for own in messages.values() for m in own if m.parcel is not None]
         self.statistics_bytes += sum(a.nbytes for parcel in parcels for a in flat_arrays(parcel))
-        super()._send(messages)
+        super()._send(step, messages)
 
 
 def count(num_workers: int, folder: Path) -> Counted:

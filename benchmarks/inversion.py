@@ -31,6 +31,7 @@ from kfac_dist.coordination.steps.assignment import DEFAULT_COST_MODEL, LayerCos
 from kfac_dist.runs import RunFolder
 from workers.actor import Handle
 from workers.cluster.cluster import ray_cluster
+from workers.device import DevicePlan
 from workers.exchange.messages import (
     InverseHeader,
     InverseMessage,
@@ -38,7 +39,6 @@ from workers.exchange.messages import (
     JobContext,
     RefreshRequest,
     StatisticsHeader,
-    StatisticsMessage,
 )
 from workers.exchange.parcels import StatisticsParcel, pack_tensors, unpack_inverses
 from workers.inverse_worker.actor import InverseWorkerActor
@@ -48,6 +48,7 @@ SHORT_ORDERS = (64, 128)
 NUM_LAYERS = 4
 NUM_CASES = 8
 GAMMA = 1.0
+CPU_DEVICES = DevicePlan(kind="cpu", backend="gloo", gpus_per_member=0.0)
 
 
 class Opened(NamedTuple):
@@ -111,7 +112,7 @@ class Workers:
             applied_step=0,
         )
         owners = {layer.name: self._receiver for layer in layers}
-        return InverseWorkerActor.remote(self._job, setup, owners, None)
+        return InverseWorkerActor.remote(self._job, setup, CPU_DEVICES, owners, None)
 
     def refresh(self) -> Refresh:
         """Send statistics, ask for a refresh, and wait until all inverses are unpacked."""
@@ -127,7 +128,7 @@ class Workers:
                 usable=True,
             )
             parcel = StatisticsParcel(factors=dict.fromkeys(names, self._arrays), crosses={})
-            self._workers[rank].update.remote(StatisticsMessage(header=header, parcel=parcel))
+            self._workers[rank].update.remote(header, parcel)
             request = RefreshRequest(
                 step=self._step, gammas=(GAMMA,), min_statistics_step=self._step
             )

@@ -100,8 +100,8 @@ def test_a_failure_counts_once_for_each_gamma(failing, tmp_path):
 class Spoiled(LocalJob):
     """Its inverse workers receive factors that no damping makes invertible."""
 
-    def _send(self, messages):
-        super()._send({rank: [self._spoil(m) for m in own] for rank, own in messages.items()})
+    def _send(self, step, messages):
+        super()._send(step, {rank: [self._spoil(m) for m in own] for rank, own in messages.items()})
 
     def _spoil(self, message):
         if not message.header.usable:

@@ -88,13 +88,13 @@ def test_each_layer_is_as_old_as_its_script_says(run):
 class StrayMessages(LocalJob):
     """Every statistics message arrives twice, and each time an old one arrives again."""
 
-    def _send(self, messages: Mapping[int, list[StatisticsMessage]]) -> None:
+    def _send(self, step: int, messages: Mapping[int, list[StatisticsMessage]]) -> None:
         for rank, own in messages.items():
             for message in own:
                 self._sent = [*getattr(self, "_sent", []), (rank, message)]
                 old_rank, stray = random.Random(message.header.step).choice(self._sent)
-                super()._send({rank: [message, message]})
-                super()._send({old_rank: [stray]})
+                super()._send(step, {rank: [message, message]})
+                super()._send(step, {old_rank: [stray]})
 
 
 def test_duplicated_and_late_statistics_change_nothing(run):
