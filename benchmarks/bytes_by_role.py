@@ -33,7 +33,7 @@ from workers.exchange.parcels import flat_arrays  # noqa: E402
 COUNTS = (1, 2, 4, 8, 16)
 SHORT_COUNTS = (1, 2, 4)
 STEP = 5  # the first without a refresh of the inverses, or a search for gamma
-NUM_LAYERS, WIDTH = 16, 24
+NUM_LAYERS, WIDTH = 16, 48
 TASK = f"""\
 import torch
 from torch import nn

@@ -110,6 +110,7 @@ class Workers:
             cost_model=DEFAULT_COST_MODEL,
             assignment_epoch=1,
             applied_step=0,
+            exact_step=0,
         )
         owners = {layer.name: self._receiver for layer in layers}
         return InverseWorkerActor.remote(self._job, setup, CPU_DEVICES, owners, None)
