@@ -148,8 +148,10 @@ def test_a_killed_inverse_worker_is_replaced_while_training_continues(
     assert running.finish(seconds=20)[0] == 130
 
 
-def test_a_killed_gradient_worker_ends_the_job_with_a_reason(command: CommandLine) -> None:
-    running = command.train(command.spec(), "--set", "steps=100000")
+def test_a_killed_gradient_worker_ends_a_job_that_may_not_replace_it(command: CommandLine) -> None:
+    running = command.train(
+        command.spec(), "--set", "steps=100000", "--set", "faults.max_restarts=0"
+    )
     running.wait_for_step(5)
     running.actor("GradientWorker").kill()
     code, summary, stderr = running.finish(seconds=30)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
@@ -10,7 +9,7 @@ from workers.cluster.interrupts import Interrupts, deferred
 
 
 def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_the_first_interrupt_is_noted_and_the_second_raises():
@@ -65,12 +64,12 @@ def test_other_threads_have_no_signals():
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
 def test_the_end_of_the_terminal_is_an_interrupt_unless_it_is_ignored(number: signal.Signals):
     with Interrupts() as interrupts:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert interrupts.requested
     before = signal.signal(number, signal.SIG_IGN)  # as nohup does
     try:
         with Interrupts() as interrupts, deferred():
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             assert not interrupts.requested
     finally:
         signal.signal(number, before)
