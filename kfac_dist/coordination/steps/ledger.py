@@ -39,7 +39,6 @@ class StatisticsLedger:
     def __init__(
         self, layers: Collection[str], applied_step: int = 0, *, catches_up: bool = False
     ) -> None:
-        check_interval("number of layers", len(layers), 1)
         check_interval("applied_step", applied_step, 0)
         self._layers = frozenset(layers)
         self.applied_step = applied_step
