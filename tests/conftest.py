@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from tests.paths import ROOT
 # No deadline, because machines are shared. Derandomized, so CI tries the same examples each time.
 settings.register_profile("kfac_dist", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("kfac_dist")
+
+# A shell without job control starts what is in the background with Ctrl-C ignored, and commands that
+# a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `make test` runs tests in parallel, but those of a group one after the other. So at most two tests
 # have clusters of processes at the same time.
