@@ -15,8 +15,8 @@ from tests.paths import ROOT
 settings.register_profile("kfac_dist", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("kfac_dist")
 
-# A shell without job control starts what is in the background with Ctrl-C ignored, and commands that
-# a test starts would inherit that.
+# A shell without job control ignores Ctrl-C in what it starts in the background; commands that a
+# test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `make test` runs tests in parallel, but those of a group one after the other. So at most two tests

@@ -43,10 +43,15 @@ def redirect_output(log_path: Path) -> None:
 
 
 def log_tail(path: Path) -> str:
-    """Return the last lines of a log; empty if the file does not exist."""
+    """Return the last lines of a log; empty if the file does not exist.
+
+    At most 4000 bytes: of a last line that is longer, its end.
+    """
     if not path.is_file():
         return ""
-    content = path.read_bytes()[-_TAIL_BYTES:].decode("utf-8", errors="replace")
+    with path.open("rb") as file:
+        is_cut = file.seek(0, os.SEEK_END) > _TAIL_BYTES
+        file.seek(-_TAIL_BYTES if is_cut else 0, os.SEEK_END if is_cut else os.SEEK_SET)
+        tail = file.read().decode("utf-8", errors="replace").strip()
     # The first line of the tail is probably cut off at its beginning.
-    whole = content if len(content) < _TAIL_BYTES else content.partition("\n")[2]
-    return whole.strip()
+    return tail.partition("\n")[2] or tail if is_cut else tail

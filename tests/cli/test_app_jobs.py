@@ -379,3 +379,16 @@ def test_replay_names_the_folder_that_is_not_on_this_machine(
     done = kfac_dist("replay", job)
     assert done.code == 4
     assert f"{run_dir}: not the folder of a run" in done.err
+
+
+def test_a_cluster_with_active_jobs_is_not_ended(
+    server: Serving, kfac_dist: KfacDist, spec: Path, tmp_path: Path
+) -> None:
+    for _ in range(6):
+        done = kfac_dist("submit", spec, "-o", "json")
+        begin(server, json.loads(done.out)["job"])
+    store = f"sqlite:///{tmp_path}/server/store.db"
+    refused = kfac_dist("cluster", "down", "--store", store)
+    assert refused.code == 9, refused.err
+    assert "6 jobs are active on the cluster" in refused.err
+    assert ", ...); cancel them first" in " ".join(refused.err.split())

@@ -16,7 +16,13 @@ from tests.gpu.checks import Table
 from tests.paths import ROOT
 from workers.device import Backend
 from workers.exchange.messages import Rendezvous
-from workers.exchange.process_group import PeerLostError, host_store, join_group, join_store
+from workers.exchange.process_group import (
+    Kind,
+    PeerLostError,
+    host_store,
+    join_group,
+    join_store,
+)
 
 HOST = "127.0.0.1"
 NUM_ROUNDS = 5
@@ -85,6 +91,8 @@ def _exchange(backend: Backend, num_workers: int, rank: int, port: int, timeout:
         port=store.port if store else port,
         epoch=1,
         num_gradient_workers=num_workers,
+        num_shards=1,
+        step=0,
         timeout_seconds=timeout,
     )
     if store:
@@ -95,13 +103,15 @@ def _exchange(backend: Backend, num_workers: int, rank: int, port: int, timeout:
     values, number = torch.ones(1000, device=device), 0
     while True:
         if is_server:
-            total = group.receive_sum(values)
-            group.broadcast(total)
-            assert total.sum().item() == 1000 * num_workers
+            total = group.receive_sum(Kind.GRADIENT, group.new_parts(values))
+            for worker in group.workers:
+                group.send(Kind.DIRECTIONS, total, worker)
         else:
-            group.send(values)
-            # NCCL returns before the values are there. Reading them waits for them.
-            assert group.broadcast(torch.empty(1000)).sum().item() == 1000 * num_workers
+            group.send(Kind.GRADIENT, values, group.decider)
+            total = group.receive(Kind.DIRECTIONS, torch.empty_like(values), group.decider)
+        # NCCL returns before the values are there. Reading them waits for them.
+        assert total.sum().item() == 1000 * num_workers
+        group.finish_sending()
         number += 1
         if number == NUM_ROUNDS:
             print("exchanging", flush=True)

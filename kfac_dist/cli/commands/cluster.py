@@ -49,10 +49,11 @@ def down(
     """
     from workers.cluster.head import end_head
 
-    active = _active_jobs(store)
-    if active and not force:
+    num_active, newest = _active_jobs(store)
+    if num_active and not force:
+        shown = ", ".join(newest) + (", ..." if num_active > len(newest) else "")
         raise ConflictError(
-            f"{len(active)} jobs are active on the cluster ({', '.join(active[:5])}); cancel them "
+            f"{num_active} jobs are active on the cluster ({shown}); cancel them "
             "first, or end them together with the cluster by --force"
         )
     write_result({"ended": end_head(home())}, output)
@@ -79,15 +80,16 @@ def _facts() -> dict[str, Any]:
     }
 
 
-def _active_jobs(store_url: str | None) -> list[str]:
-    """Return the ids of the jobs that have an attempt on the cluster."""
+def _active_jobs(store_url: str | None) -> tuple[int, list[str]]:
+    """Return how many jobs have an attempt on the cluster, and the ids of the newest of them."""
     from kfac_dist.cli.store import open_home_store
     from kfac_dist.coordination.jobs.lifecycle import ACTIVE
     from kfac_dist.service.jobs import Jobs
 
     store = open_home_store(ready_home(say), store_url)
     try:
-        jobs, _ = Jobs(store, home()).list(states=ACTIVE)
-        return [job.id for job in jobs]
+        jobs = Jobs(store, home())
+        newest, _ = jobs.list(states=ACTIVE, page_size=5)
+        return jobs.count(states=ACTIVE), [job.id for job in newest]
     finally:
         store.close()
